@@ -1,0 +1,93 @@
+"""Exact eager attention on dense blocks, for what the fused kernels have no argument for.
+
+Not the specification (that is `reference`, which shares nothing with this file and is tested against it).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..problem import Semantics
+from .base import Extras, ScoreBias, repeat_kv
+
+
+def needs_maths(semantics: Semantics) -> bool:
+    """Whether a call has an option that no dense flash kernel takes."""
+    return bool(semantics.softcap or semantics.dropout_p or semantics.sinks or semantics.score_bias)
+
+
+def visible_mask(semantics: Semantics, rows: Tensor, columns: Tensor, offset: int | Tensor) -> Tensor | None:
+    """True where query position ``rows`` sees key position ``columns``; None if all is visible. Shapes broadcast."""
+    low, high = semantics.visible_range(0)
+    shift = 0 if semantics.causal == "top_left" else offset  # visible_range is linear in the offset
+    distance = columns - rows - shift
+    visible = None if low is None else distance >= low
+    if high is not None:
+        visible = distance <= high if visible is None else visible & (distance <= high)
+    return visible
+
+
+def alibi_bias(slopes_N: Tensor, rows: Tensor, columns: Tensor, offset: int | Tensor) -> Tensor:
+    """``(..., N, Lq, Lk)``: ``-slope * |i + Lk - Lq - j|``; rows ``(Lq, 1)``, columns ``(Lk,)``, offset int or ``(Q,1,1,1)``."""
+    return -slopes_N[:, None, None] * (rows + offset - columns).abs()
+
+
+def score_bias_block(bias: ScoreBias, num_heads: int, len_q: int, len_k: int, device: torch.device) -> Tensor:
+    """``(N, Lq, Lk)`` of a score bias given as a tensor ``(N, Sq, Sk)`` or as a callable on positions."""
+    if isinstance(bias, Tensor):
+        return bias[:, :len_q, :len_k]
+    head = torch.arange(num_heads, device=device)[:, None, None]
+    rows = torch.arange(len_q, device=device)[None, :, None]
+    columns = torch.arange(len_k, device=device)[None, None, :]
+    return bias(head, rows, columns)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    semantics: Semantics,
+    extras: Extras,
+    *,
+    offset: int | Tensor = 0,
+    key_real: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``query (B,N,Lq,H)``, ``key (B,K,Lk,H)``, ``value (B,K,Lk,Hv)`` -> ``out (B,N,Lq,Hv)``, ``lse (B,N,Lq)``, detached.
+
+    ``offset`` is ``Lk - Lq`` of the true lengths, an int or ``(B,1,1,1)``; ``key_real (B,1,1,Lk)`` marks keys that exist.
+    Half precision is computed in float32.
+    """
+    dtype = query.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    num_heads, len_q, len_k = query.shape[1], query.shape[2], key.shape[2]
+    query, key, value = query.to(wide), *repeat_kv(num_heads, key.to(wide), value.to(wide))
+    rows = torch.arange(len_q, device=query.device)[:, None]
+    columns = torch.arange(len_k, device=query.device)
+
+    scores = query @ key.transpose(-1, -2) * semantics.scale
+    if semantics.softcap is not None:
+        scores = semantics.softcap * torch.tanh(scores / semantics.softcap)
+    if extras.alibi_slopes is not None:
+        scores = scores + alibi_bias(extras.alibi_slopes, rows, columns, offset)
+    if extras.score_bias is not None:
+        scores = scores + score_bias_block(extras.score_bias, num_heads, len_q, len_k, query.device).to(wide)
+    visible = visible_mask(semantics, rows, columns, offset)
+    if key_real is not None:
+        visible = key_real if visible is None else visible & key_real
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    lse = scores.detach().logsumexp(-1)
+    weights = _softmax(scores, lse, extras.sinks)
+    out = F.dropout(weights, semantics.dropout_p) @ value
+    return out.to(dtype), lse
+
+
+def _softmax(scores: Tensor, lse: Tensor, sinks_N: Tensor | None) -> Tensor:
+    """Softmax in which a row without a visible key is 0, with gradient 0 (a plain one gives NaN for both)."""
+    if sinks_N is not None:
+        sink = sinks_N.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    blind = torch.isneginf(lse)[..., None]
+    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)

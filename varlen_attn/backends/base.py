@@ -1,0 +1,270 @@
+"""What a backend is: declared `Capabilities`, a `run`, and the reasons why it would refuse.
+
+One function, `Backend.refusals`, turns a declaration into sentences. It feeds the automatic choice, forced backends, errors,
+the command line and the tests, so that none of them can disagree.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layout import SeqLayout
+from ..problem import Problem, Semantics, version_tuple
+
+__all__ = ["Backend", "Capabilities", "Extras", "Refusal"]
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+FLOATS = HALF | {torch.float32, torch.float64}
+
+ScoreBias = Tensor | Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Observer(Protocol):
+    """Somebody who wants to know what our own ops launch."""
+
+    def observe(self, backend: str, rows: int) -> None: ...
+
+
+class State(threading.local):
+    """What `use_backend` and `record` set, for one thread. Not a ContextVar: that does not trace, this does and is guarded.
+
+    Attributes:
+        override: the backend that the innermost `use_backend` orders, or None.
+        records: the open records, innermost last.
+        announced: the caller has recorded the call already, so that the op it launches stays silent.
+    """
+
+    def __init__(self) -> None:
+        self.override: str | Backend | None = None
+        self.records: list[Observer] = []
+        self.announced = False
+
+
+state = State()
+
+
+def observe(name: str, rows: int) -> None:
+    """Called by our own ops where they run: in compiled code, nobody else sees the call."""
+    if not state.announced:
+        for record in state.records:
+            record.observe(name, rows)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a backend does not run a problem, and what would change that."""
+
+    reason: str
+    fix: str
+    kind: Literal["missing", "machine", "unsupported"] = "unsupported"  # a package, the device, or this very call
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.fix})"
+
+
+@dataclass(frozen=True, eq=False)
+class Extras:
+    """The tensors of a call beside q, k, v; each None unless `Semantics` says that it is there.
+
+    ``alibi_slopes (N,)`` and ``sinks (N,)`` are float32 (float64 for float64 inputs).
+    """
+
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    score_bias: ScoreBias | None = None
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend runs. A flag that is False is refused with a reason; the conformance suite tests every True."""
+
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    min_capability: tuple[int, int] | None = None
+    min_torch: tuple[int, ...] = ()
+    rocm: bool = True
+    max_head_dim: int | None = None
+    value_head_dim: bool = True  # Hv != H
+    gqa: bool = True  # N != K
+    causal_bottom_right: bool = True
+    causal_top_left: bool = True  # for unequal lengths; with one layout it is the same as bottom_right
+    window: bool = True
+    softcap: bool = True
+    dropout: bool = True
+    alibi: bool = True
+    score_bias: bool = True
+    sinks: bool = True
+    return_lse: bool = True
+    deterministic: bool = True
+    batch_invariant: bool = False
+    grad: bool = True
+    tracing: bool = True
+    empty_sequences: bool = True  # False: removed before the call where lengths are on the host, else refused
+    slack_rows: bool = True  # False: rows beyond cu_seqlens[-1] are left unwritten, and the caller zeroes them
+    by_name_only: str = ""  # a reason never to be chosen automatically
+
+
+class Backend(ABC):
+    """One way to compute attention on packed tensors. Stateless; one instance a class."""
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+    package: ClassVar[str] = "torch"  # the distribution whose version `backends()` shows
+    install: ClassVar[str] = ""  # the fix where `missing` has a reason
+    own_op: ClassVar[bool] = False  # `run` launches a torch.library op of ours, which records itself in compiled code
+
+    def missing(self, problem: Problem) -> str | None:
+        """A sentence if what the backend needs is not installed, broken or not what it says; else None."""
+        return None
+
+    def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
+        """Reasons that the fields of `Capabilities` can not say."""
+        return ()
+
+    @abstractmethod
+    def kernel(self, problem: Problem) -> str:
+        """The kernel that `run` calls for this problem, by the name its library gives it."""
+
+    @abstractmethod
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout_q: SeqLayout,
+        layout_kv: SeqLayout,
+        semantics: Semantics,
+        extras: Extras,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``query (T,N,H)``, ``key (Tk,K,H)``, ``value (Tk,K,Hv)`` -> ``out (T,N,Hv)``, lse ``(N,T)`` or None.
+
+        Arguments are checked already; ``semantics.scale`` is a number.
+        """
+
+    def refusals(self, problem: Problem, *, thorough: bool = True) -> tuple[Refusal, ...]:
+        """All reasons against running ``problem``; none means that it runs.
+
+        Not thorough: whether a package is in order (which may import it) is asked only where nothing else speaks against it.
+        """
+        reasons = [*_capability_refusals(self.capabilities, problem), *self.extra_refusals(problem)]
+        if self.capabilities.by_name_only and problem.requested != self.name:
+            reasons.append(
+                Refusal(f"is never chosen by itself: {self.capabilities.by_name_only}", f"order it with backend={self.name!r}")
+            )
+        if thorough or not reasons:
+            sentence = self.missing(problem)
+            if sentence is not None:
+                reasons.insert(0, Refusal(sentence, self.install, "missing"))
+        return tuple(reasons)
+
+    def __repr__(self) -> str:
+        return f"<varlen_attn backend {self.name}>"
+
+
+def _capability_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
+    yield from _machine_refusals(can, problem)
+    yield from _shape_refusals(can, problem)
+    want = problem.semantics
+    unequal = "of unequal query and key lengths"
+    asked: tuple[tuple[bool, bool, str, str], ...] = (
+        (want.causal == "bottom_right", can.causal_bottom_right, "bottom-right causal attention", "use causal='top_left'"),
+        (want.causal == "top_left", can.causal_top_left, f"top-left causal attention {unequal}", "use causal='bottom_right'"),
+        (want.window is not None, can.window, "a sliding window", "drop `window`"),
+        (want.softcap is not None, can.softcap, "softcap", "drop `softcap`"),
+        (want.dropout_p > 0, can.dropout, "dropout", "pass dropout_p=0"),
+        (want.alibi, can.alibi, "ALiBi slopes", "drop `alibi_slopes`"),
+        (want.score_bias, can.score_bias, "a score bias", "drop `score_bias`"),
+        (want.sinks, can.sinks, "attention sinks", "drop `sinks`"),
+        (want.return_lse, can.return_lse, "returning the log-sum-exp", "drop `return_lse`"),
+        (want.deterministic and problem.needs_grad, can.deterministic, "deterministic gradients", "pass deterministic=False"),
+        (want.batch_invariant, can.batch_invariant, "results that are bitwise independent of batch-mates", "drop `batch_invariant`"),
+        (problem.needs_grad, can.grad, "a backward pass", "call it under torch.no_grad()"),
+        (problem.tracing, can.tracing, "torch.compile and fake tensors", "call it outside the compiled function"),
+        (not problem.host_lengths, can.empty_sequences, "empty sequences, and only the device knows whether there are any",
+         "build the layout from lengths or without `capacity`"),
+    )  # fmt: skip
+    for wanted, able, what, fix in asked:
+        if wanted and not able:
+            yield Refusal(f"does not support {what}", fix)
+
+
+def _machine_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
+    if problem.device_type not in can.devices:
+        yield Refusal(
+            f"runs on {' and '.join(sorted(can.devices))} only, and the tensors are on {problem.device_type}",
+            f"move them with .to({min(can.devices)!r})",
+            "machine",
+        )
+        return
+    if problem.device_type == "cuda" and problem.rocm and not can.rocm:
+        yield Refusal("does not run on ROCm", "use an NVIDIA GPU", "machine")
+    if problem.device_type == "cuda" and not problem.rocm and can.min_capability is not None:
+        have = problem.capability
+        if have is None or have < can.min_capability:
+            need, got = (".".join(map(str, c)) if c else "unknown" for c in (can.min_capability, have))
+            yield Refusal(f"needs compute capability {need} or newer, and this device has {got}", "use a newer GPU", "machine")
+    if can.min_torch and version_tuple(problem.torch_version) < can.min_torch:
+        need = ".".join(map(str, can.min_torch))
+        yield Refusal(f"needs torch {need} or newer, and this is {problem.torch_version}", f"pip install 'torch>={need}'", "machine")
+
+
+def _shape_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
+    if problem.dtype not in can.dtypes:
+        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in can.dtypes))
+        yield Refusal(
+            f"supports {names} only, and the tensors are {str(problem.dtype).removeprefix('torch.')}",
+            f"call it under torch.autocast, or convert the tensors to {names.split(',')[0]}",
+        )
+    widest = max(problem.head_dim, problem.value_head_dim or 0)
+    if can.max_head_dim is not None and widest > can.max_head_dim:
+        yield Refusal(f"supports head dimensions up to {can.max_head_dim}, and this is {widest}", "use more heads")
+    if not can.value_head_dim and problem.value_head_dim != problem.head_dim:
+        yield Refusal("needs value heads as wide as query heads", "make head_dim of query and value equal")
+    if not can.gqa and problem.num_heads != problem.num_kv_heads:
+        yield Refusal(
+            f"needs as many key/value heads as query heads, and these are {problem.num_kv_heads} and {problem.num_heads}",
+            "repeat the key/value heads with repeat_interleave",
+        )
+
+
+# -------------------------------------------------------------------- helpers that several backends share
+
+
+class _ContiguousGrad(torch.autograd.Function):
+    """Identity; its gradient is contiguous. Kernels read ``dout`` by 32-bit strides, and a broadcast one
+    (``out.sum().backward()``) or a slice of a ``cat`` corrupts the gradient or is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.contiguous()
+
+
+def contiguous_grad(x: Tensor) -> Tensor:
+    """``x``, with a contiguous gradient for whatever kernel produced it."""
+    result: Tensor = _ContiguousGrad.apply(x)
+    return result
+
+
+def pad_head_dim(multiple: int, *tensors: Tensor, least: int = 0) -> tuple[Tensor, ...]:
+    """Zero columns up to one common head dimension, a multiple of ``multiple``: exact as long as the scale is the true one's."""
+    widest = max(least, *(t.shape[-1] for t in tensors))
+    width = -(-widest // multiple) * multiple
+    return tuple(F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] != width else t for t in tensors)
+
+
+def repeat_kv(num_heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Key/value heads repeated to ``num_heads`` (dimension 1), for kernels without grouped heads. Copies: kernels
+    have returned wrong results on broadcast (stride 0) heads."""
+    return tuple(t if t.shape[1] == num_heads else t.repeat_interleave(num_heads // t.shape[1], dim=1) for t in tensors)
