@@ -1,0 +1,84 @@
+# The same few commands for people and for CI. Each one works alone on a fresh clone.
+#
+#   make demo            what the library does, on real text, in under a minute
+#   make test            the tests: those of flash-attn's Triton kernels in Triton's interpreter, then all others with coverage
+#   make check           ruff, ruff format, mypy
+#   make bench           the benchmarks of benchmarks/, written to benchmarks/results/
+#   make test-thorough   many more property-test examples
+#   make gpu             the conformance suite on a CUDA device
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+LANE := $(VENV)/.lane
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+
+# flash-attn's Triton kernels, run by Triton's interpreter: its real Python code on a machine without a GPU. Both variables, in a
+# process of its own: without them `import flash_attn` fails here, and the other tests want exactly that.
+LANE_ENV := FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE TRITON_INTERPRET=1
+FLASH := flash-attn==2.8.3.post2
+TRITON := triton==3.3.1
+
+COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+.PHONY: help setup demo test check format bench test-thorough gpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '/^#   make/s/^#   //p' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@echo "setting up $(VENV) (torch is large: a minute or more)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -e '.[dev]'
+	@$(MAKE) --no-print-directory $(LANE)
+	@touch $@
+
+# Its own file, so that a machine without Triton wheels is told once. A torch that brought a Triton of its own keeps it.
+$(LANE): pyproject.toml constraints.txt Makefile
+	@rm -f $@
+	@if [ "$$(uname -s)-$$(uname -m)" = Linux-x86_64 ]; then \
+	  set -e; \
+	  $(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) $(TRITON); \
+	  $(PIP) wheel setuptools packaging 'numpy==2.2.*'; \
+	  FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(PIP) --no-deps --no-build-isolation $(FLASH); \
+	  echo yes >$@; \
+	else \
+	  echo "no Triton wheels for $$(uname -s) $$(uname -m): tests/lane will be skipped"; \
+	  echo no >$@; \
+	fi
+
+demo: $(STAMP)
+	@$(BIN)/python -m varlen_attn demo
+
+test: $(STAMP)
+	@if grep -q yes $(LANE); then $(LANE_ENV) $(BIN)/python -m pytest tests/lane -q -p no:cacheprovider; \
+	else echo "tests/lane skipped: no Triton on this machine"; fi
+	$(BIN)/python -m pytest tests --ignore=tests/lane -q $(COVERAGE)
+
+test-thorough: $(STAMP)
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests --ignore=tests/lane -q
+
+gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/backends -q --device cuda
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy varlen_attn benchmarks
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.bench_attention
+	$(BIN)/python -m benchmarks.bench_route
+	$(BIN)/python -m benchmarks.bench_dispatch
+	$(BIN)/python -m benchmarks.report
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage dist
