@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import BACKENDS
-from .backends.base import FLOATS, Backend, Extras, state
+from .backends.base import FLOATS, Backend, Extras, connected_zeros, state
 from .dispatch import Plan, announced, choose, choose_while_tracing, requested_backend, route
 from .errors import ArgumentError, DtypeError, LayoutError
 from .layout import SeqLayout, is_tracing
@@ -226,8 +226,8 @@ class _Call:
         kept = [i for i, (a, b) in enumerate(zip(lengths_q, lengths_k, strict=True)) if a and b]
         rows_q, rows_k = (_rows_of(x, kept) for x in (self.layout_q, self.layout_kv))
         if not kept:
-            zero = 0 * (self.query.sum() + self.key.sum() + self.value.sum())
-            out = self.query.new_zeros((*self.query.shape[:2], self.value.shape[2])) + zero
+            shape = (*self.query.shape[:2], self.value.shape[2])
+            out = connected_zeros(shape, self.query, self.key, self.value)
             lse_dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
             lse = out.new_full((out.shape[1], out.shape[0]), float("-inf"), dtype=lse_dtype)
             return out, lse if self.semantics.return_lse else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -268,3 +268,9 @@ def repeat_kv(num_heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Key/value heads repeated to ``num_heads`` (dimension 1), for kernels without grouped heads. Copies: kernels
     have returned wrong results on broadcast (stride 0) heads."""
     return tuple(t if t.shape[1] == num_heads else t.repeat_interleave(num_heads // t.shape[1], dim=1) for t in tensors)
+
+
+def connected_zeros(shape: Sequence[int], *tensors: Tensor) -> Tensor:
+    """Zeros that depend on ``tensors`` with gradient 0: a batch without tokens must still run ``backward``."""
+    nothing = sum((t[:0].sum() for t in tensors), start=tensors[0].new_zeros(()))
+    return tensors[0].new_zeros(tuple(shape)) + nothing

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics
 from ._maths import alibi_bias, attend, needs_maths, visible_mask
-from .base import FLOATS, HALF, Backend, Capabilities, Extras, Refusal, observe, pad_head_dim
+from .base import FLOATS, HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, observe, pad_head_dim
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -319,7 +319,7 @@ def _run_maths(
         blocks.append(out.transpose(1, 2).flatten(0, 1))
         _lse_rows(lse, group, Tile(0, group.len_q, 0, 0)).copy_(out_lse)
         done = group.q_start + group.count * group.len_q
-    blocks.append(query.new_zeros((query.shape[0] - done, query.shape[1], value.shape[2])))
+    blocks.append(connected_zeros((query.shape[0] - done, query.shape[1], value.shape[2]), query, key, value))
     return torch.cat(blocks), lse if semantics.return_lse else None
 
 

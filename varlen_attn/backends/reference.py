@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics
-from .base import FLOATS, Backend, Capabilities, Extras
+from .base import FLOATS, Backend, Capabilities, Extras, connected_zeros
 
 
 class Reference(Backend):
@@ -37,7 +37,7 @@ class Reference(Backend):
         semantics: Semantics,
         extras: Extras,
     ) -> tuple[Tensor, Tensor | None]:
-        out = query.new_zeros((query.shape[0], query.shape[1], value.shape[2]))
+        out = connected_zeros((query.shape[0], query.shape[1], value.shape[2]), query, key, value)
         lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=lse_dtype)
         pairs_q = itertools.pairwise(layout_q.cu_seqlens.tolist())

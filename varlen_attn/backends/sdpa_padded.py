@@ -13,7 +13,7 @@ from torch import Tensor
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics
 from ._maths import alibi_bias, attend, needs_maths, visible_mask
-from .base import FLOATS, HALF, Backend, Capabilities, Extras, pad_head_dim, repeat_kv
+from .base import FLOATS, HALF, Backend, Capabilities, Extras, connected_zeros, pad_head_dim, repeat_kv
 
 
 class SdpaPadded(Backend):
@@ -49,7 +49,7 @@ class SdpaPadded(Backend):
         k, v = (dense_kv.unpack(x).transpose(1, 2) for x in (key, value))
 
         if 0 in (*q.shape[:3], *k.shape[:3]):
-            out = q.new_zeros((*q.shape[:3], value.shape[2])) + 0 * (q.sum() + k.sum() + v.sum())
+            out = connected_zeros((*q.shape[:3], value.shape[2]), query, key, value)
             lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
         elif _has_flash(query.device.type, semantics) or _has_efficient(query.device.type, query.dtype, semantics):
             visible = _visible(semantics, q.shape[2], columns, offset, key_real)

@@ -1,0 +1,131 @@
+"""One suite over all backends: what a backend declares, it runs, exactly; what it refuses, it refuses with a reason.
+
+A backend is added by adding it to BACKENDS; nothing is written here for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from varlen_attn import BACKENDS, BackendRefused, SeqLayout, explain, padded_attention, varlen_attention
+from varlen_attn.backends.base import Backend
+from varlen_attn.testing import assert_within_budget, poison, reference_attention
+from varlen_attn.testing.strategies import AttentionCase, Batch, attention_cases, batches, head_shapes, semantics
+
+DTYPES = (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
+each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+shared_fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+def moved(case: AttentionCase, device: str) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, SeqLayout, SeqLayout | None, dict[str, Any]]:
+    *qkv, grad = case.tensors(device)
+    layout_kv = None if case.layout_kv is None else case.layout_kv.to(device)
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.semantics.items()}
+    return (qkv[0], qkv[1], qkv[2]), grad, case.layout.to(device), layout_kv, options
+
+
+def is_refused(call: Callable[[], Any], backend: Backend) -> bool:
+    """Whether the backend refuses; then with reasons and fixes, and so does forcing it."""
+    try:
+        call()
+    except BackendRefused as error:
+        text = str(error)
+        assert backend.name in text
+        assert "Fix: " in text
+        return True
+    return False
+
+
+def run(qkv: tuple[Tensor, ...], grad: Tensor, layouts: tuple[Any, ...], **options: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    out, lse = varlen_attention(*qkv, *layouts, return_lse=True, **options)
+    return out, lse, torch.autograd.grad(out, qkv, grad)
+
+
+@each_backend
+@shared_fixtures
+@given(case=attention_cases(DTYPES))
+def test_matches_the_reference_forward_and_backward(backend: Backend, case: AttentionCase, device: str) -> None:
+    """R-07, R-08, R-12, R-17, R-21, R-26, R-27, R-43, R-44, R-45: every semantic, head shape, length and dtype."""
+    qkv, grad, layout, layout_kv, options = moved(case, device)
+    layouts = (layout, layout_kv)
+    if is_refused(lambda: explain(*qkv, *layouts, return_lse=True, backend=backend.name, **options), backend):
+        with pytest.raises(BackendRefused):
+            varlen_attention(*qkv, *layouts, return_lse=True, backend=backend.name, **options)
+        return
+    out, lse, grads = run(qkv, grad, layouts, backend=backend.name, **options)
+    for x in (out, *grads):
+        assert x.dtype == case.dtype
+        assert x.device.type == torch.device(device).type
+    assert not lse.requires_grad
+
+    wide = tuple(x.detach().double().requires_grad_() for x in qkv)
+    ref, ref_lse, ref_grads = run(wide, grad.double(), layouts, backend="reference", **options)
+    naive, naive_lse, naive_grads = run(qkv, grad, layouts, backend="reference", **options)
+    assert_within_budget(out, ref, naive, what="output")
+    assert_within_budget(lse.double() if case.dtype == torch.float64 else lse.float(), ref_lse, naive_lse, what="lse")
+    for name, got, want, eager in zip(("dq", "dk", "dv"), grads, ref_grads, naive_grads, strict=True):
+        assert_within_budget(got, want, eager, gradient=True, what=name)
+    blind = torch.isneginf(ref_lse).transpose(0, 1)[..., None]
+    assert not out.masked_select(blind).any(), "a query without a visible key gives exactly 0"
+    assert not grads[0].masked_select(blind).any(), "and gets exactly 0"
+
+
+@each_backend
+@shared_fixtures
+@given(batch=batches(), shape=head_shapes(), data=st.data())
+def test_padding_is_never_read(backend: Backend, batch: Batch, shape: Any, data: st.DataObject, device: str) -> None:
+    """R-09, R-10: outputs and gradients are bitwise the same for whatever stands in the padding."""
+    options = {k: v for k, v in data.draw(semantics(shape.heads)).items() if k not in ("window", "alibi_slopes", "score_bias")}
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    mask = batch.mask.to(device)
+    plain = [
+        batch.tensor(shape.heads, shape.dim, salt=0),
+        batch.tensor(shape.kv_heads, shape.dim, salt=1),
+        batch.tensor(shape.kv_heads, shape.value_dim, salt=2),
+    ]
+    results = []
+    for fill in (0.0, 1e4, float("nan"), float("inf")):
+        qkv = [poison(x.to(device), mask, fill).requires_grad_() for x in plain]
+        call = lambda: padded_attention(*qkv, layout=batch.layout.to(device), backend=backend.name, **options)  # noqa: B023, E731
+        if is_refused(call, backend):
+            return
+        out = call()
+        grads = torch.autograd.grad(out, qkv, torch.ones_like(out))
+        for x in (out, *grads):
+            assert not x[mask].any(), "padding rows of results and gradients are exactly 0"
+        results.append((out, *grads))
+    for other in results[1:]:
+        for x, y in zip(results[0], other, strict=True):
+            assert torch.equal(x, y)
+
+
+@each_backend
+@pytest.mark.parametrize("how", ["window", "causal", "softcap", "alibi_slopes", "sinks", "score_bias", "scale", "mask"])
+def test_no_option_is_dropped(backend: Backend, how: str, device: str) -> None:
+    """R-02: an option that is accepted changes the result of an input made for it (a dropped one would pass comparisons of rare draws)."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 2, 8, device=device)
+    mask = torch.tensor([[False] * 6, [False] * 4 + [True] * 2], device=device)
+    options: dict[str, Any] = {
+        "window": dict(window=(1, 0)),
+        "causal": dict(causal=True),
+        "softcap": dict(softcap=0.1),
+        "alibi_slopes": dict(alibi_slopes=torch.ones(2, device=device)),
+        "sinks": dict(sinks=torch.ones(2, device=device)),
+        "score_bias": dict(score_bias=torch.randn(2, 6, 6, device=device)),
+        "scale": dict(scale=3.0),
+        "mask": {},
+    }[how]
+    full = torch.zeros_like(mask)
+    if is_refused(lambda: padded_attention(x, x, x, mask, backend=backend.name, **options), backend):
+        return
+    got = padded_attention(x, x, x, full if how != "mask" else mask, backend=backend.name, **options)
+    without = padded_attention(x, x, x, full, backend=backend.name)
+    assert (got - without).abs().max() > 1e-3

@@ -1,0 +1,87 @@
+"""What our own tests stand on, public because users have padded batches to test too.
+
+The only comparison of attention results that is accepted here is an error budget: the error against float64 may be twice the error that plain
+eager attention makes in the same dtype (three times for gradients). It needs no hand-picked tolerance, and it is the rule of flash-attn's
+own tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional import varlen_attention
+from ..layout import SeqLayout
+
+__all__ = ["assert_within_budget", "error_budget", "poison", "reference_attention"]
+
+_BAND_EPS = 4  # rounding steps of the largest value that are always allowed: the budget of an exact result must not be 0
+
+
+def reference_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SeqLayout,
+    layout_kv: SeqLayout | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    **semantics: Any,
+) -> Any:
+    """`varlen_attention` by the specification, in ``dtype``: float64 is the truth, the dtype of a result its eager competitor.
+
+    Shapes and semantics as `varlen_attention`; gradients flow back to the tensors given, in their dtype.
+    """
+    converted = (x.to(dtype) for x in (query, key, value))
+    return varlen_attention(*converted, layout, layout_kv, backend="reference", **semantics)
+
+
+def error_budget(ref64: Tensor, naive: Tensor, dtype: torch.dtype, factor: float) -> float:
+    """The largest absolute error allowed: ``factor`` times the error of ``naive``, plus a few rounding steps of ``dtype``."""
+    if ref64.numel() == 0:
+        return 0.0
+    magnitude = max(1.0, float(ref64.abs().max()))
+    return factor * float((naive.double() - ref64).abs().max()) + _BAND_EPS * torch.finfo(dtype).eps * magnitude
+
+
+def assert_within_budget(out: Tensor, ref64: Tensor, naive: Tensor, *, gradient: bool = False, what: str = "result") -> None:
+    """Assert ``error(out) <= 2 * error(naive)`` (3 for gradients), both against ``ref64``, plus a few rounding steps.
+
+    Args:
+        out: what is tested, any float dtype.
+        ref64: the same in float64.
+        naive: the same by plain eager attention in ``out``'s dtype.
+        gradient: allow a factor of 3.
+        what: name for the message.
+
+    Raises:
+        AssertionError: shapes differ, ``out`` is not finite where ``ref64`` is, or the error is above the budget.
+    """
+    assert out.shape == ref64.shape == naive.shape, f"{what}: shapes are {out.shape}, {ref64.shape} and {naive.shape}"
+    assert ref64.dtype == torch.float64, f"{what}: the reference must be float64, but is {ref64.dtype}"
+    if out.numel() == 0:
+        return
+    out64, ref64, naive = out.detach().double(), ref64.detach(), naive.detach()
+    infinite = ~ref64.isfinite()
+    assert torch.equal(out64[infinite], ref64[infinite]), f"{what}: infinities differ"
+    out64, ref64, naive = out64[~infinite], ref64[~infinite], naive[~infinite]
+    assert bool(out64.isfinite().all()), f"{what}: {int((~out64.isfinite()).sum())} values are not finite"
+    if out64.numel() == 0:
+        return
+    error = float((out64 - ref64).abs().max())
+    allowed = error_budget(ref64, naive, out.dtype, 3.0 if gradient else 2.0)
+    assert error <= allowed, (
+        f"{what}: error {error:.3g} is above the budget {allowed:.3g} "
+        f"(plain eager attention in {out.dtype} makes {float((naive.double() - ref64).abs().max()):.3g})"
+    )
+
+
+def poison(x: Tensor, key_padding_mask: Tensor, value: float = float("nan")) -> Tensor:
+    """A copy of ``x (B, S, ...)`` with ``value`` at padding (where ``key_padding_mask (B, S)`` is True).
+
+    A result that changes, or is not finite, has read padding.
+    """
+    mask = key_padding_mask.view(*key_padding_mask.shape, *[1] * (x.dim() - 2))
+    return x.masked_fill(mask, value)
