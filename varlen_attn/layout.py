@@ -572,24 +572,34 @@ def _from_real(
     """A layout from a mask that is True at tokens; reads from the device at most once."""
     if holes not in ("refuse", "packed"):
         raise ArgumentError(f"`holes` must be 'refuse' or 'packed', but is {holes!r}.")
-    lengths_B = real_BS.sum(1)
     if capacity is not None:
-        return _with_capacity(real_BS, lengths_B, int(capacity), holes)
-    if is_tracing(mask):
-        return _exact(real_BS, lengths_B, None, has_holes=None, holes=holes)
-    bad = torch.zeros((), dtype=torch.bool, device=mask.device) if bad_BS is None else bad_BS.any()
-    # The one transfer of a device mask: all lengths, and the flags.
-    *values, some_hole, some_bad = torch.cat([lengths_B, torch.stack([_any_hole(real_BS), bad]).to(torch.int64)]).tolist()
-    if some_bad and bad_BS is not None:
+        return _with_capacity(real_BS, real_BS.sum(1), int(capacity), holes)
+    flags = () if bad_BS is None else (bad_BS.any(),)
+    layout, values = layout_and_flags(real_BS, flags, holes=holes, validate=validate)
+    if any(values) and bad_BS is not None:
         _raise_bad_value(mask, bad_BS)
-    lengths = tuple(values)
+    return layout
+
+
+def layout_and_flags(
+    real_BS: Tensor, flags: Sequence[Tensor] = (), *, holes: Literal["refuse", "packed"] = "refuse", validate: bool = True
+) -> tuple[SeqLayout, tuple[bool, ...]]:
+    """The layout of a mask that is True at tokens, and bool scalars of the caller, in the one transfer of a device mask.
+
+    While tracing nothing is read: no flag comes back.
+    """
+    lengths_B = real_BS.sum(1)
+    if is_tracing(real_BS):
+        return _exact(real_BS, lengths_B, None, has_holes=None, holes=holes), ()
+    read = torch.cat([lengths_B, torch.stack([_any_hole(real_BS), *flags]).to(torch.int64)]).tolist()
+    lengths, (some_hole, *values) = tuple(read[: len(real_BS)]), read[len(real_BS) :]
     if validate and 0 in lengths and any(lengths):
         warn(
             f"row {lengths.index(0)} of the mask has no token while others have some. If that is not meant, the mask is "
             f"inverted: {_CONVENTIONS}. validate=False silences this.",
             LayoutWarning,
         )
-    return _exact(real_BS, lengths_B, lengths, has_holes=bool(some_hole), holes=holes)
+    return _exact(real_BS, lengths_B, lengths, has_holes=bool(some_hole), holes=holes), tuple(map(bool, values))
 
 
 def _exact(

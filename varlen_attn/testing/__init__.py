@@ -17,7 +17,9 @@ from ..layout import SeqLayout
 
 __all__ = ["assert_within_budget", "error_budget", "poison", "reference_attention"]
 
-_BAND_EPS = 4  # rounding steps of the largest value that are always allowed: the budget of an exact result must not be 0
+# Rounding steps of the largest value that are always allowed, because eager attention is sometimes exact: with one key its softmax
+# is exactly 1 and the gradient of the query exactly 0, where a kernel that recomputes the weights rounds terms that cancel.
+_BAND = {"result": {True: 2, False: 8}, "gradient": {True: 4, False: 64}}  # by half precision or not
 
 
 def reference_attention(
@@ -38,12 +40,14 @@ def reference_attention(
     return varlen_attention(*converted, layout, layout_kv, backend="reference", **semantics)
 
 
-def error_budget(ref64: Tensor, naive: Tensor, dtype: torch.dtype, factor: float) -> float:
-    """The largest absolute error allowed: ``factor`` times the error of ``naive``, plus a few rounding steps of ``dtype``."""
+def error_budget(ref64: Tensor, naive: Tensor, dtype: torch.dtype, *, gradient: bool = False) -> float:
+    """The largest absolute error allowed: 2 times the error of ``naive`` (3 for gradients), plus a few rounding steps of ``dtype``."""
     if ref64.numel() == 0:
         return 0.0
+    steps = _BAND["gradient" if gradient else "result"][dtype in (torch.float16, torch.bfloat16)]
     magnitude = max(1.0, float(ref64.abs().max()))
-    return factor * float((naive.double() - ref64).abs().max()) + _BAND_EPS * torch.finfo(dtype).eps * magnitude
+    factor = 3.0 if gradient else 2.0
+    return factor * float((naive.double() - ref64).abs().max()) + steps * torch.finfo(dtype).eps * magnitude
 
 
 def assert_within_budget(out: Tensor, ref64: Tensor, naive: Tensor, *, gradient: bool = False, what: str = "result") -> None:
@@ -71,7 +75,7 @@ def assert_within_budget(out: Tensor, ref64: Tensor, naive: Tensor, *, gradient:
     if out64.numel() == 0:
         return
     error = float((out64 - ref64).abs().max())
-    allowed = error_budget(ref64, naive, out.dtype, 3.0 if gradient else 2.0)
+    allowed = error_budget(ref64, naive, out.dtype, gradient=gradient)
     assert error <= allowed, (
         f"{what}: error {error:.3g} is above the budget {allowed:.3g} "
         f"(plain eager attention in {out.dtype} makes {float((naive.double() - ref64).abs().max()):.3g})"

@@ -1,0 +1,62 @@
+"""Dense attention with a mask on ATen's kernels, called directly.
+
+`F.scaled_dot_product_attention` would choose by global flags, and its choice on new GPUs (cuDNN with a mask) has returned NaN gradients
+(pytorch#196678). Rows without a visible key give 0 and a log-sum-exp of -inf, with gradient 0, on every kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import HALF, pad_head_dim, repeat_kv
+
+EAGER = "eager matmul, softmax, matmul on the padded batch"
+
+
+def masked_kernel_name(device_type: str, dtype: torch.dtype) -> str:
+    """The kernel that `masked_attention` calls, or `EAGER` where there is none for the device or dtype."""
+    if device_type == "cpu":
+        return "aten::_scaled_dot_product_flash_attention_for_cpu with a mask"
+    if device_type == "cuda" and dtype != torch.float64:
+        return "aten::_scaled_dot_product_efficient_attention with a mask"
+    return EAGER
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """``query (B,N,L,H)``, ``key (B,K,M,H)``, ``value (B,K,M,Hv)`` -> ``out (B,N,L,Hv)``, ``lse (B,N,L)``, detached.
+
+    ``visible`` (bool) and ``bias`` (finite, added to the scaled scores, without gradient) broadcast to ``(B,N,L,M)``.
+    """
+    kernel = _flash_cpu if query.device.type == "cpu" else _efficient_cuda
+    return kernel(query, key, value, visible, bias, scale)
+
+
+def _flash_cpu(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Gives 0 for a row without a visible key (documented nowhere, tested here), but a log-sum-exp of 0."""
+    value_dim = v.shape[-1]
+    q, k, v = pad_head_dim(1, q, k, v)
+    mask = torch.zeros((), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    mask = (mask if bias is None else bias).masked_fill(~visible, float("-inf"))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    return out[..., :value_dim], lse.detach().masked_fill(~visible.any(-1), float("-inf"))
+
+
+def _efficient_cuda(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The memory-efficient kernel. It wants q's dtype, full shape and a row stride of a multiple of 16 for its mask, and turns a
+    row of -inf into NaN: so hidden keys get the lowest finite number, and rows without a visible key are zeroed afterwards."""
+    value_dim, len_q, len_k = v.shape[-1], q.shape[2], k.shape[2]
+    q, k, v = pad_head_dim(8 if q.dtype in HALF else 4, q, *repeat_kv(q.shape[1], k, v))
+    mask = (q.new_zeros(()) if bias is None else bias.to(q.dtype)).masked_fill(~visible, torch.finfo(q.dtype).min)
+    mask = F.pad(mask.expand(q.shape[0], q.shape[1], len_q, len_k), (0, -len_k % 16))[..., :len_k]
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, scale=scale)
+    seen = visible.any(-1, keepdim=True)
+    lse = lse.detach()[..., :len_q].masked_fill(~seen.squeeze(-1), float("-inf"))
+    return torch.where(seen, out[..., :value_dim], 0), lse
