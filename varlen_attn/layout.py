@@ -28,6 +28,7 @@ from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from .errors import ArgumentError, DtypeError, LayoutError, LayoutWarning, warn
@@ -51,7 +52,7 @@ def is_tracing(*tensors: Tensor) -> bool:
 
 
 def _constructor(function: Callable[P, R]) -> Callable[P, R]:
-    """Leave inference mode, so that a layout made during evaluation can be saved for backward later."""
+    """Leave inference mode, so that a layout made or moved during evaluation can be saved for backward later."""
 
     @wraps(function)
     def build(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -102,9 +103,7 @@ class _Unpack(torch.autograd.Function):
         pad_value: float,
     ) -> Tensor:
         ctx.save_for_backward(token_indices, gather_indices, valid_T)
-        # The padding row stands first, so that its index (0) does not depend on T, which is data.
-        padding_row = x.new_full((1, *x.shape[1:]), pad_value)
-        return torch.cat([padding_row, x]).index_select(0, gather_indices)
+        return _unpack(x, gather_indices, pad_value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -118,6 +117,19 @@ def _pack(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Tensor:
         return x.new_zeros((token_indices.shape[0], *x.shape[1:]))
     rows = x.index_select(0, token_indices)
     return torch.where(valid_T.view(-1, *[1] * (x.dim() - 1)), rows, rows.new_zeros(()))
+
+
+def _unpack(x: Tensor, gather_indices: Tensor, pad_value: float) -> Tensor:
+    # The padding row stands first, so that its index (0) does not depend on T, which is data.
+    padding_row = x.new_full((1, *x.shape[1:]), pad_value)
+    return torch.cat([padding_row, x]).index_select(0, gather_indices)
+
+
+def _is_transformed() -> bool:
+    """Under `torch.func` or forward-mode AD, for which plain indexing has all rules and our two functions have none."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -247,6 +259,8 @@ class SeqLayout:
         values = _host_lengths(lengths)
         longest = max(values, default=0)
         size = longest if padded_len is None else int(padded_len)
+        if size < 0:
+            raise LayoutError(f"`padded_len` must be at least 0, but is {size}.")
         if longest > size:
             raise LayoutError(
                 f"`lengths[{values.index(longest)}]` must be at most padded_len = {size}, but is {longest}: "
@@ -412,6 +426,8 @@ class SeqLayout:
         self._check(x, (self.batch_size, self.padded_len), "x")
         flat = x.reshape(self.batch_size * self.padded_len, *x.shape[2:])
         valid_T = self.valid_rows() if self.has_slack else None
+        if _is_transformed():
+            return _pack(flat, self.token_indices, valid_T)
         packed: Tensor = _Pack.apply(flat, self.token_indices, self.gather_indices, valid_T)
         _mark_unbacked(packed)
         return packed
@@ -423,9 +439,12 @@ class SeqLayout:
             LayoutError: ``x`` does not have T rows, or is on another device.
         """
         self._check(x, (self.num_rows,), "x")
-        valid_T = self.valid_rows() if self.has_slack else None
         value = pad_value if x.is_floating_point() or x.is_complex() else int(pad_value)
-        padded: Tensor = _Unpack.apply(x, self.token_indices, self.gather_indices, valid_T, value)
+        if _is_transformed():
+            padded = _unpack(x, self.gather_indices, value)
+        else:
+            valid_T = self.valid_rows() if self.has_slack else None
+            padded = _Unpack.apply(x, self.token_indices, self.gather_indices, valid_T, value)
         return padded.reshape(self.batch_size, self.padded_len, *x.shape[1:])
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -457,6 +476,8 @@ class SeqLayout:
             return padded.index_select(0, torch.where(offsets.diff() > 0, row_Q, 0))
         if how not in ("mean", "max", "sum"):
             raise ArgumentError(f"`how` must be one of 'mean', 'max', 'sum', 'first', 'last', but is {how!r}.")
+        if not x.is_floating_point():
+            raise DtypeError(f"`x` must be floating-point for how={how!r}, but is {x.dtype}: convert it with x.float().")
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if self.has_slack:  # 0 times NaN would be NaN in a sum that should not see the row at all
             wide = torch.where(self.valid_rows().view(-1, *[1] * (x.dim() - 1)), wide, 0)
@@ -465,6 +486,7 @@ class SeqLayout:
             reduced = reduced / lengths_Q1.clamp(min=1)
         return torch.where(lengths_Q1 > 0, reduced, 0).to(x.dtype)
 
+    @_constructor
     def compact(self) -> SeqLayout:
         """The same packed rows, with every sequence in a padded row of its own, from column 0.
 
@@ -490,6 +512,7 @@ class SeqLayout:
 
     # ---------------------------------------------------------------- moving and updating
 
+    @_constructor
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SeqLayout:
         """The same layout with its index tensors on ``device``."""
         moved = self._map_tensors(lambda t: t.to(device, non_blocking=non_blocking))
@@ -497,6 +520,7 @@ class SeqLayout:
             _mark_unbacked(moved.token_indices)
         return moved
 
+    @_constructor
     def pin_memory(self) -> SeqLayout:
         """The same layout in page-locked memory, for a copy to a GPU that blocks nothing."""
         return self._map_tensors(lambda t: t.pin_memory())
