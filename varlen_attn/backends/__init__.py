@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from .base import Backend
 from .cpu import Cpu
+from .flash2 import Flash2
+from .flash3 import Flash3
+from .flash4 import Flash4
+from .flex import Flex
+from .mem_efficient import MemEfficient
+from .nested import Nested
 from .reference import Reference
 from .sdpa_padded import SdpaPadded
+from .torch_varlen import TorchVarlen
 
 __all__ = ["BACKENDS"]
 
 BACKENDS: tuple[Backend, ...] = (
+    Flash3(),  # the fastest on Hopper
+    Flash4(),  # Hopper and Blackwell; not ahead of 3 on Hopper
+    TorchVarlen(),  # flash attention that comes with torch: nothing to install or to break
+    Flash2(),  # the same kernels, with softcap, ALiBi and deterministic gradients
+    MemEfficient(),  # packed for float32 and for GPUs before sm80; slower than flash
+    Nested(),  # the same two kernels, with fewer options and more work on the host
+    Flex(),  # fused for score biases, but its block mask costs time for every batch
     Cpu(),  # the only packed path of a CPU
     SdpaPadded(),  # any device, any option: slow, never wrong
     Reference(),  # by name only

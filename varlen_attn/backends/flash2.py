@@ -1,0 +1,245 @@
+"""The package flash-attn, version 2: dropout, softcap, ALiBi and deterministic gradients beside everything that torch's own kernel has.
+
+Read in its source (2.8.3, with what changed since 2.1); its Triton build is run by ``tests/lane``, its CUDA build was not run:
+
+- Causal and windows are aligned bottom-right (since 2.1). Softcap and dropout exclude each other.
+- ``max_seqlen_q == 1`` with grouped heads takes a decoding shortcut that wants one query in every sequence: so 2 is passed.
+- Rows beyond ``cu_seqlens[-1]`` are never written. A row without keys has a log-sum-exp of +inf; before 2.6 it comes padded.
+- With dropout, the log-sum-exp is only to be had together with all attention weights: refused.
+- Of its two ROCm builds, the CK one ignores softcap, and the Triton one ignores windows and softcap, asserts at one ALiBi slope a head
+  and draws the same dropout mask at every call. Its log-sum-exp is ``(T, N)``. In Triton's interpreter, bfloat16 is garbage.
+- A module named ``flash_attn`` is no evidence: flash-attn-4 leaves a namespace package of that name, and other distributions
+  install one too. So the distribution is looked up, then imported, then its signature is read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import SeqLayout
+from ..problem import Problem, Semantics, version_tuple
+from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim
+
+_INTERFACE = "flash_attn.flash_attn_interface"
+_CORE = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "softmax_scale", "causal", "return_attn_probs")
+_SINCE = (  # version, parameter, what it is for
+    ((2, 3), "window_size", "sliding windows"),
+    ((2, 4), "alibi_slopes", "ALiBi slopes"),
+    ((2, 4, 1), "deterministic", "deterministic gradients"),
+    ((2, 6), "softcap", "softcap"),
+)
+
+_probed: dict[str, tuple[str | None, frozenset[str]]] = {}
+
+
+def _probe(version: str) -> tuple[str | None, frozenset[str]]:
+    """Import the installed package once: a sentence if it is broken, and the parameters of its function."""
+    if version not in _probed:
+        _probed[version] = _import(version)
+    return _probed[version]
+
+
+def _import(version: str) -> tuple[str | None, frozenset[str]]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a package warns of at import is not the caller's business
+            module = importlib.import_module(_INTERFACE)
+    except Exception as error:  # a broken binary raises whatever it likes: OSError, ImportError, RuntimeError, AttributeError
+        return f"flash-attn {version} is installed, but importing it raises {type(error).__name__}: {error}", frozenset()
+    function = getattr(module, "flash_attn_varlen_func", None)
+    if function is None:
+        return f"flash-attn {version} is installed, but has no function flash_attn_varlen_func", frozenset()
+    parameters = frozenset(inspect.signature(function).parameters)
+    lacking = [name for name in _CORE if name not in parameters]
+    if lacking:
+        return f"flash_attn_varlen_func of flash-attn {version} has no parameter {', '.join(lacking)}", parameters
+    return None, parameters
+
+
+def _not_installed() -> str:
+    try:
+        impostor = importlib.util.find_spec("flash_attn") is not None
+    except ValueError:  # a module put into sys.modules by hand
+        impostor = True
+    if impostor:
+        return "the package flash-attn is not installed: the module flash_attn found here belongs to another distribution"
+    return "the package flash-attn is not installed"
+
+
+def _is_triton_build(problem: Problem) -> bool:
+    """Whether the package here is, or would be imported as, its Triton build. That of another machine is taken for the usual one."""
+    if problem.packages is not None:
+        return False
+    switch = os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE") == "TRUE"
+    return bool(getattr(sys.modules.get(_INTERFACE), "USE_TRITON_ROCM", switch))
+
+
+def _wanted(semantics: Semantics) -> dict[str, bool]:
+    return {
+        "window_size": semantics.window is not None,
+        "alibi_slopes": semantics.alibi,
+        "deterministic": semantics.deterministic,
+        "softcap": semantics.softcap is not None,
+    }
+
+
+class Flash2(Backend):
+    """`flash_attn.flash_attn_varlen_func`."""
+
+    name = "flash2"
+    package = "flash-attn"
+    install = "pip install flash-attn --no-build-isolation, built for this torch"
+    capabilities = Capabilities(
+        devices=frozenset({"cuda", "cpu"}),
+        dtypes=HALF | {torch.float32},
+        min_capability=(8, 0),
+        max_head_dim=256,
+        causal_top_left=False,
+        score_bias=False,
+        sinks=False,
+        slack_rows=False,
+    )
+
+    def missing(self, problem: Problem) -> str | None:
+        version = problem.version(self.package)
+        if version is None:
+            return _not_installed() if problem.packages is None else "the package flash-attn is not among those stated"
+        if problem.packages is not None:
+            return None  # another machine's package: its version is all that is known
+        sentence, parameters = _probe(version)
+        lacking = [name for name, wanted in _wanted(problem.semantics).items() if wanted and name not in parameters]
+        if sentence is None and lacking:
+            return f"flash_attn_varlen_func of flash-attn {version} has no parameter {', '.join(lacking)}"
+        return sentence
+
+    def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
+        yield from _device_refusals(problem)
+        yield from _version_refusals(problem)
+        want = problem.semantics
+        widest = max(problem.head_dim, problem.value_head_dim or 0)
+        if want.softcap is not None and want.dropout_p:
+            yield Refusal("does not support softcap together with dropout", "drop one of them")
+        if want.return_lse and want.dropout_p:
+            yield Refusal("returns the log-sum-exp under dropout only together with all attention weights", "drop `return_lse`")
+        if want.dropout_p and problem.needs_grad and widest > 192 and problem.capability in ((8, 6), (8, 9)):
+            yield Refusal("has a wrong backward for dropout with head dimensions above 192 on this GPU", "use more heads")
+        if want.dropout_p == 1.0:
+            yield Refusal("needs dropout_p below 1", "pass less")
+
+    def kernel(self, problem: Problem) -> str:
+        return "flash_attn_varlen_func (Triton build)" if _is_triton_build(problem) else "flash_attn_varlen_func (flash_fwd_kernel)"
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout_q: SeqLayout,
+        layout_kv: SeqLayout,
+        semantics: Semantics,
+        extras: Extras,
+    ) -> tuple[Tensor, Tensor | None]:
+        value_dim = value.shape[-1]
+        if layout_q.num_seqs == 0:  # the kernel refuses an empty batch
+            out = connected_zeros((*query.shape[:2], value_dim), query, key, value)
+            return out, out.new_zeros((out.shape[1], 0), dtype=torch.float32) if semantics.return_lse else None
+        from flash_attn import flash_attn_interface
+
+        query, key, value = pad_head_dim(8, query, key, value)
+        result = flash_attn_interface.flash_attn_varlen_func(
+            q=query,
+            k=key,
+            v=value,
+            cu_seqlens_q=layout_q.cu_seqlens,
+            cu_seqlens_k=layout_kv.cu_seqlens,
+            max_seqlen_q=max(2, layout_q.max_seqlen),
+            max_seqlen_k=max(1, layout_kv.max_seqlen),
+            dropout_p=semantics.dropout_p,
+            softmax_scale=semantics.scale,
+            causal=bool(semantics.causal),
+            return_attn_probs=semantics.return_lse,
+            **_options(semantics, extras),
+        )
+        if not semantics.return_lse:
+            return contiguous_grad(result)[..., :value_dim], None
+        out, lse, *_ = result
+        lse = lse.detach()
+        if getattr(flash_attn_interface, "USE_TRITON_ROCM", False):
+            lse = _triton_lse(lse, layout_q, layout_kv, semantics)
+        elif lse.dim() == 3:  # before 2.6: (Q, N, max_seqlen)
+            sequence_T = layout_q.seq_ids.clamp(max=lse.shape[0] - 1)  # slack rows belong to none
+            lse = lse[sequence_T, :, layout_q.positions].transpose(0, 1)
+        return contiguous_grad(out)[..., :value_dim], lse.masked_fill(torch.isposinf(lse), float("-inf"))
+
+
+def _options(semantics: Semantics, extras: Extras) -> dict[str, Any]:
+    """Only those that are asked for, because older versions lack the parameters."""
+    options: dict[str, Any] = {}
+    if semantics.window is not None:
+        left, right = (-1 if side is None else side for side in semantics.window)
+        options["window_size"] = (left, 0 if semantics.causal else right)
+    if semantics.softcap is not None:
+        options["softcap"] = semantics.softcap
+    if extras.alibi_slopes is not None:
+        options["alibi_slopes"] = extras.alibi_slopes
+    if semantics.deterministic:
+        options["deterministic"] = True
+    return options
+
+
+def _triton_lse(lse_TN: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics) -> Tensor:
+    """The Triton build returns it as ``(T, N)``, with a 0 for rows that see no key."""
+    lengths_q, lengths_k = (x.cu_seqlens.to(torch.int64).diff() for x in (layout_q, layout_kv))
+    blind_Q = lengths_q - lengths_k if semantics.causal else torch.where(lengths_k == 0, lengths_q, 0)
+    blind_T = layout_q.positions < blind_Q[layout_q.seq_ids.clamp(max=layout_q.num_seqs - 1)]
+    return lse_TN.transpose(0, 1).masked_fill(blind_T, float("-inf"))
+
+
+def _device_refusals(problem: Problem) -> Iterable[Refusal]:
+    """What differs between the CUDA build, the two ROCm builds, and the Triton build in Triton's interpreter."""
+    on_cpu, triton = problem.device_type == "cpu", _is_triton_build(problem)
+    if on_cpu and not (triton and os.environ.get("TRITON_INTERPRET") == "1"):
+        yield Refusal("runs on a GPU; on a CPU only its Triton build does, in Triton's interpreter", "move them to 'cuda'", "machine")
+    elif on_cpu and problem.requested != "flash2":
+        yield Refusal("is never chosen by itself on a CPU: Triton's interpreter is for tests", "order it with backend='flash2'")
+    if on_cpu and problem.dtype == torch.bfloat16:
+        yield Refusal("is wrong for bfloat16 in Triton's interpreter", "use float16")
+    if not on_cpu and problem.dtype == torch.float32:
+        yield Refusal("supports bfloat16, float16 only, and the tensors are float32", "call it under torch.autocast")
+    want = problem.semantics
+    if want.softcap is not None and (triton or problem.rocm):
+        yield Refusal("ignores softcap on ROCm builds, without an error", "drop `softcap`, or use another backend")
+    if triton:
+        if want.window is not None:
+            yield Refusal("ignores windows in its Triton build, without an error", "drop `window`, or use another backend")
+        if want.alibi:
+            yield Refusal("fails for ALiBi slopes in its Triton build", "drop `alibi_slopes`, or use another backend")
+        if want.dropout_p:
+            yield Refusal("draws the same dropout mask at every call in its Triton build", "pass dropout_p=0, or use another backend")
+
+
+def _version_refusals(problem: Problem) -> Iterable[Refusal]:
+    text = problem.version("flash-attn")
+    if text is None:
+        return
+    version = version_tuple(text)
+    gates: list[tuple[bool, tuple[int, ...], str]] = [(True, (2, 1), "varlen attention as it is called here")]
+    gates.append((not problem.rocm and (problem.capability or (0, 0)) >= (10, 0), (2, 7, 3), "this GPU"))
+    wanted = _wanted(problem.semantics)
+    gates += [(wanted[name], since, what) for since, name, what in _SINCE]
+    for asked, since, what in gates:
+        if asked and version < since:
+            need = ".".join(map(str, since))
+            yield Refusal(
+                f"needs flash-attn {need} or newer for {what}, and this is {text}", f"pip install 'flash-attn>={need}'", "missing"
+            )

@@ -1,0 +1,55 @@
+"""flash-attn 3 (Hopper): declared, not connected yet.
+
+Read in its source (``hopper/flash_attn_interface.py``), not run: no dropout, no ALiBi, no sinks; head dimensions are not padded for the
+caller; rows beyond ``cu_seqlens[-1]`` can corrupt the last sequence's rows (sgl-flash-attn#47); deterministic gradients except for a
+head dimension of 256; several wheels are forward only, and some have no windows.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..layout import SeqLayout
+from ..problem import Problem, Semantics
+from .base import HALF, Backend, Capabilities, Extras
+
+
+class Flash3(Backend):
+    """flash-attn's kernels for the H100."""
+
+    name = "flash3"
+    package = "flash-attn-3"
+    install = "use 'torch_varlen' or 'flash2'"
+    capabilities = Capabilities(
+        devices=frozenset({"cuda"}),
+        dtypes=HALF,
+        min_capability=(9, 0),
+        rocm=False,
+        max_head_dim=256,
+        causal_top_left=False,
+        dropout=False,
+        alibi=False,
+        score_bias=False,
+        sinks=False,
+        slack_rows=False,
+    )
+
+    def missing(self, problem: Problem) -> str | None:
+        version = problem.version(self.package)
+        there = "is not installed" if version is None else f"{version} is there"
+        return f"this version of varlen_attn has no adapter for flash-attn 3 yet ({self.package} {there})"
+
+    def kernel(self, problem: Problem) -> str:
+        return "flash_attn_3::fwd (FlashAttnFwdSm90)"
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout_q: SeqLayout,
+        layout_kv: SeqLayout,
+        semantics: Semantics,
+        extras: Extras,
+    ) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError("varlen_attn has no adapter for flash-attn 3 yet")

@@ -1,0 +1,133 @@
+"""The memory-efficient (CUTLASS) kernel with ``cu_seqlens``: the packed path for float32, and for GPUs before sm80 (T4, V100).
+
+`F.scaled_dot_product_attention` calls it for padded or nested tensors only; `aten::_efficient_attention_forward` takes packed ones.
+Read in torch's source and headers (2.13), and run here against a CPU stand-in with the same conventions; not run on a GPU:
+
+- Autograd comes with the op. Its meta function for the backward lacks the parameter ``out``, so that it can not be traced.
+- Both causal alignments: mask type 1 is top-left, 2 is bottom-right. With more queries than keys, bottom-right is wrong: the kernel
+  compares an unsigned ``query_start + offset`` and masks nothing (xformers refuses such blocks). Those first queries see no key
+  at all, so they are left out of the call here.
+- No grouped heads in backward: key/value heads are repeated. Rows are read in steps of 16 bytes, or by a slower kernel.
+- The log-sum-exp is padded: ``(Q, N, max_q rounded up to 32)``.
+- The backward multiplies row numbers and strides in 32 bits, so that large calls are split over heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..layout import SeqLayout
+from ..problem import Problem, Semantics
+from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim, repeat_kv
+
+_MASK_TYPE = {False: 0, "top_left": 1, "bottom_right": 2}
+_MAX_ELEMENTS = 2**31 - 1  # of one tensor in one call
+
+
+class MemEfficient(Backend):
+    """`aten::_efficient_attention_forward` on packed tensors."""
+
+    name = "mem_efficient"
+    capabilities = Capabilities(
+        devices=frozenset({"cuda"}),
+        dtypes=HALF | {torch.float32},
+        min_capability=(5, 0),
+        min_torch=(2, 11),
+        rocm=False,
+        window=False,
+        softcap=False,
+        alibi=False,
+        score_bias=False,
+        sinks=False,
+        deterministic=False,
+        tracing=False,
+        empty_sequences=False,
+        slack_rows=False,
+    )
+
+    def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
+        if problem.dtype == torch.bfloat16 and (problem.capability or (0, 0)) < (8, 0) and problem.device_type == "cuda":
+            yield Refusal("needs compute capability 8.0 or newer for bfloat16", "use float16", "machine")
+        if problem.semantics.dropout_p == 1.0:
+            yield Refusal("needs dropout_p below 1", "pass less")
+
+    def kernel(self, problem: Problem) -> str:
+        return "aten::_efficient_attention_forward with cu_seqlens (fmha_cutlassF)"
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout_q: SeqLayout,
+        layout_kv: SeqLayout,
+        semantics: Semantics,
+        extras: Extras,
+    ) -> tuple[Tensor, Tensor | None]:
+        value_dim = value.shape[-1]
+        if layout_q.num_seqs == 0:
+            out = connected_zeros((*query.shape[:2], value_dim), query, key, value)
+            return out, out.new_zeros((out.shape[1], 0), dtype=torch.float32) if semantics.return_lse else None
+        key, value = repeat_kv(query.shape[1], key, value)
+        multiple = 8 if query.dtype in HALF else 4
+        query, key = pad_head_dim(multiple, query, key)
+        (value,) = pad_head_dim(multiple, value)
+        if semantics.causal == "bottom_right" and layout_q is not layout_kv:
+            out, lse = _without_blind_queries(query, key, value, layout_q, layout_kv, semantics)
+        else:
+            out, lse = _attend(query, key, value, layout_q, layout_kv, semantics)
+        return out[..., :value_dim], lse if semantics.return_lse else None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics
+) -> tuple[Tensor, Tensor | None]:
+    """``out (T,N,Hv)``, lse ``(N,T)``; every query sees a key."""
+    heads = query.shape[1]
+    if heads > 1 and max(x.numel() for x in (query, key, value)) > _MAX_ELEMENTS:
+        outs, lses = [], []
+        for part in (slice(None, heads // 2), slice(heads // 2, None)):
+            out, lse = _attend(query[:, part], key[:, part], value[:, part], layout_q, layout_kv, semantics)
+            outs.append(out)
+            lses += [] if lse is None else [lse]
+        return torch.cat(outs, dim=1), torch.cat(lses) if lses else None
+    out, lse, *_ = torch.ops.aten._efficient_attention_forward(
+        *(x.contiguous()[None] for x in (query, key, value)),
+        None,
+        layout_q.cu_seqlens,
+        layout_kv.cu_seqlens,
+        max(_lengths(layout_q)),
+        max(_lengths(layout_kv)),
+        semantics.dropout_p,
+        _MASK_TYPE[semantics.causal],
+        True,  # the log-sum-exp, which the backward needs
+        scale=semantics.scale,
+    )
+    out = contiguous_grad(out[0])
+    return out, lse.detach()[layout_q.seq_ids, :, layout_q.positions].transpose(0, 1) if semantics.return_lse else None
+
+
+def _without_blind_queries(
+    query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics
+) -> tuple[Tensor, Tensor | None]:
+    """Bottom-right causal: the first ``Lq - Lk`` queries of a sequence see nothing, and the rest is never longer than the keys."""
+    lengths = [min(pair) for pair in zip(_lengths(layout_q), _lengths(layout_kv), strict=True)]
+    if tuple(lengths) == layout_q.lengths:
+        return _attend(query, key, value, layout_q, layout_kv, semantics)
+    seeing = SeqLayout.from_lengths(lengths, device=query.device)
+    blind_Q = (layout_q.cu_seqlens.diff() - layout_kv.cu_seqlens.diff()).to(torch.int64)
+    sees_T = layout_q.positions >= blind_Q[layout_q.seq_ids]
+    rows = torch.nonzero_static(sees_T, size=seeing.num_rows).squeeze(1)  # its size is known: nothing is read back
+    some, some_lse = _attend(query.index_select(0, rows), key, value, seeing, layout_kv, semantics)
+    out = some.new_zeros((query.shape[0], *some.shape[1:])).index_copy(0, rows, some)
+    if some_lse is None:
+        return out, None
+    return out, some_lse.new_full((query.shape[1], query.shape[0]), float("-inf")).index_copy(1, rows, some_lse)
+
+
+def _lengths(layout: SeqLayout) -> tuple[int, ...]:
+    assert layout.lengths is not None, "refused where only the device knows them: an empty sequence could hide"
+    return layout.lengths

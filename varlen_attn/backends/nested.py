@@ -1,0 +1,100 @@
+"""Jagged nested tensors and `F.scaled_dot_product_attention`, which picks flash, memory-efficient or eager attention for them.
+
+Read in torch's ``nested/_internal/sdpa.py`` (2.11 to 2.13); the CPU path is run by the tests, the CUDA paths were not run on a GPU:
+
+- No masks, no grouped heads, no empty sequences; causal needs a fused kernel, so there is none on a CPU ("No viable backend").
+- Causal of unequal lengths is bottom-right on flash and top-left on the memory-efficient kernel, whichever is picked: refused.
+- The fused kernels want one head dimension, a multiple of 8; they get zero columns and the scale of the true one.
+- It reads the shortest and longest length from the device unless told: they are host facts here, and are passed.
+- The eager path (CPU) copies every sequence and is several times slower than `cpu`, so it is never chosen there by itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layout import SeqLayout
+from ..problem import Problem, Semantics
+from .base import FLOATS, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim
+
+
+class Nested(Backend):
+    """`F.scaled_dot_product_attention` on jagged nested tensors, from packed rows and back without a copy."""
+
+    name = "nested"
+    capabilities = Capabilities(
+        devices=frozenset({"cpu", "cuda"}),
+        dtypes=FLOATS,
+        min_capability=(5, 0),
+        max_head_dim=256,
+        gqa=False,
+        causal_top_left=False,
+        window=False,
+        softcap=False,
+        alibi=False,
+        score_bias=False,
+        sinks=False,
+        return_lse=False,
+        deterministic=False,
+        tracing=False,  # the eager path can not be traced, and lengths are unknown then
+        empty_sequences=False,
+        slack_rows=False,
+    )
+
+    def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
+        on_cpu = problem.device_type == "cpu"
+        if on_cpu and problem.requested != self.name:
+            yield Refusal("is never chosen by itself on a CPU: it is slower than `cpu` there", f"order it with backend={self.name!r}")
+        if not on_cpu and problem.dtype == torch.float64:
+            yield Refusal("has no fused kernel for float64 on a GPU", "convert the tensors to float32")
+        if problem.semantics.causal and on_cpu:
+            yield Refusal("has no causal attention on a CPU", "use another backend")
+        if problem.semantics.causal == "bottom_right" and not on_cpu and not problem.self_attention:
+            yield Refusal(
+                "aligns causal attention of unequal lengths by whichever kernel torch picks", "use one layout for queries and keys"
+            )
+
+    def kernel(self, problem: Problem) -> str:
+        if problem.device_type == "cpu":
+            return "F.scaled_dot_product_attention on jagged tensors (eager matmul, softmax, matmul)"
+        return "F.scaled_dot_product_attention on jagged tensors (torch picks flash or memory-efficient)"
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout_q: SeqLayout,
+        layout_kv: SeqLayout,
+        semantics: Semantics,
+        extras: Extras,
+    ) -> tuple[Tensor, Tensor | None]:
+        value_dim = value.shape[-1]
+        if layout_q.num_seqs == 0:
+            return connected_zeros((*query.shape[:2], value_dim), query, key, value), None
+        query, key, value = pad_head_dim(8, query, key, value)
+        (q,) = _jagged(layout_q, query)
+        k, v = _jagged(layout_kv, key, value)
+        with warnings.catch_warnings():
+            # The eager path makes nested tensors of the older kind, which announce themselves as a prototype.
+            warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors", category=UserWarning)
+            out = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=semantics.dropout_p, is_causal=bool(semantics.causal), scale=semantics.scale
+            )
+        packed = out.transpose(1, 2).values()
+        return contiguous_grad(packed)[..., :value_dim], None
+
+
+def _jagged(layout: SeqLayout, *tensors_TNH: Tensor) -> list[Tensor]:
+    """``(T, N, H) -> (Q, N, j, H)`` each, sharing one offsets tensor, with the bounds that would else be read back."""
+    assert layout.lengths is not None  # refused otherwise: an empty sequence could hide
+    offsets = layout.cu_seqlens.to(torch.int64)
+    low, high = min(layout.lengths), max(layout.lengths)
+    return [
+        torch.nested.nested_tensor_from_jagged(x, offsets=offsets, min_seqlen=low, max_seqlen=high).transpose(1, 2) for x in tensors_TNH
+    ]

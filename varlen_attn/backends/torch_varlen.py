@@ -1,0 +1,171 @@
+"""Torch's own variable-length flash kernel: `torch.nn.attention.varlen.varlen_attn`, compiled by every caller without a graph break.
+
+Read in torch's source (2.10 to 2.13) and traced on meta tensors here; what the CUDA kernel does was not run on a GPU:
+
+- 2.10 takes ``is_causal`` and no scale; 2.11 has scale and ``window_size``, 2.12 wants ``enable_gqa`` for grouped heads.
+- Causal is the window ``(-1, 0)`` as a tuple: a list compares unequal. It is aligned bottom-right.
+- The head dimension must be a multiple of 8, and nothing is padded there. Value heads are as wide as query heads.
+- Rows beyond ``cu_seqlens[-1]`` are never written: not the output, not the gradients.
+- A row without keys has a log-sum-exp of +inf, and the log-sum-exp is ``(N, T)`` although the documentation says ``(T, N)``.
+- ``max_q == 1`` with grouped heads takes a decoding shortcut, which wants one query in every sequence: so 2 is passed.
+- It has no dropout. The aten op below it has (with a formula for autograd, so that the mask is drawn once and kept).
+- Its backward is deterministic where `torch.use_deterministic_algorithms(True)` says so; there is no argument for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import SeqLayout
+from ..problem import Problem, Semantics
+from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim
+
+_DROPOUT_BACKWARD_IS_WRONG = {(8, 6), (8, 9), (12, 0)}  # with head dimensions above 192: refused by torch's own checks too
+
+_parameters: dict[str, frozenset[str]] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _takes(parameter: str) -> bool:
+    """Whether this torch's `varlen_attn` has a parameter: its signature changed in 2.11 and in 2.12."""
+    if torch.__version__ not in _parameters:
+        from torch.nn.attention.varlen import varlen_attn
+
+        _parameters[torch.__version__] = frozenset(inspect.signature(varlen_attn).parameters)
+    return parameter in _parameters[torch.__version__]
+
+
+def _strictly_deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+class TorchVarlen(Backend):
+    """`torch.nn.attention.varlen.varlen_attn`, or the aten op below it where dropout is asked."""
+
+    name = "torch_varlen"
+    install = "pip install 'torch>=2.11' for CUDA"
+    capabilities = Capabilities(
+        devices=frozenset({"cuda"}),
+        dtypes=HALF,
+        min_capability=(8, 0),
+        min_torch=(2, 11),
+        rocm=False,
+        max_head_dim=256,
+        causal_top_left=False,
+        softcap=False,
+        alibi=False,
+        score_bias=False,
+        sinks=False,
+        slack_rows=False,
+    )
+
+    def missing(self, problem: Problem) -> str | None:
+        if problem.torch_version != torch.__version__:
+            return None  # another machine's torch: its version is all that is known
+        try:
+            lacking = [name for name in ("return_aux", "scale", "window_size") if not _takes(name)]
+        except (ImportError, OSError) as error:
+            return f"torch {torch.__version__} has no torch.nn.attention.varlen ({error})"
+        if lacking:
+            return f"varlen_attn of torch {torch.__version__} has no parameter {' and no '.join(lacking)}"
+        if torch.cuda.is_available() and not torch.backends.cuda.is_flash_attention_available():
+            return f"torch {torch.__version__} is built without flash attention"
+        return None
+
+    def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
+        want = problem.semantics
+        widest = max(problem.head_dim, problem.value_head_dim or 0)
+        if want.dropout_p and problem.needs_grad and widest > 192 and problem.capability in _DROPOUT_BACKWARD_IS_WRONG:
+            yield Refusal("has no dropout with head dimensions above 192 on this GPU", "pass dropout_p=0, or use more heads")
+        if want.dropout_p == 1.0:
+            yield Refusal("needs dropout_p below 1", "pass less")
+        if want.deterministic and problem.needs_grad and not _strictly_deterministic():
+            yield Refusal(
+                "is deterministic only where torch.use_deterministic_algorithms(True) is set: the kernel has no argument for it",
+                "set it, or pass deterministic=False",
+            )
+
+    def kernel(self, problem: Problem) -> str:
+        if problem.semantics.dropout_p:
+            return "aten::_flash_attention_forward with cu_seqlens (flash_fwd_kernel)"
+        return "torch_attn::_varlen_attn (flash_fwd_kernel)"
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout_q: SeqLayout,
+        layout_kv: SeqLayout,
+        semantics: Semantics,
+        extras: Extras,
+    ) -> tuple[Tensor, Tensor | None]:
+        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        if semantics.deterministic and grad and not _strictly_deterministic():
+            raise RuntimeError("torch.use_deterministic_algorithms was switched off after this backend had been chosen for it")
+        value_dim = value.shape[-1]
+        if layout_q.num_seqs == 0:  # the kernel refuses an empty batch
+            out = connected_zeros((*query.shape[:2], value_dim), query, key, value)
+            lse = out.new_zeros((out.shape[1], out.shape[0]), dtype=torch.float32)
+            return out, lse if semantics.return_lse else None
+        query, key, value = pad_head_dim(8, query, key, value)
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        run = _with_dropout if semantics.dropout_p else _without_dropout
+        out, lse = run(query, key, value, layout_q, layout_kv, semantics)
+        out = contiguous_grad(out)[..., :value_dim]
+        return out, lse.detach().masked_fill(torch.isposinf(lse), float("-inf")) if semantics.return_lse else None
+
+
+def _window(semantics: Semantics) -> tuple[int, int]:
+    """``(left, right)`` around the bottom-right diagonal, -1 for unlimited; causal alone is ``(-1, 0)``."""
+    left, right = semantics.window or (None, None)
+    return -1 if left is None else left, 0 if semantics.causal else -1 if right is None else right
+
+
+def _without_dropout(
+    query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics
+) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] and _takes("enable_gqa") else {}
+    out, lse = varlen_attn(
+        query=query,
+        key=key,
+        value=value,
+        cu_seq_q=layout_q.cu_seqlens,
+        cu_seq_k=layout_kv.cu_seqlens,
+        max_q=max(2, layout_q.max_seqlen),
+        max_k=max(1, layout_kv.max_seqlen),
+        return_aux=AuxRequest(lse=True),
+        scale=semantics.scale,
+        window_size=_window(semantics),
+        **grouped,
+    )
+    return out, lse
+
+
+def _with_dropout(
+    query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics
+) -> tuple[Tensor, Tensor]:
+    left, right = _window(semantics)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        layout_q.cu_seqlens,
+        layout_kv.cu_seqlens,
+        max(2, layout_q.max_seqlen),
+        max(1, layout_kv.max_seqlen),
+        semantics.dropout_p,
+        (left, right) == (-1, 0),
+        False,
+        scale=semantics.scale,
+        window_size_left=left,
+        window_size_right=right,
+    )
+    return out, lse
