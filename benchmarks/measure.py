@@ -1,0 +1,108 @@
+"""Interleaved timing, and the facts about a machine that a number needs beside it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import varlen_attn
+
+__all__ = ["RESULTS", "Timing", "environment", "interleave", "ratio", "save"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, one number for each round."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def seconds(self) -> float:
+        return median(self.rounds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        ordered = sorted(self.rounds)
+        quarter = len(ordered) // 4
+        return (ordered[-1 - quarter] - ordered[quarter]) / 2 / self.seconds
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], object]], *, rounds: int = 7, least: float = 0.02, warm_up: int = 2, budget: float = 25.0
+) -> dict[str, Timing]:
+    """Time contestants in turns, A B A B ..., so that a slower or busier minute meets all of them.
+
+    Args:
+        contestants: what to call, by name.
+        rounds: turns; the order is reversed every other time.
+        least: seconds of one turn: short calls are repeated.
+        warm_up: untimed calls before.
+        budget: stop after so many seconds, but not before 5 rounds.
+    """
+    repeats = {}
+    for name, call in contestants.items():
+        for _ in range(warm_up):
+            call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, round(least / max(time.perf_counter() - start, 1e-7)))
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    began = time.perf_counter()
+    for turn in range(rounds):
+        order = list(contestants)[:: 1 if turn % 2 == 0 else -1]
+        for name in order:
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                contestants[name]()
+            taken[name].append((time.perf_counter() - start) / repeats[name])
+        if turn >= 4 and time.perf_counter() - began > budget:
+            break
+    return {name: Timing(tuple(values)) for name, values in taken.items()}
+
+
+def ratio(slow: Timing, fast: Timing) -> float:
+    """How many times faster ``fast`` is: the median over the rounds, so that a disturbed round counts once."""
+    return median(a / b for a, b in zip(slow.rounds, fast.rounds, strict=True))
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on; no names of machines."""
+    return {
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "varlen_attn": varlen_attn.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def save(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...]) -> Path:
+    """Write rows to ``results/name.json``. Rows of an earlier run that this one did not measure again stay."""
+    path = RESULTS / f"{name}.json"
+    fresh = {tuple(row[k] for k in keys) for row in rows}
+    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [row for row in earlier if tuple(row[k] for k in keys) not in fresh]
+    merged = sorted(kept + rows, key=lambda row: tuple(str(row[k]) for k in keys))
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), "rows": merged}, indent=1) + "\n")
+    return path

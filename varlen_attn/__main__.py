@@ -1,0 +1,168 @@
+"""``python -m varlen_attn info | explain | demo``, each with ``--json``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .problem import Problem
+
+__all__ = ["main"]
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 where an ordered backend refuses, 2 where a value is wrong."""
+    options = _parser().parse_args(arguments)
+    status: int = options.run(options)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m varlen_attn", description="Attention without computing padding, and which kernel runs it."
+    )
+    commands = parser.add_subparsers(required=True, metavar="info | explain | demo")
+    for name, run, says in (
+        ("info", _info, "this machine, and every backend with its reason"),
+        ("explain", _explain, "which backend runs a call, here or on another machine, and why the others do not"),
+        ("demo", _demo, "one attention layer on real text, against torch's: same numbers, both times"),
+    ):
+        command = commands.add_parser(name, help=says, description=says)
+        command.set_defaults(run=run, parser=command)
+        command.add_argument("--json", action="store_true", help="the same facts as JSON")
+        if name == "explain":
+            _add_problem(command)
+    return parser
+
+
+def _add_problem(command: argparse.ArgumentParser) -> None:
+    machine = command.add_argument_group("the machine (this one, where nothing is said)")
+    machine.add_argument("--device", metavar="cpu|cuda|...")
+    machine.add_argument("--capability", type=_capability, metavar="9.0", help="compute capability of the GPU")
+    machine.add_argument("--rocm", action="store_true", help="an AMD GPU")
+    machine.add_argument("--torch-version", metavar="2.13.0")
+    machine.add_argument(
+        "--with", dest="packages", type=_package, action="append", metavar="flash-attn=2.8.3",
+        help="an optional package of that machine; stated packages replace those installed here",
+    )  # fmt: skip
+    call = command.add_argument_group("the call")
+    call.add_argument("--dtype", choices=DTYPES, default="float32")
+    call.add_argument("--heads", type=_positive, default=8, metavar="N")
+    call.add_argument("--kv-heads", type=_positive, metavar="K", help="as many as heads, unless stated")
+    call.add_argument("--head-dim", type=_positive, default=64, metavar="H")
+    call.add_argument("--value-head-dim", type=_positive, metavar="Hv")
+    call.add_argument("--causal", nargs="?", const=True, default=False, choices=("bottom_right", "top_left"))
+    call.add_argument("--window", nargs=2, type=_side, metavar=("LEFT", "RIGHT"), help="tokens visible on each side; 'none' for all")
+    call.add_argument("--dropout", type=float, default=0.0, metavar="P")
+    call.add_argument("--softcap", type=float, metavar="C")
+    for flag, says in (
+        ("--alibi", "ALiBi slopes"),
+        ("--score-bias", "a score bias"),
+        ("--sinks", "attention sinks"),
+        ("--lse", "the log-sum-exp is asked for"),
+        ("--backward", "gradients are needed"),
+        ("--deterministic", "gradients must be bitwise reproducible"),
+        ("--batch-invariant", "results must not depend on batch-mates"),
+        ("--cross", "cross-attention: queries and keys of different lengths"),
+        ("--compiled", "inside torch.compile"),
+    ):
+        call.add_argument(flag, action="store_true", help=says)
+    call.add_argument("--backend", default="auto", metavar="NAME", help="order a backend by name")
+
+
+def _capability(text: str) -> tuple[int, int]:
+    major, dot, minor = text.partition(".")
+    if not (major.isdigit() and (minor.isdigit() or not dot)):
+        raise argparse.ArgumentTypeError(f"must be a compute capability such as 9.0, but is {text!r}")
+    return int(major), int(minor or 0)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, but is {text!r}")
+    return int(text)
+
+
+def _side(text: str) -> int | None:
+    if text.lower() == "none":
+        return None
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a number of tokens or 'none', but is {text!r}")
+    return int(text)
+
+
+def _package(text: str) -> tuple[str, str]:
+    name, equals, version = text.partition("=")
+    if not (name and equals and version.lstrip("=")):
+        raise argparse.ArgumentTypeError(f"must be NAME=VERSION such as flash-attn=2.8.3, but is {text!r}")
+    return name, version.lstrip("=")
+
+
+def _problem(options: argparse.Namespace) -> Problem:
+    """The problem that the options state. Raises ArgumentError for a value outside its range."""
+    import torch
+
+    from .problem import Problem, Semantics
+
+    kv_heads = options.kv_heads or options.heads
+    if options.heads % kv_heads:
+        options.parser.error(f"--heads must be a multiple of --kv-heads, but they are {options.heads} and {kv_heads}")
+    stated: dict[str, Any] = {}
+    if options.device is not None:
+        try:
+            stated["device_type"] = torch.device(options.device).type
+        except RuntimeError:
+            options.parser.error(f"--device must be a device of torch such as cpu or cuda, but is {options.device!r}")
+    stated |= {name: getattr(options, name) for name in ("capability", "torch_version", "rocm") if getattr(options, name)}
+    if options.packages is not None:
+        stated["packages"] = tuple(options.packages)
+    semantics = Semantics.of(
+        causal=options.causal, window=options.window, softcap=options.softcap, dropout_p=options.dropout,
+        deterministic=options.deterministic, batch_invariant=options.batch_invariant, return_lse=options.lse,
+        alibi=options.alibi, score_bias=options.score_bias, sinks=options.sinks,
+    )  # fmt: skip
+    return Problem(
+        dtype=getattr(torch, options.dtype), num_heads=options.heads, num_kv_heads=kv_heads, head_dim=options.head_dim,
+        value_head_dim=options.value_head_dim or options.head_dim, semantics=semantics, self_attention=not options.cross,
+        needs_grad=options.backward, tracing=options.compiled, requested=options.backend, **stated,
+    )  # fmt: skip
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from .dispatch import choose
+    from .errors import ArgumentError, BackendRefused
+
+    try:
+        plan = choose(_problem(options), thorough=True)
+    except ArgumentError as error:
+        options.parser.error(str(error))
+    except BackendRefused as error:
+        print(json.dumps({"error": str(error)}, indent=1) if options.json else error, file=sys.stdout if options.json else sys.stderr)
+        return 1
+    print(json.dumps(plan.as_dict(), indent=1) if options.json else plan)
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from .explain import environment, environment_text
+
+    print(json.dumps(environment(), indent=1) if options.json else environment_text())
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from . import demo
+
+    found = demo.facts()
+    print(json.dumps(found, indent=1) if options.json else demo.text(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
