@@ -7,7 +7,8 @@ Read in its source (2.8.3, with what changed since 2.1); its Triton build is run
 - Rows beyond ``cu_seqlens[-1]`` are never written. A row without keys has a log-sum-exp of +inf; before 2.6 it comes padded.
 - With dropout, the log-sum-exp is only to be had together with all attention weights: refused.
 - Of its two ROCm builds, the CK one ignores softcap, and the Triton one ignores windows and softcap, asserts at one ALiBi slope a head
-  and draws the same dropout mask at every call. Its log-sum-exp is ``(T, N)``. In Triton's interpreter, bfloat16 is garbage.
+  and draws the same dropout mask at every call. Its log-sum-exp is ``(T, N)``; under a causal mask, a block of queries that see no
+  key zeroes it beyond the end of the sequence and of the memory. In Triton's interpreter, bfloat16 is garbage.
 - A module named ``flash_attn`` is no evidence: flash-attn-4 leaves a namespace package of that name, and other distributions
   install one too. So the distribution is looked up, then imported, then its signature is read.
 """
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics, version_tuple
+from ._blind import without_blind_queries
 from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim
 
 _INTERFACE = "flash_attn.flash_attn_interface"
@@ -149,37 +151,39 @@ class Flash2(Backend):
         semantics: Semantics,
         extras: Extras,
     ) -> tuple[Tensor, Tensor | None]:
-        value_dim = value.shape[-1]
-        if layout_q.num_seqs == 0:  # the kernel refuses an empty batch
-            out = connected_zeros((*query.shape[:2], value_dim), query, key, value)
-            return out, out.new_zeros((out.shape[1], 0), dtype=torch.float32) if semantics.return_lse else None
         from flash_attn import flash_attn_interface
 
+        triton = getattr(flash_attn_interface, "USE_TRITON_ROCM", False)
+        value_dim = value.shape[-1]
         query, key, value = pad_head_dim(8, query, key, value)
-        result = flash_attn_interface.flash_attn_varlen_func(
-            q=query,
-            k=key,
-            v=value,
-            cu_seqlens_q=layout_q.cu_seqlens,
-            cu_seqlens_k=layout_kv.cu_seqlens,
-            max_seqlen_q=max(2, layout_q.max_seqlen),
-            max_seqlen_k=max(1, layout_kv.max_seqlen),
-            dropout_p=semantics.dropout_p,
-            softmax_scale=semantics.scale,
-            causal=bool(semantics.causal),
-            return_attn_probs=semantics.return_lse,
-            **_options(semantics, extras),
-        )
-        if not semantics.return_lse:
-            return contiguous_grad(result)[..., :value_dim], None
-        out, lse, *_ = result
-        lse = lse.detach()
-        if getattr(flash_attn_interface, "USE_TRITON_ROCM", False):
-            lse = _triton_lse(lse, layout_q, layout_kv, semantics)
-        elif lse.dim() == 3:  # before 2.6: (Q, N, max_seqlen)
-            sequence_T = layout_q.seq_ids.clamp(max=lse.shape[0] - 1)  # slack rows belong to none
-            lse = lse[sequence_T, :, layout_q.positions].transpose(0, 1)
-        return contiguous_grad(out)[..., :value_dim], lse.masked_fill(torch.isposinf(lse), float("-inf"))
+
+        def attend(query: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout) -> tuple[Tensor, Tensor | None]:
+            if layout_q.num_seqs == 0:  # the kernel refuses an empty batch
+                out = connected_zeros(query.shape, query, key, value)
+                return out, out.new_zeros((out.shape[1], out.shape[0]), dtype=torch.float32)
+            result = flash_attn_interface.flash_attn_varlen_func(
+                q=query,
+                k=key,
+                v=value,
+                cu_seqlens_q=layout_q.cu_seqlens,
+                cu_seqlens_k=layout_kv.cu_seqlens,
+                max_seqlen_q=max(2, layout_q.max_seqlen),
+                max_seqlen_k=max(1, layout_kv.max_seqlen),
+                dropout_p=semantics.dropout_p,
+                softmax_scale=semantics.scale,
+                causal=bool(semantics.causal),
+                return_attn_probs=semantics.return_lse,
+                **_options(semantics, extras),
+            )
+            if not semantics.return_lse:
+                return contiguous_grad(result), None
+            return contiguous_grad(result[0]), _packed_lse(result[1].detach(), layout_q, triton)
+
+        if triton and semantics.causal:
+            out, lse = without_blind_queries(query, layout_q, layout_kv, attend)
+        else:
+            out, lse = attend(query, layout_q, layout_kv)
+        return out[..., :value_dim], lse if semantics.return_lse else None
 
 
 def _options(semantics: Semantics, extras: Extras) -> dict[str, Any]:
@@ -197,12 +201,14 @@ def _options(semantics: Semantics, extras: Extras) -> dict[str, Any]:
     return options
 
 
-def _triton_lse(lse_TN: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics) -> Tensor:
-    """The Triton build returns it as ``(T, N)``, with a 0 for rows that see no key."""
-    lengths_q, lengths_k = (x.cu_seqlens.to(torch.int64).diff() for x in (layout_q, layout_kv))
-    blind_Q = lengths_q - lengths_k if semantics.causal else torch.where(lengths_k == 0, lengths_q, 0)
-    blind_T = layout_q.positions < blind_Q[layout_q.seq_ids.clamp(max=layout_q.num_seqs - 1)]
-    return lse_TN.transpose(0, 1).masked_fill(blind_T, float("-inf"))
+def _packed_lse(lse: Tensor, layout_q: SeqLayout, triton: bool) -> Tensor:
+    """``(N, T)``, -inf for rows without keys."""
+    if triton:
+        lse = lse.transpose(0, 1)
+    elif lse.dim() == 3:  # before 2.6: (Q, N, max_seqlen)
+        sequence_T = layout_q.seq_ids.clamp(max=lse.shape[0] - 1)  # slack rows belong to none
+        lse = lse[sequence_T, :, layout_q.positions].transpose(0, 1)
+    return lse.masked_fill(torch.isposinf(lse), float("-inf"))
 
 
 def _device_refusals(problem: Problem) -> Iterable[Refusal]:
@@ -224,6 +230,8 @@ def _device_refusals(problem: Problem) -> Iterable[Refusal]:
             yield Refusal("ignores windows in its Triton build, without an error", "drop `window`, or use another backend")
         if want.alibi:
             yield Refusal("fails for ALiBi slopes in its Triton build", "drop `alibi_slopes`, or use another backend")
+        if want.causal and not problem.host_lengths:
+            yield Refusal("needs lengths on the host for causal attention in its Triton build", "build the layout from lengths")
         if want.dropout_p:
             yield Refusal("draws the same dropout mask at every call in its Triton build", "pass dropout_p=0, or use another backend")
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics
+from ._blind import without_blind_queries
 from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim, repeat_kv
 
 _MASK_TYPE = {False: 0, "top_left": 1, "bottom_right": 2}
@@ -75,10 +76,14 @@ class MemEfficient(Backend):
         multiple = 8 if query.dtype in HALF else 4
         query, key = pad_head_dim(multiple, query, key)
         (value,) = pad_head_dim(multiple, value)
-        if semantics.causal == "bottom_right" and layout_q is not layout_kv:
-            out, lse = _without_blind_queries(query, key, value, layout_q, layout_kv, semantics)
+
+        def attend(query: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout) -> tuple[Tensor, Tensor | None]:
+            return _attend(query, key, value, layout_q, layout_kv, semantics)
+
+        if semantics.causal == "bottom_right":
+            out, lse = without_blind_queries(query, layout_q, layout_kv, attend)
         else:
-            out, lse = _attend(query, key, value, layout_q, layout_kv, semantics)
+            out, lse = attend(query, layout_q, layout_kv)
         return out[..., :value_dim], lse if semantics.return_lse else None
 
 
@@ -108,24 +113,6 @@ def _attend(
     )
     out = contiguous_grad(out[0])
     return out, lse.detach()[layout_q.seq_ids, :, layout_q.positions].transpose(0, 1) if semantics.return_lse else None
-
-
-def _without_blind_queries(
-    query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics
-) -> tuple[Tensor, Tensor | None]:
-    """Bottom-right causal: the first ``Lq - Lk`` queries of a sequence see nothing, and the rest is never longer than the keys."""
-    lengths = [min(pair) for pair in zip(_lengths(layout_q), _lengths(layout_kv), strict=True)]
-    if tuple(lengths) == layout_q.lengths:
-        return _attend(query, key, value, layout_q, layout_kv, semantics)
-    seeing = SeqLayout.from_lengths(lengths, device=query.device)
-    blind_Q = (layout_q.cu_seqlens.diff() - layout_kv.cu_seqlens.diff()).to(torch.int64)
-    sees_T = layout_q.positions >= blind_Q[layout_q.seq_ids]
-    rows = torch.nonzero_static(sees_T, size=seeing.num_rows).squeeze(1)  # its size is known: nothing is read back
-    some, some_lse = _attend(query.index_select(0, rows), key, value, seeing, layout_kv, semantics)
-    out = some.new_zeros((query.shape[0], *some.shape[1:])).index_copy(0, rows, some)
-    if some_lse is None:
-        return out, None
-    return out, some_lse.new_full((query.shape[1], query.shape[0]), float("-inf")).index_copy(1, rows, some_lse)
 
 
 def _lengths(layout: SeqLayout) -> tuple[int, ...]:
