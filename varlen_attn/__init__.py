@@ -20,6 +20,7 @@ from .errors import (
 from .explain import explain
 from .functional import padded_attention, varlen_attention, varlen_mha
 from .layout import SeqLayout
+from .modules import VarlenMultiheadAttention
 from .problem import Problem, Semantics
 
 __version__ = "0.1.0"
@@ -42,9 +43,10 @@ __all__ = [
     "Record",
     "Refusal",
     "Route",
-    "SeqLayout",
     "Semantics",
+    "SeqLayout",
     "VarlenError",
+    "VarlenMultiheadAttention",
     "VarlenWarning",
     "backends",
     "choose",

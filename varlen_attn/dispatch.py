@@ -227,6 +227,7 @@ class Call:
         module: the name or class of the module that called.
         rows: T.  slots: B*S.
         traced: seen once while tracing, and not at each run.
+        reason: why a module went the dense way, if it did.
     """
 
     backend: str
@@ -236,6 +237,7 @@ class Call:
     rows: int | None = None
     slots: int | None = None
     traced: bool = False
+    reason: str | None = None
 
     @property
     def padding(self) -> float | None:
@@ -258,7 +260,7 @@ class Record:
         rows = [("#", "module", "backend", "T", "B*S", "padding", "kernel")]
         for i, call in enumerate(self.calls):
             padding = "-" if call.padding is None else f"{call.padding:.0%}"
-            kernel = call.kernel + (" (traced)" if call.traced else "")
+            kernel = call.kernel + (" (traced)" if call.traced else "") + (f"; {call.reason}" if call.reason else "")
             rows.append((str(i), call.module or "-", call.backend, _text(call.rows), _text(call.slots), padding, kernel))
         widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -301,6 +303,13 @@ def announced(plan: Plan, layout: SeqLayout, module: str | None) -> Iterator[Non
         yield
     finally:
         state.announced = before
+
+
+def note_dense(module: str, kernel: str, reason: str, slots: int) -> None:
+    """Write a call that a module computed the dense way into the open records. Everything padded is computed: T is B*S."""
+    for log in state.records:
+        assert isinstance(log, Record)
+        log.calls.append(Call("dense", kernel, None, module, slots, slots, reason=reason))
 
 
 def backends() -> list[dict[str, Any]]:

@@ -15,9 +15,7 @@ from .layout import SeqLayout
 __all__ = ["environment", "environment_text", "explain"]
 
 
-def explain(
-    query: Tensor, key: Tensor, value: Tensor, layout: SeqLayout, layout_kv: SeqLayout | None = None, **semantics: Any
-) -> Plan:
+def explain(query: Tensor, key: Tensor, value: Tensor, layout: SeqLayout, layout_kv: SeqLayout | None = None, **semantics: Any) -> Plan:
     """Which backend would run ``varlen_attention(query, key, value, layout, layout_kv, **semantics)``, and why the others would not.
 
     Names every backend exactly once, with all reasons and their fixes; ``print`` it. Nothing is computed.

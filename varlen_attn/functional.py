@@ -1,7 +1,7 @@
 """The calls: `varlen_attention` on packed tensors, `padded_attention` and `varlen_mha` on padded ones.
 
-The seam of the package. Everything is checked and normalised here, once: shapes, dtypes (autocast included), the layout against the tensors,
-the route, empty sequences for backends that mishandle them. Backends trust what they get.
+The seam of the package. Everything is checked and normalised here, once: shapes, dtypes (autocast included), the layout against the
+tensors, the route, empty sequences for backends that mishandle them. Backends trust what they get.
 """
 
 from __future__ import annotations
@@ -92,6 +92,21 @@ def varlen_attention(
     return call.run(module=None)
 
 
+def attend_for(
+    module: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SeqLayout,
+    layout_kv: SeqLayout,
+    options: dict[str, Any],
+    backend: str | Backend,
+) -> Tensor:
+    """`varlen_attention` on behalf of a module, whose name stands in the record."""
+    out: Tensor = _Call(query, key, value, layout, layout_kv, Extras(), options, backend).run(module)
+    return out
+
+
 def plan_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: SeqLayout, layout_kv: SeqLayout | None = None, **semantics: Any
 ) -> Plan:
@@ -125,7 +140,7 @@ class _Call:
         self.query, self.key, self.value = _common_dtype(query, key, value)
         _check_shapes(self.query, self.key, self.value, self.layout_q, self.layout_kv)
         self.extras = _check_extras(self.query, extras)
-        flags = {
+        flags: dict[str, Any] = {
             "alibi": extras.alibi_slopes is not None,
             "sinks": extras.sinks is not None,
             "score_bias": extras.score_bias is not None,
@@ -137,7 +152,7 @@ class _Call:
             semantics = replace(semantics, causal="bottom_right")  # equal lengths: both alignments are one
         self.semantics = semantics
         self.backend = requested_backend(backend)
-        _check_holes(self.layout_q, self.layout_kv, semantics)
+        check_holes(self.layout_q, self.layout_kv, semantics)
 
     def _needs_grad(self) -> bool:
         tensors = [self.query, self.key, self.value, self.extras.sinks, self.extras.score_bias]
@@ -205,9 +220,7 @@ class _Call:
                 return self._launch_without_slack(backend)
             if not backend.capabilities.empty_sequences and _has_empty(self.layout_q, self.layout_kv):
                 return self._launch_without_empties(backend)
-            return backend.run(
-                self.query, self.key, self.value, self.layout_q, self.layout_kv, self.semantics, self.extras
-            )
+            return backend.run(self.query, self.key, self.value, self.layout_q, self.layout_kv, self.semantics, self.extras)
 
     def _launch_without_slack(self, backend: Backend) -> tuple[Tensor, Tensor | None]:
         """For kernels that leave rows beyond ``cu_seqlens[-1]`` unwritten: zero them in results and gradients."""
@@ -222,7 +235,8 @@ class _Call:
     def _launch_without_empties(self, backend: Backend) -> tuple[Tensor, Tensor | None]:
         """For kernels that mishandle empty sequences: leave them out; their queries, if any, get 0 and -inf."""
         lengths_q, lengths_k = self.layout_q.lengths, self.layout_kv.lengths
-        assert lengths_q is not None and lengths_k is not None  # refused otherwise
+        assert lengths_q is not None  # refused otherwise
+        assert lengths_k is not None
         kept = [i for i, (a, b) in enumerate(zip(lengths_q, lengths_k, strict=True)) if a and b]
         rows_q, rows_k = (_rows_of(x, kept) for x in (self.layout_q, self.layout_kv))
         if not kept:
@@ -276,14 +290,11 @@ def _common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
         dtype = torch.get_autocast_dtype(device_type)
         if any(x.dtype == torch.float64 for x in tensors):
             raise DtypeError(
-                f"inside autocast query, key and value must be float16, bfloat16 or float32, but {listing}: "
-                "leave autocast for float64."
+                f"inside autocast query, key and value must be float16, bfloat16 or float32, but {listing}: leave autocast for float64."
             )
         return tuple(x.to(dtype) for x in tensors)
     if len(set(dtypes)) > 1:
-        raise DtypeError(
-            f"query, key and value must have one dtype, but {listing}: convert them, or call under torch.autocast."
-        )
+        raise DtypeError(f"query, key and value must have one dtype, but {listing}: convert them, or call under torch.autocast.")
     return tensors
 
 
@@ -335,12 +346,16 @@ def _check_extras(query: Tensor, extras: Extras) -> Extras:
             raise ArgumentError(f"`score_bias` must have shape (N, Sq, Sk) with N = {heads}, but has shape {tuple(bias.shape)}.")
     elif bias is not None and not callable(bias):
         raise DtypeError(f"`score_bias` must be a tensor or a callable, but is {type(bias).__name__}.")
-    return replace(extras, **converted)  # type: ignore[arg-type]
+    return replace(extras, **converted)
 
 
-def _check_holes(layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics) -> None:
+def check_holes(layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics) -> None:
     """Distances count packed tokens, a padded implementation counts columns: with holes the two differ."""
-    asked = [n for n, on in (("window", semantics.window is not None), ("alibi_slopes", semantics.alibi), ("score_bias", semantics.score_bias)) if on]
+    asked = [
+        n
+        for n, on in (("window", semantics.window is not None), ("alibi_slopes", semantics.alibi), ("score_bias", semantics.score_bias))
+        if on
+    ]
     if asked and any(x.has_holes and x.holes == "refuse" for x in (layout_q, layout_kv)):
         raise LayoutError(
             f"`{asked[0]}` counts distances in packed tokens, but this layout has padding between tokens of one row, where a padded "
@@ -409,31 +424,35 @@ def _layouts(
     if layout is not None or layout_kv is not None:
         if key_padding_mask is not None or query_padding_mask is not None:
             raise ArgumentError("pass masks or `layout`/`layout_kv`, not both: nothing says which one counts.")
-        layout = layout or _full(query)
+        layout = layout or full_layout(query)
         return layout, layout if layout_kv is None else layout_kv
     _check_mask(key_padding_mask, key, "key_padding_mask", "key")
     if query_padding_mask is None:
         if query.shape[:2] != key.shape[:2]:
             raise LayoutError(
                 f"`key_padding_mask` alone means self-attention, where query and key have one (B, S), but they have "
-                f"{tuple(query.shape[:2])} and {tuple(key.shape[:2])}: for cross-attention pass query_padding_mask=<mask>, or False if all queries are real."
+                f"{tuple(query.shape[:2])} and {tuple(key.shape[:2])}: for cross-attention pass query_padding_mask=<mask>, or False if all are real."
             )
-        own = _full(key) if key_padding_mask is None else _layout_of(key_padding_mask, key)
+        own = full_layout(key) if key_padding_mask is None else _layout_of(key_padding_mask, key)
         return own, own
-    layout_k = _full(key) if key_padding_mask is None else _layout_of(key_padding_mask, key)
+    layout_k = full_layout(key) if key_padding_mask is None else _layout_of(key_padding_mask, key)
     if query_padding_mask is False:
-        return _full(query), layout_k
+        return full_layout(query), layout_k
     _check_mask(query_padding_mask, query, "query_padding_mask", "query")
     return _layout_of(query_padding_mask, query), layout_k
 
 
-def _full(x: Tensor) -> SeqLayout:
+def full_layout(x: Tensor) -> SeqLayout:
     return SeqLayout.from_lengths([x.shape[1]] * x.shape[0], x.shape[1], device=x.device)
 
 
 def _layout_of(mask: Tensor, x: Tensor) -> SeqLayout:
-    """A CPU mask for a tensor on a GPU gives host lengths, and its index tensors move once, without waiting."""
-    layout = SeqLayout.from_key_padding_mask(mask)
+    """Of a CPU mask for a tensor on a GPU, only the index tensors move, once and without waiting; the lengths stay on the host."""
+    return to_device_of(SeqLayout.from_key_padding_mask(mask), x)
+
+
+def to_device_of(layout: SeqLayout, x: Tensor) -> SeqLayout:
+    """``layout`` where ``x`` is."""
     if layout.device == x.device:
         return layout
     if layout.device.type == "cpu" and x.device.type == "cuda":
@@ -504,14 +523,16 @@ def varlen_mha(
     Raises:
         ArgumentError, LayoutError, DtypeError, BackendRefused: as `varlen_attention`.
 
-    In plain PyTorch: ``F.multi_head_attention_forward`` on ``x.transpose(0, 1)`` with ``need_weights=False``, times ``~key_padding_mask[..., None]``.
+    In plain PyTorch: ``F.multi_head_attention_forward`` on ``x.transpose(0, 1)`` with ``need_weights=False``, times
+    ``~key_padding_mask[..., None]``.
     """
     if dropout_p > 0 and training is None:
         raise ArgumentError(f"`training` must be True or False where dropout_p > 0, but is None (dropout_p is {dropout_p}).")
     options: dict[str, Any] = dict(causal=causal, window=window, dropout_p=dropout_p if training else 0.0, backend=backend)
     if not isinstance(x, Tensor) or x.dim() not in (2, 3, 5):
         raise LayoutError(
-            f"`x` must be (B, S, D), packed (T, D) with `layout`, or stacked (B, S, 3, N, H), but has shape {tuple(getattr(x, 'shape', ()))}."
+            "`x` must be (B, S, D), packed (T, D) with `layout`, or stacked (B, S, 3, N, H), but has shape "
+            f"{tuple(getattr(x, 'shape', ()))}."
         )
     if x.dim() == 5:
         return _stacked(x, key_padding_mask, layout, (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias), options)
@@ -527,7 +548,7 @@ def varlen_mha(
     if x.dim() == 3:
         if layout is None:
             _check_mask(key_padding_mask, x, "key_padding_mask", "x")
-            layout = _full(x) if key_padding_mask is None else _layout_of(key_padding_mask, x)
+            layout = full_layout(x) if key_padding_mask is None else _layout_of(key_padding_mask, x)
         rows = pack_rows(layout, x)
     else:
         assert layout is not None
@@ -553,7 +574,7 @@ def _stacked(
         raise ArgumentError("pass `key_padding_mask` or `layout`, not both: nothing says which one counts.")
     if layout is None:
         _check_mask(mask, x, "key_padding_mask", "x")
-        layout = _full(x) if mask is None else _layout_of(mask, x)
+        layout = full_layout(x) if mask is None else _layout_of(mask, x)
     query, key, value = pack_rows(layout, x).unbind(1)
     out: Tensor = varlen_attention(query, key, value, layout, **options)
     return unpack_rows(layout, out)

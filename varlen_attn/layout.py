@@ -39,10 +39,7 @@ Pooling = Literal["mean", "max", "sum", "first", "last"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_CONVENTIONS = (
-    "`key_padding_mask` marks padding with True (torch), `attention_mask` marks tokens with "
-    "True or 1 (Hugging Face)"
-)
+_CONVENTIONS = "`key_padding_mask` marks padding with True (torch), `attention_mask` marks tokens with True or 1 (Hugging Face)"
 _PADDING_THRESHOLD = -1e4  # an additive mask value at or below this is padding: covers finfo.min of float16
 
 
@@ -79,14 +76,12 @@ class _Pack(torch.autograd.Function):
     """Rows of the padded tensor, in packed order. ``valid_T`` is None unless there are slack rows."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, token_indices: Tensor, gather_indices: Tensor, valid_T: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, token_indices: Tensor, gather_indices: Tensor, valid_T: Tensor | None) -> Tensor:
         ctx.save_for_backward(token_indices, gather_indices, valid_T)
         return _pack(x, token_indices, valid_T)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Unpack.apply(grad, *ctx.saved_tensors, 0), None, None, None
 
 
@@ -94,7 +89,7 @@ class _Unpack(torch.autograd.Function):
     """Rows of the packed tensor at their places in the padded one, ``pad_value`` elsewhere."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         token_indices: Tensor,
@@ -106,7 +101,7 @@ class _Unpack(torch.autograd.Function):
         return _unpack(x, gather_indices, pad_value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Pack.apply(grad, *ctx.saved_tensors), None, None, None, None
 
 
@@ -303,8 +298,7 @@ class SeqLayout:
         _check_integer_vector(cu_seqlens, "cu_seqlens")
         if cu_seqlens.shape[0] == 0:
             raise LayoutError(
-                "`cu_seqlens` must have Q+1 >= 1 entries, the first of them 0, but is empty: "
-                "for no sequences pass torch.tensor([0])."
+                "`cu_seqlens` must have Q+1 >= 1 entries, the first of them 0, but is empty: for no sequences pass torch.tensor([0])."
             )
         lengths = None
         if validate or padded_len is None or total is None:
@@ -351,12 +345,12 @@ class SeqLayout:
                 f"`nested` must be a nested tensor with layout torch.jagged, but is {_describe(nested)}: "
                 "make one with torch.nested.as_nested_tensor(tensors, layout=torch.jagged)."
             )
-        if getattr(nested, "_ragged_idx", 1) != 1 or nested.lengths() is not None:
+        if getattr(nested, "_ragged_idx", 1) != 1 or nested.lengths() is not None:  # type: ignore[attr-defined]
             raise LayoutError(
                 "`nested` must hold its sequences one after another along dimension 1, but it is a "
                 "transposed view or has gaps: call .contiguous() on it."
             )
-        return cls.from_cu_seqlens(nested.offsets())
+        return cls.from_cu_seqlens(nested.offsets())  # type: ignore[attr-defined]
 
     # ---------------------------------------------------------------- facts
 
@@ -415,6 +409,10 @@ class SeqLayout:
         """``(T,)`` bool: False for slack rows, True for all others."""
         return torch.arange(self.num_rows, device=self.device) < self.cu_seqlens[-1]
 
+    def padding_mask(self) -> Tensor:
+        """``(B, S)`` bool: torch's ``key_padding_mask``, True at padding."""
+        return (self.gather_indices == 0).view(self.batch_size, self.padded_len)
+
     # ---------------------------------------------------------------- packing
 
     def pack(self, x: Tensor) -> Tensor:
@@ -450,12 +448,13 @@ class SeqLayout:
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """``(T, ...) -> Q`` views, one a sequence. Needs lengths on the host."""
         self._check(x, (self.num_rows,), "x")
-        return x[: self.total].split(list(self._host_lengths("split")))
+        views: tuple[Tensor, ...] = x[: self.total].split(list(self._host_lengths("split")))
+        return views
 
     def to_nested(self, x: Tensor) -> Tensor:
         """``(T, ...) -> (Q, j, ...)``: a jagged nested tensor over the same memory."""
         self._check(x, (self.num_rows,), "x")
-        bounds: dict[str, int] = {}
+        bounds: dict[str, Any] = {}
         if self.lengths is not None:
             bounds = {"min_seqlen": min(self.lengths, default=0), "max_seqlen": max(self.lengths, default=0)}
         offsets = self.cu_seqlens.to(torch.int64)
@@ -559,7 +558,8 @@ class SeqLayout:
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> SeqLayout:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+        changed: dict[str, Any] = {k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)}
+        return replace(self, **changed)
 
     def _check(self, x: Tensor, leading: tuple[int, ...], name: str) -> None:
         if tuple(x.shape[: len(leading)]) != leading:
@@ -577,7 +577,8 @@ class SeqLayout:
     def _host_lengths(self, what: str) -> tuple[int, ...]:
         if self.lengths is None:
             raise LayoutError(
-                f"{what} needs the lengths on the host, but only the device knows them: build the layout from lengths, or without `capacity`."
+                f"{what} needs the lengths on the host, but only the device knows them: build the layout from lengths, or "
+                "without `capacity`."
             )
         return self.lengths
 

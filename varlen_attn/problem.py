@@ -109,7 +109,7 @@ class Semantics:
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         return cls(
-            causal=causal or False,  # type: ignore[arg-type]
+            causal=causal or False,
             window=_normal_window(window),
             scale=scale,
             softcap=softcap,
@@ -117,6 +117,12 @@ class Semantics:
             deterministic=deterministic,
             **flags,
         )
+
+    @property
+    def factor(self) -> float:
+        """The scale as a number; a call fills it in before any backend sees it."""
+        assert self.scale is not None
+        return self.scale
 
     def visible_range(self, offset: int) -> tuple[int | None, int | None]:
         """``(low, high)``: query i sees keys ``i + low <= j <= i + high``; ``offset`` is ``Lk - Lq`` of the sequence.

@@ -35,9 +35,7 @@ def masked_attention(
     return kernel(query, key, value, visible, bias, scale)
 
 
-def _flash_cpu(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor]:
+def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
     """Gives 0 for a row without a visible key (documented nowhere, tested here), but a log-sum-exp of 0."""
     value_dim = v.shape[-1]
     q, k, v = pad_head_dim(1, q, k, v)
@@ -47,9 +45,7 @@ def _flash_cpu(
     return out[..., :value_dim], lse.detach().masked_fill(~visible.any(-1), float("-inf"))
 
 
-def _efficient_cuda(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor]:
+def _efficient_cuda(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
     """The memory-efficient kernel. It wants q's dtype, full shape and a row stride of a multiple of 16 for its mask, and turns a
     row of -inf into NaN: so hidden keys get the lowest finite number, and rows without a visible key are zeroed afterwards."""
     value_dim, len_q, len_k = v.shape[-1], q.shape[2], k.shape[2]

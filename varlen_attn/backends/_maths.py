@@ -66,7 +66,7 @@ def attend(
     rows = torch.arange(len_q, device=query.device)[:, None]
     columns = torch.arange(len_k, device=query.device)
 
-    scores = query @ key.transpose(-1, -2) * semantics.scale
+    scores = query @ key.transpose(-1, -2) * semantics.factor
     if semantics.softcap is not None:
         scores = semantics.softcap * torch.tanh(scores / semantics.softcap)
     if extras.alibi_slopes is not None:

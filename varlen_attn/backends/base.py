@@ -156,9 +156,7 @@ class Backend(ABC):
         """
         reasons = [*_capability_refusals(self.capabilities, problem), *self.extra_refusals(problem)]
         if self.capabilities.by_name_only and problem.requested != self.name:
-            reasons.append(
-                Refusal(f"is never chosen by itself: {self.capabilities.by_name_only}", f"order it with backend={self.name!r}")
-            )
+            reasons.append(Refusal(f"is never chosen by itself: {self.capabilities.by_name_only}", f"order it with backend={self.name!r}"))
         if thorough or not reasons:
             sentence = self.missing(problem)
             if sentence is not None:
@@ -243,11 +241,11 @@ class _ContiguousGrad(torch.autograd.Function):
     (``out.sum().backward()``) or a slice of a ``cat`` corrupts the gradient or is refused."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.contiguous()
 
 

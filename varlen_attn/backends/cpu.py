@@ -32,11 +32,11 @@ _MATHS_SCORES = 1 << 24  # score elements of one eager call: 64 MB in float32
 
 
 class Group(NamedTuple):
-    """``count`` adjacent sequences of equal lengths, by their first packed rows."""
+    """``size`` adjacent sequences of equal lengths, by their first packed rows."""
 
     q_start: int
     k_start: int
-    count: int
+    size: int
     len_q: int
     len_k: int
 
@@ -62,7 +62,7 @@ def _groups(cu_q: list[int], cu_k: list[int], single: bool) -> Iterator[Group]:
                 run = None
             continue
         if run is not None and not single and (len_q, len_k) == (run.len_q, run.len_k):
-            run = run._replace(count=run.count + 1)
+            run = run._replace(size=run.size + 1)
             continue
         if run is not None:
             yield run
@@ -85,9 +85,7 @@ def _tiles(group: Group, semantics: Semantics) -> Iterator[Tile]:
             yield Tile(r0, r1, k0, k1)
 
 
-def _tile_mask(
-    tile: Tile, group: Group, semantics: Semantics, slopes: Tensor | None, dtype: torch.dtype
-) -> tuple[bool, Tensor | None]:
+def _tile_mask(tile: Tile, group: Group, semantics: Semantics, slopes: Tensor | None, dtype: torch.dtype) -> tuple[bool, Tensor | None]:
     """``(is_causal, additive mask or None)`` of one kernel call."""
     offset = group.len_k - group.len_q
     low, high = semantics.visible_range(offset)
@@ -106,8 +104,8 @@ def _tile_mask(
 
 
 def _rows(x: Tensor, start: int, group: Group, length: int, lo: int, hi: int) -> Tensor:
-    """``(count, heads, hi - lo, dim)`` view of a group's rows ``lo..hi``, without a copy."""
-    block = x[start : start + group.count * length].unflatten(0, (group.count, length))
+    """``(size, heads, hi - lo, dim)`` view of a group's rows ``lo..hi``, without a copy."""
+    block = x[start : start + group.size * length].view(group.size, length, *x.shape[1:])
     return block[:, lo:hi].transpose(1, 2)
 
 
@@ -134,7 +132,7 @@ class _Call:
             return False
         group = self.groups[0]
         whole = Tile(0, group.len_q, 0, group.len_k)
-        covers = (group.count * group.len_q, group.count * group.len_k) == (query.shape[0], key.shape[0])
+        covers = (group.size * group.len_q, group.size * group.len_k) == (query.shape[0], key.shape[0])
         return covers and list(_tiles(group, self.semantics)) == [whole]
 
 
@@ -246,8 +244,8 @@ def _lse_dtype(x: Tensor) -> torch.dtype:
 
 
 def _lse_rows(lse_NT: Tensor, group: Group, tile: Tile) -> Tensor:
-    """``(count, N, rows)`` view of ``lse (N,T)``."""
-    block = lse_NT[:, group.q_start : group.q_start + group.count * group.len_q].unflatten(1, (group.count, group.len_q))
+    """``(size, N, rows)`` view of ``lse (N,T)``."""
+    block = lse_NT[:, group.q_start : group.q_start + group.size * group.len_q].view(-1, group.size, group.len_q)
     return block[..., tile.r0 : tile.r1].transpose(0, 1)
 
 
@@ -291,9 +289,8 @@ class Cpu(Backend):
         query, key, value = pad_head_dim(1, query, key, value)
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         window = [-1 if side is None else side for side in semantics.window or (None, None)]
-        assert semantics.scale is not None
         out, lse = _forward(
-            query, key, value, layout_q.cu_seqlens, layout_kv.cu_seqlens, semantics.scale, semantics.causal or "", window,
+            query, key, value, layout_q.cu_seqlens, layout_kv.cu_seqlens, semantics.factor, semantics.causal or "", window,
             extras.alibi_slopes, semantics.batch_invariant,
         )  # fmt: skip
         return out[..., :value_dim], lse if semantics.return_lse else None
@@ -318,7 +315,7 @@ def _run_maths(
         out, out_lse = attend(q, k, v, semantics, extras, offset=group.len_k - group.len_q)
         blocks.append(out.transpose(1, 2).flatten(0, 1))
         _lse_rows(lse, group, Tile(0, group.len_q, 0, 0)).copy_(out_lse)
-        done = group.q_start + group.count * group.len_q
+        done = group.q_start + group.size * group.len_q
     blocks.append(connected_zeros((query.shape[0] - done, query.shape[1], value.shape[2]), query, key, value))
     return torch.cat(blocks), lse if semantics.return_lse else None
 
@@ -327,11 +324,11 @@ def _chunks(layout_q: SeqLayout, layout_kv: SeqLayout, single: bool, num_heads: 
     """Groups, cut so that the scores of one fit into memory."""
     for group in _groups(layout_q.cu_seqlens.tolist(), layout_kv.cu_seqlens.tolist(), single):
         step = max(1, _MATHS_SCORES // max(1, num_heads * group.len_q * group.len_k))
-        for first in range(0, group.count, step):
+        for first in range(0, group.size, step):
             yield Group(
                 group.q_start + first * group.len_q,
                 group.k_start + first * group.len_k,
-                min(step, group.count - first),
+                min(step, group.size - first),
                 group.len_q,
                 group.len_k,
             )

@@ -70,7 +70,7 @@ def _one(q: Tensor, k: Tensor, v: Tensor, semantics: Semantics, extras: Extras) 
     rows = visible.any(1).nonzero().squeeze(1)
     group = num_heads // num_kv_heads
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = torch.einsum("inh,jnh->nij", q[rows], k) * semantics.scale
+    scores = torch.einsum("inh,jnh->nij", q[rows], k) * semantics.factor
     if semantics.softcap is not None:
         scores = semantics.softcap * torch.tanh(scores / semantics.softcap)
     if extras.alibi_slopes is not None:

@@ -47,7 +47,7 @@ class SdpaPadded(Backend):
             lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
         elif not needs_maths(semantics) and masked_kernel_name(q.device.type, q.dtype) != EAGER:
             visible = _visible(semantics, q.shape[2], columns, offset, key_real)
-            out, lse = masked_attention(q, k, v, visible, _bias(extras, q.shape[2], columns, offset), semantics.scale)
+            out, lse = masked_attention(q, k, v, visible, _bias(extras, q.shape[2], columns, offset), semantics.factor)
         else:
             out, lse = attend(q, k, v, semantics, extras, offset=offset, key_real=key_real)
         packed_lse = dense_q.pack(lse.transpose(1, 2)).transpose(0, 1) if semantics.return_lse else None

@@ -1,8 +1,8 @@
 """What our own tests stand on, public because users have padded batches to test too.
 
-The only comparison of attention results that is accepted here is an error budget: the error against float64 may be twice the error that plain
-eager attention makes in the same dtype (three times for gradients). It needs no hand-picked tolerance, and it is the rule of flash-attn's
-own tests.
+The only comparison of attention results that is accepted here is an error budget: the error against float64 may be twice the error
+that plain eager attention makes in the same dtype (three times for gradients). It needs no hand-picked tolerance, and it is the rule
+of flash-attn's own tests.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def reference_attention(
 
     Shapes and semantics as `varlen_attention`; gradients flow back to the tensors given, in their dtype.
     """
-    converted = (x.to(dtype) for x in (query, key, value))
-    return varlen_attention(*converted, layout, layout_kv, backend="reference", **semantics)
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    return varlen_attention(query, key, value, layout, layout_kv, backend="reference", **semantics)
 
 
 def error_budget(ref64: Tensor, naive: Tensor, dtype: torch.dtype, *, gradient: bool = False) -> float:

@@ -158,9 +158,7 @@ def semantics(draw: st.DrawFn, heads: int, max_len: int = 12) -> dict[str, Any]:
         "softcap": rarely(st.sampled_from((0.7, 5.0))),
         "alibi_slopes": rarely(st.just(torch.rand(heads, generator=generator))),
         "sinks": rarely(st.just(torch.randn(heads, generator=generator))),
-        "score_bias": rarely(
-            st.sampled_from((torch.randn(heads, max_len, max_len, generator=generator), _distance_bias))
-        ),
+        "score_bias": rarely(st.sampled_from((torch.randn(heads, max_len, max_len, generator=generator), _distance_bias))),
         "batch_invariant": rarely(st.just(True), False),
         "deterministic": rarely(st.just(True), False),
     }

@@ -1,0 +1,480 @@
+"""`VarlenMultiheadAttention`: `nn.MultiheadAttention` that does not compute padding.
+
+Same constructor, `state_dict`, forward arguments and results. Padded input is packed with its mask, attended to by whatever backend
+`varlen_attention` picks, and put back; what packing can not serve (attention weights, arbitrary masks) goes the dense way, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .backends._maths import visible_mask
+from .backends.base import Backend, state
+from .dense import additive_mask, dense_attention, dense_kernel_name
+from .dispatch import note_dense, requested_backend
+from .errors import ArgumentError, BackendRefused, LayoutError
+from .functional import attend_for, check_holes, full_layout, pack_rows, to_device_of, unpack_rows
+from .layout import SeqLayout, is_tracing, layout_and_flags
+from .problem import Semantics
+
+__all__ = ["VarlenMultiheadAttention"]
+
+# torch's own checks, private but stable over the torch versions that are supported: their words are part of the drop-in's contract.
+_mha_shape_check: Callable[..., bool] = F._mha_shape_check  # type: ignore[attr-defined]
+_check_key_padding_mask: Callable[..., None] = F._check_key_padding_mask  # type: ignore[attr-defined]
+
+
+def _block_fast_path(module: nn.Module, args: Any) -> None:
+    """Does nothing. torch's encoder layers call `self_attn` only where one of their modules has a hook; without one, in evaluation, they
+    compute attention from its weights and `forward` never runs. At module level, so that it can be pickled."""
+
+
+class _Inputs(NamedTuple):
+    """Batch-first tensors, ``(T, E)`` where ``packed``. What was one object stays one object."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    packed: bool = False
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, change: Callable[[Tensor], Tensor], packed: bool = False) -> _Inputs:
+        """Every tensor changed once, however often it is passed."""
+        new_query = change(query)
+        new_key = new_query if key is query else change(key)
+        new_value = new_key if value is key else new_query if value is query else change(value)
+        return cls(new_query, new_key, new_value, packed)
+
+    @property
+    def self_attention(self) -> bool:
+        """The key padding mask holds for queries too."""
+        return self.query is self.key
+
+
+class VarlenMultiheadAttention(nn.MultiheadAttention):
+    """Drop-in for `torch.nn.MultiheadAttention` that skips padding.
+
+    Constructor, `state_dict`, forward arguments and results as torch's, with these differences:
+
+    - ``need_weights`` is **False** by default: asking for weights forces the dense computation.
+    - If ``query is key`` (the object), or ``key`` is left out, the key padding mask holds for queries too: padded rows of the result, of
+      the weights and of the gradients are exactly 0. ``zero_padding_rows=False`` keeps torch's rows there. With another key every
+      query row is real.
+    - ``is_causal=True`` without a mask means causal (top-left); torch raises.
+    - A query without a visible key gives 0 (before the output projection), and never NaN.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as torch's.
+        backend: ``"auto"``, or an order for `varlen_attention`.
+        window: ``(left, right)``, how many other tokens are visible on each side; None is unlimited.
+        zero_padding_rows: see above.
+    """
+
+    # Class attributes too, so that an instance pickled or converted without them works.
+    backend: str | Backend = "auto"
+    window: tuple[int | None, int | None] | None = None
+    zero_padding_rows: bool = True
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        backend: str | Backend = "auto",
+        window: tuple[int | None, int | None] | None = None,
+        zero_padding_rows: bool = True,
+    ) -> None:
+        super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
+        self.backend, self.window, self.zero_padding_rows = backend, window, zero_padding_rows
+        self.register_forward_pre_hook(_block_fast_path)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        layout: SeqLayout | None = None,
+        layout_kv: SeqLayout | None = None,
+        backend: str | Backend | None = None,
+        window: tuple[int | None, int | None] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of ``query`` to ``key`` and ``value``.
+
+        Args:
+            query: ``(B, L, E)``, or ``(L, B, E)`` unless ``batch_first``; ``(L, E)`` unbatched; ``(T, E)`` packed with ``layout``;
+                or a nested tensor.
+            key, value: ``(B, S, kdim)`` and ``(B, S, vdim)`` likewise; ``query`` and ``key`` if left out.
+            key_padding_mask: ``(B, S)``, or ``(S,)`` unbatched; True is padding. Floats are added to the scores, as torch does.
+            need_weights: also return the attention weights (computed the dense way).
+            attn_mask: ``(L, S)`` or ``(B*N, L, S)``; True hides. Served packed where ``is_causal`` is given and it is exactly
+                causal (compared once; while tracing trusted, as torch documents), else the dense way.
+            average_attn_weights: average the weights over heads.
+            is_causal: query i sees keys up to i.
+            layout, layout_kv: of queries and of keys, (B, S) whatever ``batch_first``, in place of the mask.
+            backend, window: override the constructor's.
+
+        Returns:
+            The output in the shape of ``query``, and weights ``(B, L, S)``, ``(B, N, L, S)`` or None.
+
+        Raises:
+            AssertionError, RuntimeError: what torch raises for shapes and masks, with our fix appended.
+            ArgumentError, LayoutError: layouts that do not fit.
+            BackendRefused: the ordered backend can not run the call.
+        """
+        key = query if key is None else key
+        value = key if value is None else value
+        order = requested_backend(self.backend if backend is None else backend)
+        window = self.window if window is None else window
+        if query.is_nested or key.is_nested or value.is_nested:
+            masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+            options = {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal}
+            return self._nested(query, key, value, masks, {**options, "backend": order, "window": window})
+        packed = layout is not None and query.dim() == 2
+        if (layout is not None or layout_kv is not None) and key_padding_mask is not None:
+            raise ArgumentError("pass `key_padding_mask` or layouts, not both: nothing says which one counts.")
+        self._check(query, key, value, key_padding_mask, attn_mask, packed)
+
+        unbatched = query.dim() == 2 and not packed
+        if unbatched:
+            inputs = _Inputs.of(query, key, value, lambda x: x[None])
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        elif packed or self.batch_first:
+            inputs = _Inputs(query, key, value, packed)
+        else:
+            inputs = _Inputs.of(query, key, value, lambda x: x.transpose(0, 1))
+
+        layouts, causal, why_dense = self._plan(inputs, key_padding_mask, attn_mask, need_weights, is_causal, layout, layout_kv)
+        if why_dense is None:
+            out, weights = self._packed(inputs, layouts, causal, window, order), None
+        else:
+            self._refuse_orders(order, why_dense)
+            check_holes(*layouts, Semantics.of(window=window))
+            bias = self._bias(inputs, layouts, key_padding_mask, None if causal else attn_mask, causal, window)
+            out, weights = self._dense(inputs, layouts, bias, need_weights, why_dense)
+            if weights is not None and average_attn_weights:
+                weights = weights.mean(1)
+        if unbatched:
+            return out[0], None if weights is None else weights[0]
+        return out if packed or self.batch_first else out.transpose(0, 1), weights
+
+    # ---------------------------------------------------------------- which way
+
+    def _plan(
+        self,
+        inputs: _Inputs,
+        mask: Tensor | None,
+        attn_mask: Tensor | None,
+        need_weights: bool,
+        is_causal: bool,
+        layout: SeqLayout | None,
+        layout_kv: SeqLayout | None,
+    ) -> tuple[tuple[SeqLayout, SeqLayout], bool, str | None]:
+        """Layouts of queries and keys, whether the call is causal, and the reason for the dense way or None.
+
+        Reads a device mask once: lengths, whether a float mask is padding only, whether ``attn_mask`` is causal, where padding stands.
+        """
+        flags: dict[str, Tensor] = {}
+        if mask is not None and mask.is_floating_point():
+            flags["additive"] = ((mask != 0) & ~torch.isneginf(mask)).any()
+        if attn_mask is not None and is_causal:
+            flags["not causal"] = _is_not_causal(attn_mask)
+        if mask is not None and is_causal and not (inputs.self_attention and self.zero_padding_rows):
+            flags["shifted"] = _is_shifted(mask)
+        layouts, values = self._layouts(inputs, mask, list(flags.values()), layout, layout_kv)
+        # While tracing nothing is read: a causal hint is trusted, as torch documents, and what else is unknown goes the dense way.
+        found = dict(zip(flags, values, strict=True)) if len(values) == len(flags) else {name: name != "not causal" for name in flags}
+        if is_causal and mask is None and layouts[0] is not layouts[1]:
+            found["shifted"] = is_tracing(inputs.query) or any(bool((x.columns != x.positions).any()) for x in layouts)
+        not_causal = found.get("not causal", attn_mask is not None)
+        reasons = (
+            (need_weights, "need_weights=True: weights exist only in the dense computation, flash was bypassed for them alone"),
+            (not_causal, "attn_mask is not known to be causal"),
+            (found.get("additive"), "key_padding_mask is additive, with values other than 0 and -inf"),
+            (
+                found.get("shifted"),
+                "causal with unlike padding of queries and keys: columns, which torch compares, differ from packed positions",
+            ),
+            (self.bias_k is not None, "add_bias_kv"),
+            (self.add_zero_attn, "add_zero_attn"),
+        )
+        return layouts, is_causal and not not_causal, next((text for holds, text in reasons if holds), None)
+
+    def _layouts(
+        self, inputs: _Inputs, mask: Tensor | None, flags: list[Tensor], layout: SeqLayout | None, layout_kv: SeqLayout | None
+    ) -> tuple[tuple[SeqLayout, SeqLayout], tuple[bool, ...]]:
+        if mask is not None:
+            real = ~torch.isneginf(mask) if mask.is_floating_point() else ~mask
+            built, values = layout_and_flags(real, [f.to(mask.device) for f in flags])
+            built = to_device_of(built, inputs.key)
+            masks_queries = inputs.self_attention and self.zero_padding_rows
+            return (built if masks_queries else full_layout(inputs.query), built), values
+        values = () if is_tracing(inputs.query) else tuple(bool(f) for f in flags)
+        if layout is None and layout_kv is None:
+            own = full_layout(inputs.query)
+            return (own, own if inputs.key.shape[:2] == inputs.query.shape[:2] else full_layout(inputs.key)), values
+        if layout_kv is None and not inputs.self_attention:
+            raise LayoutError(
+                "`layout_kv` must be given for another key, because `layout` describes the queries: pass layout_kv=layout if they share it."
+            )
+        own = full_layout(inputs.query) if layout is None else layout
+        other = own if layout_kv is None else layout_kv
+        if not inputs.packed:
+            own._check(inputs.query, (own.batch_size, own.padded_len), "query")
+            other._check(inputs.key, (other.batch_size, other.padded_len), "key")
+            if inputs.self_attention and not self.zero_padding_rows:
+                own = full_layout(inputs.query)
+        return (own, other), values
+
+    def _refuse_orders(self, order: str | Backend, why: str) -> None:
+        """An order is an order: only the dense backend may compute a call that needs the dense way."""
+        name = order if isinstance(order, str) else order.name
+        if name not in ("auto", "sdpa_padded"):
+            raise BackendRefused(
+                f"backend {name!r} was ordered, but this call can only be computed the dense way: {why}. "
+                "Fix: drop that option, or order 'sdpa_padded'."
+            )
+
+    # ---------------------------------------------------------------- computing
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Input projections of ``(..., E)`` to ``(..., N, H)``; one matrix product where inputs are one object."""
+        bias, size = self.in_proj_bias, self.embed_dim
+        if not self._qkv_same_embed_dim:
+            biases = (None, None, None) if bias is None else bias.chunk(3)
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            parts = [_linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+        elif query is key and key is value:
+            parts = [*_linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)]
+        elif key is value:
+            w_q, w_kv = self.in_proj_weight.split([size, 2 * size])
+            b_q, b_kv = (None, None) if bias is None else bias.split([size, 2 * size])
+            parts = [_linear(query, w_q, b_q), *_linear(key, w_kv, b_kv).chunk(2, dim=-1)]
+        else:
+            biases = (None, None, None) if bias is None else bias.chunk(3)
+            parts = [_linear(x, w, b) for x, w, b in zip((query, key, value), self.in_proj_weight.chunk(3), biases, strict=True)]
+        return tuple(rearrange(p, "... (n h) -> ... n h", n=self.num_heads) for p in parts)
+
+    def _packed(
+        self,
+        inputs: _Inputs,
+        layouts: tuple[SeqLayout, SeqLayout],
+        causal: bool,
+        window: tuple[int | None, int | None] | None,
+        order: str | Backend,
+    ) -> Tensor:
+        layout_q, layout_k = layouts
+        rows = inputs
+        if not inputs.packed:
+            query = pack_rows(layout_q, inputs.query)
+            key = query if inputs.self_attention and layout_q is layout_k else pack_rows(layout_k, inputs.key)
+            value = key if inputs.value is inputs.key else pack_rows(layout_k, inputs.value)
+            rows = _Inputs(query, key, value)
+        q, k, v = self._project(rows.query, rows.key, rows.value)
+        options = {
+            "causal": "top_left" if causal else False,
+            "window": window,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
+        out = attend_for(type(self).__name__, q, k, v, layout_q, layout_k, options, order)
+        out = _linear(rearrange(out, "t n h -> t (n h)"), self.out_proj.weight, self.out_proj.bias)
+        return out if inputs.packed else unpack_rows(layout_q, out)
+
+    def _bias(
+        self,
+        inputs: _Inputs,
+        layouts: tuple[SeqLayout, SeqLayout],
+        mask: Tensor | None,
+        attn_mask: Tensor | None,
+        causal: bool,
+        window: tuple[int | None, int | None] | None,
+    ) -> Tensor | None:
+        """All masks as one additive tensor that broadcasts to ``(B, N, L, S)``; None if nothing is hidden."""
+        layout_q, layout_k = layouts
+        dtype, device = inputs.query.dtype, inputs.query.device
+        terms: list[Tensor] = []
+        if mask is not None and mask.is_floating_point():
+            terms.append(mask.to(device, dtype)[:, None, None])
+        elif not layout_k.is_dense:
+            hidden = layout_k.padding_mask()[:, None, None]
+            terms.append(torch.zeros((), dtype=dtype, device=device).masked_fill(hidden, float("-inf")))
+        if attn_mask is not None:
+            added = additive_mask(attn_mask.to(device), dtype)
+            shape = (-1, self.num_heads) if added.dim() == 3 else (1, 1)
+            terms.append(added.to(dtype).view(*shape, *added.shape[-2:]))
+        if causal or window is not None:
+            semantics = Semantics.of(causal="top_left" if causal else False, window=window)
+            rows = torch.arange(layout_q.padded_len, device=device)[:, None]
+            columns = torch.arange(layout_k.padded_len, device=device)
+            visible = visible_mask(semantics, rows, columns, layout_k.padded_len - layout_q.padded_len)
+            assert visible is not None
+            terms.append(additive_mask(~visible, dtype)[None, None])
+        return sum(terms[1:], start=terms[0]) if terms else None
+
+    def _dense(
+        self, inputs: _Inputs, layouts: tuple[SeqLayout, SeqLayout], bias: Tensor | None, need_weights: bool, why: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """Padded rows computed too, with torch's meaning of every mask; what stands in padding is not read."""
+        layout_q, layout_k = layouts
+        if inputs.packed:
+            query = layout_q.unpack(inputs.query)
+            key = query if inputs.self_attention and layout_q is layout_k else layout_k.unpack(inputs.key)
+            value = key if inputs.value is inputs.key else layout_k.unpack(inputs.value)
+        else:
+            query = _without_padding(inputs.query, layout_q)
+            key = query if inputs.self_attention and layout_q is layout_k else _without_padding(inputs.key, layout_k)
+            value = key if inputs.value is inputs.key else _without_padding(inputs.value, layout_k)
+        q, k, v = self._project(query, key, value)
+        extra = 0
+        if self.bias_k is not None and self.bias_v is not None:
+            row = (len(k), 1, self.num_heads, self.head_dim)
+            k = torch.cat([k, self.bias_k.to(k.dtype).view(1, 1, *row[2:]).expand(row)], 1)
+            v = torch.cat([v, self.bias_v.to(v.dtype).view(1, 1, *row[2:]).expand(row)], 1)
+            extra += 1
+        if self.add_zero_attn:
+            k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
+            extra += 1
+        bias = None if bias is None else F.pad(bias.to(q.dtype), (0, extra))
+        dropout_p = self.dropout if self.training else 0.0
+        if state.records and not is_tracing(q):
+            kernel = dense_kernel_name(q, bias, dropout_p, need_weights)
+            note_dense(type(self).__name__, kernel, why, layout_q.batch_size * layout_q.padded_len)
+        out, weights = dense_attention(q, k, v, bias, dropout_p=dropout_p, need_weights=need_weights)
+        out = _linear(rearrange(out, "b l n h -> b l (n h)"), self.out_proj.weight, self.out_proj.bias)
+        out = layout_q.pack(out) if inputs.packed else _without_padding(out, layout_q)
+        if weights is not None and not layout_q.is_dense:
+            weights = weights.masked_fill(layout_q.padding_mask()[:, None, :, None], 0.0)
+        return out, weights
+
+    def _nested(
+        self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Tensor | None], options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Nested input, as torch's encoder hands over in evaluation: its rows are packed already. Comes back in its own layout."""
+        tensors = (query, key, value)
+        if not all(x.is_nested for x in tensors) or query.dim() != 3:
+            _mha_shape_check(query, key, value, *masks.values(), self.num_heads)
+            raise LayoutError("query, key and value must all be nested or all be padded: convert with torch.nested.to_padded_tensor.")
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *self.parameters()))
+        if any(m is not None for m in masks.values()) or (needs_grad and query.layout == torch.strided):
+            # Strided nested tensors do not train, and none takes a mask: torch's refusal, in its words.
+            return super().forward(query, key, value, masks["key_padding_mask"], options["need_weights"], masks["attn_mask"])
+        rows_q, layout_q = _nested_rows(query)
+        rows_k, layout_k = (rows_q, layout_q) if key is query else _nested_rows(key)
+        rows_v = rows_k if value is key else _nested_rows(value)[0]
+        out, weights = self.forward(rows_q, rows_k, rows_v, layout=layout_q, layout_kv=layout_k, **options)
+        return _nested_like(query, out, layout_q), weights
+
+    # ---------------------------------------------------------------- checks
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attn_mask: Tensor | None, packed: bool) -> None:
+        """torch's own checks, in its classes and words, with our fix appended; also of masks that would not be used."""
+        try:
+            if packed:
+                self._check_widths(query, key, value)
+                return
+            _mha_shape_check(query, key, value, mask, attn_mask, self.num_heads)
+            for name, x in (("key_padding_mask", mask), ("attn_mask", attn_mask)):
+                if x is not None and x.dtype != torch.bool and not x.is_floating_point():
+                    raise AssertionError(f"only bool and floating types of {name} are supported")
+            self._check_widths(query, key, value)
+            batch, len_q, len_k = self._sizes(query, key)
+            if mask is not None:
+                _check_key_padding_mask(mask if mask.dim() == 2 else mask[None], len_k, batch)
+            _check_attn_mask(attn_mask, batch * self.num_heads, len_q, len_k)
+        except (AssertionError, RuntimeError) as error:
+            order = "(B, L, E)" if self.batch_first else "(L, B, E)"
+            shown = None if mask is None else tuple(mask.shape)
+            raise type(error)(
+                f"{error}. Here batch_first={self.batch_first}, so query and key are {order}, key_padding_mask is (B, S) with True at "
+                "padding; "
+                f"given are query {tuple(query.shape)}, key {tuple(key.shape)}, key_padding_mask {shown}."
+            ) from None
+
+    def _check_widths(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        if query.shape[-1] != self.embed_dim:
+            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
+        if self._qkv_same_embed_dim and key.shape != value.shape:
+            raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise AssertionError(f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}")
+        for name, x, width in (("key", key, self.kdim), ("value", value, self.vdim)):
+            if x.shape[-1] != width:
+                raise AssertionError(f"was expecting {name} dimension of {width}, but got {x.shape[-1]}")
+
+    def _sizes(self, query: Tensor, key: Tensor) -> tuple[int, int, int]:
+        """B, L, S."""
+        if query.dim() == 2:
+            return 1, query.shape[0], key.shape[0]
+        batch, length = (0, 1) if self.batch_first else (1, 0)
+        if query.shape[batch] != key.shape[batch]:
+            raise AssertionError(f"query and key must have one batch size, but have {query.shape[batch]} and {key.shape[batch]}")
+        return query.shape[batch], query.shape[length], key.shape[length]
+
+
+def _check_attn_mask(mask: Tensor | None, rows: int, len_q: int, len_k: int) -> None:
+    if mask is None:
+        return
+    expected = (len_q, len_k) if mask.dim() == 2 else (rows, len_q, len_k)
+    if tuple(mask.shape) != expected:
+        raise RuntimeError(f"The shape of the {mask.dim()}D attn_mask is {mask.shape}, but should be {expected}.")
+
+
+def _is_not_causal(mask: Tensor) -> Tensor:
+    """Whether a bool or additive ``(..., L, S)`` mask hides anything else than the keys after each query."""
+    after = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
+    if mask.dtype == torch.bool:
+        return (mask != after).any()
+    return (torch.where(after, torch.isneginf(mask), mask == 0)).logical_not().any()
+
+
+def _is_shifted(mask: Tensor) -> Tensor:
+    """Whether a ``(B, S)`` mask has padding before a token, so that columns and packed positions differ."""
+    padding = mask if mask.dtype == torch.bool else torch.isneginf(mask)
+    return (padding[:, :-1] & ~padding[:, 1:]).any()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None and bias.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight) + bias.to(weight.dtype)  # torch's module takes such a pair, its fused kernel does not
+    return F.linear(x, weight, bias)
+
+
+def _without_padding(x: Tensor, layout: SeqLayout) -> Tensor:
+    """``(B, S, ...)`` with zeros at padding, whatever stood there; gradients there are 0 too."""
+    return x if layout.is_dense else x.masked_fill(layout.padding_mask()[..., None], 0.0)
+
+
+def _nested_rows(x: Tensor) -> tuple[Tensor, SeqLayout]:
+    if x.layout == torch.jagged:
+        x = x.contiguous()
+        return x.values(), SeqLayout.from_nested(x)
+    parts = x.unbind()
+    rows = torch.cat(parts) if parts else x.new_zeros((0, 0))
+    return rows, SeqLayout.from_lengths([len(p) for p in parts], device=rows.device)
+
+
+def _nested_like(nested: Tensor, rows: Tensor, layout: SeqLayout) -> Tensor:
+    """``rows`` in the nested layout of the input; jagged ones share its offsets, so that the two can be added."""
+    if nested.layout == torch.jagged:
+        return torch.nested.nested_tensor_from_jagged(rows, offsets=nested.offsets())  # type: ignore[attr-defined]
+    return torch.nested.as_nested_tensor(list(layout.split(rows)), layout=torch.strided)
