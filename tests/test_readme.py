@@ -1,0 +1,58 @@
+"""Every Python block of the README runs, in order, in one namespace; what it says of files and commands is true."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from varlen_attn import BACKENDS
+from varlen_attn.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_blocks_run() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 5
+    torch.manual_seed(0)
+    namespace: dict[str, object] = {"__name__": "readme"}
+    for number, block in enumerate(blocks):
+        line = README[: README.index(block)].count("\n")
+        exec(compile("\n" * line + block, f"README.md block {number}", "exec"), namespace)
+
+
+def test_the_recorded_output_is_real(capsys: pytest.CaptureFixture[str]) -> None:
+    """The table in the README is what its first block prints."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    shown = re.search(r"^```text\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    exec(compile(blocks[0], "README.md", "exec"), {})
+    assert capsys.readouterr().out == shown.group(1)
+
+
+def test_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = re.findall(r"^python -m varlen_attn (.*)$", README, flags=re.MULTILINE)
+    assert commands
+    for command in commands:
+        assert main(shlex.split(command)) == 0
+        assert capsys.readouterr().out
+
+
+def test_every_backend_has_its_row() -> None:
+    table = README.split("## What runs where")[1].split("##")[0]
+    named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)))
+    assert named == [b.name for b in BACKENDS]
+
+
+def test_links_and_make_targets_exist() -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake ([a-z-]+)", README):
+        if target not in ("them",):
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
