@@ -25,9 +25,8 @@ from .problem import Semantics
 
 __all__ = ["VarlenMultiheadAttention"]
 
-# torch's own checks, private but stable over the torch versions that are supported: their words are part of the drop-in's contract.
+# torch's own check, private but stable over the torch versions that are supported: its words are part of the drop-in's contract.
 _mha_shape_check: Callable[..., bool] = F._mha_shape_check  # type: ignore[attr-defined]
-_check_key_padding_mask: Callable[..., None] = F._check_key_padding_mask  # type: ignore[attr-defined]
 
 
 def _block_fast_path(module: nn.Module, args: Any) -> None:
@@ -375,8 +374,9 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             _mha_shape_check(query, key, value, *masks.values(), self.num_heads)
             raise LayoutError("query, key and value must all be nested or all be padded: convert with torch.nested.to_padded_tensor.")
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *self.parameters()))
-        if any(m is not None for m in masks.values()) or (needs_grad and query.layout == torch.strided):
-            # Strided nested tensors do not train, and none takes a mask: torch's refusal, in its words.
+        strided = any(x.layout == torch.strided for x in tensors)
+        if any(m is not None for m in masks.values()) or (strided and (needs_grad or query is not key or key is not value)):
+            # Strided nested tensors do not train and are q = k = v only, and none takes a mask: torch's refusal, in its words.
             return super().forward(query, key, value, masks["key_padding_mask"], options["need_weights"], masks["attn_mask"])
         rows_q, layout_q = _nested_rows(query)
         rows_k, layout_k = (rows_q, layout_q) if key is query else _nested_rows(key)
@@ -399,24 +399,27 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             self._check_widths(query, key, value)
             batch, len_q, len_k = self._sizes(query, key)
             if mask is not None:
-                _check_key_padding_mask(mask if mask.dim() == 2 else mask[None], len_k, batch)
+                _check_key_padding_mask(mask if mask.dim() == 2 else mask[None], batch, len_k)
             _check_attn_mask(attn_mask, batch * self.num_heads, len_q, len_k)
         except (AssertionError, RuntimeError) as error:
             order = "(B, L, E)" if self.batch_first else "(L, B, E)"
             shown = None if mask is None else tuple(mask.shape)
             raise type(error)(
                 f"{error}. Here batch_first={self.batch_first}, so query and key are {order}, key_padding_mask is (B, S) with True at "
-                "padding; "
-                f"given are query {tuple(query.shape)}, key {tuple(key.shape)}, key_padding_mask {shown}."
+                f"padding; given are query {tuple(query.shape)}, key {tuple(key.shape)}, key_padding_mask {shown}."
             ) from None
 
     def _check_widths(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         if query.shape[-1] != self.embed_dim:
             raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
-        if self._qkv_same_embed_dim and key.shape != value.shape:
-            raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
-        if key.shape[:-1] != value.shape[:-1]:
-            raise AssertionError(f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}")
+        if key.dim() == 3 and self.batch_first:  # torch names the shapes after its own transposition
+            shape_k, shape_v = (torch.Size((x.shape[1], x.shape[0], x.shape[2])) for x in (key, value))
+        else:
+            shape_k, shape_v = key.shape, value.shape
+        if self._qkv_same_embed_dim and shape_k != shape_v:
+            raise AssertionError(f"key shape {shape_k} does not match value shape {shape_v}")
+        if shape_k[:-1] != shape_v[:-1]:
+            raise AssertionError(f"key's sequence and batch dims {shape_k[:-1]} do not match value's {shape_v[:-1]}")
         for name, x, width in (("key", key, self.kdim), ("value", value, self.vdim)):
             if x.shape[-1] != width:
                 raise AssertionError(f"was expecting {name} dimension of {width}, but got {x.shape[-1]}")
@@ -429,6 +432,13 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         if query.shape[batch] != key.shape[batch]:
             raise AssertionError(f"query and key must have one batch size, but have {query.shape[batch]} and {key.shape[batch]}")
         return query.shape[batch], query.shape[length], key.shape[length]
+
+
+def _check_key_padding_mask(mask: Tensor, batch: int, len_k: int) -> None:
+    """As torch's, whose own function does not trace."""
+    for i, expected in enumerate((batch, len_k)):
+        if mask.shape[i] != expected:
+            raise AssertionError(f"Expected key_padded_mask.shape[{i}] to be {expected}, but got {mask.shape[i]}")
 
 
 def _check_attn_mask(mask: Tensor | None, rows: int, len_q: int, len_k: int) -> None:
