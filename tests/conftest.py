@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# The tensors of the tests are tiny, and two threads that wait for each other on a busy machine make them 30 times slower.
+torch.set_num_threads(1)
+
 _COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=True)
 settings.register_profile("default", max_examples=60, **_COMMON)
 settings.register_profile("fast", max_examples=10, **_COMMON)
@@ -30,9 +33,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    """Tests must not depend on the number of cores, and small ones are slower on many."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
