@@ -195,6 +195,8 @@ def route(layout: SeqLayout, problem: Problem) -> Route:
 def requested_backend(backend: str | Backend) -> str | Backend:
     """Which backend is ordered: argument > `use_backend` > environment > auto."""
     if backend != "auto":
+        if not isinstance(backend, str | Backend):
+            raise ArgumentError(f"`backend` must be 'auto', a name or a Backend, but is {backend!r}.")
         return backend
     return _environment_order if state.override is None else state.override
 

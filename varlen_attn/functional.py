@@ -20,7 +20,7 @@ from .backends.base import FLOATS, Backend, Extras, connected_zeros, state
 from .dispatch import Plan, announced, choose, choose_while_tracing, requested_backend, route
 from .errors import ArgumentError, DtypeError, LayoutError
 from .layout import SeqLayout, is_tracing
-from .problem import Problem, Semantics
+from .problem import Problem, Semantics, check_dropout
 
 __all__ = ["padded_attention", "plan_attention", "varlen_attention", "varlen_mha"]
 
@@ -139,7 +139,7 @@ class _Call:
         self.layout_q, self.layout_kv = layout, layout if layout_kv is None else layout_kv
         self.query, self.key, self.value = _common_dtype(query, key, value)
         _check_shapes(self.query, self.key, self.value, self.layout_q, self.layout_kv)
-        self.extras = _check_extras(self.query, extras)
+        self.extras = _check_extras(self.query, self.layout_q, self.layout_kv, extras)
         flags: dict[str, Any] = {
             "alibi": extras.alibi_slopes is not None,
             "sinks": extras.sinks is not None,
@@ -175,6 +175,10 @@ class _Call:
         if torch.compiler.is_compiling():
             out, lse = self._launch(self._backend_while_tracing())
             return (out, lse) if self.semantics.return_lse else out
+        if self.query.is_meta:  # shapes only; there is nothing to choose
+            shape = (*self.query.shape[:2], self.value.shape[2])
+            out = connected_zeros(shape, self.query, self.key, self.value)
+            return (out, out.new_empty(out.shape[1::-1], dtype=torch.float32)) if self.semantics.return_lse else out
         plan = self.plan()
         note = announced(plan, self.layout_q, module) if state.records else nullcontext()
         with note, torch.profiler.record_function(f"varlen_attn::{plan.backend}"):
@@ -214,7 +218,7 @@ class _Call:
     def _launch(self, backend: Backend) -> tuple[Tensor, Tensor | None]:
         # The dtype is settled: eager maths inside a backend must not be cast once more.
         device_type = self.query.device.type
-        off = torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+        off = torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
         with off:
             if not backend.capabilities.slack_rows and (self.layout_q.has_slack or self.layout_kv.has_slack):
                 return self._launch_without_slack(backend)
@@ -263,14 +267,19 @@ def _has_empty(layout_q: SeqLayout, layout_kv: SeqLayout) -> bool:
 
 def _rows_of(layout: SeqLayout, kept: list[int]) -> SeqLayout:
     """The packed rows of some sequences, as tokens of one row of T columns."""
-    wanted = torch.zeros(layout.num_seqs, dtype=torch.bool)
+    wanted = torch.zeros(layout.num_seqs, dtype=torch.bool, device="cpu")
     wanted[kept] = True
-    lengths = torch.tensor(layout.lengths)
+    lengths = torch.tensor(layout.lengths, device="cpu")
     real = wanted.repeat_interleave(lengths, output_size=layout.num_rows)
     return SeqLayout.from_attention_mask(real[None], validate=False).to(layout.device)
 
 
 # -------------------------------------------------------------------- checks
+
+
+def _autocasts(device_type: str) -> bool:
+    """Whether autocast is on; asked about the meta device, torch raises."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -286,7 +295,7 @@ def _common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     if any(x.dtype not in FLOATS for x in tensors):
         raise DtypeError(f"query, key and value must be float16, bfloat16, float32 or float64, but {listing}.")
     device_type = tensors[0].device.type
-    if torch.is_autocast_enabled(device_type):
+    if _autocasts(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         if any(x.dtype == torch.float64 for x in tensors):
             raise DtypeError(
@@ -323,7 +332,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout
         raise ArgumentError(f"query and key must be on one device, but are on {query.device} and {key.device}.")
 
 
-def _check_extras(query: Tensor, extras: Extras) -> Extras:
+def _check_extras(query: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, extras: Extras) -> Extras:
     """Slopes and sinks stay float32 under autocast: half precision would round the logits they shift."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     heads = query.shape[1]
@@ -340,13 +349,29 @@ def _check_extras(query: Tensor, extras: Extras) -> Extras:
         converted[name] = x.to(wide)
     if extras.alibi_slopes is not None and extras.alibi_slopes.requires_grad and torch.is_grad_enabled():
         raise ArgumentError("`alibi_slopes` must not require a gradient, because no kernel gives one: use `score_bias`, or detach them.")
-    bias = extras.score_bias
-    if isinstance(bias, Tensor):
-        if bias.dim() != 3 or bias.shape[0] != heads:
-            raise ArgumentError(f"`score_bias` must have shape (N, Sq, Sk) with N = {heads}, but has shape {tuple(bias.shape)}.")
-    elif bias is not None and not callable(bias):
-        raise DtypeError(f"`score_bias` must be a tensor or a callable, but is {type(bias).__name__}.")
+    if isinstance(extras.score_bias, Tensor):
+        _check_bias(extras.score_bias, query, layout_q, layout_kv)
+    elif extras.score_bias is not None and not callable(extras.score_bias):
+        raise DtypeError(f"`score_bias` must be a tensor or a callable, but is {type(extras.score_bias).__name__}.")
     return replace(extras, **converted)
+
+
+def _check_bias(bias: Tensor, query: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout) -> None:
+    """One that is too small would be broadcast where a side is 1."""
+    heads = query.shape[1]
+    if bias.dtype not in FLOATS:
+        raise DtypeError(f"`score_bias` must be a floating-point tensor, but is {bias.dtype}: it is added to scores, and hides nothing.")
+    if bias.dim() != 3 or bias.shape[0] != heads:
+        raise ArgumentError(f"`score_bias` must have shape (N, Sq, Sk) with N = {heads}, but has shape {tuple(bias.shape)}.")
+    if bias.device != query.device:
+        raise ArgumentError(f"`score_bias` must be on {query.device}, as query is, but is on {bias.device}.")
+    known = not is_tracing(query)
+    reach = [max(x.lengths, default=0) if known and x.lengths is not None else x.max_seqlen for x in (layout_q, layout_kv)]
+    if bias.shape[1] < reach[0] or bias.shape[2] < reach[1]:
+        raise ArgumentError(
+            f"`score_bias` must reach to position {reach[0]} of queries and {reach[1]} of keys, but has shape {tuple(bias.shape)}: "
+            "it is indexed by positions."
+        )
 
 
 def check_holes(layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics) -> None:
@@ -404,7 +429,7 @@ def padded_attention(
     if value.shape[:3] != key.shape[:3]:
         raise LayoutError(f"`value` must begin with key's (B, S, K) = {tuple(key.shape[:3])}, but has shape {tuple(value.shape)}.")
     layout_q, layout_k = _layouts(query, key, key_padding_mask, query_padding_mask, layout, layout_kv)
-    packed = pack_rows(layout_q, query), pack_rows(layout_k, key), pack_rows(layout_k, value)
+    packed = pack_rows(layout_q, query, "query"), pack_rows(layout_k, key, "key"), pack_rows(layout_k, value, "value")
     result = varlen_attention(*packed, layout_q, layout_k, **semantics)
     if not semantics.get("return_lse"):
         return unpack_rows(layout_q, result)
@@ -431,7 +456,8 @@ def _layouts(
         if query.shape[:2] != key.shape[:2]:
             raise LayoutError(
                 f"`key_padding_mask` alone means self-attention, where query and key have one (B, S), but they have "
-                f"{tuple(query.shape[:2])} and {tuple(key.shape[:2])}: for cross-attention pass query_padding_mask=<mask>, or False if all are real."
+                f"{tuple(query.shape[:2])} and {tuple(key.shape[:2])}: for cross-attention "
+                "pass query_padding_mask=<mask>, or False if all are real."
             )
         own = full_layout(key) if key_padding_mask is None else _layout_of(key_padding_mask, key)
         return own, own
@@ -471,10 +497,10 @@ def _check_mask(mask: Tensor | None, x: Tensor, name: str, other: str) -> None:
         )
 
 
-def pack_rows(layout: SeqLayout, x: Tensor) -> Tensor:
+def pack_rows(layout: SeqLayout, x: Tensor, name: str = "x") -> Tensor:
     """`SeqLayout.pack`, without the copy where nothing is padded (the dense route)."""
+    layout._check(x, (layout.batch_size, layout.padded_len), name)
     if not is_tracing(x) and layout.is_dense:
-        layout._check(x, (layout.batch_size, layout.padded_len), "x")
         return x.reshape(layout.num_rows, *x.shape[2:])
     return layout.pack(x)
 
@@ -526,6 +552,7 @@ def varlen_mha(
     In plain PyTorch: ``F.multi_head_attention_forward`` on ``x.transpose(0, 1)`` with ``need_weights=False``, times
     ``~key_padding_mask[..., None]``.
     """
+    check_dropout(dropout_p)
     if dropout_p > 0 and training is None:
         raise ArgumentError(f"`training` must be True or False where dropout_p > 0, but is None (dropout_p is {dropout_p}).")
     options: dict[str, Any] = dict(causal=causal, window=window, dropout_p=dropout_p if training else 0.0, backend=backend)
@@ -541,7 +568,9 @@ def varlen_mha(
     if layout is not None and key_padding_mask is not None:
         raise ArgumentError("pass `key_padding_mask` or `layout`, not both: nothing says which one counts.")
     width = x.shape[-1]
-    if num_heads < 1 or width % num_heads:
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ArgumentError(f"`num_heads` must be a positive integer, but is {num_heads!r}.")
+    if width % num_heads:
         raise ArgumentError(f"`num_heads` must divide the width of x ({width}), but is {num_heads}.")
     _check_projections(width, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
 

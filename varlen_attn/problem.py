@@ -104,8 +104,7 @@ class Semantics:
                 raise ArgumentError(f"`{name}` must be a finite number or None, but is {value!r}.")
         if softcap is not None and softcap <= 0:
             raise ArgumentError(f"`softcap` must be above 0, but is {softcap!r}: for no cap pass None.")
-        if not 0.0 <= dropout_p <= 1.0:
-            raise ArgumentError(f"`dropout_p` must be between 0 and 1, but is {dropout_p!r}.")
+        check_dropout(dropout_p)
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         return cls(
@@ -134,6 +133,12 @@ class Semantics:
         if self.causal:
             right = 0 if right is None else min(right, 0)
         return (None if left is None else aligned - left), (None if right is None else aligned + right)
+
+
+def check_dropout(dropout_p: float) -> None:
+    """A probability, also where it is not applied: what fails in training should not pass in evaluation."""
+    if not (isinstance(dropout_p, int | float) and 0.0 <= dropout_p <= 1.0):
+        raise ArgumentError(f"`dropout_p` must be between 0 and 1, but is {dropout_p!r}.")
 
 
 def _normal_window(window: Sequence[int | None] | None) -> Window | None:
