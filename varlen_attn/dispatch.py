@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from .backends import BACKENDS
-from .backends.base import Backend, Refusal, state
+from .backends.base import Backend, Refusal, constant_while_tracing, state
 from .errors import ArgumentError, BackendRefused, NoBackend
 from .layout import SeqLayout
 from .problem import Problem, Semantics
@@ -167,7 +167,7 @@ def _choose(problem: Problem, candidates: tuple[Backend, ...], thorough: bool) -
     return Plan(chosen.name, chosen.kernel(problem), decisions, problem, chosen)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_tracing
 def choose_while_tracing(problem: tuple[tuple[str, Any], ...], semantics: tuple[tuple[str, Any], ...]) -> str:
     """`choose` as a constant of the graph: plain values in, the backend's name out; run by Python while tracing."""
     plan = choose(Problem(semantics=Semantics(**dict(semantics)), **dict(problem)))

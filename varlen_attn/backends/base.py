@@ -10,7 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,15 @@ __all__ = ["Backend", "Capabilities", "Extras", "Refusal"]
 HALF = frozenset({torch.float16, torch.bfloat16})
 FLOATS = HALF | {torch.float32, torch.float64}
 
+F_ = TypeVar("F_", bound=Callable[..., Any])
 ScoreBias = Tensor | Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def constant_while_tracing(function: F_) -> F_:
+    """What `torch.compiler.assume_constant_result` does: Python runs ``function`` while tracing, and its result is a constant of the
+    graph. Its decorator imports dynamo, a second of time that who never compiles should not pay."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Observer(Protocol):
