@@ -30,7 +30,6 @@ _DROPOUT_BACKWARD_IS_WRONG = {(8, 6), (8, 9), (12, 0)}  # with head dimensions a
 _parameters: dict[str, frozenset[str]] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _takes(parameter: str) -> bool:
     """Whether this torch's `varlen_attn` has a parameter: its signature changed in 2.11 and in 2.12."""
     if torch.__version__ not in _parameters:
