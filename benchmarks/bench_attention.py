@@ -141,10 +141,19 @@ def bench(workload: Workload, dtype: str, budget: float) -> list[dict[str, Any]]
                 "ratio": {name: round(ratio(timings["masked"], timings[name]), 3) for name in timings if name != "masked"},
                 "ratio_dense": round(ratio(timings["dense"], timings["packed"]), 3) if "dense" in timings else None,
                 "rounds": len(timings["masked"].rounds),
+                "foreign": round(timings["masked"].foreign, 3),
                 "goal": GOALS.get((dtype, direction), {}).get(workload.name),
             }
         )
-        print(f"{dtype:9} {workload.name} {direction:17}", rows[-1]["milliseconds"], "ratios", rows[-1]["ratio"], flush=True)
+        print(
+            f"{dtype:9} {workload.name} {direction:17}",
+            rows[-1]["milliseconds"],
+            "ratios",
+            rows[-1]["ratio"],
+            "others",
+            rows[-1]["foreign"],
+            flush=True,
+        )
     return rows
 
 

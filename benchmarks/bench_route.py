@@ -65,6 +65,7 @@ def bench(batch: int, padded_len: int, fill: float, budget: float) -> list[dict[
                 "direction": direction,
                 "milliseconds": {name: round(t.seconds * 1e3, 3) for name, t in timings.items()},
                 "ratio": round(ratio(timings["masked"], timings["packed"]), 3),
+                "foreign": round(timings["masked"].foreign, 3),
             }
         )
         print(rows[-1], flush=True)
