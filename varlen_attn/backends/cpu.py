@@ -23,8 +23,8 @@ from ..problem import Problem, Semantics
 from ._maths import alibi_bias, attend, needs_maths, visible_mask
 from .base import FLOATS, HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, observe, pad_head_dim
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 _WIDE_BACKWARD_BELOW = 192  # tokens: half-precision backward in float32 is 2 to 5 times faster below, measured with AMX
 _WINDOW_ROWS = 256  # query rows of one call under a window: enough to fill the kernel's blocks, few enough to skip keys
@@ -103,37 +103,59 @@ def _tile_mask(tile: Tile, group: Group, semantics: Semantics, slopes: Tensor | 
     return False, bias if visible is None else bias.masked_fill(~visible, float("-inf"))
 
 
-def _rows(x: Tensor, start: int, group: Group, length: int, lo: int, hi: int) -> Tensor:
-    """``(size, heads, hi - lo, dim)`` view of a group's rows ``lo..hi``, without a copy."""
-    block = x[start : start + group.size * length].view(group.size, length, *x.shape[1:])
-    return block[:, lo:hi].transpose(1, 2)
-
-
 class _Call:
-    """What forward and backward share: groups, their tiles and their masks."""
+    """What forward and backward share: groups, their tiles and their masks, and views of tensors by group."""
 
     def __init__(self, cu_q: Tensor, cu_k: Tensor, causal: str, window: list[int], slopes: Tensor | None, single: bool):
         left, right = (None if side < 0 else side for side in window)
         sides = None if left is None and right is None else (left, right)
         self.semantics = Semantics(causal=causal or False, window=sides)  # type: ignore[arg-type]
         self.slopes = slopes
-        self.groups = list(_groups(cu_q.tolist(), cu_k.tolist(), single))
+        self.groups = [g for g in _groups(cu_q.tolist(), cu_k.tolist(), single) if g.len_k]
+        self.tiles = [list(_tiles(g, self.semantics)) for g in self.groups]
 
-    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[Group, Tile, bool, Tensor | None]]:
-        for group in self.groups:
-            if group.len_k == 0:
-                continue
-            for tile in _tiles(group, self.semantics):
-                yield group, tile, *_tile_mask(tile, group, self.semantics, self.slopes, dtype)
+    def covers(self, rows_q: int, rows_k: int) -> tuple[bool, bool]:
+        """Whether every query row, and every key row exactly once, is part of a tile: then nothing needs to be zeroed first."""
+        seen_q = sum(g.size * (t.r1 - t.r0) for g, tiles in zip(self.groups, self.tiles, strict=True) for t in tiles)
+        whole = all(
+            len(tiles) == 1 and (tiles[0].k0, tiles[0].k1) == (0, g.len_k) for g, tiles in zip(self.groups, self.tiles, strict=True)
+        )
+        return seen_q == rows_q, whole and sum(g.size * g.len_k for g in self.groups) == rows_k
 
-    def is_one_dense_call(self, query: Tensor, key: Tensor) -> bool:
-        """Whether one tile covers all rows: then the kernel's own output is the result, without a copy."""
-        if len(self.groups) != 1 or not self.groups[0].len_k:
-            return False
-        group = self.groups[0]
-        whole = Tile(0, group.len_q, 0, group.len_k)
-        covers = (group.size * group.len_q, group.size * group.len_k) == (query.shape[0], key.shape[0])
-        return covers and list(_tiles(group, self.semantics)) == [whole]
+    def queries(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """For each group the ``(size, heads, len_q, dim)`` views of packed ``(T, heads, dim)`` tensors, without copies."""
+        spans = [(g.q_start, g.size, g.len_q) for g in self.groups]
+        return list(zip(*(_blocks(x, spans) for x in tensors), strict=True))
+
+    def keys(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """The same of ``(Tk, heads, dim)`` tensors."""
+        spans = [(g.k_start, g.size, g.len_k) for g in self.groups]
+        return list(zip(*(_blocks(x, spans) for x in tensors), strict=True))
+
+    def masked_tiles(self, index: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
+        """Rows, keys, whether causal, and the mask of each kernel call of a group."""
+        group = self.groups[index]
+        for tile in self.tiles[index]:
+            yield slice(tile.r0, tile.r1), slice(tile.k0, tile.k1), *_tile_mask(tile, group, self.semantics, self.slopes, dtype)
+
+
+def _blocks(x: Tensor, spans: list[tuple[int, int, int]]) -> list[Tensor]:
+    """``(size, heads, length, dim)`` views at ``(start, size, length)``. One split for all, because a slice of its own for each short
+    sequence takes as long as its attention."""
+    sizes, kept, done = [], [], 0
+    for start, size, length in spans:
+        if start > done:
+            sizes.append(start - done)
+        kept.append(len(sizes))
+        sizes.append(size * length)
+        done = start + size * length
+    sizes.append(x.shape[0] - done)
+    parts = x.transpose(0, 1)[None].split(sizes, 2)
+    blocks = [parts[i] for i in kept]
+    for i, (_, size, length) in enumerate(spans):
+        if size > 1:
+            blocks[i] = blocks[i][0].view(x.shape[1], size, length, x.shape[2]).transpose(0, 1)
+    return blocks
 
 
 @torch.library.custom_op("varlen_attn::cpu_forward", mutates_args=())
@@ -152,19 +174,23 @@ def _forward(
     """``(T,N,H), (Tk,K,H), (Tk,K,H) -> (T,N,H)``, lse ``(N,T)``. Rows that see no key: 0 and -inf."""
     observe("cpu", query.shape[0])
     call = _Call(cu_q, cu_k, causal, window, slopes, single)
-    dense = call.is_one_dense_call(query, key)
-    out = query.new_empty(0) if dense else query.new_zeros(query.shape)
+    covered, _ = call.covers(query.shape[0], key.shape[0])
     lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=_lse_dtype(query))
-    for group, tile, is_causal, mask in call.tiles(query.dtype):
-        q = _rows(query, group.q_start, group, group.len_q, tile.r0, tile.r1)
-        k, v = (_rows(x, group.k_start, group, group.len_k, tile.k0, tile.k1) for x in (key, value))
-        result, result_lse = _flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
-        if dense:
-            out = result.transpose(1, 2).reshape(query.shape)
-        else:
-            _rows(out, group.q_start, group, group.len_q, tile.r0, tile.r1).copy_(result)
-        _lse_rows(lse, group, tile).copy_(result_lse)
-    return out.contiguous(), lse
+    if covered and len(call.groups) == 1 and len(call.tiles[0]) == 1:
+        # One dense call: the kernel's own output is the result, without a copy.
+        (q,), (k, v) = call.queries(query)[0], call.keys(key, value)[0]
+        ((_, seen, is_causal, mask),) = call.masked_tiles(0, query.dtype)
+        result, result_lse = _flash(q, k[:, :, seen], v[:, :, seen], 0.0, is_causal, attn_mask=mask, scale=scale)
+        lse.view(lse.shape[0], len(q), -1).copy_(result_lse.transpose(0, 1))
+        return result.transpose(1, 2).reshape(query.shape).contiguous(), lse
+    out = query.new_empty(query.shape) if covered else query.new_zeros(query.shape)
+    blocks = zip(call.queries(query, out, lse.transpose(0, 1)[..., None]), call.keys(key, value), strict=True)
+    for index, ((q, o, logs), (k, v)) in enumerate(blocks):
+        for rows, seen, is_causal, mask in call.masked_tiles(index, query.dtype):
+            result, result_lse = _flash(q[:, :, rows], k[:, :, seen], v[:, :, seen], 0.0, is_causal, attn_mask=mask, scale=scale)
+            o[:, :, rows].copy_(result)
+            logs[:, :, rows, 0].copy_(result_lse)
+    return out, lse
 
 
 @_forward.register_fake
@@ -197,21 +223,22 @@ def _backward(
     half = query.dtype in HALF
     # Under a window a key's gradient is a sum over tiles: half precision would round at every one.
     kv_dtype = torch.float32 if half and call.semantics.window is not None else key.dtype
-    grads = query.new_zeros(query.shape), key.new_zeros(key.shape, dtype=kv_dtype), value.new_zeros(value.shape, dtype=kv_dtype)
-    dense = call.is_one_dense_call(query, key)
-    for group, tile, is_causal, mask in call.tiles(query.dtype):
-        g, q, o = (_rows(x, group.q_start, group, group.len_q, tile.r0, tile.r1) for x in (grad, query, out))
-        k, v = (_rows(x, group.k_start, group, group.len_k, tile.k0, tile.k1) for x in (key, value))
-        if half and (group.len_q < _WIDE_BACKWARD_BELOW or kv_dtype == torch.float32):
-            g, q, k, v, o = (x.float() for x in (g, q, k, v, o))
-        parts = _flash_backward(g, q, k, v, o, _lse_rows(lse, group, tile), 0.0, is_causal, attn_mask=mask, scale=scale)
-        if dense:
-            dq, dk, dv = (p.transpose(1, 2).reshape(x.shape).to(x.dtype) for p, x in zip(parts, (query, key, value), strict=True))
-            return dq.contiguous(), dk.contiguous(), dv.contiguous()
-        _rows(grads[0], group.q_start, group, group.len_q, tile.r0, tile.r1).copy_(parts[0])
-        for total, part in zip(grads[1:], parts[1:], strict=True):
-            _rows(total, group.k_start, group, group.len_k, tile.k0, tile.k1).add_(part)
-    return grads[0], grads[1].to(key.dtype), grads[2].to(value.dtype)
+    covered_q, covered_k = call.covers(query.shape[0], key.shape[0])
+    dq = query.new_empty(query.shape) if covered_q else query.new_zeros(query.shape)
+    dk, dv = ((x.new_empty if covered_k else x.new_zeros)(x.shape, dtype=kv_dtype) for x in (key, value))
+    blocks_q = call.queries(query, grad, out, dq, lse.transpose(0, 1)[..., None])
+    for index, (block_q, block_k) in enumerate(zip(blocks_q, call.keys(key, value, dk, dv), strict=True)):
+        wide = half and (call.groups[index].len_q < _WIDE_BACKWARD_BELOW or kv_dtype == torch.float32)
+        for rows, seen, is_causal, mask in call.masked_tiles(index, query.dtype):
+            q, g, o, to_q, logs = (x[:, :, rows] for x in block_q)
+            k, v, to_k, to_v = (x[:, :, seen] for x in block_k)
+            if wide:
+                q, g, o, k, v = (x.float() for x in (q, g, o, k, v))
+            parts = _flash_backward(g, q, k, v, o, logs[..., 0], 0.0, is_causal, attn_mask=mask, scale=scale)
+            to_q.copy_(parts[0])
+            for total, part in ((to_k, parts[1]), (to_v, parts[2])):
+                total.copy_(part) if covered_k else total.add_(part)
+    return dq, dk.to(key.dtype), dv.to(value.dtype)
 
 
 @_backward.register_fake
@@ -241,12 +268,6 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 def _lse_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _lse_rows(lse_NT: Tensor, group: Group, tile: Tile) -> Tensor:
-    """``(size, N, rows)`` view of ``lse (N,T)``."""
-    block = lse_NT[:, group.q_start : group.q_start + group.size * group.len_q].view(-1, group.size, group.len_q)
-    return block[..., tile.r0 : tile.r1].transpose(0, 1)
 
 
 class Cpu(Backend):
@@ -306,18 +327,18 @@ def _run_maths(
     extras: Extras,
 ) -> tuple[Tensor, Tensor | None]:
     """Exact eager attention, a group of equal lengths at a time; autograd does the backward."""
-    blocks: list[Tensor] = []
+    results: list[Tensor] = []
     lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=_lse_dtype(query))
-    done = 0
-    for group in _chunks(layout_q, layout_kv, semantics.batch_invariant, query.shape[1]):
-        q = _rows(query, group.q_start, group, group.len_q, 0, group.len_q)
-        k, v = (_rows(x, group.k_start, group, group.len_k, 0, group.len_k) for x in (key, value))
+    groups = list(_chunks(layout_q, layout_kv, semantics.batch_invariant, query.shape[1]))
+    spans_q, spans_k = [(g.q_start, g.size, g.len_q) for g in groups], [(g.k_start, g.size, g.len_k) for g in groups]
+    tensors = (_blocks(query, spans_q), _blocks(lse.transpose(0, 1)[..., None], spans_q), _blocks(key, spans_k), _blocks(value, spans_k))
+    for group, q, logs, k, v in zip(groups, *tensors, strict=True):
         out, out_lse = attend(q, k, v, semantics, extras, offset=group.len_k - group.len_q)
-        blocks.append(out.transpose(1, 2).flatten(0, 1))
-        _lse_rows(lse, group, Tile(0, group.len_q, 0, 0)).copy_(out_lse)
-        done = group.q_start + group.size * group.len_q
-    blocks.append(connected_zeros((query.shape[0] - done, query.shape[1], value.shape[2]), query, key, value))
-    return torch.cat(blocks), lse if semantics.return_lse else None
+        results.append(out.transpose(1, 2).flatten(0, 1))
+        logs[..., 0].copy_(out_lse)
+    rest = query.shape[0] - sum(g.size * g.len_q for g in groups)
+    results.append(connected_zeros((rest, query.shape[1], value.shape[2]), query, key, value))
+    return torch.cat(results), lse if semantics.return_lse else None
 
 
 def _chunks(layout_q: SeqLayout, layout_kv: SeqLayout, single: bool, num_heads: int) -> Iterator[Group]:
