@@ -27,6 +27,8 @@ __all__ = ["Call", "Decision", "Plan", "Record", "Route", "backends", "choose", 
 _ENVIRONMENT = "VARLEN_ATTN_BACKEND"
 _environment_order = os.environ.get(_ENVIRONMENT, "auto")  # read once: a changed environment must not change a running model
 
+_NAMES = ("auto", *(b.name for b in BACKENDS))
+
 _plans: dict[Any, Plan] = {}
 
 
@@ -198,7 +200,11 @@ def requested_backend(backend: str | Backend) -> str | Backend:
         if not isinstance(backend, str | Backend):
             raise ArgumentError(f"`backend` must be 'auto', a name or a Backend, but is {backend!r}.")
         return backend
-    return _environment_order if state.override is None else state.override
+    if state.override is not None:
+        return state.override
+    if _environment_order not in _NAMES:
+        raise ArgumentError(f"`{_ENVIRONMENT}` must be 'auto' or one of {list(_NAMES[1:])}, but is {_environment_order!r}.")
+    return _environment_order
 
 
 @contextmanager
@@ -207,8 +213,8 @@ def use_backend(name: str | Backend) -> Iterator[None]:
 
     It must surround the backward pass too where activations are checkpointed, because recomputation chooses again.
     """
-    if isinstance(name, str) and name != "auto" and name not in [b.name for b in BACKENDS]:
-        raise ArgumentError(f"`name` must be 'auto' or one of {[b.name for b in BACKENDS]}, but is {name!r}.")
+    if not isinstance(name, Backend) and name not in _NAMES:
+        raise ArgumentError(f"`name` must be 'auto' or one of {list(_NAMES[1:])}, but is {name!r}.")
     before, state.override = state.override, name
     try:
         yield
