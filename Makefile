@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 LANE := $(VENV)/.lane
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
 # flash-attn's Triton kernels, run by Triton's interpreter: its real Python code on a machine without a GPU. Both variables, in a
 # process of its own: without them `import flash_attn` fails here, and the other tests want exactly that.
