@@ -6,6 +6,7 @@ The text is on every machine: the docstrings of Python's standard library. `fact
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sysconfig
 import time
@@ -35,6 +36,7 @@ DIM, HEADS = 512, 8
 TIMED_BATCHES = 3
 ROUNDS = 9
 SECONDS = 14.0  # of timing, for each direction: then no further round
+BUSY = 0.75  # load of the last minute, for each thread, above which times are not to be trusted
 
 
 def docstrings(limit: int = DOCSTRINGS) -> list[str]:
@@ -106,6 +108,7 @@ def _fast_path(enabled: bool) -> Iterator[None]:
 def facts() -> dict[str, Any]:
     """Everything the demo says, as plain values."""
     torch.manual_seed(0)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     ids = batches(docstrings())
     padding = [1 - float((b != 0).float().mean()) for b in ids]
     timed = [ids[(2 * i + 1) * len(ids) // (2 * TIMED_BATCHES)] for i in range(TIMED_BATCHES)]
@@ -129,6 +132,7 @@ def facts() -> dict[str, Any]:
         "module": {"dim": DIM, "heads": HEADS, "dtype": "float32"},
         "differences": differences,
         "milliseconds": _times(theirs, ours, examples),
+        "load_before": load,
         "record": str(log),
         "plan": plan.as_dict(),
         "explanation": str(plan),
@@ -206,7 +210,7 @@ def text(found: dict[str, Any]) -> str:
         "The same numbers? The largest difference on real tokens, forward and backward:",
         _difference_table(found["differences"]),
         "How long does a batch take? Milliseconds, median of rounds in turns:",
-        _time_table(found["milliseconds"]),
+        _time_table(found["milliseconds"]) + (_BUSY if found["load_before"] > BUSY * here["threads"] else ""),
         "What ran:",
         _indent(found["record"]),
         "Why:",
@@ -238,6 +242,10 @@ def _time_table(milliseconds: dict[str, dict[str, float]]) -> str:
 def _indent(block: str) -> str:
     return "\n".join("  " + line for line in block.splitlines())
 
+
+_BUSY = """
+
+  Other processes were busy when this began, and they disturb threads that wait for each other: the times are unsure. Try again later."""
 
 _NEXT = """\
 What to type next:
