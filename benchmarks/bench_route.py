@@ -59,6 +59,7 @@ def bench(batch: int, padded_len: int, fill: float, budget: float) -> list[dict[
         timings = interleave({"masked": calls(masked), "packed": calls(packed)}, budget=budget)
         rows.append(
             {
+                "threads": torch.get_num_threads(),
                 "batch": batch,
                 "padded_len": padded_len,
                 "fill": fill,
@@ -74,7 +75,7 @@ def bench(batch: int, padded_len: int, fill: float, budget: float) -> list[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="1 is timed by CPU time, more by the wall clock")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds for one row; never fewer than 5 rounds")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
