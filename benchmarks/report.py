@@ -121,8 +121,8 @@ def main() -> None:
         f"{where}. Written by `python -m benchmarks.report`.",
         "Every ratio is the median over interleaved rounds of one run, each contestant verified against float64 before. "
         '"Masked" is `F.scaled_dot_product_attention` with a bool mask on `(B, N, S, H)`; 8 heads of 64; "same against same" is the masked '
-        'call against itself, that is the noise; "others" is the share of the machine that other processes took, which disturbs two threads more '
-        "than it does one. One thread is timed by its CPU time, two by the wall clock.",
+        'call against itself, that is the noise; "others" is the share of the machine that other processes took, which disturbs '
+        "two threads more than one. One thread is timed by its CPU time, two by the wall clock.",
         batches(),
         *_attention_parts(rows),
         *_route_parts(results["route"]["rows"]),
