@@ -55,12 +55,13 @@ def qkv() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plan_or_none(problem: Problem) -> Plan | None:
-    """None only where results must be bitwise independent of batch-mates, which a backend runs or refuses; then all say why."""
+    """None only while tracing where results must be bitwise independent of batch-mates; then all say why."""
     try:
         return choose(problem, thorough=True)
     except NoBackend as error:
         lines = str(error).splitlines()
     assert problem.semantics.batch_invariant
+    assert problem.tracing
     assert [line.split(":")[0] for line in lines[1:]] == [f"  - {name}" for name in NAMES]
     return None
 

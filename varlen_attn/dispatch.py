@@ -118,7 +118,8 @@ class Plan:
             elif decision.accepted:
                 lines.append(f"  + {decision.backend}: would run too, but stands later in the order")
             else:
-                lines += [f"  - {decision.backend}: {r.reason}. Fix: {r.fix}." for r in decision.reasons]
+                reasons = [f"{r.reason}. Fix: {r.fix}." for r in decision.reasons]
+                lines.append(f"  - {decision.backend}: " + "\n      ".join(reasons))
         return "\n".join(lines)
 
 
@@ -155,8 +156,11 @@ def _choose(problem: Problem, candidates: tuple[Backend, ...], thorough: bool) -
     if order != "auto" and order not in names:
         raise ArgumentError(f"`backend` must be 'auto' or one of {names}, but is {order!r}.")
     refusals = [b.refusals(problem, thorough=thorough) for b in candidates]
-    decisions = tuple(Decision(b.name, not r, r) for b, r in zip(candidates, refusals, strict=True))
+    if order == "auto" and all(refusals):
+        # Auto does not fail for lack of a kernel: what else runs by order only (the specification) then runs unasked.
+        refusals = [() if all(x.kind == "order" for x in r) else r for r in refusals]
     chosen = next((b for b, r in zip(candidates, refusals, strict=True) if not r and order in ("auto", b.name)), None)
+    decisions = tuple(Decision(b.name, not r, r) for b, r in zip(candidates, refusals, strict=True))
     if chosen is None and not thorough:
         return _choose(problem, candidates, True)  # an error has all reasons
     if chosen is None and order != "auto":

@@ -262,14 +262,15 @@ class _Call:
 
 
 def _has_empty(layout_q: SeqLayout, layout_kv: SeqLayout) -> bool:
-    return 0 in (layout_q.lengths or ()) or 0 in (layout_kv.lengths or ())
+    """Whether a sequence has no queries or no keys, or there is no sequence at all."""
+    return layout_q.lengths == () or 0 in (layout_q.lengths or ()) or 0 in (layout_kv.lengths or ())
 
 
 def _rows_of(layout: SeqLayout, kept: list[int]) -> SeqLayout:
     """The packed rows of some sequences, as tokens of one row of T columns."""
     wanted = torch.zeros(layout.num_seqs, dtype=torch.bool, device="cpu")
     wanted[kept] = True
-    lengths = torch.tensor(layout.lengths, device="cpu")
+    lengths = torch.tensor(layout.lengths, device="cpu", dtype=torch.int64)
     real = wanted.repeat_interleave(lengths, output_size=layout.num_rows)
     return SeqLayout.from_attention_mask(real[None], validate=False).to(layout.device)
 

@@ -161,6 +161,10 @@ def _machine_rocm() -> bool:
     return torch.version.hip is not None
 
 
+def _strictly_deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 @dataclass(frozen=True)
 class Problem:
     """One attention call as metadata. Every default describes this machine; every field can be stated.
@@ -177,6 +181,7 @@ class Problem:
         needs_grad: a gradient will be wanted.
         tracing: under `torch.compile`, `torch.export` or fake tensors.
         host_lengths: the lengths are known on the host.
+        deterministic_mode: `torch.use_deterministic_algorithms(True)` is set, not to warn only: kernels without an argument obey it.
         requested: the backend's name, or ``"auto"``.
     """
 
@@ -195,6 +200,7 @@ class Problem:
     needs_grad: bool = False
     tracing: bool = False
     host_lengths: bool = True
+    deterministic_mode: bool = field(default_factory=_strictly_deterministic)
     requested: str = "auto"
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varlen_attn import BackendRefused, SeqLayout, padded_attention, varlen_attention
+from varlen_attn import BackendRefused, SeqLayout, padded_attention, record, varlen_attention
 from varlen_attn.testing import assert_within_budget, poison, reference_attention
 
 if os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE") != "TRUE" or os.environ.get("TRITON_INTERPRET") != "1":
@@ -141,7 +141,6 @@ def test_rows_without_a_sequence_stay_zero() -> None:
         (dict(window=(2, 0)), "ignores windows"),
         (dict(softcap=1.0), "ignores softcap"),
         (dict(alibi_slopes=torch.ones(2)), "ALiBi"),
-        (dict(dropout_p=0.5), "same dropout mask"),
         (dict(causal="top_left"), "top-left"),
         (dict(sinks=torch.ones(2)), "sinks"),
     ],
@@ -152,6 +151,24 @@ def test_what_this_build_gets_wrong_is_refused(options: dict[str, Any], reason: 
     layouts = (SeqLayout.from_lengths([6]), SeqLayout.from_lengths([7]))
     with pytest.raises(BackendRefused, match=reason):
         varlen_attention(*qkv, *layouts, backend="flash2", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_dropout_statistics(dtype: torch.dtype) -> None:
+    """R-25: kept weights are scaled up, a share of p is dropped, and the backward drops the same ones."""
+    lengths, p = [64, 40, 64], 0.3
+    query, key, value = tensors(lengths, lengths, (4, 4), (16, 16), dtype)
+    layout = SeqLayout.from_lengths(lengths)
+    ones = torch.ones_like(value).requires_grad_()
+    with record() as log:
+        out = varlen_attention(query, key, ones, layout, backend="flash2", dropout_p=p)
+    assert log.calls[0].backend == "flash2"
+    sums = out.detach().float()[..., 0]  # the sum of each query's kept weights
+    assert sums.std() > 0.02, "something is dropped"
+    deviation = (p / (1 - p) / 40) ** 0.5 * 3 / sums.numel() ** 0.5  # weights are not equal: up to 3 times that of equal ones
+    assert abs(sums.mean().item() - 1) < 5 * deviation
+    (grad,) = torch.autograd.grad(out.float().sum(), ones)
+    assert abs(grad.float().sum().item() / out.float().sum().item() - 1) < 5e-3, "out is linear in value: one mask in both directions"
 
 
 def test_bfloat16_is_refused_in_the_interpreter() -> None:

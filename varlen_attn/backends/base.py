@@ -72,7 +72,7 @@ class Refusal:
 
     reason: str
     fix: str
-    kind: Literal["missing", "machine", "unsupported"] = "unsupported"  # a package, the device, or this very call
+    kind: Literal["missing", "machine", "unsupported", "order"] = "unsupported"  # a package, the device, this call, by order only
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.fix})"
@@ -117,7 +117,7 @@ class Capabilities:
     tracing: bool = True
     empty_sequences: bool = True  # False: removed before the call where lengths are on the host, else refused
     slack_rows: bool = True  # False: rows beyond cu_seqlens[-1] are left unwritten, and the caller zeroes them
-    by_name_only: str = ""  # a reason never to be chosen automatically
+    by_name_only: str = ""  # why it runs by order only, or where nothing else does
 
 
 class Backend(ABC):
@@ -164,7 +164,8 @@ class Backend(ABC):
         """
         reasons = [*_capability_refusals(self.capabilities, problem), *self.extra_refusals(problem)]
         if self.capabilities.by_name_only and problem.requested != self.name:
-            reasons.append(Refusal(f"is never chosen by itself: {self.capabilities.by_name_only}", f"order it with backend={self.name!r}"))
+            text = f"runs by order, or where nothing else does: {self.capabilities.by_name_only}"
+            reasons.append(Refusal(text, f"order it with backend={self.name!r}", "order"))
         if thorough or not reasons:
             sentence = self.missing(problem)
             if sentence is not None:

@@ -95,10 +95,10 @@ def _tile_mask(tile: Tile, group: Group, semantics: Semantics, slopes: Tensor | 
     high_cuts = high is not None and high + shift < keys - 1
     if slopes is None and not low_cuts and (not high_cuts or high == -shift):
         return high_cuts, None
-    i = torch.arange(tile.r0, tile.r1)[:, None]
-    j = torch.arange(tile.k0, tile.k1)
+    i = torch.arange(tile.r0, tile.r1, device="cpu")[:, None]
+    j = torch.arange(tile.k0, tile.k1, device="cpu")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    bias = torch.zeros(rows, keys, dtype=wide) if slopes is None else alibi_bias(slopes.to(wide), i, j, offset)[None]
+    bias = torch.zeros(rows, keys, dtype=wide, device="cpu") if slopes is None else alibi_bias(slopes.to(wide), i, j, offset)[None]
     visible = visible_mask(semantics, i, j, offset)
     return False, bias if visible is None else bias.masked_fill(~visible, float("-inf"))
 

@@ -39,10 +39,6 @@ def _takes(parameter: str) -> bool:
     return parameter in _parameters[torch.__version__]
 
 
-def _strictly_deterministic() -> bool:
-    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-
-
 class TorchVarlen(Backend):
     """`torch.nn.attention.varlen.varlen_attn`, or the aten op below it where dropout is asked."""
 
@@ -83,7 +79,7 @@ class TorchVarlen(Backend):
             yield Refusal("has no dropout with head dimensions above 192 on this GPU", "pass dropout_p=0, or use more heads")
         if want.dropout_p == 1.0:
             yield Refusal("needs dropout_p below 1", "pass less")
-        if want.deterministic and problem.needs_grad and not _strictly_deterministic():
+        if want.deterministic and problem.needs_grad and not problem.deterministic_mode:
             yield Refusal(
                 "is deterministic only where torch.use_deterministic_algorithms(True) is set: the kernel has no argument for it",
                 "set it, or pass deterministic=False",
@@ -104,9 +100,6 @@ class TorchVarlen(Backend):
         semantics: Semantics,
         extras: Extras,
     ) -> tuple[Tensor, Tensor | None]:
-        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        if semantics.deterministic and grad and not _strictly_deterministic():
-            raise RuntimeError("torch.use_deterministic_algorithms was switched off after this backend had been chosen for it")
         value_dim = value.shape[-1]
         if layout_q.num_seqs == 0:  # the kernel refuses an empty batch
             out = connected_zeros((*query.shape[:2], value_dim), query, key, value)
