@@ -12,7 +12,7 @@ accumulates in half precision, which below 192 tokens is both slower and less ex
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -158,7 +158,20 @@ def _blocks(x: Tensor, spans: list[tuple[int, int, int]]) -> list[Tensor]:
     return blocks
 
 
-@torch.library.custom_op("varlen_attn::cpu_forward", mutates_args=())
+def _own_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register an op of ours. What `torch.library.custom_op` does, except that its wrapper imports dynamo at the first call, which
+    takes a second."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(f"varlen_attn::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(f"varlen_attn::{name}", "cpu", function)
+        return getattr(torch.ops.varlen_attn, name).default
+
+    return register
+
+
+@_own_op("cpu_forward")
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -193,7 +206,7 @@ def _forward(
     return out, lse
 
 
-@_forward.register_fake
+@torch.library.register_fake("varlen_attn::cpu_forward")  # type: ignore[untyped-decorator]
 def _(
     query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float, causal: str, window: list[int],
     slopes: Tensor | None, single: bool,
@@ -202,7 +215,7 @@ def _(
     return query.new_empty(query.shape), lse
 
 
-@torch.library.custom_op("varlen_attn::cpu_backward", mutates_args=())
+@_own_op("cpu_backward")
 def _backward(
     grad: Tensor,
     query: Tensor,
@@ -241,7 +254,7 @@ def _backward(
     return dq, dk.to(key.dtype), dv.to(value.dtype)
 
 
-@_backward.register_fake
+@torch.library.register_fake("varlen_attn::cpu_backward")  # type: ignore[untyped-decorator]
 def _(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
     scale: float, causal: str, window: list[int], slopes: Tensor | None, single: bool,
@@ -263,7 +276,14 @@ def _autograd(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor |
     return (*grads, *[None] * 7)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "the backward of backend 'cpu' is not differentiable: ATen's kernel has no second derivative. Order backend='reference' for it."
+    )
+
+
+torch.library.register_autograd("varlen_attn::cpu_forward", _autograd, setup_context=_setup_context)
+torch.library.register_autograd("varlen_attn::cpu_backward", _no_second_derivative)
 
 
 def _lse_dtype(x: Tensor) -> torch.dtype:
