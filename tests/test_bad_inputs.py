@@ -104,7 +104,7 @@ REFUSED: list[Refused] = [
     ("head dimension", ArgumentError, lambda: attend(packed(), packed(5, 2, 16)), r"`key` must have the head dimension of query \(8\), but has 16"),
     ("sequences", LayoutError, lambda: attend(layout_kv=SeqLayout.from_lengths([3, 2])), r"`layout` and `layout_kv` must have equally many sequences, but have 3 and 2"),
     ("padded, layout of the other side", LayoutError, lambda: padded((3, 3, 2, 8), (3, 4, 2, 8), None, layout=LAYOUT), r"`key` must begin with 3x3 .* but has shape \(3, 4, 2, 8\)"),
-    ("mask and layout", ArgumentError, lambda: padded((3, 3, 2, 8), None, None, MASK, layout=LAYOUT), r"not both: nothing says which one counts"),
+    ("mask and layout", ArgumentError, lambda: padded((3, 3, 2, 8), None, None, MASK, layout=LAYOUT), r"not both: nothing says which one counts"),
     ("mask and layout, mha", ArgumentError, lambda: mha(3, 3, 8, key_padding_mask=MASK, layout=LAYOUT), r"`key_padding_mask` or `layout`, not both"),
     ("mask is a list", DtypeError, lambda: mha(1, 2, 8, key_padding_mask=[[True, False]]), r"`key_padding_mask` must be a tensor, but is list"),
     ("packed without layout", LayoutError, lambda: mha(5, 8), r"`x` of shape \(5, 8\) is packed, so `layout` must be given"),

@@ -493,3 +493,16 @@ def test_profiler_ranges_name_the_backend() -> None:
         varlen_attention(*qkv(), LAYOUT, backend="reference")
     names = {event.key for event in profile.key_averages()}
     assert {"varlen_attn::cpu", "varlen_attn::reference"} <= names
+
+
+def test_a_cpu_computes_packed_rows_only() -> None:
+    """R-33: exact attention without padding compute where there is no flash kernel for packed rows and no nested tensor."""
+    mask = torch.tensor([[False] * 6, [False] + [True] * 5])
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    with record() as log:
+        varlen_mha(x, mask, num_heads=2)
+    (call,) = log.calls
+    assert (call.backend, call.rows, call.slots) == ("cpu", 7, 12)
+    assert "masked" not in call.kernel
+    assert call.plan is not None
+    assert call.plan.route == "packed"

@@ -324,6 +324,26 @@ def test_torchs_fast_path_does_not_bypass_it(built: str) -> None:
     assert (got - want)[~padding].abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+@pytest.mark.parametrize("mask_check", [True, False])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_encoder_layers_agree_in_training_and_evaluation(side: str, mask_check: bool) -> None:
+    """R-15, peers 1c-9 and 1c-10: torch's encoder without its mask check is wrong for left padding in evaluation, and pads otherwise."""
+    x, _ = _encoder_input()
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, {"left": slice(0, 2), "right": slice(3, 5), "holes": slice(1, 4, 2)}[side]] = True
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0)
+    layer.self_attn = VarlenMultiheadAttention(16, 4, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False, mask_check=mask_check)
+    trained = encoder.train()(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        evaluated = encoder.eval()(x, src_key_padding_mask=padding)
+    assert evaluated.shape == x.shape
+    assert (trained - evaluated).abs().max() < 1e-5
+    alone = encoder(x[1:, ~padding[1]])
+    assert (evaluated[1, ~padding[1]] - alone[0]).abs().max() < 1e-5
+
+
 def test_compiled_encoder_layer_traces_without_breaks() -> None:
     x, padding = _encoder_input()
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0)
