@@ -134,7 +134,7 @@ def main() -> None:
     if BEGIN in text:
         before, rest = text.split(BEGIN)
         after = rest.split(END)[1]
-        block = f"{where}; ratio of times, masked SDPA / ours:\n\n{summary(rows)}"
+        block = f"{where}, {max(r['threads'] for r in rows)} threads; ratio of times, masked SDPA / ours:\n\n{summary(rows)}"
         README.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")
     print("written: benchmarks/results/tables.md, and the block of README.md")
 
