@@ -22,6 +22,7 @@ RANKS = (
     ("problem",),
     ("backends.base",),
     ("backends._*",),  # maths that several backends share
+    ("backends._cpu_plan",),
     ("backends.*",),
     ("backends",),
     ("dispatch",),
