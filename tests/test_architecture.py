@@ -18,6 +18,8 @@ import varlen_attn
 ROOT = Path(varlen_attn.__file__).parent
 RANKS = (
     ("errors",),
+    ("_gather", "_layout_checks"),
+    ("_index",),
     ("layout",),
     ("problem",),
     ("backends.base",),

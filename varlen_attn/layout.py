@@ -1,6 +1,6 @@
 """`SeqLayout`: which tokens of a padded batch are real, and where they stand when packed.
 
-The only file that knows masks and indices. Shape letters, here and in every other file:
+With `_index`, which builds it, the only file that knows masks and indices. Shape letters, here and in every other file:
 
 ====  ==========================================================
 ``B``  batch (rows of the padded tensor)
@@ -10,42 +10,31 @@ The only file that knows masks and indices. Shape letters, here and in every oth
 ``N``  query heads        ``K``  key/value heads
 ``H``  head dimension     ``D``  model dimension
 ====  ==========================================================
-
-Packing is two gathers, one for each direction, and each is the other's backward. A gather needs no
-atomic add (the backward of a plain ``index_select`` does), so it is deterministic and never reads
-a padding slot: NaN there can not leak.
 """
 
 from __future__ import annotations
 
-import itertools
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import wraps
-from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from .errors import ArgumentError, DtypeError, LayoutError, LayoutWarning, warn
+from ._gather import Pack, Unpack, gather_rows, is_tracing, is_transformed, mark_unbacked, scatter_rows
+from ._index import Index, exact, index_and_flags, index_of_documents, index_of_mask, to_device
+from ._layout_checks import CONVENTIONS, check_integer_vector, check_offsets, check_rank, describe, host_lengths, shorten
+from .errors import ArgumentError, DtypeError, LayoutError
 
-__all__ = ["SeqLayout"]
+__all__ = ["SeqLayout", "is_tracing", "layout_and_flags"]
 
 Pooling = Literal["mean", "max", "sum", "first", "last"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_CONVENTIONS = "`key_padding_mask` marks padding with True (torch), `attention_mask` marks tokens with True or 1 (Hugging Face)"
 _PADDING_THRESHOLD = -1e4  # an additive mask value at or below this is padding: covers finfo.min of float16
-
-
-def is_tracing(*tensors: Tensor) -> bool:
-    """Whether values must not be read: under `torch.compile` or `torch.export`, or on fake tensors."""
-    return torch.compiler.is_compiling() or any(isinstance(t, FakeTensor) for t in tensors)
 
 
 def _constructor(function: Callable[P, R]) -> Callable[P, R]:
@@ -59,72 +48,6 @@ def _constructor(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return build
-
-
-def _mark_unbacked(tensor: Tensor) -> None:
-    """Tell `torch.compile` that the number of packed rows is data: one graph for all of 0, 1, 2, ...
-
-    Only where dynamo is loaded already: its import costs 0.8 s and nobody compiles without it.
-    """
-    if "torch._dynamo" in sys.modules and not is_tracing(tensor):
-        from torch._dynamo.decorators import mark_unbacked
-
-        mark_unbacked(tensor, 0)
-
-
-class _Pack(torch.autograd.Function):
-    """Rows of the padded tensor, in packed order. ``valid_T`` is None unless there are slack rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, token_indices: Tensor, gather_indices: Tensor, valid_T: Tensor | None) -> Tensor:
-        ctx.save_for_backward(token_indices, gather_indices, valid_T)
-        return _pack(x, token_indices, valid_T)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Unpack.apply(grad, *ctx.saved_tensors, 0), None, None, None
-
-
-class _Unpack(torch.autograd.Function):
-    """Rows of the packed tensor at their places in the padded one, ``pad_value`` elsewhere."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        token_indices: Tensor,
-        gather_indices: Tensor,
-        valid_T: Tensor | None,
-        pad_value: float,
-    ) -> Tensor:
-        ctx.save_for_backward(token_indices, gather_indices, valid_T)
-        return _unpack(x, gather_indices, pad_value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Pack.apply(grad, *ctx.saved_tensors), None, None, None, None
-
-
-def _pack(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Tensor:
-    if valid_T is None:
-        return x.index_select(0, token_indices)
-    if x.shape[0] == 0:
-        return x.new_zeros((token_indices.shape[0], *x.shape[1:]))
-    rows = x.index_select(0, token_indices)
-    return torch.where(valid_T.view(-1, *[1] * (x.dim() - 1)), rows, rows.new_zeros(()))
-
-
-def _unpack(x: Tensor, gather_indices: Tensor, pad_value: float) -> Tensor:
-    # The padding row stands first, so that its index (0) does not depend on T, which is data.
-    padding_row = x.new_full((1, *x.shape[1:]), pad_value)
-    return torch.cat([padding_row, x]).index_select(0, gather_indices)
-
-
-def _is_transformed() -> bool:
-    """Under `torch.func` or forward-mode AD, for which plain indexing has all rules and our two functions have none."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -190,17 +113,17 @@ class SeqLayout:
             DtypeError: the mask is neither bool nor float.
             LayoutError: it is not 2-D, or a float mask has other values.
         """
-        _check_rank(mask, "mask")
+        check_rank(mask, "mask")
         if mask.dtype == torch.bool:
-            return _from_real(~mask, None, mask, capacity, holes, validate)
+            return cls._of(index_of_mask(~mask, None, mask, capacity, validate), mask.shape, holes)
         if not mask.is_floating_point():
             raise DtypeError(
                 f"`mask` must be bool or float, but is {mask.dtype}: only bool and floating types of "
-                f"key_padding_mask are supported. {_CONVENTIONS}; for a 0/1 mask of tokens call "
+                f"key_padding_mask are supported. {CONVENTIONS}; for a 0/1 mask of tokens call "
                 "SeqLayout.from_attention_mask(mask), for one of padding pass mask.bool()."
             )
         padding = mask <= _PADDING_THRESHOLD
-        return _from_real(~padding, ~(padding | (mask == 0)), mask, capacity, holes, validate)
+        return cls._of(index_of_mask(~padding, ~(padding | (mask == 0)), mask, capacity, validate), mask.shape, holes)
 
     @classmethod
     @_constructor
@@ -216,16 +139,16 @@ class SeqLayout:
 
         Arguments and errors as `from_key_padding_mask`.
         """
-        _check_rank(mask, "mask")
+        check_rank(mask, "mask")
         if mask.dtype == torch.bool:
-            return _from_real(mask, None, mask, capacity, holes, validate)
+            return cls._of(index_of_mask(mask, None, mask, capacity, validate), mask.shape, holes)
         if mask.is_floating_point() or mask.is_complex():
             raise DtypeError(
                 f"`mask` must be bool or an integer dtype with values 0 and 1, but is {mask.dtype}. "
-                f"{_CONVENTIONS}; for an additive float mask call SeqLayout.from_key_padding_mask(mask)."
+                f"{CONVENTIONS}; for an additive float mask call SeqLayout.from_key_padding_mask(mask)."
             )
         bad = (mask != 0) & (mask != 1)
-        return _from_real(mask == 1, bad, mask, capacity, holes, validate)
+        return cls._of(index_of_mask(mask == 1, bad, mask, capacity, validate), mask.shape, holes)
 
     @classmethod
     @_constructor
@@ -250,8 +173,8 @@ class SeqLayout:
         """
         if isinstance(lengths, Tensor):
             device = lengths.device if device is None else device
-            _check_integer_vector(lengths, "lengths")
-        values = _host_lengths(lengths)
+            check_integer_vector(lengths, "lengths")
+        values = host_lengths(lengths)
         longest = max(values, default=0)
         size = longest if padded_len is None else int(padded_len)
         if size < 0:
@@ -264,13 +187,13 @@ class SeqLayout:
         if padding_side not in ("right", "left"):
             raise ArgumentError(f"`padding_side` must be 'right' or 'left', but is {padding_side!r}.")
         device = torch.device("cpu" if device is None else device)
-        lengths_Q = _to_device(torch.tensor(values, dtype=torch.int64, device="cpu"), device)
+        lengths_Q = to_device(torch.tensor(values, dtype=torch.int64, device="cpu"), device)
         columns_S = torch.arange(size, device=device)
         if padding_side == "left":
             real_BS = columns_S >= size - lengths_Q[:, None]
         else:
             real_BS = columns_S < lengths_Q[:, None]
-        return _exact(real_BS, lengths_Q, values, has_holes=False, holes="refuse")
+        return cls._of(exact(real_BS, lengths_Q, values, has_holes=False), real_BS.shape)
 
     @classmethod
     @_constructor
@@ -295,7 +218,7 @@ class SeqLayout:
             DtypeError, LayoutError: not a vector of integers, does not start at 0, decreases, ends elsewhere than ``total``,
                 or has a sequence longer than ``padded_len``.
         """
-        _check_integer_vector(cu_seqlens, "cu_seqlens")
+        check_integer_vector(cu_seqlens, "cu_seqlens")
         if cu_seqlens.shape[0] == 0:
             raise LayoutError(
                 "`cu_seqlens` must have Q+1 >= 1 entries, the first of them 0, but is empty: for no sequences pass torch.tensor([0])."
@@ -307,12 +230,12 @@ class SeqLayout:
                     "`cu_seqlens` can not be read while tracing: pass `padded_len`, `total` and "
                     "`validate=False`, or build the layout outside the compiled function."
                 )
-            lengths = _check_offsets(cu_seqlens.tolist(), padded_len, total)
+            lengths = check_offsets(cu_seqlens.tolist(), padded_len, total)
             padded_len = max(lengths, default=0) if padded_len is None else int(padded_len)
             total = sum(lengths)
         lengths_Q = cu_seqlens.to(torch.int64).diff()
         real_BS = torch.arange(padded_len, device=cu_seqlens.device) < lengths_Q[:, None]
-        return _exact(real_BS, lengths_Q, lengths, has_holes=False, holes="refuse", total=total)
+        return cls._of(exact(real_BS, lengths_Q, lengths, has_holes=False, total=total), real_BS.shape)
 
     @classmethod
     @_constructor
@@ -327,10 +250,10 @@ class SeqLayout:
             max_docs: a fixed number of sequences: nothing is read from the device and all shapes are
                 static (T is ``B*S``); unused sequences are empty. More documents are refused.
         """
-        _check_rank(ids, "ids")
+        check_rank(ids, "ids")
         if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
             raise DtypeError(f"`ids` must have an integer dtype, but is {ids.dtype}: number the documents 1, 2, ...")
-        return _from_documents(ids, max_docs)
+        return cls._of(index_of_documents(ids, max_docs), ids.shape)
 
     @classmethod
     @_constructor
@@ -342,7 +265,7 @@ class SeqLayout:
         """
         if not nested.is_nested or nested.layout != torch.jagged:
             raise LayoutError(
-                f"`nested` must be a nested tensor with layout torch.jagged, but is {_describe(nested)}: "
+                f"`nested` must be a nested tensor with layout torch.jagged, but is {describe(nested)}: "
                 "make one with torch.nested.as_nested_tensor(tensors, layout=torch.jagged)."
             )
         if getattr(nested, "_ragged_idx", 1) != 1 or nested.lengths() is not None:  # type: ignore[attr-defined]
@@ -351,6 +274,13 @@ class SeqLayout:
                 "transposed view or has gaps: call .contiguous() on it."
             )
         return cls.from_cu_seqlens(nested.offsets())  # type: ignore[attr-defined]
+
+    @classmethod
+    def _of(cls, index: Index, shape: Sequence[int], holes: Literal["refuse", "packed"] = "refuse") -> SeqLayout:
+        if holes not in ("refuse", "packed"):
+            raise ArgumentError(f"`holes` must be 'refuse' or 'packed', but is {holes!r}.")
+        batch_size, padded_len = shape
+        return cls(batch_size=batch_size, padded_len=padded_len, max_seqlen=padded_len, holes=holes, **index._asdict())
 
     # ---------------------------------------------------------------- facts
 
@@ -424,10 +354,10 @@ class SeqLayout:
         self._check(x, (self.batch_size, self.padded_len), "x")
         flat = x.reshape(self.batch_size * self.padded_len, *x.shape[2:])
         valid_T = self.valid_rows() if self.has_slack else None
-        if _is_transformed():
-            return _pack(flat, self.token_indices, valid_T)
-        packed: Tensor = _Pack.apply(flat, self.token_indices, self.gather_indices, valid_T)
-        _mark_unbacked(packed)
+        if is_transformed():
+            return gather_rows(flat, self.token_indices, valid_T)
+        packed: Tensor = Pack.apply(flat, self.token_indices, self.gather_indices, valid_T)
+        mark_unbacked(packed)
         return packed
 
     def unpack(self, x: Tensor, pad_value: float = 0.0) -> Tensor:
@@ -438,11 +368,11 @@ class SeqLayout:
         """
         self._check(x, (self.num_rows,), "x")
         value = pad_value if x.is_floating_point() or x.is_complex() else int(pad_value)
-        if _is_transformed():
-            padded = _unpack(x, self.gather_indices, value)
+        if is_transformed():
+            padded = scatter_rows(x, self.gather_indices, value)
         else:
             valid_T = self.valid_rows() if self.has_slack else None
-            padded = _Unpack.apply(x, self.token_indices, self.gather_indices, valid_T, value)
+            padded = Unpack.apply(x, self.token_indices, self.gather_indices, valid_T, value)
         return padded.reshape(self.batch_size, self.padded_len, *x.shape[1:])
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -516,7 +446,7 @@ class SeqLayout:
         """The same layout with its index tensors on ``device``."""
         moved = self._map_tensors(lambda t: t.to(device, non_blocking=non_blocking))
         if moved.token_indices is not self.token_indices and not moved.has_slack:
-            _mark_unbacked(moved.token_indices)
+            mark_unbacked(moved.token_indices)
         return moved
 
     @_constructor
@@ -540,14 +470,14 @@ class SeqLayout:
         return self
 
     def __repr__(self) -> str:
-        known = "on the device only" if self.lengths is None else _shorten(self.lengths)
+        known = "on the device only" if self.lengths is None else shorten(self.lengths)
         fill = "" if self.fill is None else f", fill={self.fill:.2f}"
         extras = "".join(
             f", {text}"
             for text, shown in (
                 (f"holes={self.holes!r}", bool(self.has_holes)),
                 ("capacity=T", self.has_slack),
-                (f"row_ids={_shorten(self.row_ids.tolist()) if self.row_ids is not None else ()}", self.row_ids is not None),
+                (f"row_ids={shorten(self.row_ids.tolist()) if self.row_ids is not None else ()}", self.row_ids is not None),
             )
             if shown
         )
@@ -587,254 +517,10 @@ class SeqLayout:
         return self.lengths
 
 
-# -------------------------------------------------------------------- builders
-
-
-def _from_real(
-    real_BS: Tensor,
-    bad_BS: Tensor | None,
-    mask: Tensor,
-    capacity: int | None,
-    holes: Literal["refuse", "packed"],
-    validate: bool,
-) -> SeqLayout:
-    """A layout from a mask that is True at tokens; reads from the device at most once."""
-    if holes not in ("refuse", "packed"):
-        raise ArgumentError(f"`holes` must be 'refuse' or 'packed', but is {holes!r}.")
-    if capacity is not None:
-        return _with_capacity(real_BS, real_BS.sum(1), int(capacity), holes)
-    flags = () if bad_BS is None else (bad_BS.any(),)
-    layout, values = layout_and_flags(real_BS, flags, holes=holes, validate=validate)
-    if any(values) and bad_BS is not None:
-        _raise_bad_value(mask, bad_BS)
-    return layout
-
-
-def layout_and_flags(
-    real_BS: Tensor, flags: Sequence[Tensor] = (), *, holes: Literal["refuse", "packed"] = "refuse", validate: bool = True
-) -> tuple[SeqLayout, tuple[bool, ...]]:
-    """The layout of a mask that is True at tokens, and bool scalars of the caller, in the one transfer of a device mask.
-
-    While tracing nothing is read: no flag comes back.
-    """
-    lengths_B = real_BS.sum(1)
-    if is_tracing(real_BS):
-        return _exact(real_BS, lengths_B, None, has_holes=None, holes=holes), ()
-    read = torch.cat([lengths_B, torch.stack([_any_hole(real_BS), *flags]).to(torch.int64)]).tolist()
-    lengths, (some_hole, *values) = tuple(read[: len(real_BS)]), read[len(real_BS) :]
-    if validate and 0 in lengths and any(lengths):
-        warn(
-            f"row {lengths.index(0)} of the mask has no token while others have some. If that is not meant, the mask is "
-            f"inverted: {_CONVENTIONS}. validate=False silences this.",
-            LayoutWarning,
-        )
-    return _exact(real_BS, lengths_B, lengths, has_holes=bool(some_hole), holes=holes), tuple(map(bool, values))
-
-
-def _exact(
-    real_BS: Tensor,
-    lengths_Q: Tensor,
-    lengths: tuple[int, ...] | None,
-    *,
-    has_holes: bool | None,
-    holes: Literal["refuse", "packed"],
-    total: int | None = None,
-) -> SeqLayout:
-    """T is the number of real tokens; one sequence a row."""
-    size, padded_len = real_BS.shape
-    flat = real_BS.reshape(-1)
-    total = sum(lengths) if lengths is not None else total
-    if total is None:
-        token_indices = flat.nonzero().squeeze(1)
-    else:
-        token_indices = torch.nonzero_static(flat, size=total).squeeze(1)
-    _mark_unbacked(token_indices)
-    return SeqLayout(
-        batch_size=size,
-        padded_len=padded_len,
-        max_seqlen=padded_len,
-        cu_seqlens=_offsets(lengths_Q),
-        token_indices=token_indices,
-        gather_indices=flat.cumsum(0) * flat,
-        lengths=lengths,
-        has_holes=has_holes,
-        holes=holes,
-    )
-
-
-def _with_capacity(real_BS: Tensor, lengths_B: Tensor, capacity: int, holes: Literal["refuse", "packed"]) -> SeqLayout:
-    """T is ``capacity``; nothing is read from the device."""
-    if capacity < 0:
-        raise ArgumentError(f"`capacity` must be at least 0, but is {capacity}.")
-    size, padded_len = real_BS.shape
-    flat = real_BS.reshape(-1)
-    rank = flat.cumsum(0)  # packed row + 1, at tokens
-    _refuse_overflow(lengths_B.sum(), capacity, "`capacity`", "tokens")
-    slot = torch.where(flat, (rank - 1).clamp(max=capacity), capacity)
-    token_indices = torch.zeros(capacity + 1, dtype=torch.int64, device=flat.device)
-    token_indices = token_indices.scatter(0, slot, torch.arange(flat.shape[0], device=flat.device))
-    token_indices[capacity] = 0
-    return SeqLayout(
-        batch_size=size,
-        padded_len=padded_len,
-        max_seqlen=padded_len,
-        cu_seqlens=_offsets(lengths_B),
-        token_indices=token_indices[:capacity].clone(),
-        gather_indices=rank * flat,
-        lengths=None,
-        has_holes=None,
-        holes=holes,
-        has_slack=True,
-    )
-
-
-def _from_documents(ids: Tensor, max_docs: int | None) -> SeqLayout:
-    size, padded_len = ids.shape
-    home = ids.device
-    if max_docs is None and not is_tracing(ids):
-        ids = ids.cpu()  # the one transfer; all that follows is small and moves back without waiting
-    real_BS = ids != 0
-    start_BS = real_BS.clone()
-    start_BS[:, 1:] &= ids[:, 1:] != ids[:, :-1]
-    start, flat = start_BS.reshape(-1), real_BS.reshape(-1)
-    rank = flat.cumsum(0)
-    if max_docs is None:
-        first = start.nonzero().squeeze(1)
-        cu_seqlens = torch.cat([rank[first] - 1, rank[-1:] if flat.shape[0] else rank.new_zeros(1)]).to(torch.int32)
-        lengths = None if is_tracing(ids) else tuple(cu_seqlens.diff().tolist())
-        row_ids = first // max(padded_len, 1)
-        token_indices = flat.nonzero().squeeze(1)
-    else:
-        # Static shapes: documents scatter their offset and row to their number; unused numbers keep the total.
-        number = start.cumsum(0)
-        _refuse_overflow(start.sum(), max_docs, "`max_docs`", "documents")
-        slot = torch.where(start, (number - 1).clamp(max=max_docs), max_docs)
-        cu_seqlens = flat.sum().expand(max_docs + 1).scatter(0, slot, rank - 1)
-        cu_seqlens[max_docs] = flat.sum()
-        cu_seqlens = cu_seqlens.to(torch.int32)
-        rows = torch.arange(size, device=home).repeat_interleave(padded_len, output_size=size * padded_len)
-        row_ids = torch.full((max_docs + 1,), -1, device=home).scatter(0, slot, rows)[:max_docs].clone()
-        lengths = None
-        token_indices = _with_capacity(real_BS, real_BS.sum(1), flat.shape[0], "refuse").token_indices
-    layout = SeqLayout(
-        batch_size=size,
-        padded_len=padded_len,
-        max_seqlen=padded_len,
-        cu_seqlens=cu_seqlens,
-        token_indices=token_indices,
-        gather_indices=rank * flat,
-        lengths=lengths,
-        has_holes=False,
-        has_slack=max_docs is not None,
-        row_ids=row_ids,
-    )
-    layout = layout if layout.device == home else layout.to(home, non_blocking=True)
-    if not layout.has_slack:
-        _mark_unbacked(layout.token_indices)
-    return layout
-
-
-def _offsets(lengths_Q: Tensor) -> Tensor:
-    return torch.cat([lengths_Q.new_zeros(1), lengths_Q.cumsum(0)]).to(torch.int32)
-
-
-def _any_hole(real_BS: Tensor) -> Tensor:
-    """Whether a row has more than one run of tokens."""
-    if real_BS.shape[1] < 3 or real_BS.shape[0] == 0:
-        return torch.zeros((), dtype=torch.bool, device=real_BS.device)
-    runs_B = (real_BS[:, 1:] & ~real_BS[:, :-1]).sum(1) + real_BS[:, 0]
-    return (runs_B > 1).any()
-
-
-def _refuse_overflow(count: Tensor, bound: int, name: str, what: str) -> None:
-    """Refuse on the device, without a transfer; on a CPU the same assertion raises at once, as our error."""
-    message = f"{name} must hold all {what}, but there are more than {bound}: raise it."
-    if is_tracing(count) or count.device.type != "cpu":
-        torch._assert_async(count <= bound, message)
-        return
-    try:
-        torch._assert_async(count <= bound, message)
-    except RuntimeError as error:
-        raise LayoutError(message) from error
-
-
-def _to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A copy that does not wait: `torch.tensor(list, device="cuda")` blocks, a pinned copy does not."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.to(device)
-
-
-# -------------------------------------------------------------------- checks
-
-
-def _describe(x: Any) -> str:
-    return f"{x.dtype} of shape {tuple(x.shape)} and layout {x.layout}" if isinstance(x, Tensor) else repr(type(x).__name__)
-
-
-def _shorten(values: Sequence[int]) -> str:
-    shown = ", ".join(str(v) for v in values[:8])
-    return f"({shown}, ... {len(values) - 8} more)" if len(values) > 8 else f"({shown})"
-
-
-def _check_rank(mask: Any, name: str) -> None:
-    if not isinstance(mask, Tensor):
-        raise DtypeError(f"`{name}` must be a tensor, but is {_describe(mask)}.")
-    if mask.dim() != 2:
-        raise LayoutError(
-            f"`{name}` must have shape (B, S), but has shape {tuple(mask.shape)}: a mask of (B, 1, 1, S) or (B, S, S) "
-            "says more than which tokens exist; reduce it to one flag a token."
-        )
-
-
-def _check_integer_vector(values: Tensor, name: str) -> None:
-    if not isinstance(values, Tensor) or values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
-        raise DtypeError(f"`{name}` must be a tensor of integers, but is {_describe(values)}.")
-    if values.dim() != 1:
-        raise LayoutError(f"`{name}` must be 1-D, but has shape {tuple(values.shape)}.")
-
-
-def _host_lengths(lengths: Iterable[Any] | Tensor) -> tuple[int, ...]:
-    values = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
-    for i, value in enumerate(values):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise DtypeError(f"`lengths[{i}]` must be an integer, but is {value!r}.")
-        if value < 0:
-            raise LayoutError(f"`lengths[{i}]` must be at least 0, but is {value}.")
-    return tuple(int(value) for value in values)
-
-
-def _check_offsets(offsets: list[int], padded_len: int | None, total: int | None) -> tuple[int, ...]:
-    if offsets[0] != 0:
-        raise LayoutError(
-            f"`cu_seqlens[0]` must be 0, but is {offsets[0]}: these are running sums of lengths, "
-            "not lengths; for lengths call SeqLayout.from_lengths."
-        )
-    lengths = tuple(b - a for a, b in itertools.pairwise(offsets))
-    for i, length in enumerate(lengths):
-        if length < 0:
-            raise LayoutError(
-                f"`cu_seqlens` must not decrease, but cu_seqlens[{i + 1}] = {offsets[i + 1]} after {offsets[i]}: "
-                "for lengths call SeqLayout.from_lengths."
-            )
-        if padded_len is not None and length > padded_len:
-            raise LayoutError(
-                f"`padded_len` must be at least the longest sequence, but is {padded_len} and sequence {i} has {length} tokens."
-            )
-    if total is not None and offsets[-1] != total:
-        raise LayoutError(f"`cu_seqlens[-1]` must be total = {total}, but is {offsets[-1]}.")
-    return lengths
-
-
-def _raise_bad_value(mask: Tensor, bad_BS: Tensor) -> NoReturn:
-    row, column = (int(i) for i in bad_BS.nonzero()[0])
-    value = mask[row, column].item()
-    if mask.is_floating_point():
-        raise LayoutError(
-            f"`mask[{row}, {column}]` must be 0 (token), -inf or at most -1e4 (padding), but is {value}: a float mask is added to "
-            f"the scores, and other values are a bias, not padding. Pass a bool mask; {_CONVENTIONS}."
-        )
-    raise LayoutError(f"`mask[{row}, {column}]` must be 0 or 1, but is {value}: pass (ids != pad_id).")
+def layout_and_flags(real_BS: Tensor, flags: Sequence[Tensor] = ()) -> tuple[SeqLayout, tuple[bool, ...]]:
+    """The layout of a mask that is True at tokens, and bool scalars of the caller, in the one transfer of a device mask."""
+    index, values = index_and_flags(real_BS, flags, validate=True)
+    return SeqLayout._of(index, real_BS.shape), values
 
 
 # -------------------------------------------------------------------- pytree

@@ -1,0 +1,180 @@
+"""The index tensors of a `SeqLayout`, built on the device of the mask with at most one transfer from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._gather import is_tracing, mark_unbacked
+from ._layout_checks import CONVENTIONS, raise_bad_value
+from .errors import ArgumentError, LayoutError, LayoutWarning, warn
+
+
+class Index(NamedTuple):
+    """Where the tokens are; the fields are those of `SeqLayout`."""
+
+    cu_seqlens: Tensor
+    token_indices: Tensor
+    gather_indices: Tensor
+    lengths: tuple[int, ...] | None
+    has_holes: bool | None
+    has_slack: bool = False
+    row_ids: Tensor | None = None
+
+
+def index_of_mask(
+    real_BS: Tensor,
+    bad_BS: Tensor | None,
+    mask: Tensor,
+    capacity: int | None,
+    validate: bool,
+) -> Index:
+    """From a mask that is True at tokens; reads from the device at most once. ``bad_BS`` marks illegal values of ``mask``."""
+    if capacity is not None:
+        return with_capacity(real_BS, int(capacity))
+    flags = () if bad_BS is None else (bad_BS.any(),)
+    index, values = index_and_flags(real_BS, flags, validate=validate)
+    if any(values) and bad_BS is not None:
+        raise_bad_value(mask, bad_BS)
+    return index
+
+
+def index_and_flags(real_BS: Tensor, flags: Sequence[Tensor], *, validate: bool) -> tuple[Index, tuple[bool, ...]]:
+    """The index of a mask that is True at tokens, and bool scalars of the caller, in the one transfer of a device mask.
+
+    While tracing nothing is read: no flag comes back.
+    """
+    lengths_B = real_BS.sum(1)
+    if is_tracing(real_BS):
+        return exact(real_BS, lengths_B, None, has_holes=None), ()
+    read = torch.cat([lengths_B, torch.stack([_any_hole(real_BS), *flags]).to(torch.int64)]).tolist()
+    lengths, (some_hole, *values) = tuple(read[: len(real_BS)]), read[len(real_BS) :]
+    if validate and 0 in lengths and any(lengths):
+        warn(
+            f"row {lengths.index(0)} of the mask has no token while others have some. If that is not meant, the mask is "
+            f"inverted: {CONVENTIONS}. validate=False silences this.",
+            LayoutWarning,
+        )
+    return exact(real_BS, lengths_B, lengths, has_holes=bool(some_hole)), tuple(map(bool, values))
+
+
+def exact(
+    real_BS: Tensor,
+    lengths_Q: Tensor,
+    lengths: tuple[int, ...] | None,
+    *,
+    has_holes: bool | None,
+    total: int | None = None,
+) -> Index:
+    """T is the number of real tokens; one sequence a row."""
+    flat = real_BS.reshape(-1)
+    total = sum(lengths) if lengths is not None else total
+    if total is None:
+        token_indices = flat.nonzero().squeeze(1)
+    else:
+        token_indices = torch.nonzero_static(flat, size=total).squeeze(1)
+    mark_unbacked(token_indices)
+    return Index(
+        cu_seqlens=_offsets(lengths_Q),
+        token_indices=token_indices,
+        gather_indices=flat.cumsum(0) * flat,
+        lengths=lengths,
+        has_holes=has_holes,
+    )
+
+
+def with_capacity(real_BS: Tensor, capacity: int) -> Index:
+    """T is ``capacity``; nothing is read from the device."""
+    if capacity < 0:
+        raise ArgumentError(f"`capacity` must be at least 0, but is {capacity}.")
+    flat, lengths_B = real_BS.reshape(-1), real_BS.sum(1)
+    rank = flat.cumsum(0)  # packed row + 1, at tokens
+    _refuse_overflow(lengths_B.sum(), capacity, "`capacity`", "tokens")
+    slot = torch.where(flat, (rank - 1).clamp(max=capacity), capacity)
+    token_indices = torch.zeros(capacity + 1, dtype=torch.int64, device=flat.device)
+    token_indices = token_indices.scatter(0, slot, torch.arange(flat.shape[0], device=flat.device))
+    token_indices[capacity] = 0
+    return Index(
+        cu_seqlens=_offsets(lengths_B),
+        token_indices=token_indices[:capacity].clone(),
+        gather_indices=rank * flat,
+        lengths=None,
+        has_holes=None,
+        has_slack=True,
+    )
+
+
+def index_of_documents(ids: Tensor, max_docs: int | None) -> Index:
+    size, padded_len = ids.shape
+    home = ids.device
+    if max_docs is None and not is_tracing(ids):
+        ids = ids.cpu()  # the one transfer; all that follows is small and moves back without waiting
+    real_BS = ids != 0
+    start_BS = real_BS.clone()
+    start_BS[:, 1:] &= ids[:, 1:] != ids[:, :-1]
+    start, flat = start_BS.reshape(-1), real_BS.reshape(-1)
+    rank = flat.cumsum(0)
+    if max_docs is None:
+        first = start.nonzero().squeeze(1)
+        cu_seqlens = torch.cat([rank[first] - 1, rank[-1:] if flat.shape[0] else rank.new_zeros(1)]).to(torch.int32)
+        lengths = None if is_tracing(ids) else tuple(cu_seqlens.diff().tolist())
+        row_ids = first // max(padded_len, 1)
+        token_indices = flat.nonzero().squeeze(1)
+    else:
+        # Static shapes: documents scatter their offset and row to their number; unused numbers keep the total.
+        number = start.cumsum(0)
+        _refuse_overflow(start.sum(), max_docs, "`max_docs`", "documents")
+        slot = torch.where(start, (number - 1).clamp(max=max_docs), max_docs)
+        cu_seqlens = flat.sum().expand(max_docs + 1).scatter(0, slot, rank - 1)
+        cu_seqlens[max_docs] = flat.sum()
+        cu_seqlens = cu_seqlens.to(torch.int32)
+        rows = torch.arange(size, device=home).repeat_interleave(padded_len, output_size=size * padded_len)
+        row_ids = torch.full((max_docs + 1,), -1, device=home).scatter(0, slot, rows)[:max_docs].clone()
+        lengths = None
+        token_indices = with_capacity(real_BS, flat.shape[0]).token_indices
+    if max_docs is None:
+        token_indices = token_indices.to(home, non_blocking=True)
+        mark_unbacked(token_indices)
+    return Index(
+        cu_seqlens=cu_seqlens.to(home, non_blocking=True),
+        token_indices=token_indices,
+        gather_indices=(rank * flat).to(home, non_blocking=True),
+        lengths=lengths,
+        has_holes=False,
+        has_slack=max_docs is not None,
+        row_ids=row_ids.to(home, non_blocking=True),
+    )
+
+
+def _offsets(lengths_Q: Tensor) -> Tensor:
+    return torch.cat([lengths_Q.new_zeros(1), lengths_Q.cumsum(0)]).to(torch.int32)
+
+
+def _any_hole(real_BS: Tensor) -> Tensor:
+    """Whether a row has more than one run of tokens."""
+    if real_BS.shape[1] < 3 or real_BS.shape[0] == 0:
+        return torch.zeros((), dtype=torch.bool, device=real_BS.device)
+    runs_B = (real_BS[:, 1:] & ~real_BS[:, :-1]).sum(1) + real_BS[:, 0]
+    return (runs_B > 1).any()
+
+
+def _refuse_overflow(count: Tensor, bound: int, name: str, what: str) -> None:
+    """Refuse on the device, without a transfer; on a CPU the same assertion raises at once, as our error."""
+    message = f"{name} must hold all {what}, but there are more than {bound}: raise it."
+    if is_tracing(count) or count.device.type != "cpu":
+        torch._assert_async(count <= bound, message)
+        return
+    try:
+        torch._assert_async(count <= bound, message)
+    except RuntimeError as error:
+        raise LayoutError(message) from error
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy that does not wait: `torch.tensor(list, device="cuda")` blocks, a pinned copy does not."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)

@@ -1,0 +1,83 @@
+"""What masks, lengths and offsets must be, and the words for what they are not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .errors import DtypeError, LayoutError
+
+CONVENTIONS = "`key_padding_mask` marks padding with True (torch), `attention_mask` marks tokens with True or 1 (Hugging Face)"
+
+
+def describe(x: Any) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)} and layout {x.layout}" if isinstance(x, Tensor) else repr(type(x).__name__)
+
+
+def shorten(values: Sequence[int]) -> str:
+    shown = ", ".join(str(v) for v in values[:8])
+    return f"({shown}, ... {len(values) - 8} more)" if len(values) > 8 else f"({shown})"
+
+
+def check_rank(mask: Any, name: str) -> None:
+    if not isinstance(mask, Tensor):
+        raise DtypeError(f"`{name}` must be a tensor, but is {describe(mask)}.")
+    if mask.dim() != 2:
+        raise LayoutError(
+            f"`{name}` must have shape (B, S), but has shape {tuple(mask.shape)}: a mask of (B, 1, 1, S) or (B, S, S) "
+            "says more than which tokens exist; reduce it to one flag a token."
+        )
+
+
+def check_integer_vector(values: Tensor, name: str) -> None:
+    if not isinstance(values, Tensor) or values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
+        raise DtypeError(f"`{name}` must be a tensor of integers, but is {describe(values)}.")
+    if values.dim() != 1:
+        raise LayoutError(f"`{name}` must be 1-D, but has shape {tuple(values.shape)}.")
+
+
+def host_lengths(lengths: Iterable[Any] | Tensor) -> tuple[int, ...]:
+    values = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    for i, value in enumerate(values):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise DtypeError(f"`lengths[{i}]` must be an integer, but is {value!r}.")
+        if value < 0:
+            raise LayoutError(f"`lengths[{i}]` must be at least 0, but is {value}.")
+    return tuple(int(value) for value in values)
+
+
+def check_offsets(offsets: list[int], padded_len: int | None, total: int | None) -> tuple[int, ...]:
+    if offsets[0] != 0:
+        raise LayoutError(
+            f"`cu_seqlens[0]` must be 0, but is {offsets[0]}: these are running sums of lengths, "
+            "not lengths; for lengths call SeqLayout.from_lengths."
+        )
+    lengths = tuple(b - a for a, b in itertools.pairwise(offsets))
+    for i, length in enumerate(lengths):
+        if length < 0:
+            raise LayoutError(
+                f"`cu_seqlens` must not decrease, but cu_seqlens[{i + 1}] = {offsets[i + 1]} after {offsets[i]}: "
+                "for lengths call SeqLayout.from_lengths."
+            )
+        if padded_len is not None and length > padded_len:
+            raise LayoutError(
+                f"`padded_len` must be at least the longest sequence, but is {padded_len} and sequence {i} has {length} tokens."
+            )
+    if total is not None and offsets[-1] != total:
+        raise LayoutError(f"`cu_seqlens[-1]` must be total = {total}, but is {offsets[-1]}.")
+    return lengths
+
+
+def raise_bad_value(mask: Tensor, bad_BS: Tensor) -> NoReturn:
+    row, column = (int(i) for i in bad_BS.nonzero()[0])
+    value = mask[row, column].item()
+    if mask.is_floating_point():
+        raise LayoutError(
+            f"`mask[{row}, {column}]` must be 0 (token), -inf or at most -1e4 (padding), but is {value}: a float mask is added to "
+            f"the scores, and other values are a bias, not padding. Pass a bool mask; {CONVENTIONS}."
+        )
+    raise LayoutError(f"`mask[{row}, {column}]` must be 0 or 1, but is {value}: pass (ids != pad_id).")
