@@ -28,6 +28,7 @@ RANKS = (
     ("backends.*",),
     ("backends",),
     ("dispatch",),
+    ("_call_checks",),
     ("functional",),
     ("explain",),
     ("testing", "dense", "data"),

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ._call_checks import check_holes
 from .backends._maths import visible_mask
 from .backends.base import Backend, state
 from .dense import additive_mask, dense_attention, dense_kernel_name
 from .dispatch import note_dense, requested_backend
 from .errors import ArgumentError, BackendRefused, LayoutError
-from .functional import attend_for, check_holes, full_layout, pack_rows, to_device_of, unpack_rows
+from .functional import attend_for, full_layout, pack_rows, to_device_of, unpack_rows
 from .layout import SeqLayout, is_tracing, layout_and_flags
 from .problem import Semantics
 
