@@ -488,7 +488,7 @@ def test_compiled_calls_are_seen_where_they_run_and_orders_are_guarded() -> None
 
 
 def test_profiler_ranges_name_the_backend() -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         varlen_attention(*qkv(), LAYOUT)
         varlen_attention(*qkv(), LAYOUT, backend="reference")
     names = {event.key for event in profile.key_averages()}

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics
-from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim
+from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, constant_while_tracing, contiguous_grad, pad_head_dim
 
 _DROPOUT_BACKWARD_IS_WRONG = {(8, 6), (8, 9), (12, 0)}  # with head dimensions above 192: refused by torch's own checks too
 
 _parameters: dict[str, frozenset[str]] = {}
 
 
+@constant_while_tracing
 def _takes(parameter: str) -> bool:
     """Whether this torch's `varlen_attn` has a parameter: its signature changed in 2.11 and in 2.12."""
     if torch.__version__ not in _parameters:
