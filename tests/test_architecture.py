@@ -31,7 +31,7 @@ RANKS = (
     ("_call_checks",),
     ("functional",),
     ("explain",),
-    ("testing", "dense", "data"),
+    ("testing", "dense", "data", "_mha_checks"),
     ("testing.strategies", "modules"),
     ("encoder",),
     ("convert",),

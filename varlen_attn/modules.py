@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ._call_checks import check_holes
+from ._mha_checks import check_inputs, mha_shape_check
 from .backends._maths import visible_mask
 from .backends.base import Backend, state
 from .dense import additive_mask, dense_attention, dense_kernel_name
@@ -25,9 +26,6 @@ from .layout import SeqLayout, is_tracing, layout_and_flags
 from .problem import Semantics
 
 __all__ = ["VarlenMultiheadAttention"]
-
-# torch's own check, private but stable over the torch versions that are supported: its words are part of the drop-in's contract.
-_mha_shape_check: Callable[..., bool] = F._mha_shape_check  # type: ignore[attr-defined]
 
 
 def _block_fast_path(module: nn.Module, args: Any) -> None:
@@ -153,7 +151,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         packed = layout is not None and query.dim() == 2
         if (layout is not None or layout_kv is not None) and key_padding_mask is not None:
             raise ArgumentError("pass `key_padding_mask` or layouts, not both: nothing says which one counts.")
-        self._check(query, key, value, key_padding_mask, attn_mask, packed)
+        check_inputs(self, query, key, value, key_padding_mask, attn_mask, packed)
 
         unbatched = query.dim() == 2 and not packed
         if unbatched:
@@ -372,7 +370,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         """Nested input, as torch's encoder hands over in evaluation: its rows are packed already. Comes back in its own layout."""
         tensors = (query, key, value)
         if not all(x.is_nested for x in tensors) or query.dim() != 3:
-            _mha_shape_check(query, key, value, *masks.values(), self.num_heads)
+            mha_shape_check(query, key, value, *masks.values(), self.num_heads)
             raise LayoutError("query, key and value must all be nested or all be padded: convert with torch.nested.to_padded_tensor.")
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *self.parameters()))
         strided = any(x.layout == torch.strided for x in tensors)
@@ -384,70 +382,6 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         rows_v = rows_k if value is key else _nested_rows(value)[0]
         out, weights = self.forward(rows_q, rows_k, rows_v, layout=layout_q, layout_kv=layout_k, **options)
         return _nested_like(query, out, layout_q), weights
-
-    # ---------------------------------------------------------------- checks
-
-    def _check(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attn_mask: Tensor | None, packed: bool) -> None:
-        """torch's own checks, in its classes and words, with our fix appended; also of masks that would not be used."""
-        try:
-            if packed:
-                self._check_widths(query, key, value)
-                return
-            _mha_shape_check(query, key, value, mask, attn_mask, self.num_heads)
-            for name, x in (("key_padding_mask", mask), ("attn_mask", attn_mask)):
-                if x is not None and x.dtype != torch.bool and not x.is_floating_point():
-                    raise AssertionError(f"only bool and floating types of {name} are supported")
-            self._check_widths(query, key, value)
-            batch, len_q, len_k = self._sizes(query, key)
-            if mask is not None:
-                _check_key_padding_mask(mask if mask.dim() == 2 else mask[None], batch, len_k)
-            _check_attn_mask(attn_mask, batch * self.num_heads, len_q, len_k)
-        except (AssertionError, RuntimeError) as error:
-            order = "(B, L, E)" if self.batch_first else "(L, B, E)"
-            shown = None if mask is None else tuple(mask.shape)
-            raise type(error)(
-                f"{error}. Here batch_first={self.batch_first}, so query and key are {order}, key_padding_mask is (B, S) with True at "
-                f"padding; given are query {tuple(query.shape)}, key {tuple(key.shape)}, key_padding_mask {shown}."
-            ) from None
-
-    def _check_widths(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        if query.shape[-1] != self.embed_dim:
-            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
-        if key.dim() == 3 and self.batch_first:  # torch names the shapes after its own transposition
-            shape_k, shape_v = (torch.Size((x.shape[1], x.shape[0], x.shape[2])) for x in (key, value))
-        else:
-            shape_k, shape_v = key.shape, value.shape
-        if self._qkv_same_embed_dim and shape_k != shape_v:
-            raise AssertionError(f"key shape {shape_k} does not match value shape {shape_v}")
-        if shape_k[:-1] != shape_v[:-1]:
-            raise AssertionError(f"key's sequence and batch dims {shape_k[:-1]} do not match value's {shape_v[:-1]}")
-        for name, x, width in (("key", key, self.kdim), ("value", value, self.vdim)):
-            if x.shape[-1] != width:
-                raise AssertionError(f"was expecting {name} dimension of {width}, but got {x.shape[-1]}")
-
-    def _sizes(self, query: Tensor, key: Tensor) -> tuple[int, int, int]:
-        """B, L, S."""
-        if query.dim() == 2:
-            return 1, query.shape[0], key.shape[0]
-        batch, length = (0, 1) if self.batch_first else (1, 0)
-        if query.shape[batch] != key.shape[batch]:
-            raise AssertionError(f"query and key must have one batch size, but have {query.shape[batch]} and {key.shape[batch]}")
-        return query.shape[batch], query.shape[length], key.shape[length]
-
-
-def _check_key_padding_mask(mask: Tensor, batch: int, len_k: int) -> None:
-    """As torch's, whose own function does not trace."""
-    for i, expected in enumerate((batch, len_k)):
-        if mask.shape[i] != expected:
-            raise AssertionError(f"Expected key_padded_mask.shape[{i}] to be {expected}, but got {mask.shape[i]}")
-
-
-def _check_attn_mask(mask: Tensor | None, rows: int, len_q: int, len_k: int) -> None:
-    if mask is None:
-        return
-    expected = (len_q, len_k) if mask.dim() == 2 else (rows, len_q, len_k)
-    if tuple(mask.shape) != expected:
-        raise RuntimeError(f"The shape of the {mask.dim()}D attn_mask is {mask.shape}, but should be {expected}.")
 
 
 def _is_not_causal(mask: Tensor) -> Tensor:

@@ -1,0 +1,85 @@
+"""What the inputs of `nn.MultiheadAttention` must be: torch's checks, in its classes and words, with a fix appended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# torch's own check, private but stable over the torch versions that are supported: its words are part of the drop-in's contract.
+mha_shape_check: Callable[..., bool] = F._mha_shape_check  # type: ignore[attr-defined]
+
+
+def check_inputs(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    attn_mask: Tensor | None,
+    packed: bool,
+) -> None:
+    """torch's own checks, in its classes and words, with our fix appended; also of masks that would not be used."""
+    try:
+        if packed:
+            _check_widths(module, query, key, value)
+            return
+        mha_shape_check(query, key, value, mask, attn_mask, module.num_heads)
+        for name, x in (("key_padding_mask", mask), ("attn_mask", attn_mask)):
+            if x is not None and x.dtype != torch.bool and not x.is_floating_point():
+                raise AssertionError(f"only bool and floating types of {name} are supported")
+        _check_widths(module, query, key, value)
+        batch, len_q, len_k = _sizes(module, query, key)
+        if mask is not None:
+            _check_key_padding_mask(mask if mask.dim() == 2 else mask[None], batch, len_k)
+        _check_attn_mask(attn_mask, batch * module.num_heads, len_q, len_k)
+    except (AssertionError, RuntimeError) as error:
+        order = "(B, L, E)" if module.batch_first else "(L, B, E)"
+        shown = None if mask is None else tuple(mask.shape)
+        raise type(error)(
+            f"{error}. Here batch_first={module.batch_first}, so query and key are {order}, key_padding_mask is (B, S) with True at "
+            f"padding; given are query {tuple(query.shape)}, key {tuple(key.shape)}, key_padding_mask {shown}."
+        ) from None
+
+
+def _check_widths(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.shape[-1] != module.embed_dim:
+        raise AssertionError(f"was expecting embedding dimension of {module.embed_dim}, but got {query.shape[-1]}")
+    if key.dim() == 3 and module.batch_first:  # torch names the shapes after its own transposition
+        shape_k, shape_v = (torch.Size((x.shape[1], x.shape[0], x.shape[2])) for x in (key, value))
+    else:
+        shape_k, shape_v = key.shape, value.shape
+    if module._qkv_same_embed_dim and shape_k != shape_v:
+        raise AssertionError(f"key shape {shape_k} does not match value shape {shape_v}")
+    if shape_k[:-1] != shape_v[:-1]:
+        raise AssertionError(f"key's sequence and batch dims {shape_k[:-1]} do not match value's {shape_v[:-1]}")
+    for name, x, width in (("key", key, module.kdim), ("value", value, module.vdim)):
+        if x.shape[-1] != width:
+            raise AssertionError(f"was expecting {name} dimension of {width}, but got {x.shape[-1]}")
+
+
+def _sizes(module: nn.MultiheadAttention, query: Tensor, key: Tensor) -> tuple[int, int, int]:
+    """B, L, S."""
+    if query.dim() == 2:
+        return 1, query.shape[0], key.shape[0]
+    batch, length = (0, 1) if module.batch_first else (1, 0)
+    if query.shape[batch] != key.shape[batch]:
+        raise AssertionError(f"query and key must have one batch size, but have {query.shape[batch]} and {key.shape[batch]}")
+    return query.shape[batch], query.shape[length], key.shape[length]
+
+
+def _check_key_padding_mask(mask: Tensor, batch: int, len_k: int) -> None:
+    """As torch's, whose own function does not trace."""
+    for i, expected in enumerate((batch, len_k)):
+        if mask.shape[i] != expected:
+            raise AssertionError(f"Expected key_padded_mask.shape[{i}] to be {expected}, but got {mask.shape[i]}")
+
+
+def _check_attn_mask(mask: Tensor | None, rows: int, len_q: int, len_k: int) -> None:
+    if mask is None:
+        return
+    expected = (len_q, len_k) if mask.dim() == 2 else (rows, len_q, len_k)
+    if tuple(mask.shape) != expected:
+        raise RuntimeError(f"The shape of the {mask.dim()}D attn_mask is {mask.shape}, but should be {expected}.")
