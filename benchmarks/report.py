@@ -141,7 +141,9 @@ def main() -> None:
     if BEGIN in text:
         before, rest = text.split(BEGIN)
         after = rest.split(END)[1]
-        block = f"{where}, {max(r['threads'] for r in rows)} threads; ratio of times, masked SDPA / ours (a question mark: other processes disturbed the measurement):\n\n{summary(rows)}"
+        threads = max(r["threads"] for r in rows)
+        caption = f"{where}, {threads} threads; times of masked SDPA / ours. A question mark: other processes disturbed the measurement."
+        block = f"{caption}\n\n{summary(rows)}"
         README.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")
     print("written: benchmarks/results/tables.md, and the block of README.md")
 
