@@ -135,7 +135,7 @@ REFUSED: list[Refused] = [
     ("holes", ArgumentError, lambda: SeqLayout.from_key_padding_mask(MASK, holes="ok"), r"`holes` must be 'refuse' or 'packed', but is 'ok'"),
     ("padding_side", ArgumentError, lambda: SeqLayout.from_lengths([1], 2, "middle"), r"`padding_side` must be 'right' or 'left', but is 'middle'"),
     ("negative length", LayoutError, lambda: SeqLayout.from_lengths([2, -1]), r"`lengths\[1\]` must be at least 0, but is -1"),
-    ("negative padded_len", LayoutError, lambda: SeqLayout.from_lengths([], -1), r"`padded_len` must be at least 0, but is -1"),
+    ("negative padded_len", LayoutError, lambda: SeqLayout.from_lengths([], -1), r"`padded_len` must be an integer of at least 0, but is -1"),
     ("float lengths", DtypeError, lambda: SeqLayout.from_lengths([1.0]), r"`lengths\[0\]` must be an integer, but is 1\.0"),
     ("float lengths in a tensor", DtypeError, lambda: SeqLayout.from_lengths(torch.ones(2)), r"`lengths` must be a tensor of integers, but is torch\.float32"),
     ("lengths of rank 2", LayoutError, lambda: SeqLayout.from_lengths(torch.ones(2, 2, dtype=torch.long)), r"`lengths` must be 1-D, but has shape \(2, 2\)"),

@@ -297,7 +297,7 @@ def test_capacity_refuses_one_token_too_many(batch: Batch) -> None:  # R-40
         with pytest.raises(LayoutError, match=f"`capacity` must hold all tokens, but there are more than {total - 1}: raise it"):
             of_mask(batch.mask, capacity=total - 1)
     assert of_mask(batch.mask, capacity=total).num_rows == total
-    with pytest.raises(ArgumentError, match="`capacity` must be at least 0, but is -1"):
+    with pytest.raises(ArgumentError, match="`capacity` must be an integer of at least 0, but is -1"):
         of_mask(batch.mask, capacity=-1)
 
 

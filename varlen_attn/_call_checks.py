@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends.base import FLOATS, Extras
+from .backends.base import FLOATS, Extras, wide_dtype
 from .errors import ArgumentError, DtypeError, LayoutError
 from .layout import SeqLayout, is_tracing
 from .problem import Semantics
@@ -43,6 +44,15 @@ def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
+def check_layouts(layout: Any, layout_kv: Any) -> None:
+    """Each a `SeqLayout` or None: a mask in its place is the most natural slip."""
+    for name, x in (("layout", layout), ("layout_kv", layout_kv)):
+        if x is not None and not isinstance(x, SeqLayout):
+            raise ArgumentError(
+                f"`{name}` must be a SeqLayout, but is {type(x).__name__}: build one with SeqLayout.from_key_padding_mask(mask)."
+            )
+
+
 def check_shapes(query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout) -> None:
     for name, x, letters in (("query", query, "(T, N, H)"), ("key", key, "(Tk, K, H)"), ("value", value, "(Tk, K, Hv)")):
         if x.dim() != 3:
@@ -70,7 +80,7 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout,
 
 def check_extras(query: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, extras: Extras) -> Extras:
     """Slopes and sinks stay float32 under autocast: half precision would round the logits they shift."""
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(query.dtype)
     heads = query.shape[1]
     converted: dict[str, Tensor] = {}
     for name, x in (("alibi_slopes", extras.alibi_slopes), ("sinks", extras.sinks)):

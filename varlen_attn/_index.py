@@ -21,6 +21,7 @@ class Index(NamedTuple):
     gather_indices: Tensor
     lengths: tuple[int, ...] | None
     has_holes: bool | None
+    right_padded: bool | None
     has_slack: bool = False
     row_ids: Tensor | None = None
 
@@ -33,8 +34,12 @@ def index_of_mask(
     validate: bool,
 ) -> Index:
     """From a mask that is True at tokens; reads from the device at most once. ``bad_BS`` marks illegal values of ``mask``."""
+    if bad_BS is not None and (capacity is not None or is_tracing(mask)):
+        # Nothing is read here, so the device itself refuses.
+        _assert_on_device(~bad_BS.any(), "`mask` must hold 0 (or 1, for a mask of tokens), -inf or at most -1e4, but has other values.")
+        bad_BS = None
     if capacity is not None:
-        return with_capacity(real_BS, int(capacity))
+        return with_capacity(real_BS, capacity)
     flags = () if bad_BS is None else (bad_BS.any(),)
     index, values = index_and_flags(real_BS, flags, validate=validate)
     if any(values) and bad_BS is not None:
@@ -49,16 +54,17 @@ def index_and_flags(real_BS: Tensor, flags: Sequence[Tensor], *, validate: bool)
     """
     lengths_B = real_BS.sum(1)
     if is_tracing(real_BS):
-        return exact(real_BS, lengths_B, None, has_holes=None), ()
-    read = torch.cat([lengths_B, torch.stack([_any_hole(real_BS), *flags]).to(torch.int64)]).tolist()
-    lengths, (some_hole, *values) = tuple(read[: len(real_BS)]), read[len(real_BS) :]
+        return exact(real_BS, lengths_B, None, has_holes=None, right_padded=None), ()
+    read = torch.cat([lengths_B, torch.stack([*_forms(real_BS), *flags]).to(torch.int64)]).tolist()
+    lengths, (some_hole, some_shift, *values) = tuple(read[: len(real_BS)]), read[len(real_BS) :]
     if validate and 0 in lengths and any(lengths):
         warn(
             f"row {lengths.index(0)} of the mask has no token while others have some. If that is not meant, the mask is "
             f"inverted: {CONVENTIONS}. validate=False silences this.",
             LayoutWarning,
         )
-    return exact(real_BS, lengths_B, lengths, has_holes=bool(some_hole)), tuple(map(bool, values))
+    index = exact(real_BS, lengths_B, lengths, has_holes=bool(some_hole), right_padded=not some_shift)
+    return index, tuple(map(bool, values))
 
 
 def exact(
@@ -67,6 +73,7 @@ def exact(
     lengths: tuple[int, ...] | None,
     *,
     has_holes: bool | None,
+    right_padded: bool | None,
     total: int | None = None,
 ) -> Index:
     """T is the number of real tokens; one sequence a row."""
@@ -83,13 +90,14 @@ def exact(
         gather_indices=flat.cumsum(0) * flat,
         lengths=lengths,
         has_holes=has_holes,
+        right_padded=right_padded,
     )
 
 
 def with_capacity(real_BS: Tensor, capacity: int) -> Index:
     """T is ``capacity``; nothing is read from the device."""
-    if capacity < 0:
-        raise ArgumentError(f"`capacity` must be at least 0, but is {capacity}.")
+    if isinstance(capacity, bool) or not hasattr(capacity, "__index__") or capacity < 0:
+        raise ArgumentError(f"`capacity` must be an integer of at least 0, but is {capacity!r}.")
     flat, lengths_B = real_BS.reshape(-1), real_BS.sum(1)
     rank = flat.cumsum(0)  # packed row + 1, at tokens
     _refuse_overflow(lengths_B.sum(), capacity, "`capacity`", "tokens")
@@ -103,6 +111,7 @@ def with_capacity(real_BS: Tensor, capacity: int) -> Index:
         gather_indices=rank * flat,
         lengths=None,
         has_holes=None,
+        right_padded=None,
         has_slack=True,
     )
 
@@ -144,6 +153,7 @@ def index_of_documents(ids: Tensor, max_docs: int | None) -> Index:
         gather_indices=(rank * flat).to(home, non_blocking=True),
         lengths=lengths,
         has_holes=False,
+        right_padded=False,
         has_slack=max_docs is not None,
         row_ids=row_ids.to(home, non_blocking=True),
     )
@@ -153,22 +163,25 @@ def _offsets(lengths_Q: Tensor) -> Tensor:
     return torch.cat([lengths_Q.new_zeros(1), lengths_Q.cumsum(0)]).to(torch.int32)
 
 
-def _any_hole(real_BS: Tensor) -> Tensor:
-    """Whether a row has more than one run of tokens."""
-    if real_BS.shape[1] < 3 or real_BS.shape[0] == 0:
-        return torch.zeros((), dtype=torch.bool, device=real_BS.device)
-    runs_B = (real_BS[:, 1:] & ~real_BS[:, :-1]).sum(1) + real_BS[:, 0]
-    return (runs_B > 1).any()
+def _forms(real_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether a row has more than one run of tokens, and whether one has padding before a token."""
+    if real_BS.shape[1] < 2 or real_BS.shape[0] == 0:
+        return (torch.zeros((), dtype=torch.bool, device=real_BS.device),) * 2
+    starts = real_BS[:, 1:] & ~real_BS[:, :-1]
+    return (starts.sum(1) + real_BS[:, 0] > 1).any(), starts.any()
 
 
 def _refuse_overflow(count: Tensor, bound: int, name: str, what: str) -> None:
+    _assert_on_device(count <= bound, f"{name} must hold all {what}, but there are more than {bound}: raise it.")
+
+
+def _assert_on_device(holds: Tensor, message: str) -> None:
     """Refuse on the device, without a transfer; on a CPU the same assertion raises at once, as our error."""
-    message = f"{name} must hold all {what}, but there are more than {bound}: raise it."
-    if is_tracing(count) or count.device.type != "cpu":
-        torch._assert_async(count <= bound, message)
+    if is_tracing(holds) or holds.device.type != "cpu":
+        torch._assert_async(holds, message)
         return
     try:
-        torch._assert_async(count <= bound, message)
+        torch._assert_async(holds, message)
     except RuntimeError as error:
         raise LayoutError(message) from error
 

@@ -15,7 +15,17 @@ CONVENTIONS = "`key_padding_mask` marks padding with True (torch), `attention_ma
 
 
 def describe(x: Any) -> str:
-    return f"{x.dtype} of shape {tuple(x.shape)} and layout {x.layout}" if isinstance(x, Tensor) else repr(type(x).__name__)
+    if not isinstance(x, Tensor):
+        return repr(type(x).__name__)
+    shape = "nested" if x.is_nested else f"of shape {tuple(x.shape)}"  # a strided nested tensor has no shape to ask for
+    return f"{x.dtype}, {shape}, with layout {x.layout}"
+
+
+def check_size(value: Any, name: str) -> int:
+    """A number of rows or columns."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
+        raise LayoutError(f"`{name}` must be an integer of at least 0, but is {value!r}.")
+    return int(value)
 
 
 def shorten(values: Sequence[int]) -> str:
@@ -41,6 +51,8 @@ def check_integer_vector(values: Tensor, name: str) -> None:
 
 
 def host_lengths(lengths: Iterable[Any] | Tensor) -> tuple[int, ...]:
+    if not isinstance(lengths, Tensor | Iterable):
+        raise DtypeError(f"`lengths` must be a list, tuple or 1-D tensor of integers, but is {describe(lengths)}.")
     values = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
     for i, value in enumerate(values):
         if isinstance(value, bool) or not hasattr(value, "__index__"):

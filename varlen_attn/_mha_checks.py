@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import DtypeError
+from .layout import SeqLayout
+
 # torch's own check, private but stable over the torch versions that are supported: its words are part of the drop-in's contract.
 mha_shape_check: Callable[..., bool] = F._mha_shape_check  # type: ignore[attr-defined]
 
@@ -19,19 +22,26 @@ def check_inputs(
     value: Tensor,
     mask: Tensor | None,
     attn_mask: Tensor | None,
-    packed: bool,
+    packed: tuple[SeqLayout, SeqLayout] | None,
 ) -> None:
-    """torch's own checks, in its classes and words, with our fix appended; also of masks that would not be used."""
+    """torch's own checks, in its classes and words, with our fix appended; also of masks that would not be used.
+
+    ``packed`` are the layouts of queries and keys where those are packed rows.
+    """
+    for name, x in (("key_padding_mask", mask), ("attn_mask", attn_mask)):
+        if x is not None and not isinstance(x, Tensor):
+            raise DtypeError(f"`{name}` must be a tensor, but is {type(x).__name__}.")
     try:
-        if packed:
-            _check_widths(module, query, key, value)
-            return
-        mha_shape_check(query, key, value, mask, attn_mask, module.num_heads)
+        if packed is None:
+            mha_shape_check(query, key, value, mask, attn_mask, module.num_heads)
         for name, x in (("key_padding_mask", mask), ("attn_mask", attn_mask)):
             if x is not None and x.dtype != torch.bool and not x.is_floating_point():
                 raise AssertionError(f"only bool and floating types of {name} are supported")
         _check_widths(module, query, key, value)
-        batch, len_q, len_k = _sizes(module, query, key)
+        if packed is None:
+            batch, len_q, len_k = _sizes(module, query, key)
+        else:
+            batch, len_q, len_k = packed[0].batch_size, packed[0].padded_len, packed[1].padded_len
         if mask is not None:
             _check_key_padding_mask(mask if mask.dim() == 2 else mask[None], batch, len_k)
         _check_attn_mask(attn_mask, batch * module.num_heads, len_q, len_k)
@@ -57,7 +67,7 @@ def _check_widths(module: nn.MultiheadAttention, query: Tensor, key: Tensor, val
         raise AssertionError(f"key's sequence and batch dims {shape_k[:-1]} do not match value's {shape_v[:-1]}")
     for name, x, width in (("key", key, module.kdim), ("value", value, module.vdim)):
         if x.shape[-1] != width:
-            raise AssertionError(f"was expecting {name} dimension of {width}, but got {x.shape[-1]}")
+            raise RuntimeError(f"was expecting {name} dimension of {width}, but got {x.shape[-1]}")
 
 
 def _sizes(module: nn.MultiheadAttention, query: Tensor, key: Tensor) -> tuple[int, int, int]:
@@ -66,7 +76,7 @@ def _sizes(module: nn.MultiheadAttention, query: Tensor, key: Tensor) -> tuple[i
         return 1, query.shape[0], key.shape[0]
     batch, length = (0, 1) if module.batch_first else (1, 0)
     if query.shape[batch] != key.shape[batch]:
-        raise AssertionError(f"query and key must have one batch size, but have {query.shape[batch]} and {key.shape[batch]}")
+        raise RuntimeError(f"query and key must have one batch size, but have {query.shape[batch]} and {key.shape[batch]}")
     return query.shape[batch], query.shape[length], key.shape[length]
 
 

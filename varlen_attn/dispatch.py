@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from .backends import BACKENDS
 from .backends.base import Backend, Refusal, constant_while_tracing, state
@@ -25,11 +26,12 @@ from .problem import Problem, Semantics
 __all__ = ["Call", "Decision", "Plan", "Record", "Route", "backends", "choose", "record", "route", "use_backend"]
 
 _ENVIRONMENT = "VARLEN_ATTN_BACKEND"
-_environment_order = os.environ.get(_ENVIRONMENT, "auto")  # read once: a changed environment must not change a running model
+_environment_order = os.environ.get(_ENVIRONMENT) or "auto"  # read once: a changed environment must not change a running model
 
 _NAMES = ("auto", *(b.name for b in BACKENDS))
 
 _plans: dict[Any, Plan] = {}
+_MAX_PLANS = 4096
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ def choose(problem: Problem, backends: Sequence[Backend] = BACKENDS, *, thorough
     key = (problem, thorough, backends if backends is BACKENDS else tuple(backends))
     plan = _plans.get(key)
     if plan is None:
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()  # a dropout schedule makes a problem of every step
         plan = _plans[key] = _choose(problem, tuple(backends), thorough)
     return plan
 
@@ -186,8 +190,9 @@ def choose_while_tracing(problem: tuple[tuple[str, Any], ...], semantics: tuple[
 def route(layout: SeqLayout, problem: Problem) -> Route:
     """Packed, or dense where nothing is padded (then packed rows are the padded rows, and nothing needs to move).
 
-    A pure function of facts known on the host. Dense with padding is not chosen on a CPU: packed was never slower there at any fill
-    measured (`benchmarks/`), and on a GPU it waits for a measurement.
+    A pure function of facts known on the host. Dense with padding is not chosen yet, although packing around a single attention call
+    loses where little is padded or rows are short (`benchmarks/results/route.json`): the padded call reads padding unless that is zeroed
+    first, and a threshold belongs to a class of machines.
     """
     if problem.tracing:
         return Route("packed", "always packed while tracing")
@@ -234,9 +239,9 @@ class Call:
     """One attention call. Facts that only a device or a trace knows are None.
 
     Attributes:
-        backend, kernel: what ran.
+        backend, kernel: what ran; backend "dense" is a module that computed padding too.
         plan: with the reasons; None where compiled code launched the kernel.
-        module: the name or class of the module that called.
+        module: the class of the module that called.
         rows: T.  slots: B*S.
         traced: seen once while tracing, and not at each run.
         reason: why a module went the dense way, if it did.
@@ -317,11 +322,25 @@ def announced(plan: Plan, layout: SeqLayout, module: str | None) -> Iterator[Non
         state.announced = before
 
 
-def note_dense(module: str, kernel: str, reason: str, slots: int) -> None:
-    """Write a call that a module computed the dense way into the open records. Everything padded is computed: T is B*S."""
+def note_dense(module: str, query: Tensor, key: Tensor, value: Tensor, kernel: str, reason: str) -> None:
+    """Write a call that a module computed the dense way, on ``(B, S, N, H)`` tensors, into the open records.
+
+    Everything padded is computed: T is B*S. Its plan is that of the packed call, which did not run, with the reason.
+    """
+    problem = Problem(
+        device_type=query.device.type,
+        dtype=query.dtype,
+        num_heads=query.shape[2],
+        num_kv_heads=key.shape[2],
+        head_dim=query.shape[3],
+        value_head_dim=value.shape[3],
+        needs_grad=torch.is_grad_enabled() and query.requires_grad,
+    )
+    plan = replace(choose(problem, thorough=True), backend="dense", kernel=kernel, route="dense", route_reason=reason)
+    slots = query.shape[0] * query.shape[1]
     for log in state.records:
         assert isinstance(log, Record)
-        log.calls.append(Call("dense", kernel, None, module, slots, slots, reason=reason))
+        log.calls.append(Call("dense", kernel, plan, module, slots, slots, reason=reason))
 
 
 def backends() -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ import os
 import sys
 import warnings
 
+import torch
+
 __all__ = [
     "ArgumentError",
     "BackendRefused",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 _PACKAGE_DIR = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_TORCH_DIR = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 
 
 class VarlenError(Exception):
@@ -67,8 +70,8 @@ class LayoutWarning(VarlenWarning):
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn, blaming the first caller outside this package."""
+    """Warn, blaming the first caller outside this package and torch, whose modules call ours."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE_DIR):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE_DIR, _TORCH_DIR)):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

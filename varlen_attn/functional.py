@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._call_checks import autocasts, check_extras, check_holes, check_mask, check_projections, check_shapes, common_dtype
+from ._call_checks import autocasts, check_extras, check_holes, check_layouts, check_mask, check_projections, check_shapes, common_dtype
 from .backends import BACKENDS
-from .backends.base import Backend, Extras, connected_zeros, state
+from .backends.base import Backend, Extras, connected_zeros, state, wide_dtype
 from .dispatch import Plan, announced, choose, choose_while_tracing, requested_backend, route
 from .errors import ArgumentError, LayoutError
 from .layout import SeqLayout, is_tracing
@@ -132,11 +132,9 @@ class _Call:
         options: dict[str, Any],
         backend: str | Backend,
     ):
-        for name, x in (("layout", layout), ("layout_kv", layout_kv)):
-            if not isinstance(x, SeqLayout) and not (x is None and name == "layout_kv"):
-                raise ArgumentError(
-                    f"`{name}` must be a SeqLayout, but is {type(x).__name__}: build one with SeqLayout.from_key_padding_mask(mask)."
-                )
+        check_layouts(layout, layout_kv)
+        if layout is None:
+            raise ArgumentError("`layout` must be a SeqLayout, but is None: build one with SeqLayout.from_key_padding_mask(mask).")
         self.layout_q, self.layout_kv = layout, layout if layout_kv is None else layout_kv
         self.query, self.key, self.value = common_dtype(query, key, value)
         check_shapes(self.query, self.key, self.value, self.layout_q, self.layout_kv)
@@ -247,7 +245,7 @@ class _Call:
         if not kept:
             shape = (*self.query.shape[:2], self.value.shape[2])
             out = connected_zeros(shape, self.query, self.key, self.value)
-            lse_dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+            lse_dtype = wide_dtype(out.dtype)
             lse = out.new_full((out.shape[1], out.shape[0]), float("-inf"), dtype=lse_dtype)
             return out, lse if self.semantics.return_lse else None
         layout_q = SeqLayout.from_lengths([lengths_q[i] for i in kept], device=self.layout_q.device)
@@ -337,7 +335,8 @@ def _layouts(
     if layout is not None or layout_kv is not None:
         if key_padding_mask is not None or query_padding_mask is not None:
             raise ArgumentError("pass masks or `layout`/`layout_kv`, not both: nothing says which one counts.")
-        layout = layout or full_layout(query)
+        check_layouts(layout, layout_kv)
+        layout = full_layout(query) if layout is None else layout
         return layout, layout if layout_kv is None else layout_kv
     check_mask(key_padding_mask, key, "key_padding_mask", "key")
     if query_padding_mask is None:
@@ -433,6 +432,7 @@ def varlen_mha(
     if dropout_p > 0 and training is None:
         raise ArgumentError(f"`training` must be True or False where dropout_p > 0, but is None (dropout_p is {dropout_p}).")
     options: dict[str, Any] = dict(causal=causal, window=window, dropout_p=dropout_p if training else 0.0, backend=backend)
+    check_layouts(layout, None)
     if not isinstance(x, Tensor) or x.dim() not in (2, 3, 5):
         raise LayoutError(
             "`x` must be (B, S, D), packed (T, D) with `layout`, or stacked (B, S, 3, N, H), but has shape "

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from ._gather import Pack, Unpack, gather_rows, is_tracing, is_transformed, mark_unbacked, scatter_rows
 from ._index import Index, exact, index_and_flags, index_of_documents, index_of_mask, to_device
-from ._layout_checks import CONVENTIONS, check_integer_vector, check_offsets, check_rank, describe, host_lengths, shorten
+from ._layout_checks import CONVENTIONS, check_integer_vector, check_offsets, check_rank, check_size, describe, host_lengths, shorten
 from .errors import ArgumentError, DtypeError, LayoutError
 
 __all__ = ["SeqLayout", "is_tracing", "layout_and_flags"]
@@ -67,6 +67,7 @@ class SeqLayout:
         gather_indices: ``(B*S,)`` int64, for each padded position its packed row plus 1; 0 at padding.
         lengths: the Q lengths, or None where only the device knows them.
         has_holes: whether a row has padding between two tokens; None where only the device knows.
+        right_padded: whether all padding stands after the tokens of its row, so that columns are positions; None as above.
         holes: ``"refuse"`` or ``"packed"``: may distances count packed tokens although a row has holes?
         has_slack: capacity mode: T is fixed, and rows from ``cu_seqlens[-1]`` on hold nothing.
         row_ids: ``(Q,)`` the batch row of each document (-1 for unused ones); None unless made from documents.
@@ -83,6 +84,7 @@ class SeqLayout:
     gather_indices: Tensor
     lengths: tuple[int, ...] | None
     has_holes: bool | None
+    right_padded: bool | None
     holes: Literal["refuse", "packed"] = "refuse"
     has_slack: bool = False
     row_ids: Tensor | None = None
@@ -176,9 +178,7 @@ class SeqLayout:
             check_integer_vector(lengths, "lengths")
         values = host_lengths(lengths)
         longest = max(values, default=0)
-        size = longest if padded_len is None else int(padded_len)
-        if size < 0:
-            raise LayoutError(f"`padded_len` must be at least 0, but is {size}.")
+        size = longest if padded_len is None else check_size(padded_len, "padded_len")
         if longest > size:
             raise LayoutError(
                 f"`lengths[{values.index(longest)}]` must be at most padded_len = {size}, but is {longest}: "
@@ -193,7 +193,8 @@ class SeqLayout:
             real_BS = columns_S >= size - lengths_Q[:, None]
         else:
             real_BS = columns_S < lengths_Q[:, None]
-        return cls._of(exact(real_BS, lengths_Q, values, has_holes=False), real_BS.shape)
+        right_padded = padding_side == "right" or all(n in (0, size) for n in values)
+        return cls._of(exact(real_BS, lengths_Q, values, has_holes=False, right_padded=right_padded), real_BS.shape)
 
     @classmethod
     @_constructor
@@ -235,7 +236,7 @@ class SeqLayout:
             total = sum(lengths)
         lengths_Q = cu_seqlens.to(torch.int64).diff()
         real_BS = torch.arange(padded_len, device=cu_seqlens.device) < lengths_Q[:, None]
-        return cls._of(exact(real_BS, lengths_Q, lengths, has_holes=False, total=total), real_BS.shape)
+        return cls._of(exact(real_BS, lengths_Q, lengths, has_holes=False, right_padded=True, total=total), real_BS.shape)
 
     @classmethod
     @_constructor
@@ -263,7 +264,7 @@ class SeqLayout:
         Raises:
             LayoutError: not a jagged nested tensor, or one with gaps between its sequences.
         """
-        if not nested.is_nested or nested.layout != torch.jagged:
+        if not isinstance(nested, Tensor) or not nested.is_nested or nested.layout != torch.jagged:
             raise LayoutError(
                 f"`nested` must be a nested tensor with layout torch.jagged, but is {describe(nested)}: "
                 "make one with torch.nested.as_nested_tensor(tensors, layout=torch.jagged)."
@@ -367,6 +368,8 @@ class SeqLayout:
             LayoutError: ``x`` does not have T rows, or is on another device.
         """
         self._check(x, (self.num_rows,), "x")
+        if not (x.is_floating_point() or x.is_complex()) and pad_value != int(pad_value):
+            raise ArgumentError(f"`pad_value` must be an integer for a tensor of {x.dtype}, but is {pad_value}.")
         value = pad_value if x.is_floating_point() or x.is_complex() else int(pad_value)
         if is_transformed():
             padded = scatter_rows(x, self.gather_indices, value)
@@ -436,6 +439,7 @@ class SeqLayout:
             token_indices=token_indices,
             gather_indices=gather_QS.reshape(-1),
             has_holes=None if self.has_holes is None else False,
+            right_padded=True,
             row_ids=None,
         )
 

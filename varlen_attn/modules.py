@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ._call_checks import check_holes
+from ._call_checks import check_holes, check_layouts
 from ._mha_checks import check_inputs, mha_shape_check
 from .backends._maths import visible_mask
 from .backends.base import Backend, state
@@ -145,13 +146,17 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         order = requested_backend(self.backend if backend is None else backend)
         window = self.window if window is None else window
         if query.is_nested or key.is_nested or value.is_nested:
-            masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+            if layout is not None or layout_kv is not None:
+                raise ArgumentError("a nested tensor says itself where its sequences are: pass no `layout` or `layout_kv` with it.")
+            named = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
             options = {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal}
-            return self._nested(query, key, value, masks, {**options, "backend": order, "window": window})
-        packed = layout is not None and query.dim() == 2
+            return self._nested(query, key, value, named, {**options, "backend": order, "window": window})
+        check_layouts(layout, layout_kv)
+        own = (layout, layout if layout_kv is None else layout_kv) if layout is not None and query.dim() == 2 else None
+        packed = own is not None
         if (layout is not None or layout_kv is not None) and key_padding_mask is not None:
             raise ArgumentError("pass `key_padding_mask` or layouts, not both: nothing says which one counts.")
-        check_inputs(self, query, key, value, key_padding_mask, attn_mask, packed)
+        check_inputs(self, query, key, value, key_padding_mask, attn_mask, own)
 
         unbatched = query.dim() == 2 and not packed
         if unbatched:
@@ -162,11 +167,12 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         else:
             inputs = _Inputs.of(query, key, value, lambda x: x.transpose(0, 1))
 
-        layouts, causal, why_dense = self._plan(inputs, key_padding_mask, attn_mask, need_weights, is_causal, layout, layout_kv)
+        masks = key_padding_mask, attn_mask
+        layouts, causal, why_dense = self._plan(inputs, masks, need_weights, is_causal, window is not None, layout, layout_kv)
         if why_dense is None:
             out, weights = self._packed(inputs, layouts, causal, window, order), None
         else:
-            self._refuse_orders(order, why_dense)
+            self._refuse_dense(order, layouts, why_dense)
             check_holes(*layouts, Semantics.of(window=window))
             bias = self._bias(inputs, layouts, key_padding_mask, None if causal else attn_mask, causal, window)
             out, weights = self._dense(inputs, layouts, bias, need_weights, why_dense)
@@ -181,38 +187,36 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
     def _plan(
         self,
         inputs: _Inputs,
-        mask: Tensor | None,
-        attn_mask: Tensor | None,
+        masks: tuple[Tensor | None, Tensor | None],
         need_weights: bool,
         is_causal: bool,
+        windowed: bool,
         layout: SeqLayout | None,
         layout_kv: SeqLayout | None,
     ) -> tuple[tuple[SeqLayout, SeqLayout], bool, str | None]:
         """Layouts of queries and keys, whether the call is causal, and the reason for the dense way or None.
 
-        Reads a device mask once: lengths, whether a float mask is padding only, whether ``attn_mask`` is causal, where padding stands.
+        Reads a device mask once: lengths, where padding stands, whether a float mask is padding only, whether ``attn_mask`` is causal.
         """
+        mask, attn_mask = masks
         flags: dict[str, Tensor] = {}
         if mask is not None and mask.is_floating_point():
             flags["additive"] = ((mask != 0) & ~torch.isneginf(mask)).any()
         if attn_mask is not None and is_causal:
             flags["not causal"] = _is_not_causal(attn_mask)
-        if mask is not None and is_causal and not (inputs.self_attention and self.zero_padding_rows):
-            flags["shifted"] = _is_shifted(mask)
         layouts, values = self._layouts(inputs, mask, list(flags.values()), layout, layout_kv)
-        # While tracing nothing is read: a causal hint is trusted, as torch documents, and what else is unknown goes the dense way.
-        found = dict(zip(flags, values, strict=True)) if len(values) == len(flags) else {name: name != "not causal" for name in flags}
-        if is_causal and mask is None and layouts[0] is not layouts[1]:
-            found["shifted"] = is_tracing(inputs.query) or any(bool((x.columns != x.positions).any()) for x in layouts)
-        not_causal = found.get("not causal", attn_mask is not None)
+        # While tracing nothing is read: a causal hint is trusted, as torch documents; a float mask may hold anything.
+        found = dict(zip(flags, values, strict=True)) if values or not flags else {"additive": "additive" in flags}
+        additive = found.get("additive", False) or _wants_grad(mask)
+        not_causal = attn_mask is not None and (not is_causal or found.get("not causal", False) or _wants_grad(attn_mask))
+        apart = layouts[0] is not layouts[1]
+        shifted = is_causal and apart and not all(x.right_padded for x in layouts)
         reasons = (
             (need_weights, "need_weights=True: weights exist only in the dense computation, flash was bypassed for them alone"),
             (not_causal, "attn_mask is not known to be causal"),
-            (found.get("additive"), "key_padding_mask is additive, with values other than 0 and -inf"),
-            (
-                found.get("shifted"),
-                "causal with unlike padding of queries and keys: columns, which torch compares, differ from packed positions",
-            ),
+            (additive, "key_padding_mask is additive: it has values other than 0 and -inf, or wants a gradient"),
+            (shifted, "causal with unlike padding of queries and keys: columns, which torch compares, differ from packed positions"),
+            (windowed and apart and inputs.self_attention, "a window over padded rows, which zero_padding_rows=False keeps"),
             (self.bias_k is not None, "add_bias_kv"),
             (self.add_zero_attn, "add_zero_attn"),
         )
@@ -244,13 +248,18 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
                 own = full_layout(inputs.query)
         return (own, other), values
 
-    def _refuse_orders(self, order: str | Backend, why: str) -> None:
-        """An order is an order: only the dense backend may compute a call that needs the dense way."""
+    def _refuse_dense(self, order: str | Backend, layouts: tuple[SeqLayout, SeqLayout], why: str) -> None:
+        """An order is an order: only the dense backend may compute a call that needs the dense way. It knows one sequence a row."""
         name = order if isinstance(order, str) else order.name
         if name not in ("auto", "sdpa_padded"):
             raise BackendRefused(
                 f"backend {name!r} was ordered, but this call can only be computed the dense way: {why}. "
                 "Fix: drop that option, or order 'sdpa_padded'."
+            )
+        if any(x.row_ids is not None for x in layouts):
+            raise LayoutError(
+                f"`layout` has several documents a row, but this call can only be computed the dense way, which knows one: {why}. "
+                "Drop that option, or give every document a row."
             )
 
     # ---------------------------------------------------------------- computing
@@ -272,6 +281,17 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             biases = (None, None, None) if bias is None else bias.chunk(3)
             parts = [_linear(x, w, b) for x, w, b in zip((query, key, value), self.in_proj_weight.chunk(3), biases, strict=True)]
         return tuple(rearrange(p, "... (n h) -> ... n h", n=self.num_heads) for p in parts)
+
+    def _project_out(self, x: Tensor) -> Tensor:
+        """As torch, by its weights; whatever has been put in its place (LoRA, quantised) is called."""
+        if type(self.out_proj) is NonDynamicallyQuantizableLinear:
+            return _linear(x, self.out_proj.weight, self.out_proj.bias)
+        projected: Tensor = self.out_proj(x)
+        return projected
+
+    def extra_repr(self) -> str:
+        options = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
+        return f"{options}, backend={self.backend!r}, window={self.window}, zero_padding_rows={self.zero_padding_rows}"
 
     def _packed(
         self,
@@ -295,7 +315,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             "dropout_p": self.dropout if self.training else 0.0,
         }
         out = attend_for(type(self).__name__, q, k, v, layout_q, layout_k, options, order)
-        out = _linear(rearrange(out, "t n h -> t (n h)"), self.out_proj.weight, self.out_proj.bias)
+        out = self._project_out(rearrange(out, "t n h -> t (n h)"))
         return out if inputs.packed else unpack_rows(layout_q, out)
 
     def _bias(
@@ -320,13 +340,11 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             added = additive_mask(attn_mask.to(device), dtype)
             shape = (-1, self.num_heads) if added.dim() == 3 else (1, 1)
             terms.append(added.to(dtype).view(*shape, *added.shape[-2:]))
-        if causal or window is not None:
-            semantics = Semantics.of(causal="top_left" if causal else False, window=window)
-            rows = torch.arange(layout_q.padded_len, device=device)[:, None]
-            columns = torch.arange(layout_k.padded_len, device=device)
-            visible = visible_mask(semantics, rows, columns, layout_k.padded_len - layout_q.padded_len)
-            assert visible is not None
-            terms.append(additive_mask(~visible, dtype)[None, None])
+        if causal:  # torch compares columns
+            after = torch.ones(layout_q.padded_len, layout_k.padded_len, dtype=torch.bool, device=device).triu(1)
+            terms.append(additive_mask(after, dtype)[None, None])
+        if window is not None:
+            terms.append(additive_mask(~_in_window(inputs, layouts, causal, window), dtype))
         return sum(terms[1:], start=terms[0]) if terms else None
 
     def _dense(
@@ -355,10 +373,9 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         bias = None if bias is None else F.pad(bias.to(q.dtype), (0, extra))
         dropout_p = self.dropout if self.training else 0.0
         if state.records and not is_tracing(q):
-            kernel = dense_kernel_name(q, bias, dropout_p, need_weights)
-            note_dense(type(self).__name__, kernel, why, layout_q.batch_size * layout_q.padded_len)
+            note_dense(type(self).__name__, q, k, v, dense_kernel_name(q, bias, dropout_p, need_weights), why)
         out, weights = dense_attention(q, k, v, bias, dropout_p=dropout_p, need_weights=need_weights)
-        out = _linear(rearrange(out, "b l n h -> b l (n h)"), self.out_proj.weight, self.out_proj.bias)
+        out = self._project_out(rearrange(out, "b l n h -> b l (n h)"))
         out = layout_q.pack(out) if inputs.packed else _without_padding(out, layout_q)
         if weights is not None and not layout_q.is_dense:
             weights = weights.masked_fill(layout_q.padding_mask()[:, None, :, None], 0.0)
@@ -392,10 +409,24 @@ def _is_not_causal(mask: Tensor) -> Tensor:
     return (torch.where(after, torch.isneginf(mask), mask == 0)).logical_not().any()
 
 
-def _is_shifted(mask: Tensor) -> Tensor:
-    """Whether a ``(B, S)`` mask has padding before a token, so that columns and packed positions differ."""
-    padding = mask if mask.dtype == torch.bool else torch.isneginf(mask)
-    return (padding[:, :-1] & ~padding[:, 1:]).any()
+def _wants_grad(mask: Tensor | None) -> bool:
+    return mask is not None and mask.requires_grad and torch.is_grad_enabled()
+
+
+def _in_window(inputs: _Inputs, layouts: tuple[SeqLayout, SeqLayout], causal: bool, window: tuple[int | None, int | None]) -> Tensor:
+    """``(B, 1, L, S)``: as the packed way counts, in tokens and around the aligned position (bottom-right unless causal)."""
+    layout_q, layout_k = layouts
+    # The rows that zero_padding_rows=False keeps are counted with the tokens of their own sequence.
+    rows, columns = (_token_counts(x) for x in (layout_k if inputs.self_attention else layout_q, layout_k))
+    lengths_q, lengths_k = (x.cu_seqlens.to(torch.int64).diff().view(-1, 1, 1, 1) for x in layouts)
+    offset = 0 if causal or inputs.self_attention else lengths_k - lengths_q
+    visible = visible_mask(Semantics.of(window=window), rows[:, None, :, None], columns[:, None, None, :], offset)
+    return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=rows.device) if visible is None else visible
+
+
+def _token_counts(layout: SeqLayout) -> Tensor:
+    """``(B, S)``: the packed position of each column; of padding, that of the token before."""
+    return (~layout.padding_mask()).cumsum(1) - 1
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..layout import SeqLayout
 from ..problem import Semantics
 from ._maths import alibi_bias, visible_mask
+from .base import wide_dtype
 
 _WINDOW_ROWS = 256  # query rows of one call under a window: enough to fill the kernel's blocks, few enough to skip keys
 _SCORES = 1 << 24  # score elements of one eager call: 64 MB in float32
@@ -83,7 +85,7 @@ def _tile_mask(tile: Tile, group: Group, semantics: Semantics, slopes: Tensor | 
         return high_cuts, None
     i = torch.arange(tile.r0, tile.r1, device="cpu")[:, None]
     j = torch.arange(tile.k0, tile.k1, device="cpu")
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = wide_dtype(dtype)
     bias = torch.zeros(rows, keys, dtype=wide, device="cpu") if slopes is None else alibi_bias(slopes.to(wide), i, j, offset)[None]
     visible = visible_mask(semantics, i, j, offset)
     return False, bias if visible is None else bias.masked_fill(~visible, float("-inf"))
@@ -98,7 +100,11 @@ class Call:
         self.semantics = Semantics(causal=causal or False, window=sides)  # type: ignore[arg-type]
         self.slopes = slopes
         self.groups = [g for g in groups(cu_q.tolist(), cu_k.tolist(), single) if g.len_k]
-        self.tiles = [list(_tiles(g, self.semantics)) for g in self.groups]
+
+    @cached_property
+    def tiles(self) -> list[list[Tile]]:
+        """Of each group; the usual case needs none."""
+        return [list(_tiles(g, self.semantics)) for g in self.groups]
 
     def covers(self, rows_q: int, rows_k: int) -> tuple[bool, bool]:
         """Whether every query row, and every key row exactly once, is part of a tile: then nothing needs to be zeroed first."""
@@ -107,6 +113,13 @@ class Call:
             len(tiles) == 1 and (tiles[0].k0, tiles[0].k1) == (0, g.len_k) for g, tiles in zip(self.groups, self.tiles, strict=True)
         )
         return seen_q == rows_q, whole and sum(g.size * g.len_k for g in self.groups) == rows_k
+
+    def is_plain(self, rows_q: int, rows_k: int) -> bool:
+        """Whether every group is one kernel call on all its rows and keys, without a mask."""
+        if not self.groups or self.semantics.window is not None or self.slopes is not None:
+            return False
+        square = not self.semantics.causal or all(g.len_q == g.len_k for g in self.groups)
+        return square and rows_q == sum(g.size * g.len_q for g in self.groups) and rows_k == sum(g.size * g.len_k for g in self.groups)
 
     def queries(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
         """For each group the ``(size, heads, len_q, dim)`` views of packed ``(T, heads, dim)`` tensors, without copies."""
@@ -128,16 +141,14 @@ class Call:
 def blocks(x: Tensor, spans: list[tuple[int, int, int]]) -> list[Tensor]:
     """``(size, heads, length, dim)`` views at ``(start, size, length)``. One split for all, because a slice of its own for each short
     sequence takes as long as its attention."""
-    sizes, kept, done = [], [], 0
-    for start, size, length in spans:
-        if start > done:
-            sizes.append(start - done)
-        kept.append(len(sizes))
-        sizes.append(size * length)
-        done = start + size * length
-    sizes.append(x.shape[0] - done)
-    parts = x.transpose(0, 1)[None].split(sizes, 2)
-    views = [parts[i] for i in kept]
+    sizes = [size * length for _, size, length in spans]
+    if sum(sizes) == x.shape[0]:
+        views = list(x.transpose(0, 1)[None].split(sizes, 2))
+    else:  # the rows between the spans, and those after the last, become parts that nobody wants
+        ends = [start + n for (start, _, _), n in zip(spans, sizes, strict=True)]
+        gaps = [start - end for (start, _, _), end in zip(spans, [0, *ends], strict=False)]
+        cuts = [n for pair in zip(gaps, sizes, strict=True) for n in pair] + [x.shape[0] - (ends[-1] if ends else 0)]
+        views = list(x.transpose(0, 1)[None].split(cuts, 2)[1::2])
     for i, (_, size, length) in enumerate(spans):
         if size > 1:
             views[i] = views[i][0].view(x.shape[1], size, length, x.shape[2]).transpose(0, 1)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import HALF, pad_head_dim, repeat_kv
+from .base import HALF, pad_head_dim, repeat_kv, wide_dtype
 
 EAGER = "eager matmul, softmax, matmul on the padded batch"
 
@@ -39,7 +39,7 @@ def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | 
     """Gives 0 for a row without a visible key (documented nowhere, tested here), but a log-sum-exp of 0."""
     value_dim = v.shape[-1]
     q, k, v = pad_head_dim(1, q, k, v)
-    mask = torch.zeros((), device=q.device, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    mask = torch.zeros((), device=q.device, dtype=wide_dtype(q.dtype))
     mask = (mask if bias is None else bias).masked_fill(~visible, float("-inf"))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
     return out[..., :value_dim], lse.detach().masked_fill(~visible.any(-1), float("-inf"))

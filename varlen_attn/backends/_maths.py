@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..problem import Semantics
-from .base import Extras, ScoreBias, repeat_kv
+from .base import Extras, ScoreBias, repeat_kv, wide_dtype
 
 
 def needs_maths(semantics: Semantics) -> bool:
@@ -60,7 +60,7 @@ def attend(
     Half precision is computed in float32.
     """
     dtype = query.dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = wide_dtype(dtype)
     num_heads, len_q, len_k = query.shape[1], query.shape[2], key.shape[2]
     query, key, value = query.to(wide), *repeat_kv(num_heads, key.to(wide), value.to(wide))
     rows = torch.arange(len_q, device=query.device)[:, None]
@@ -86,8 +86,9 @@ def attend(
 
 def _softmax(scores: Tensor, lse: Tensor, sinks_N: Tensor | None) -> Tensor:
     """Softmax in which a row without a visible key is 0, with gradient 0 (a plain one gives NaN for both)."""
-    if sinks_N is not None:
-        sink = sinks_N.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
-        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
     blind = torch.isneginf(lse)[..., None]
-    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    scores = scores.masked_fill(blind, 0.0)
+    if sinks_N is None:
+        return scores.softmax(-1).masked_fill(blind, 0.0)
+    sink = sinks_N.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1].masked_fill(blind, 0.0)

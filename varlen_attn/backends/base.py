@@ -217,7 +217,8 @@ def _machine_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
         have = problem.capability
         if have is None or have < can.min_capability:
             need, got = (".".join(map(str, c)) if c else "unknown" for c in (can.min_capability, have))
-            yield Refusal(f"needs compute capability {need} or newer, and this device has {got}", "use a newer GPU", "machine")
+            fix = "use a newer GPU" if have else "state it, as in Problem(capability=(9, 0)) or --capability 9.0"
+            yield Refusal(f"needs compute capability {need} or newer, and this device has {got}", fix, "machine")
     if can.min_torch and version_tuple(problem.torch_version) < can.min_torch:
         need = ".".join(map(str, can.min_torch))
         yield Refusal(f"needs torch {need} or newer, and this is {problem.torch_version}", f"pip install 'torch>={need}'", "machine")
@@ -243,6 +244,11 @@ def _shape_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
 
 
 # -------------------------------------------------------------------- helpers that several backends share
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in, and the dtype of the log-sum-exp: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _ContiguousGrad(torch.autograd.Function):

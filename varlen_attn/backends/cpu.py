@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._gather import is_transformed
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics
 from ._cpu_plan import Call, blocks, chunks
 from ._maths import attend, needs_maths
-from .base import FLOATS, HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, observe, pad_head_dim
+from .base import FLOATS, HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, observe, pad_head_dim, wide_dtype
 
 # Overloads, because looking one up at every call costs microseconds. None in a torch that has dropped these private ops.
 _KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
@@ -44,6 +45,11 @@ def _own_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
+def _empty_lse(query: Tensor) -> Tensor:
+    """``(N, T)`` over memory in the kernel's own order, ``(T, N)``: short rows are copied several times faster so."""
+    return query.new_empty(query.shape[:2], dtype=wide_dtype(query.dtype)).t()
+
+
 @_own_op("cpu_forward")
 def _forward(
     query: Tensor,
@@ -60,15 +66,10 @@ def _forward(
     """``(T,N,H), (Tk,K,H), (Tk,K,H) -> (T,N,H)``, lse ``(N,T)``. Rows that see no key: 0 and -inf."""
     observe("cpu", query.shape[0])
     call = Call(cu_q, cu_k, causal, window, slopes, single)
+    if call.is_plain(query.shape[0], key.shape[0]):
+        return _plain_forward(call, query, key, value, scale)
     covered, _ = call.covers(query.shape[0], key.shape[0])
-    lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=_lse_dtype(query))
-    if covered and len(call.groups) == 1 and len(call.tiles[0]) == 1:
-        # One dense call: the kernel's own output is the result, without a copy.
-        (q,), (k, v) = call.queries(query)[0], call.keys(key, value)[0]
-        ((_, seen, is_causal, mask),) = call.masked_tiles(0, query.dtype)
-        result, result_lse = _flash(q, k[:, :, seen], v[:, :, seen], 0.0, is_causal, attn_mask=mask, scale=scale)
-        lse.view(lse.shape[0], len(q), -1).copy_(result_lse.transpose(0, 1))
-        return result.transpose(1, 2).reshape(query.shape).contiguous(), lse
+    lse = _empty_lse(query).fill_(float("-inf"))
     out = query.new_empty(query.shape) if covered else query.new_zeros(query.shape)
     calls = zip(call.queries(query, out, lse.transpose(0, 1)[..., None]), call.keys(key, value), strict=True)
     for index, ((q, o, logs), (k, v)) in enumerate(calls):
@@ -79,13 +80,28 @@ def _forward(
     return out, lse
 
 
+def _plain_forward(call: Call, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The usual case in as few steps as can be: on short sequences each costs as much as a part of their attention."""
+    causal = bool(call.semantics.causal)
+    if len(call.groups) == 1:  # the kernel's own output is the result, without a copy
+        (q,), (k, v) = call.queries(query)[0], call.keys(key, value)[0]
+        result, result_lse = _flash(q, k, v, 0.0, causal, scale=scale)
+        return result.transpose(1, 2).reshape(query.shape).contiguous(), result_lse.transpose(1, 2).flatten(0, 1).contiguous().t()
+    out = query.new_empty(query.shape)
+    lse = _empty_lse(query)
+    for (q, o, logs), (k, v) in zip(call.queries(query, out, lse.transpose(0, 1)[..., None]), call.keys(key, value), strict=True):
+        result, result_lse = _flash(q, k, v, 0.0, causal, scale=scale)
+        o.copy_(result)
+        logs.copy_(result_lse[..., None])
+    return out, lse
+
+
 @torch.library.register_fake("varlen_attn::cpu_forward")  # type: ignore[untyped-decorator]
 def _(
     query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float, causal: str, window: list[int],
     slopes: Tensor | None, single: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    lse = query.new_empty((query.shape[1], query.shape[0]), dtype=_lse_dtype(query))
-    return query.new_empty(query.shape), lse
+    return query.new_empty(query.shape), _empty_lse(query)
 
 
 @_own_op("cpu_backward")
@@ -106,6 +122,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; exactly 0 where nothing is seen."""
     call = Call(cu_q, cu_k, causal, window, slopes, single)
+    if call.is_plain(query.shape[0], key.shape[0]):
+        return _plain_backward(call, grad, query, key, value, out, lse, scale)
     half = query.dtype in HALF
     # Under a window a key's gradient is a sum over tiles: half precision would round at every one.
     kv_dtype = torch.float32 if half and call.semantics.window is not None else key.dtype
@@ -125,6 +143,21 @@ def _backward(
             for total, part in ((to_k, parts[1]), (to_v, parts[2])):
                 total.copy_(part) if covered_k else total.add_(part)
     return dq, dk.to(key.dtype), dv.to(value.dtype)
+
+
+def _plain_backward(
+    call: Call, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    causal, half = bool(call.semantics.causal), query.dtype in HALF
+    grads = dq, dk, dv = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    blocks_q = call.queries(query, grad, out, lse.transpose(0, 1)[..., None], dq)
+    for (q, g, o, logs, *to_q), (k, v, *to_kv) in zip(blocks_q, call.keys(key, value, dk, dv), strict=True):
+        if half and q.shape[2] < _WIDE_BACKWARD_BELOW:
+            q, g, o, k, v = (x.float() for x in (q, g, o, k, v))
+        parts = _flash_backward(g, q, k, v, o, logs.squeeze(-1), 0.0, causal, scale=scale)
+        for to, part in zip((*to_q, *to_kv), parts, strict=True):
+            to.copy_(part)
+    return grads
 
 
 @torch.library.register_fake("varlen_attn::cpu_backward")  # type: ignore[untyped-decorator]
@@ -157,10 +190,6 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 torch.library.register_autograd("varlen_attn::cpu_forward", _autograd, setup_context=_setup_context)
 torch.library.register_autograd("varlen_attn::cpu_backward", _no_second_derivative)
-
-
-def _lse_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class Cpu(Backend):
@@ -196,7 +225,8 @@ class Cpu(Backend):
         semantics: Semantics,
         extras: Extras,
     ) -> tuple[Tensor, Tensor | None]:
-        if needs_maths(semantics):
+        if needs_maths(semantics) or is_transformed():
+            # Under torch.func and forward-mode AD too: the op below has a backward only, and would give zeros without an error.
             return _run_maths(query, key, value, layout_q, layout_kv, semantics, extras)
         value_dim = value.shape[-1]
         query, key, value = pad_head_dim(1, query, key, value)
@@ -219,15 +249,14 @@ def _run_maths(
     extras: Extras,
 ) -> tuple[Tensor, Tensor | None]:
     """Exact eager attention, a group of equal lengths at a time; autograd does the backward."""
-    results: list[Tensor] = []
-    lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=_lse_dtype(query))
+    results, lses = [], []
     groups = list(chunks(layout_q, layout_kv, semantics.batch_invariant, query.shape[1]))
     spans_q, spans_k = [(g.q_start, g.size, g.len_q) for g in groups], [(g.k_start, g.size, g.len_k) for g in groups]
-    tensors = (blocks(query, spans_q), blocks(lse.transpose(0, 1)[..., None], spans_q), blocks(key, spans_k), blocks(value, spans_k))
-    for group, q, logs, k, v in zip(groups, *tensors, strict=True):
-        out, out_lse = attend(q, k, v, semantics, extras, offset=group.len_k - group.len_q)
+    for group, q, k, v in zip(groups, blocks(query, spans_q), blocks(key, spans_k), blocks(value, spans_k), strict=True):
+        out, lse = attend(q, k, v, semantics, extras, offset=group.len_k - group.len_q)
         results.append(out.transpose(1, 2).flatten(0, 1))
-        logs[..., 0].copy_(out_lse)
+        lses.append(lse.transpose(0, 1).flatten(1))
     rest = query.shape[0] - sum(g.size * g.len_q for g in groups)
     results.append(connected_zeros((rest, query.shape[1], value.shape[2]), query, key, value))
-    return torch.cat(results), lse if semantics.return_lse else None
+    lses.append(query.new_full((query.shape[1], rest), float("-inf"), dtype=wide_dtype(query.dtype)))
+    return torch.cat(results), torch.cat(lses, 1) if semantics.return_lse else None

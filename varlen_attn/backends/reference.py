@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics
-from .base import FLOATS, Backend, Capabilities, Extras, connected_zeros
+from .base import FLOATS, Backend, Capabilities, Extras, connected_zeros, wide_dtype
 
 
 class Reference(Backend):
@@ -38,7 +38,7 @@ class Reference(Backend):
         extras: Extras,
     ) -> tuple[Tensor, Tensor | None]:
         out = connected_zeros((query.shape[0], query.shape[1], value.shape[2]), query, key, value)
-        lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        lse_dtype = wide_dtype(query.dtype)
         lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=lse_dtype)
         pairs_q = itertools.pairwise(layout_q.cu_seqlens.tolist())
         pairs_k = itertools.pairwise(layout_kv.cu_seqlens.tolist())

@@ -9,7 +9,7 @@ from ..layout import SeqLayout
 from ..problem import Problem, Semantics
 from ._masked import EAGER, masked_attention, masked_kernel_name
 from ._maths import alibi_bias, attend, needs_maths, visible_mask
-from .base import FLOATS, Backend, Capabilities, Extras, connected_zeros
+from .base import FLOATS, Backend, Capabilities, Extras, connected_zeros, wide_dtype
 
 
 class SdpaPadded(Backend):
@@ -44,7 +44,7 @@ class SdpaPadded(Backend):
 
         if 0 in (*q.shape[:3], *k.shape[:3]):
             out = connected_zeros((*q.shape[:3], value.shape[2]), query, key, value)
-            lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+            lse = q.new_full(q.shape[:3], float("-inf"), dtype=wide_dtype(q.dtype))
         elif not needs_maths(semantics) and masked_kernel_name(q.device.type, q.dtype) != EAGER:
             visible = _visible(semantics, q.shape[2], columns, offset, key_real)
             out, lse = masked_attention(q, k, v, visible, _bias(extras, q.shape[2], columns, offset), semantics.factor)
