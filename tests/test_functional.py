@@ -965,3 +965,35 @@ def test_a_default_device_does_not_reach_into_a_call(backend: str, option: dict[
     with torch.device("meta"):
         got = varlen_attention(q, k, v, layout, backend=backend, **option)
     assert all(torch.equal(a, b) for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(want), strict=True))
+
+
+# -------------------------------------------------------------------- transforms, sinks that are off
+
+
+def test_forward_mode_derivatives_are_right_on_the_backend_that_auto_picks() -> None:
+    """R-55: the packed kernel has a backward only; under `torch.func` the same numbers come from eager maths."""
+    layout, q, k, v = ragged([3, 0, 4])
+    q, k, v = q.double(), k.double(), v.double()
+    tangent = torch.ones_like(q)
+
+    def call(x: Tensor, backend: str) -> Tensor:
+        return varlen_attention(x, k, v, layout, backend=backend)
+
+    got = torch.func.jvp(lambda x: call(x, "auto"), (q,), (tangent,))
+    want = torch.func.jvp(lambda x: call(x, "reference"), (q,), (tangent,))
+    assert want[1].abs().max() > 1e-3
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    gradient = torch.func.grad(lambda x: call(x, "auto").square().sum())(q)
+    torch.testing.assert_close(gradient, torch.func.grad(lambda x: call(x, "reference").square().sum())(q), rtol=0, atol=1e-12)
+
+
+@on_each
+def test_sinks_of_minus_infinity_are_no_sinks(backend: str) -> None:
+    """R-07: also for a query that sees no key."""
+    query, key = torch.randn(3, 2, 4, requires_grad=True), torch.randn(1, 2, 4)
+    layouts = SeqLayout.from_lengths([3]), SeqLayout.from_lengths([1])
+    off = torch.full((2,), -torch.inf)
+    got = varlen_attention(query, key, key, *layouts, causal=True, sinks=off, backend=backend)
+    torch.testing.assert_close(got, varlen_attention(query, key, key, *layouts, causal=True, backend=backend))
+    assert torch.autograd.grad(got.sum(), query)[0].isfinite().all()

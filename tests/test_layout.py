@@ -792,3 +792,36 @@ def test_a_batch_of_more_sequences_than_16_bits_hold() -> None:  # R-22
     pooled = layout.pool(rows, "sum").view(30_000, 3)
     triples = rows.view(30_000, 3)
     assert torch.equal(pooled, torch.stack([triples[:, 0], torch.zeros(30_000), triples[:, 1] + triples[:, 2]], 1).double())
+
+
+# -------------------------------------------------------------------- masks that are not read are checked all the same
+
+
+def test_illegal_values_are_refused_where_nothing_is_read() -> None:
+    """S3, R-02: a 0/1 float mask is no mask of padding, in capacity mode and while tracing either."""
+    wrong = torch.tensor([[0.0, 1.0, 1.0]])
+    with pytest.raises(LayoutError, match="has other values"):
+        SeqLayout.from_key_padding_mask(wrong, capacity=3)
+    with pytest.raises(LayoutError, match="has other values"):
+        SeqLayout.from_attention_mask(torch.tensor([[2, 1, 0]]), capacity=3)
+    layout = SeqLayout.from_key_padding_mask(torch.tensor([[False, True, True]]), capacity=3)
+    with pytest.raises(LayoutError, match="has other values"):
+        layout.update_(wrong)
+    compiled = torch.compile(lambda mask: SeqLayout.from_key_padding_mask(mask).cu_seqlens, backend="eager", fullgraph=True)
+    assert compiled(torch.tensor([[0.0, -torch.inf, -1e4]])).tolist() == [0, 1]
+    with pytest.raises(RuntimeError, match="has other values"):
+        compiled(wrong)
+
+
+@given(mask=masks())
+def test_right_padded_says_whether_columns_are_positions(mask: torch.Tensor) -> None:
+    layout = SeqLayout.from_key_padding_mask(mask, validate=False)
+    assert layout.right_padded == bool((layout.columns == layout.positions).all())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_from_nested_names_what_it_got() -> None:
+    strided = torch.nested.as_nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)], layout=torch.strided)
+    for wrong, text in ((strided, "torch.strided"), (torch.zeros(2, 3), r"of shape \(2, 3\)"), ([1, 2], "'list'")):
+        with pytest.raises(LayoutError, match=text):
+            SeqLayout.from_nested(wrong)

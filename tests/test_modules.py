@@ -24,8 +24,11 @@ from varlen_attn import (
     record,
     use_backend,
 )
+from varlen_attn.modules import _Inputs
 from varlen_attn.testing import poison
 from varlen_attn.testing.strategies import Batch, batches, mask_dtypes
+
+from .nosync import count_reads
 
 E, N = 8, 2
 CONSTRUCTORS: tuple[dict[str, Any], ...] = (
@@ -509,3 +512,139 @@ def test_is_causal_without_a_mask_means_causal() -> None:  # R-27
     want, _ = theirs(x, x, x, attn_mask=torch.ones(5, 5, dtype=torch.bool).triu(1), need_weights=False)
     assert_same(ours(x, is_causal=True)[0], want, "causal")
     assert_same(ours(x, is_causal=True, need_weights=True)[0], want, "causal, the dense way")
+
+
+# -------------------------------------------------------------------- the dense way means what the packed way means
+
+
+def _windowed_pair() -> tuple[VarlenMultiheadAttention, VarlenMultiheadAttention]:
+    zeroing = VarlenMultiheadAttention(E, N, batch_first=True, dtype=torch.float64)
+    keeping = VarlenMultiheadAttention(E, N, batch_first=True, dtype=torch.float64, zero_padding_rows=False)
+    keeping.load_state_dict(zeroing.state_dict())
+    return zeroing, keeping
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_window_is_the_same_on_every_way(side: str, is_causal: bool) -> None:
+    """R-44, R-46: asking for weights, or keeping padded rows, changes no real row."""
+    torch.manual_seed(0)
+    zeroing, keeping = _windowed_pair()
+    x, key = torch.randn(2, 8, E, dtype=torch.float64), torch.randn(2, 6, E, dtype=torch.float64)
+    layout = SeqLayout.from_lengths([5, 8], 8, side)
+    options: dict[str, Any] = {"key_padding_mask": layout.padding_mask(), "window": (1, 1), "is_causal": is_causal}
+    want, _ = zeroing(x, **options)
+    for module in (zeroing, keeping):
+        for need_weights in (False, True):
+            got, _ = module(x, **options, need_weights=need_weights)
+            assert_same(layout.pack(got), layout.pack(want), f"weights={need_weights}, keeping={module is keeping}")
+    layout_k = SeqLayout.from_lengths([6, 4], 6)
+    cross = {"layout": layout, "layout_kv": layout_k, "window": (2, 1)}
+    assert_same(zeroing(x, key, **cross, need_weights=True)[0], zeroing(x, key, **cross)[0], "cross-attention")
+
+
+def test_a_window_over_packed_holes_is_the_same_with_weights() -> None:  # R-44
+    zeroing, _ = _windowed_pair()
+    x = torch.randn(2, 8, E, dtype=torch.float64)
+    mask = torch.zeros(2, 8, dtype=torch.bool)
+    mask[0, 1] = mask[1, 3:5] = True
+    layout = SeqLayout.from_key_padding_mask(mask, holes="packed")
+    want, _ = zeroing(x, layout=layout, window=(1, 1))
+    assert_same(zeroing(x, layout=layout, window=(1, 1), need_weights=True)[0], want, "holes")
+
+
+def test_documents_never_see_each_other() -> None:
+    """R-31: the packed way keeps them apart, and the dense way, which can not, refuses."""
+    _, ours = pair()
+    x = torch.randn(2, 8, E, dtype=torch.float64)
+    layout = SeqLayout.from_document_ids(torch.tensor([[1, 1, 1, 2, 2, 2, 0, 0], [3, 3, 3, 3, 0, 0, 0, 0]]))
+    changed = x.clone()
+    changed[0, 0] += 5
+    assert torch.equal(ours(x, layout=layout)[0][0, 3:6], ours(changed, layout=layout)[0][0, 3:6])
+    for options in ({"need_weights": True}, {"attn_mask": torch.zeros(8, 8, dtype=torch.float64)}):
+        with pytest.raises(LayoutError, match="several documents a row"):
+            ours(x, layout=layout, **options)
+
+
+def test_masks_that_want_a_gradient_get_it() -> None:
+    theirs, ours = pair()
+    x = torch.randn(2, 4, E, dtype=torch.float64)
+    causal = torch.zeros(4, 4, dtype=torch.float64).masked_fill(torch.ones(4, 4, dtype=torch.bool).triu(1), -torch.inf)
+    for name, start in (("key_padding_mask", torch.zeros(2, 4, dtype=torch.float64)), ("attn_mask", causal)):
+        grads = []
+        for module in (theirs, ours):
+            bias = start.clone().requires_grad_()
+            out, _ = module(x, x, x, **{name: bias}, need_weights=False, is_causal=name == "attn_mask" and module is ours)
+            grads.append(torch.autograd.grad(out.square().sum(), bias)[0])
+        assert_same(grads[1], grads[0], name)
+        assert grads[1].abs().sum() > 0
+
+
+def test_layouts_and_masks_of_packed_and_nested_input_are_checked() -> None:
+    """R-16: nothing that is given is ignored."""
+    _, ours = pair()
+    layout = SeqLayout.from_lengths([5, 8], 8)
+    rows = torch.randn(13, E, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="2D attn_mask"):
+        ours(rows, layout=layout, attn_mask=torch.ones(3, 3, dtype=torch.bool).triu(1), is_causal=True)
+    with pytest.raises(AssertionError, match="only bool and floating types of attn_mask"):
+        ours(rows, layout=layout, attn_mask=torch.ones(8, 8, dtype=torch.int64))
+    causal = torch.ones(8, 8, dtype=torch.bool).triu(1)
+    assert_same(ours(rows, layout=layout, attn_mask=causal)[0], ours(rows, layout=layout, is_causal=True)[0], "dense against packed")
+    with pytest.raises(ArgumentError, match=r"`layout` must be a SeqLayout, but is Tensor"):
+        ours(torch.randn(2, 8, E, dtype=torch.float64), layout=layout.padding_mask())
+    nested = torch.nested.as_nested_tensor([rows[:5], rows[5:]], layout=torch.jagged)
+    with pytest.raises(ArgumentError, match="nested tensor says itself"):
+        ours(nested, layout=layout)
+
+
+def test_a_wrapped_output_projection_is_called() -> None:
+    """R-23: LoRA and quantised layers have no usable ``weight``."""
+
+    class Quantised(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.scale = linear.weight.detach().abs().max() / 127
+            self.weight = (linear.weight.detach() / self.scale + 128).round().to(torch.uint8)
+            self.bias = linear.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, (self.weight.to(x.dtype) - 128) * self.scale, self.bias)
+
+    _, ours = pair()
+    x = torch.randn(2, 4, E, dtype=torch.float64)
+    padding = torch.tensor([[False] * 4, [False] * 2 + [True] * 2])
+    want, _ = ours(x, key_padding_mask=padding)
+    ours.out_proj = Quantised(ours.out_proj)
+    for need_weights in (False, True):
+        got, _ = ours(x, key_padding_mask=padding, need_weights=need_weights)
+        assert 0 < (got - want).abs().max() < 0.05
+        assert not got[padding].any()
+
+
+def test_dense_calls_have_a_plan_too() -> None:  # R-46
+    _, ours = pair()
+    with record() as log:
+        ours(torch.randn(2, 4, E, dtype=torch.float64), need_weights=True)
+    plan = log.calls[0].plan
+    assert plan.backend == "dense"
+    assert plan.route == "dense"
+    assert "bypassed" in plan.route_reason
+
+
+def test_two_layouts_from_the_host_read_nothing() -> None:  # R-05
+    _, ours = pair()
+    query, key = torch.randn(2, 5, E, dtype=torch.float64), torch.randn(2, 3, E, dtype=torch.float64)
+    layouts = {"layout": SeqLayout.from_lengths([2, 4], 5), "layout_kv": SeqLayout.from_lengths([3, 1], 3)}
+    ours._plan(_Inputs(query, key, key), (None, None), False, True, False, **layouts)  # what is asked only once
+    with count_reads() as reads:
+        _, causal, why_dense = ours._plan(_Inputs(query, key, key), (None, None), False, True, False, **layouts)
+    assert not reads
+    assert causal
+    assert why_dense is None
+
+
+def test_repr_shows_what_differs_from_torch() -> None:
+    text = repr(VarlenMultiheadAttention(E, N, window=(1, 0)))
+    assert "backend='auto'" in text
+    assert "window=(1, 0)" in text
