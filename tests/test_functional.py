@@ -970,6 +970,7 @@ def test_a_default_device_does_not_reach_into_a_call(backend: str, option: dict[
 # -------------------------------------------------------------------- transforms, sinks that are off
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's, when it first differentiates forward
 def test_forward_mode_derivatives_are_right_on_the_backend_that_auto_picks() -> None:
     """R-55: the packed kernel has a backward only; under `torch.func` the same numbers come from eager maths."""
     layout, q, k, v = ragged([3, 0, 4])
@@ -997,3 +998,19 @@ def test_sinks_of_minus_infinity_are_no_sinks(backend: str) -> None:
     got = varlen_attention(query, key, key, *layouts, causal=True, sinks=off, backend=backend)
     torch.testing.assert_close(got, varlen_attention(query, key, key, *layouts, causal=True, backend=backend))
     assert torch.autograd.grad(got.sum(), query)[0].isfinite().all()
+
+
+def test_flops_are_those_of_real_tokens() -> None:
+    """Two matrix products forward, five backward, on the pairs of each sequence."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    lengths, heads, dim = [5, 0, 3], 2, 4
+    layout, q, k, v = ragged(lengths)
+    q, k, v = (torch.randn(8, heads, dim, requires_grad=True) for _ in range(3))
+    varlen_attention(q, k, v, layout, backend="cpu")  # a counter knows what was registered before it was made
+    with FlopCounterMode(display=False) as counter:
+        out = varlen_attention(q, k, v, layout, backend="cpu")
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    assert forward == 4 * (25 + 9) * heads * dim
+    assert counter.get_total_flops() == forward * 7 // 2

@@ -220,7 +220,8 @@ def requested_backend(backend: str | Backend) -> str | Backend:
 def use_backend(name: str | Backend) -> Iterator[None]:
     """Order a backend for all calls inside, in this thread. It runs, or the call raises `BackendRefused`.
 
-    It must surround the backward pass too where activations are checkpointed, because recomputation chooses again.
+    It must surround the backward pass too where activations are checkpointed, because recomputation chooses again. On a GPU autograd
+    recomputes in a thread of its own, which this does not reach: give a checkpointed module ``backend=`` instead.
     """
     if not isinstance(name, Backend) and name not in _NAMES:
         raise ArgumentError(f"`name` must be 'auto' or one of {list(_NAMES[1:])}, but is {name!r}.")

@@ -21,6 +21,7 @@ from .._gather import is_transformed
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics
 from ._cpu_plan import Call, blocks, chunks
+from ._flops import register_flops
 from ._maths import attend, needs_maths
 from .base import FLOATS, HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, observe, pad_head_dim, wide_dtype
 
@@ -190,6 +191,7 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 torch.library.register_autograd("varlen_attn::cpu_forward", _autograd, setup_context=_setup_context)
 torch.library.register_autograd("varlen_attn::cpu_backward", _no_second_derivative)
+register_flops()
 
 
 class Cpu(Backend):
@@ -228,6 +230,8 @@ class Cpu(Backend):
         if needs_maths(semantics) or is_transformed():
             # Under torch.func and forward-mode AD too: the op below has a backward only, and would give zeros without an error.
             return _run_maths(query, key, value, layout_q, layout_kv, semantics, extras)
+        if not torch.compiler.is_compiling():
+            register_flops()
         value_dim = value.shape[-1]
         query, key, value = pad_head_dim(1, query, key, value)
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))

@@ -6,6 +6,7 @@ Read in torch's ``nested/_internal/sdpa.py`` (2.11 to 2.13); the CPU path is run
 - Causal of unequal lengths is bottom-right on flash and top-left on the memory-efficient kernel, whichever is picked: refused.
 - The fused kernels want one head dimension, a multiple of 8; they get zero columns and the scale of the true one.
 - It reads the shortest and longest length from the device unless told: they are host facts here, and are passed.
+- Nested tensors do not survive recomputation by ``checkpoint(use_reentrant=False)``: order another backend there.
 - The eager path (CPU) copies every sequence and is several times slower than `cpu`, so it is never chosen there by itself.
 """
 

@@ -37,7 +37,8 @@ def reference_attention(
     Shapes and semantics as `varlen_attention`; gradients flow back to the tensors given, in their dtype.
     """
     query, key, value = (x.to(dtype) for x in (query, key, value))
-    return varlen_attention(query, key, value, layout, layout_kv, backend="reference", **semantics)
+    with torch.autocast(query.device.type, enabled=False):
+        return varlen_attention(query, key, value, layout, layout_kv, backend="reference", **semantics)
 
 
 def error_budget(ref64: Tensor, naive: Tensor, dtype: torch.dtype, *, gradient: bool = False) -> float:
@@ -87,5 +88,5 @@ def poison(x: Tensor, key_padding_mask: Tensor, value: float = float("nan")) -> 
 
     A result that changes, or is not finite, has read padding.
     """
-    mask = key_padding_mask.view(*key_padding_mask.shape, *[1] * (x.dim() - 2))
+    mask = key_padding_mask.bool().view(*key_padding_mask.shape, *[1] * (x.dim() - 2))  # additive masks too: 0 is a token
     return x.masked_fill(mask, value)
