@@ -104,6 +104,12 @@ REFUSED: list[Refused] = [
     ("head dimension", ArgumentError, lambda: attend(packed(), packed(5, 2, 16)), r"`key` must have the head dimension of query \(8\), but has 16"),
     ("sequences", LayoutError, lambda: attend(layout_kv=SeqLayout.from_lengths([3, 2])), r"`layout` and `layout_kv` must have equally many sequences, but have 3 and 2"),
     ("padded, layout of the other side", LayoutError, lambda: padded((3, 3, 2, 8), (3, 4, 2, 8), None, layout=LAYOUT), r"`key` must begin with 3x3 .* but has shape \(3, 4, 2, 8\)"),
+    ("negative max_docs", LayoutError, lambda: SeqLayout.from_document_ids(torch.ones(2, 3, dtype=torch.int64), max_docs=-1), r"`max_docs` must be an integer of at least 0, but is -1"),
+    ("lengths are one number", DtypeError, lambda: SeqLayout.from_lengths(3), r"`lengths` must be a list, tuple or 1-D tensor of integers, but is 'int'"),
+    ("capacity is no integer", ArgumentError, lambda: SeqLayout.from_key_padding_mask(MASK, capacity=2.5), r"`capacity` must be an integer of at least 0, but is 2.5"),
+    ("num_heads is True", ArgumentError, lambda: mha(3, 3, 8, num_heads=True), r"`num_heads` must be a positive integer, but is True"),
+    ("a mask as layout", ArgumentError, lambda: mha(3, 3, 8, layout=MASK), r"`layout` must be a SeqLayout, but is Tensor: build one with"),
+    ("half a padding value for integers", ArgumentError, lambda: LAYOUT.unpack(torch.zeros(LAYOUT.num_rows, dtype=torch.int64), 0.5), r"`pad_value` must be an integer for a tensor of torch.int64, but is 0.5"),
     ("mask and layout", ArgumentError, lambda: padded((3, 3, 2, 8), None, None, MASK, layout=LAYOUT), r"not both: nothing says which one counts"),
     ("mask and layout, mha", ArgumentError, lambda: mha(3, 3, 8, key_padding_mask=MASK, layout=LAYOUT), r"`key_padding_mask` or `layout`, not both"),
     ("mask is a list", DtypeError, lambda: mha(1, 2, 8, key_padding_mask=[[True, False]]), r"`key_padding_mask` must be a tensor, but is list"),

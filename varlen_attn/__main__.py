@@ -120,6 +120,10 @@ def _problem(options: argparse.Namespace) -> Problem:
         except RuntimeError:
             options.parser.error(f"--device must be a device of torch such as cpu or cuda, but is {options.device!r}")
     stated |= {name: getattr(options, name) for name in ("capability", "torch_version", "rocm") if getattr(options, name)}
+    if options.device is None and (options.capability or options.rocm):
+        stated["device_type"] = "cuda"
+    if options.torch_version is not None and not options.torch_version[:1].isdigit():
+        options.parser.error(f"--torch-version must be a version such as 2.13.0, but is {options.torch_version!r}")
     if options.packages is not None:
         stated["packages"] = tuple(options.packages)
     semantics = Semantics.of(

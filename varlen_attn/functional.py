@@ -445,7 +445,7 @@ def varlen_mha(
     if layout is not None and key_padding_mask is not None:
         raise ArgumentError("pass `key_padding_mask` or `layout`, not both: nothing says which one counts.")
     width = x.shape[-1]
-    if not isinstance(num_heads, int) or num_heads < 1:
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
         raise ArgumentError(f"`num_heads` must be a positive integer, but is {num_heads!r}.")
     if width % num_heads:
         raise ArgumentError(f"`num_heads` must divide the width of x ({width}), but is {num_heads}.")

@@ -254,7 +254,7 @@ class SeqLayout:
         check_rank(ids, "ids")
         if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
             raise DtypeError(f"`ids` must have an integer dtype, but is {ids.dtype}: number the documents 1, 2, ...")
-        return cls._of(index_of_documents(ids, max_docs), ids.shape)
+        return cls._of(index_of_documents(ids, None if max_docs is None else check_size(max_docs, "max_docs")), ids.shape)
 
     @classmethod
     @_constructor

@@ -110,15 +110,20 @@ def batches(draw: st.DrawFn, forms: tuple[str, ...] = FORMS, max_batch: int = 5,
 
 @st.composite
 def layouts(draw: st.DrawFn, num_seqs: int | None = None, max_len: int = 9) -> SeqLayout:
-    """A layout of exact lengths, from lengths or with slack rows (capacity mode)."""
-    tokens = draw(lengths(max_len=max_len)) if num_seqs is None else draw(
-        st.lists(st.integers(0, max_len), min_size=num_seqs, max_size=num_seqs)
-    )  # fmt: skip
-    if draw(st.integers(0, 3)):
-        return SeqLayout.from_lengths(tokens, max(tokens, default=0) + draw(st.integers(0, 2)))
-    size = max(tokens, default=0) + 1
-    mask = torch.arange(size) >= torch.tensor(tokens, dtype=torch.int64)[:, None]
-    return SeqLayout.from_key_padding_mask(mask, capacity=sum(tokens) + draw(st.integers(0, 3)))
+    """A layout of any kind: padding right, left or between tokens (``holes="packed"``), slack rows, several documents a row."""
+    counts = st.integers(0, max_len)
+    tokens = draw(lengths(max_len=max_len) if num_seqs is None else st.lists(counts, min_size=num_seqs, max_size=num_seqs))
+    kind = draw(st.sampled_from(("right", "right", "left", "holes", "capacity", "documents")))
+    size = max(tokens, default=0) + draw(st.integers(0, 2))
+    if kind == "documents" and 0 not in tokens:  # a document has a token
+        ids = [number for i, n in enumerate(tokens) for number in [i + 1] * n + [0] * draw(st.integers(0, 1))]
+        return SeqLayout.from_document_ids(torch.tensor([ids], dtype=torch.int64))
+    if kind in ("holes", "capacity"):
+        rows = [_row(draw, kind if kind == "holes" else "right", n, size) for n in tokens]
+        mask = torch.tensor(rows, dtype=torch.bool).reshape(len(tokens), size)
+        capacity = sum(tokens) + draw(st.integers(0, 3)) if kind == "capacity" else None
+        return SeqLayout.from_key_padding_mask(mask, capacity=capacity, holes="packed", validate=False)
+    return SeqLayout.from_lengths(tokens, size, "left" if kind == "left" else "right")
 
 
 @dataclass(frozen=True)
