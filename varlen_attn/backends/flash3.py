@@ -7,17 +7,16 @@ head dimension of 256; several wheels are forward only, and some have no windows
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ..layout import SeqLayout
-from ..problem import Problem, Semantics
-from .base import HALF, Backend, Capabilities, Extras
+from ._declared import Declared
+from .base import HALF, Capabilities
 
 
-class Flash3(Backend):
+class Flash3(Declared):
     """flash-attn's kernels for the H100."""
 
     name = "flash3"
+    title = "flash-attn 3"
+    kernel_name = "flash_attn_3::fwd (FlashAttnFwdSm90)"
     package = "flash-attn-3"
     install = "use 'torch_varlen' or 'flash2'"
     capabilities = Capabilities(
@@ -33,23 +32,3 @@ class Flash3(Backend):
         sinks=False,
         slack_rows=False,
     )
-
-    def missing(self, problem: Problem) -> str | None:
-        version = problem.version(self.package)
-        there = "is not installed" if version is None else f"{version} is there"
-        return f"this version of varlen_attn has no adapter for flash-attn 3 yet ({self.package} {there})"
-
-    def kernel(self, problem: Problem) -> str:
-        return "flash_attn_3::fwd (FlashAttnFwdSm90)"
-
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout_q: SeqLayout,
-        layout_kv: SeqLayout,
-        semantics: Semantics,
-        extras: Extras,
-    ) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError("varlen_attn has no adapter for flash-attn 3 yet")

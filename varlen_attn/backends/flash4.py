@@ -7,17 +7,16 @@ dimensions above 128 depend on the GPU. The distribution leaves a namespace pack
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ..layout import SeqLayout
-from ..problem import Problem, Semantics
-from .base import HALF, Backend, Capabilities, Extras
+from ._declared import Declared
+from .base import HALF, Capabilities
 
 
-class Flash4(Backend):
+class Flash4(Declared):
     """flash-attn's kernels for Hopper and Blackwell, written in CuTe."""
 
     name = "flash4"
+    title = "flash-attn 4"
+    kernel_name = "flash_attn.cute.interface.flash_attn_varlen_func"
     package = "flash-attn-4"
     install = "use 'torch_varlen' or 'flash2'"
     capabilities = Capabilities(
@@ -33,23 +32,3 @@ class Flash4(Backend):
         tracing=False,
         slack_rows=False,
     )
-
-    def missing(self, problem: Problem) -> str | None:
-        version = problem.version(self.package)
-        there = "is not installed" if version is None else f"{version} is there"
-        return f"this version of varlen_attn has no adapter for flash-attn 4 yet ({self.package} {there})"
-
-    def kernel(self, problem: Problem) -> str:
-        return "flash_attn.cute.interface.flash_attn_varlen_func"
-
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout_q: SeqLayout,
-        layout_kv: SeqLayout,
-        semantics: Semantics,
-        extras: Extras,
-    ) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError("varlen_attn has no adapter for flash-attn 4 yet")

@@ -7,17 +7,17 @@ is no backward on a CPU; changing lengths recompile; no dropout and no sinks. It
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from ..layout import SeqLayout
-from ..problem import Problem, Semantics
-from .base import HALF, Backend, Capabilities, Extras
+from ._declared import Declared
+from .base import HALF, Capabilities
 
 
-class Flex(Backend):
+class Flex(Declared):
     """`flex_attention` over packed rows, sequences kept apart by a block mask."""
 
     name = "flex"
+    title = "flex_attention"
+    kernel_name = "flex_attention (triton_tem_fused_flex_attention)"
     install = "use 'sdpa_padded'"
     capabilities = Capabilities(
         devices=frozenset({"cuda"}),
@@ -28,21 +28,3 @@ class Flex(Backend):
         sinks=False,
         deterministic=False,
     )
-
-    def missing(self, problem: Problem) -> str | None:
-        return f"this version of varlen_attn has no adapter for flex_attention yet (torch {problem.torch_version} is there)"
-
-    def kernel(self, problem: Problem) -> str:
-        return "flex_attention (triton_tem_fused_flex_attention)"
-
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout_q: SeqLayout,
-        layout_kv: SeqLayout,
-        semantics: Semantics,
-        extras: Extras,
-    ) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError("varlen_attn has no adapter for flex_attention yet")
