@@ -18,7 +18,14 @@ from .measure import save
 GOAL_CHOOSE = 10.0  # microseconds
 GOAL_IMPORT = 60.0  # milliseconds
 
-_IMPORT = "import time; s = time.perf_counter(); import {}; print(time.perf_counter() - s)"
+_IMPORTS = """
+import time
+start = time.perf_counter()
+import torch
+between = time.perf_counter()
+import varlen_attn
+print(between - start, time.perf_counter() - between)
+"""
 
 
 def bench_choose(rounds: int = 9, calls: int = 2000) -> dict[str, Any]:
@@ -50,24 +57,24 @@ def _per_call(call: Any, rounds: int, calls: int) -> float:
 
 
 def bench_import(rounds: int) -> dict[str, Any]:
-    """Fresh processes in turns: ``import torch``, then ``import torch, varlen_attn``; the difference is ours."""
-    taken: dict[str, list[float]] = {"torch": [], "torch, varlen_attn": []}
+    """Fresh processes: each times ``import torch``, and then ``import varlen_attn``. (Differences of two processes drown in the
+    noise of the first, which takes a second.)"""
+    taken = []
     for _ in range(rounds + 1):
-        for modules, values in taken.items():
-            done = subprocess.run([sys.executable, "-c", _IMPORT.format(modules)], capture_output=True, text=True, check=True)
-            values.append(float(done.stdout) * 1e3)
-    first, second = (values[1:] for values in taken.values())  # the first round fills the file cache
+        done = subprocess.run([sys.executable, "-c", _IMPORTS], capture_output=True, text=True, check=True)
+        taken.append([float(x) * 1e3 for x in done.stdout.split()])
+    torch_ms, ours_ms = zip(*taken[1:], strict=True)  # the first round fills the file cache
     return {
         "what": "import varlen_attn, beyond import torch",
-        "milliseconds": round(median(b - a for a, b in zip(first, second, strict=True)), 1),
-        "import torch": round(median(first), 1),
+        "milliseconds": round(median(ours_ms), 1),
+        "import torch": round(median(torch_ms), 1),
         "goal": GOAL_IMPORT,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="pairs of fresh processes")
+    parser.add_argument("--rounds", type=int, default=9, help="fresh processes")
     options = parser.parse_args()
     rows = [bench_choose(), bench_import(options.rounds)]
     for row in rows:
