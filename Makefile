@@ -20,7 +20,7 @@ LANE_ENV := FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE TRITON_INTERPRET=1
 FLASH := flash-attn==2.8.3.post2
 TRITON := triton==3.3.1
 
-COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 .PHONY: help setup demo test check format bench test-thorough gpu clean
 .DEFAULT_GOAL := help

@@ -177,7 +177,7 @@ class _Call:
         if self.query.is_meta:  # shapes only; there is nothing to choose
             shape = (*self.query.shape[:2], self.value.shape[2])
             out = connected_zeros(shape, self.query, self.key, self.value)
-            return (out, out.new_empty(out.shape[1::-1], dtype=torch.float32)) if self.semantics.return_lse else out
+            return (out, out.new_empty(out.shape[1::-1], dtype=wide_dtype(out.dtype))) if self.semantics.return_lse else out
         plan = self.plan()
         note = announced(plan, self.layout_q, module) if state.records else nullcontext()
         with note, torch.profiler.record_function(f"varlen_attn::{plan.backend}"):
