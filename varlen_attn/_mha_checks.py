@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from .errors import DtypeError
 from .layout import SeqLayout
 
-# torch's own check, private but stable over the torch versions that are supported: its words are part of the drop-in's contract.
-mha_shape_check: Callable[..., bool] = F._mha_shape_check  # type: ignore[attr-defined]
+
+def mha_shape_check(*args: Any) -> None:
+    """torch's own check of ranks. Private, but its words are part of the drop-in's contract; looked up late, so that a torch without it
+    breaks the drop-in only."""
+    F._mha_shape_check(*args)  # type: ignore[attr-defined]
 
 
 def check_inputs(
