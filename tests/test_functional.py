@@ -985,6 +985,9 @@ def test_forward_mode_derivatives_are_right_on_the_backend_that_auto_picks() -> 
     assert want[1].abs().max() > 1e-3
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    with record() as log:
+        torch.func.jvp(lambda x: call(x, "auto"), (q,), (tangent,))
+    assert "eager" in log.calls[0].kernel, "the record says what ran"
     gradient = torch.func.grad(lambda x: call(x, "auto").square().sum())(q)
     torch.testing.assert_close(gradient, torch.func.grad(lambda x: call(x, "reference").square().sum())(q), rtol=0, atol=1e-12)
 

@@ -145,17 +145,17 @@ def index_of_documents(ids: Tensor, max_docs: int | None) -> Index:
         lengths = None
         token_indices = with_capacity(real_BS, flat.shape[0]).token_indices
     if max_docs is None:
-        token_indices = token_indices.to(home, non_blocking=True)
+        token_indices = to_device(token_indices, home)
         mark_unbacked(token_indices)
     return Index(
-        cu_seqlens=cu_seqlens.to(home, non_blocking=True),
+        cu_seqlens=to_device(cu_seqlens, home),
         token_indices=token_indices,
-        gather_indices=(rank * flat).to(home, non_blocking=True),
+        gather_indices=to_device(rank * flat, home),
         lengths=lengths,
         has_holes=False,
         right_padded=False,
         has_slack=max_docs is not None,
-        row_ids=row_ids.to(home, non_blocking=True),
+        row_ids=to_device(row_ids, home),
     )
 
 
@@ -187,7 +187,9 @@ def _assert_on_device(holds: Tensor, message: str) -> None:
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A copy that does not wait: `torch.tensor(list, device="cuda")` blocks, a pinned copy does not."""
+    """Where it is needed, without waiting: `torch.tensor(list, device="cuda")` blocks, a copy from page-locked memory does not."""
+    if host.device == device:
+        return host
     if device.type == "cuda" and torch.cuda.is_available():
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .backends._masked import EAGER, masked_attention, masked_kernel_name
+from .backends._maths import safe_softmax
 
 __all__ = ["additive_mask", "dense_attention", "dense_kernel_name"]
 
@@ -51,12 +52,7 @@ def dense_attention(
         out, _ = masked_attention(q, k, v, visible, finite, q.shape[-1] ** -0.5)
         return rearrange(out, "b n l h -> b l n h"), None
     scores = (q * math.sqrt(1.0 / q.shape[-1])) @ k.transpose(-1, -2)
-    weights = scores.softmax(-1) if bias is None else _safe_softmax(scores + bias)
+    scores = scores if bias is None else scores + bias
+    weights = safe_softmax(scores, torch.isneginf(scores).all(-1, keepdim=True))
     weights = F.dropout(weights, dropout_p)
     return rearrange(weights @ v, "b n l h -> b l n h"), weights if need_weights else None
-
-
-def _safe_softmax(scores: Tensor) -> Tensor:
-    """Softmax in which a row of -inf is 0, with gradient 0; torch's own gives NaN for both."""
-    blind = torch.isneginf(scores).all(-1, keepdim=True)
-    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)

@@ -312,10 +312,7 @@ def record() -> Iterator[Record]:
 def announced(plan: Plan, layout: SeqLayout, module: str | None) -> Iterator[None]:
     """Write one call into the open records, and keep the op that it launches silent."""
     rows = layout.total if layout.lengths is not None else layout.num_rows
-    call = Call(plan.backend, plan.kernel, plan, module, rows, layout.batch_size * layout.padded_len)
-    for log in state.records:
-        assert isinstance(log, Record)
-        log.calls.append(call)
+    _write(Call(plan.backend, plan.kernel, plan, module, rows, layout.batch_size * layout.padded_len))
     before, state.announced = state.announced, True
     try:
         yield
@@ -339,9 +336,13 @@ def note_dense(module: str, query: Tensor, key: Tensor, value: Tensor, kernel: s
     )
     plan = replace(choose(problem, thorough=True), backend="dense", kernel=kernel, route="dense", route_reason=reason)
     slots = query.shape[0] * query.shape[1]
+    _write(Call("dense", kernel, plan, module, slots, slots, reason=reason))
+
+
+def _write(call: Call) -> None:
     for log in state.records:
         assert isinstance(log, Record)
-        log.calls.append(Call("dense", kernel, plan, module, slots, slots, reason=reason))
+        log.calls.append(call)
 
 
 def backends() -> list[dict[str, Any]]:

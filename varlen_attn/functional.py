@@ -6,7 +6,6 @@ tensors, the route, empty sequences for backends that mishandle them. Backends t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -17,15 +16,13 @@ from torch import Tensor
 
 from ._call_checks import autocasts, check_extras, check_holes, check_layouts, check_mask, check_projections, check_shapes, common_dtype
 from .backends import BACKENDS
-from .backends.base import Backend, Extras, connected_zeros, state, wide_dtype
+from .backends.base import Backend, Extras, ScoreBias, connected_zeros, state, wide_dtype
 from .dispatch import Plan, announced, choose, choose_while_tracing, requested_backend, route
 from .errors import ArgumentError, LayoutError
 from .layout import SeqLayout, is_tracing
 from .problem import Problem, Semantics, check_dropout
 
 __all__ = ["padded_attention", "plan_attention", "varlen_attention", "varlen_mha"]
-
-ScoreBias = Tensor | Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def varlen_attention(
@@ -338,34 +335,32 @@ def _layouts(
         check_layouts(layout, layout_kv)
         layout = full_layout(query) if layout is None else layout
         return layout, layout if layout_kv is None else layout_kv
-    check_mask(key_padding_mask, key, "key_padding_mask", "key")
-    if query_padding_mask is None:
-        if query.shape[:2] != key.shape[:2]:
-            raise LayoutError(
-                f"`key_padding_mask` alone means self-attention, where query and key have one (B, S), but they have "
-                f"{tuple(query.shape[:2])} and {tuple(key.shape[:2])}: for cross-attention "
-                "pass query_padding_mask=<mask>, or False if all are real."
-            )
-        own = full_layout(key) if key_padding_mask is None else _layout_of(key_padding_mask, key)
-        return own, own
-    layout_k = full_layout(key) if key_padding_mask is None else _layout_of(key_padding_mask, key)
+    layout_k = _layout_for(key, key_padding_mask, "key_padding_mask", "key")
     if query_padding_mask is False:
         return full_layout(query), layout_k
-    check_mask(query_padding_mask, query, "query_padding_mask", "query")
-    return _layout_of(query_padding_mask, query), layout_k
+    if query_padding_mask is not None:
+        return _layout_for(query, query_padding_mask, "query_padding_mask", "query"), layout_k
+    if query.shape[:2] != key.shape[:2]:
+        raise LayoutError(
+            f"`key_padding_mask` alone means self-attention, where query and key have one (B, S), but they have "
+            f"{tuple(query.shape[:2])} and {tuple(key.shape[:2])}: for cross-attention "
+            "pass query_padding_mask=<mask>, or False if all are real."
+        )
+    return layout_k, layout_k
 
 
 def full_layout(x: Tensor) -> SeqLayout:
     return SeqLayout.from_lengths([x.shape[1]] * x.shape[0], x.shape[1], device=x.device)
 
 
-def _layout_of(mask: Tensor, x: Tensor) -> SeqLayout:
-    """Of a CPU mask for a tensor on a GPU, only the index tensors move, once and without waiting; the lengths stay on the host."""
-    return to_device_of(SeqLayout.from_key_padding_mask(mask), x)
+def _layout_for(x: Tensor, mask: Tensor | None, name: str = "key_padding_mask", owner: str = "x") -> SeqLayout:
+    """The layout of ``x (B, S, ...)`` by its mask; without one, nothing is padded."""
+    check_mask(mask, x, name, owner)
+    return full_layout(x) if mask is None else to_device_of(SeqLayout.from_key_padding_mask(mask), x)
 
 
 def to_device_of(layout: SeqLayout, x: Tensor) -> SeqLayout:
-    """``layout`` where ``x`` is."""
+    """``layout`` where ``x`` is. To a GPU only the index tensors move, without waiting; the lengths stay on the host."""
     if layout.device == x.device:
         return layout
     if layout.device.type == "cpu" and x.device.type == "cuda":
@@ -452,9 +447,7 @@ def varlen_mha(
     check_projections(width, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
 
     if x.dim() == 3:
-        if layout is None:
-            check_mask(key_padding_mask, x, "key_padding_mask", "x")
-            layout = full_layout(x) if key_padding_mask is None else _layout_of(key_padding_mask, x)
+        layout = _layout_for(x, key_padding_mask) if layout is None else layout
         rows = pack_rows(layout, x)
     else:
         assert layout is not None
@@ -478,9 +471,7 @@ def _stacked(
         raise ArgumentError("stacked q, k, v are projected already: pass no in_proj or out_proj weights.")
     if layout is not None and mask is not None:
         raise ArgumentError("pass `key_padding_mask` or `layout`, not both: nothing says which one counts.")
-    if layout is None:
-        check_mask(mask, x, "key_padding_mask", "x")
-        layout = full_layout(x) if mask is None else _layout_of(mask, x)
+    layout = _layout_for(x, mask) if layout is None else layout
     query, key, value = pack_rows(layout, x).unbind(1)
     out: Tensor = varlen_attention(query, key, value, layout, **options)
     return unpack_rows(layout, out)

@@ -43,12 +43,19 @@ class _Inputs(NamedTuple):
     packed: bool = False
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor, change: Callable[[Tensor], Tensor], packed: bool = False) -> _Inputs:
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, change: Callable[[Tensor], Tensor]) -> _Inputs:
         """Every tensor changed once, however often it is passed."""
         new_query = change(query)
         new_key = new_query if key is query else change(key)
         new_value = new_key if value is key else new_query if value is query else change(value)
-        return cls(new_query, new_key, new_value, packed)
+        return cls(new_query, new_key, new_value)
+
+    def each(self, layouts: tuple[SeqLayout, SeqLayout], change: Callable[[SeqLayout, Tensor], Tensor]) -> _Inputs:
+        """Query by its layout, key and value by theirs; what is one object with one layout is changed once."""
+        layout_q, layout_k = layouts
+        query = change(layout_q, self.query)
+        key = query if self.self_attention and layout_q is layout_k else change(layout_k, self.key)
+        return _Inputs(query, key, key if self.value is self.key else change(layout_k, self.value))
 
     @property
     def self_attention(self) -> bool:
@@ -302,13 +309,8 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         order: str | Backend,
     ) -> Tensor:
         layout_q, layout_k = layouts
-        rows = inputs
-        if not inputs.packed:
-            query = pack_rows(layout_q, inputs.query)
-            key = query if inputs.self_attention and layout_q is layout_k else pack_rows(layout_k, inputs.key)
-            value = key if inputs.value is inputs.key else pack_rows(layout_k, inputs.value)
-            rows = _Inputs(query, key, value)
-        q, k, v = self._project(rows.query, rows.key, rows.value)
+        rows = inputs if inputs.packed else inputs.each(layouts, pack_rows)
+        q, k, v = self._project(*rows[:3])
         options = {
             "causal": "top_left" if causal else False,
             "window": window,
@@ -351,16 +353,9 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         self, inputs: _Inputs, layouts: tuple[SeqLayout, SeqLayout], bias: Tensor | None, need_weights: bool, why: str
     ) -> tuple[Tensor, Tensor | None]:
         """Padded rows computed too, with torch's meaning of every mask; what stands in padding is not read."""
-        layout_q, layout_k = layouts
-        if inputs.packed:
-            query = layout_q.unpack(inputs.query)
-            key = query if inputs.self_attention and layout_q is layout_k else layout_k.unpack(inputs.key)
-            value = key if inputs.value is inputs.key else layout_k.unpack(inputs.value)
-        else:
-            query = _without_padding(inputs.query, layout_q)
-            key = query if inputs.self_attention and layout_q is layout_k else _without_padding(inputs.key, layout_k)
-            value = key if inputs.value is inputs.key else _without_padding(inputs.value, layout_k)
-        q, k, v = self._project(query, key, value)
+        layout_q = layouts[0]
+        padded = inputs.each(layouts, SeqLayout.unpack if inputs.packed else _without_padding)
+        q, k, v = self._project(*padded[:3])
         extra = 0
         if self.bias_k is not None and self.bias_v is not None:
             row = (len(k), 1, self.num_heads, self.head_dim)
@@ -376,7 +371,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             note_dense(type(self).__name__, q, k, v, dense_kernel_name(q, bias, dropout_p, need_weights), why)
         out, weights = dense_attention(q, k, v, bias, dropout_p=dropout_p, need_weights=need_weights)
         out = self._project_out(rearrange(out, "b l n h -> b l (n h)"))
-        out = layout_q.pack(out) if inputs.packed else _without_padding(out, layout_q)
+        out = layout_q.pack(out) if inputs.packed else _without_padding(layout_q, out)
         if weights is not None and not layout_q.is_dense:
             weights = weights.masked_fill(layout_q.padding_mask()[:, None, :, None], 0.0)
         return out, weights
@@ -435,7 +430,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _without_padding(x: Tensor, layout: SeqLayout) -> Tensor:
+def _without_padding(layout: SeqLayout, x: Tensor) -> Tensor:
     """``(B, S, ...)`` with zeros at padding, whatever stood there; gradients there are 0 too."""
     return x if layout.is_dense else x.masked_fill(layout.padding_mask()[..., None], 0.0)
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ._gather import is_transformed
 from .errors import ArgumentError
 from .layout import SeqLayout, is_tracing
 
@@ -180,6 +181,7 @@ class Problem:
         self_attention: queries and keys have one layout.
         needs_grad: a gradient will be wanted.
         tracing: under `torch.compile`, `torch.export` or fake tensors.
+        transformed: under `torch.func` or forward-mode AD, which kernels with a backward only can not serve.
         host_lengths: the lengths are known on the host.
         deterministic_mode: `torch.use_deterministic_algorithms(True)` is set, not to warn only: kernels without an argument obey it.
         requested: the backend's name, or ``"auto"``.
@@ -199,6 +201,7 @@ class Problem:
     self_attention: bool = True
     needs_grad: bool = False
     tracing: bool = False
+    transformed: bool = False
     host_lengths: bool = True
     deterministic_mode: bool = field(default_factory=_strictly_deterministic)
     requested: str = "auto"
@@ -241,6 +244,7 @@ class Problem:
             self_attention=layout_q is layout_kv,
             needs_grad=needs_grad,
             tracing=is_tracing(query),
+            transformed=is_transformed(),
             host_lengths=layout_q.lengths is not None and layout_kv.lengths is not None,
             requested=requested,
         )

@@ -79,14 +79,13 @@ def attend(
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     lse = scores.detach().logsumexp(-1)
-    weights = _softmax(scores, lse, extras.sinks)
+    weights = safe_softmax(scores, torch.isneginf(lse)[..., None], extras.sinks)
     out = F.dropout(weights, semantics.dropout_p) @ value
     return out.to(dtype), lse
 
 
-def _softmax(scores: Tensor, lse: Tensor, sinks_N: Tensor | None) -> Tensor:
-    """Softmax in which a row without a visible key is 0, with gradient 0 (a plain one gives NaN for both)."""
-    blind = torch.isneginf(lse)[..., None]
+def safe_softmax(scores: Tensor, blind: Tensor, sinks_N: Tensor | None = None) -> Tensor:
+    """Softmax in which a ``blind`` row, which is -inf throughout, is 0, with gradient 0 (a plain one gives NaN for both)."""
     scores = scores.masked_fill(blind, 0.0)
     if sinks_N is None:
         return scores.softmax(-1).masked_fill(blind, 0.0)

@@ -213,7 +213,7 @@ class Cpu(Backend):
             )
 
     def kernel(self, problem: Problem) -> str:
-        if needs_maths(problem.semantics):
+        if needs_maths(problem.semantics) or problem.transformed:
             return "eager matmul, softmax, matmul for each group of equal lengths"
         return f"aten::{_KERNEL}"
 
