@@ -21,6 +21,7 @@ RANKS = (
     ("_gather", "_layout_checks"),
     ("_index",),
     ("layout",),
+    ("companions",),
     ("problem",),
     ("backends.base",),
     ("backends._*",),  # maths that several backends share
@@ -31,7 +32,8 @@ RANKS = (
     ("_call_checks",),
     ("functional",),
     ("explain",),
-    ("testing", "dense", "data", "_mha_checks"),
+    ("testing", "dense", "data", "_masks", "_mha_checks"),
+    ("_streams",),
     ("testing.strategies", "modules"),
     ("encoder",),
     ("convert",),

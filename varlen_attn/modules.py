@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ._call_checks import check_holes, check_layouts
+from ._masks import read_masks
 from ._mha_checks import check_inputs, mha_shape_check
+from ._streams import nested_like, nested_rows
 from .backends._maths import visible_mask
 from .backends.base import Backend, state
 from .dense import additive_mask, dense_attention, dense_kernel_name
 from .dispatch import note_dense, requested_backend
 from .errors import ArgumentError, BackendRefused, LayoutError
-from .functional import attend_for, full_layout, pack_rows, to_device_of, unpack_rows
-from .layout import SeqLayout, is_tracing, layout_and_flags
+from .functional import attend_for, full_layout, pack_rows, unpack_rows
+from .layout import SeqLayout, is_tracing
 from .problem import Semantics
 
 __all__ = ["VarlenMultiheadAttention"]
@@ -206,42 +208,31 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         Reads a device mask once: lengths, where padding stands, whether a float mask is padding only, whether ``attn_mask`` is causal.
         """
         mask, attn_mask = masks
-        flags: dict[str, Tensor] = {}
-        if mask is not None and mask.is_floating_point():
-            flags["additive"] = ((mask != 0) & ~torch.isneginf(mask)).any()
-        if attn_mask is not None and is_causal:
-            flags["not causal"] = _is_not_causal(attn_mask)
-        layouts, values = self._layouts(inputs, mask, list(flags.values()), layout, layout_kv)
-        # While tracing nothing is read: a causal hint is trusted, as torch documents; a float mask may hold anything.
-        found = dict(zip(flags, values, strict=True)) if values or not flags else {"additive": "additive" in flags}
-        additive = found.get("additive", False) or _wants_grad(mask)
-        not_causal = attn_mask is not None and (not is_causal or found.get("not causal", False) or _wants_grad(attn_mask))
+        facts = read_masks(inputs.key, mask, attn_mask, hint=is_causal, compare=is_causal)
+        layouts = self._layouts(inputs, facts.layout, layout, layout_kv)
         apart = layouts[0] is not layouts[1]
         shifted = is_causal and apart and not all(x.right_padded for x in layouts)
         reasons = (
             (need_weights, "need_weights=True: weights exist only in the dense computation, flash was bypassed for them alone"),
-            (not_causal, "attn_mask is not known to be causal"),
-            (additive, "key_padding_mask is additive: it has values other than 0 and -inf, or wants a gradient"),
+            (facts.not_causal, "attn_mask is not known to be causal"),
+            (facts.additive, "key_padding_mask is additive: it has values other than 0 and -inf, or wants a gradient"),
             (shifted, "causal with unlike padding of queries and keys: columns, which torch compares, differ from packed positions"),
             (windowed and apart and inputs.self_attention, "a window over padded rows, which zero_padding_rows=False keeps"),
             (self.bias_k is not None, "add_bias_kv"),
             (self.add_zero_attn, "add_zero_attn"),
         )
-        return layouts, is_causal and not not_causal, next((text for holds, text in reasons if holds), None)
+        return layouts, is_causal and not facts.not_causal, next((text for holds, text in reasons if holds), None)
 
     def _layouts(
-        self, inputs: _Inputs, mask: Tensor | None, flags: list[Tensor], layout: SeqLayout | None, layout_kv: SeqLayout | None
-    ) -> tuple[tuple[SeqLayout, SeqLayout], tuple[bool, ...]]:
-        if mask is not None:
-            real = ~torch.isneginf(mask) if mask.is_floating_point() else ~mask
-            built, values = layout_and_flags(real, [f.to(mask.device) for f in flags])
-            built = to_device_of(built, inputs.key)
+        self, inputs: _Inputs, masked: SeqLayout | None, layout: SeqLayout | None, layout_kv: SeqLayout | None
+    ) -> tuple[SeqLayout, SeqLayout]:
+        """``masked`` is the layout of the key padding mask."""
+        if masked is not None:
             masks_queries = inputs.self_attention and self.zero_padding_rows
-            return (built if masks_queries else full_layout(inputs.query), built), values
-        values = () if is_tracing(inputs.query) else tuple(bool(f) for f in flags)
+            return masked if masks_queries else full_layout(inputs.query), masked
         if layout is None and layout_kv is None:
             own = full_layout(inputs.query)
-            return (own, own if inputs.key.shape[:2] == inputs.query.shape[:2] else full_layout(inputs.key)), values
+            return own, own if inputs.key.shape[:2] == inputs.query.shape[:2] else full_layout(inputs.key)
         if layout_kv is None and not inputs.self_attention:
             raise LayoutError(
                 "`layout_kv` must be given for another key, because `layout` describes the queries: pass layout_kv=layout if they share it."
@@ -253,7 +244,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             other._check(inputs.key, (other.batch_size, other.padded_len), "key")
             if inputs.self_attention and not self.zero_padding_rows:
                 own = full_layout(inputs.query)
-        return (own, other), values
+        return own, other
 
     def _refuse_dense(self, order: str | Backend, layouts: tuple[SeqLayout, SeqLayout], why: str) -> None:
         """An order is an order: only the dense backend may compute a call that needs the dense way. It knows one sequence a row."""
@@ -389,23 +380,11 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         if any(m is not None for m in masks.values()) or (strided and (needs_grad or query is not key or key is not value)):
             # Strided nested tensors do not train and are q = k = v only, and none takes a mask: torch's refusal, in its words.
             return super().forward(query, key, value, masks["key_padding_mask"], options["need_weights"], masks["attn_mask"])
-        rows_q, layout_q = _nested_rows(query)
-        rows_k, layout_k = (rows_q, layout_q) if key is query else _nested_rows(key)
-        rows_v = rows_k if value is key else _nested_rows(value)[0]
+        rows_q, layout_q = nested_rows(query)
+        rows_k, layout_k = (rows_q, layout_q) if key is query else nested_rows(key)
+        rows_v = rows_k if value is key else nested_rows(value)[0]
         out, weights = self.forward(rows_q, rows_k, rows_v, layout=layout_q, layout_kv=layout_k, **options)
-        return _nested_like(query, out, layout_q), weights
-
-
-def _is_not_causal(mask: Tensor) -> Tensor:
-    """Whether a bool or additive ``(..., L, S)`` mask hides anything else than the keys after each query."""
-    after = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
-    if mask.dtype == torch.bool:
-        return (mask != after).any()
-    return (torch.where(after, torch.isneginf(mask), mask == 0)).logical_not().any()
-
-
-def _wants_grad(mask: Tensor | None) -> bool:
-    return mask is not None and mask.requires_grad and torch.is_grad_enabled()
+        return nested_like(query, out, layout_q), weights
 
 
 def _in_window(inputs: _Inputs, layouts: tuple[SeqLayout, SeqLayout], causal: bool, window: tuple[int | None, int | None]) -> Tensor:
@@ -433,19 +412,3 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _without_padding(layout: SeqLayout, x: Tensor) -> Tensor:
     """``(B, S, ...)`` with zeros at padding, whatever stood there; gradients there are 0 too."""
     return x if layout.is_dense else x.masked_fill(layout.padding_mask()[..., None], 0.0)
-
-
-def _nested_rows(x: Tensor) -> tuple[Tensor, SeqLayout]:
-    if x.layout == torch.jagged:
-        x = x.contiguous()
-        return x.values(), SeqLayout.from_nested(x)
-    parts = x.unbind()
-    rows = torch.cat(parts) if parts else x.new_zeros((0, 0))
-    return rows, SeqLayout.from_lengths([len(p) for p in parts], device=rows.device)
-
-
-def _nested_like(nested: Tensor, rows: Tensor, layout: SeqLayout) -> Tensor:
-    """``rows`` in the nested layout of the input; jagged ones share its offsets, so that the two can be added."""
-    if nested.layout == torch.jagged:
-        return torch.nested.nested_tensor_from_jagged(rows, offsets=nested.offsets())  # type: ignore[attr-defined]
-    return torch.nested.as_nested_tensor(list(layout.split(rows)), layout=torch.strided)

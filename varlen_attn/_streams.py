@@ -1,0 +1,195 @@
+"""How a stack of layers takes in what it is given and gives it back: padded either way round, unbatched, packed or nested."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._call_checks import check_layouts
+from ._masks import read_masks
+from ._mha_checks import check_inputs
+from .dense import additive_mask
+from .errors import ArgumentError, LayoutError
+from .functional import full_layout, pack_rows, unpack_rows
+from .layout import SeqLayout
+
+__all__ = ["Masks", "Stream", "enter", "nested_like", "nested_rows"]
+
+Form = Literal["packed", "nested", "unbatched", "batch first", "sequence first"]
+
+
+class Masks(NamedTuple):
+    """What a caller says about one attention.
+
+    Attributes:
+        key_padding: ``(B, S)``, True is padding.
+        attn: ``(L, S)`` or ``(B*N, L, S)``, True hides.
+        is_causal: query i sees keys up to i, with or without ``attn``.
+        layout: in place of ``key_padding``.
+        compare: look whether ``attn`` is causal, one read with that of the layout; layers inside of a stack need not look again.
+    """
+
+    key_padding: Tensor | None
+    attn: Tensor | None
+    is_causal: bool
+    layout: SeqLayout | None
+    compare: bool
+
+
+class Stream(NamedTuple):
+    """Packed rows on their way through a stack, and all that is needed to go on and to go back.
+
+    Attributes:
+        rows: ``(T, D)``, as they came in.
+        layout: of the rows.
+        causal: query i sees keys up to i.
+        mask: an attention mask that only padded attention can serve; None where ``causal`` and the layout say it all.
+        form: what was given, and is given back.
+        given: the input itself.
+    """
+
+    rows: Tensor
+    layout: SeqLayout
+    causal: bool
+    mask: Tensor | None
+    form: Form
+    given: Tensor
+
+    def leave(self, rows: Tensor) -> Tensor:
+        """``rows`` in the form in which the input came; 0 at padding."""
+        if self.form == "packed":
+            return torch.where(self.layout.valid_rows()[:, None], rows, 0) if self.layout.has_slack else rows
+        if self.form == "nested":
+            return nested_like(self.given, rows, self.layout)
+        padded = unpack_rows(self.layout, rows)
+        if self.form == "unbatched":
+            return padded[0]
+        return padded if self.form == "batch first" else padded.transpose(0, 1)
+
+    # ---------------------------------------------------------------- for modules that take no layout
+
+    def padded(self, rows: Tensor, module: nn.Module) -> Tensor:
+        """``(B, S, D)``, or ``(S, B, D)`` for a module that wants it so."""
+        if self.layout.row_ids is not None:
+            raise LayoutError(
+                f"`layout` has several documents a row, but {type(module).__name__} takes no layout and would mix them: "
+                "use this package's modules there, or give every document a row."
+            )
+        padded = unpack_rows(self.layout, rows)
+        return padded if self._batch_first(module) else padded.transpose(0, 1)
+
+    def packed(self, padded: Tensor, module: nn.Module) -> Tensor:
+        """The reverse of `padded`."""
+        return pack_rows(self.layout, padded if self._batch_first(module) else padded.transpose(0, 1))
+
+    def _batch_first(self, module: nn.Module) -> bool:
+        attn = getattr(module, "self_attn", module)
+        return bool(getattr(attn, "batch_first", self.form != "sequence first"))
+
+    def torch_masks(self, queries: Stream) -> tuple[Tensor | None, Tensor | None]:
+        """``key_padding_mask`` and ``attn_mask`` as torch's modules take them, both additive: torch warns about two dtypes."""
+        dtype, mask = self.rows.dtype, self.mask
+        if self.causal:
+            mask = _after(queries.layout.padded_len, self.layout.padded_len, self.rows.device)
+        padding = None if self.layout.is_dense else additive_mask(self.layout.padding_mask(), dtype)
+        return padding, None if mask is None else additive_mask(mask, dtype).to(dtype)
+
+
+def enter(attn: nn.Module, x: Tensor, masks: Masks, queries: Stream | None = None) -> Stream:
+    """Check, build the layout and pack, for attention by ``attn`` to ``x``.
+
+    Args:
+        attn: says the widths, the number of heads and ``batch_first``.
+        x: ``(B, S, D)``, ``(S, B, D)``, ``(S, D)``, packed ``(T, D)`` with a layout, or nested.
+        masks: of the keys, which are in ``x``.
+        queries: who attends to ``x``; ``x`` itself if left out.
+    """
+    check_layouts(masks.layout, None)
+    form = _form(attn, x, masks.layout)
+    if masks.layout is not None and masks.key_padding is not None:
+        raise ArgumentError("pass a key padding mask or a layout, not both: nothing says which one counts.")
+    if form == "nested" and not (masks.layout is None and masks.key_padding is None):
+        raise ArgumentError("a nested tensor says itself where its sequences are: pass no key padding mask or layout with it.")
+    given, own = x, masks.layout
+    if form == "nested":
+        x, own = nested_rows(x)
+    _check(attn, x, own if form in ("packed", "nested") else None, masks, queries)
+    padding = masks.key_padding
+    if form == "unbatched":
+        x, padding = x[None], None if padding is None else padding[None]
+    elif form == "sequence first":
+        x = x.transpose(0, 1)
+    facts = read_masks(x, padding, masks.attn, hint=masks.is_causal, compare=masks.compare)
+    layout = facts.layout or own or full_layout(x)
+    rows = x if form in ("packed", "nested") else pack_rows(layout, x, "memory" if queries else "src")
+    causal = masks.is_causal if masks.attn is None else not facts.not_causal
+    stream = Stream(rows, layout, causal, None if causal else masks.attn, form, given)
+    if not facts.additive:
+        return stream
+    assert padding is not None
+    added = _added_to_scores(padding.to(rows.device, rows.dtype), stream, queries or stream, int(attn.num_heads))  # type: ignore[arg-type]
+    return stream._replace(causal=False, mask=added)
+
+
+def _form(attn: nn.Module, x: Tensor, layout: SeqLayout | None) -> Form:
+    if x.is_nested:
+        return "nested"
+    if x.dim() == 2:
+        return "unbatched" if layout is None else "packed"
+    return "batch first" if attn.batch_first else "sequence first"
+
+
+def _check(attn: nn.Module, x: Tensor, packed_by: SeqLayout | None, masks: Masks, queries: Stream | None) -> None:
+    """Shapes, in torch's words."""
+    if packed_by is not None:
+        packed_by._check(x, (packed_by.num_rows,), "src" if queries is None else "memory")
+    if not isinstance(attn, nn.MultiheadAttention):
+        return  # its business
+    if queries is None:
+        check_inputs(attn, x, x, x, masks.key_padding, masks.attn, None if packed_by is None else (packed_by, packed_by))
+    elif packed_by is not None:
+        check_inputs(attn, queries.rows, x, x, None, masks.attn, (queries.layout, packed_by))
+    elif queries.form in ("packed", "nested"):
+        raise LayoutError(
+            "`memory` must be packed where the targets are, with a layout of its own: pass layout_kv.pack(memory) and layout_kv=layout_kv."
+        )
+    else:
+        check_inputs(attn, queries.given, x, x, masks.key_padding, masks.attn, None)
+
+
+def _added_to_scores(padding: Tensor, stream: Stream, queries: Stream, num_heads: int) -> Tensor:
+    """An additive padding mask, the attention mask and causality as one ``(B*N, L, S)``: torch adds them all."""
+    shape = (stream.layout.batch_size, num_heads, queries.layout.padded_len, stream.layout.padded_len)
+    added = padding[:, None, None].expand(shape)
+    mask = _after(*shape[2:], padding.device) if stream.causal else stream.mask
+    if mask is not None:
+        other = additive_mask(mask.to(padding.device), padding.dtype).to(padding.dtype)
+        added = added + (other.view(shape) if other.dim() == 3 else other)
+    return added.reshape(shape[0] * shape[1], *shape[2:])
+
+
+def _after(len_q: int, len_k: int, device: torch.device) -> Tensor:
+    """True at the keys after each query."""
+    return torch.ones(len_q, len_k, dtype=torch.bool, device=device).triu(1)
+
+
+# -------------------------------------------------------------------- nested tensors
+
+
+def nested_rows(x: Tensor) -> tuple[Tensor, SeqLayout]:
+    """The packed rows of a nested tensor, and their layout."""
+    if x.layout == torch.jagged:
+        x = x.contiguous()
+        return x.values(), SeqLayout.from_nested(x)
+    parts = x.unbind()
+    rows = torch.cat(parts) if parts else x.new_zeros((0, 0))
+    return rows, SeqLayout.from_lengths([len(p) for p in parts], device=rows.device)
+
+
+def nested_like(nested: Tensor, rows: Tensor, layout: SeqLayout) -> Tensor:
+    """``rows`` in the nested layout of the input; jagged ones share its offsets, so that the two can be added."""
+    if nested.layout == torch.jagged:
+        return torch.nested.nested_tensor_from_jagged(rows, offsets=nested.offsets())  # type: ignore[attr-defined]
+    return torch.nested.as_nested_tensor(list(layout.split(rows)), layout=torch.strided)

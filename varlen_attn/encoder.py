@@ -1,0 +1,307 @@
+"""`VarlenTransformerEncoder`, `VarlenTransformerDecoder` and their layers: torch's, with everything computed on real tokens only.
+
+Subclasses of torch's modules: same constructor, `state_dict` and forward arguments. A padded batch is packed once before the first layer
+and put back after the last; in between attention, linear layers, norms, activations and dropout see packed rows ``(T, D)``, in training
+and in evaluation. That pays about 1/fill on the whole stack, where leaving padding out of attention alone pays little, because attention
+is a small share of an encoder at the lengths of text.
+
+Whatever stands in a module's place must be token-wise (a LoRA layer, another norm, a mixture of experts): it is called on ``(T, D)``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._streams import Masks, Stream, enter
+from .layout import SeqLayout
+from .modules import VarlenMultiheadAttention
+
+__all__ = ["VarlenTransformerDecoder", "VarlenTransformerDecoderLayer", "VarlenTransformerEncoder", "VarlenTransformerEncoderLayer"]
+
+
+class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """Drop-in for `torch.nn.TransformerEncoderLayer` that computes real tokens only.
+
+    Constructor, `state_dict`, initial weights and forward arguments are torch's. Different are: rows of padding come back as 0 (torch
+    has numbers there in training and zeros in evaluation); ``is_causal=True`` needs no mask; there is no separate fast path, so that
+    training and evaluation agree when dropout is 0. Every submodule is called, on packed rows ``(T, D)``, so that whatever replaces it
+    (LoRA, another norm or activation) runs, and must be token-wise.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # A new class for the same object, so that the initial weights are those that torch draws with this seed.
+        self.self_attn.__class__ = VarlenMultiheadAttention
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        layout: SeqLayout | None = None,
+    ) -> Tensor:
+        """One layer.
+
+        Args:
+            src: ``(B, S, D)``, or ``(S, B, D)`` unless ``batch_first``; ``(S, D)`` unbatched; packed ``(T, D)`` with ``layout``;
+                or a nested tensor.
+            src_mask: ``(S, S)`` or ``(B*N, S, S)``; True hides. Exactly causal masks are recognised and run packed; for all others
+                attention is computed the padded way, and the rest of the layer packed. With packed ``src`` it is compared only if
+                ``is_causal`` says so.
+            src_key_padding_mask: ``(B, S)``, True is padding.
+            is_causal: query i sees keys up to i; no mask needed.
+            layout: in place of the mask, (B, S) whatever ``batch_first``.
+
+        Returns:
+            The shape of ``src``; exactly 0 at padding.
+
+        Raises:
+            AssertionError, RuntimeError: what torch raises for shapes and masks, with our fix appended.
+            ArgumentError, LayoutError: a layout that does not fit, or together with a mask.
+        """
+        # Packed rows come from an encoder, which has compared the mask already.
+        compare = is_causal or layout is None or src.dim() != 2
+        stream = enter(self.self_attn, src, Masks(src_key_padding_mask, src_mask, is_causal, layout, compare))
+        x = stream.rows
+        if self.norm_first:
+            x = x + self._attend(self.norm1(x), stream)
+            x = x + self._ff_block(self.norm2(x))
+        else:
+            x = self.norm1(x + self._attend(x, stream))
+            x = self.norm2(x + self._ff_block(x))
+        return stream.leave(x)
+
+    def _attend(self, x: Tensor, stream: Stream) -> Tensor:
+        out: Tensor = self.dropout1(_attention(self.self_attn, x, x, stream, stream))
+        return out
+
+
+class VarlenTransformerEncoder(nn.TransformerEncoder):
+    """Drop-in for `torch.nn.TransformerEncoder` that packs once before its first layer and unpacks after its last.
+
+    Constructor, `state_dict` and forward arguments are torch's. Copies of a plain `nn.TransformerEncoderLayer` become
+    `VarlenTransformerEncoderLayer`. A layer of another class gets packed rows if its ``forward`` takes ``layout=``, as
+    ``layer(rows, src_mask=..., is_causal=..., layout=...)``; without that it is called as torch calls it, on padded tensors.
+
+    The output has the shape of the input for every mask, in training and in evaluation, and is exactly 0 at padding. The layout is built
+    once: one transfer from a mask on a device, none with ``layout=`` made from host lengths.
+    """
+
+    def __init__(
+        self,
+        encoder_layer: nn.TransformerEncoderLayer,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        enable_nested_tensor: bool = True,
+        mask_check: bool = True,
+    ) -> None:
+        # torch warns where its nested tensors can not serve a layer; they are not used here.
+        super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
+        self.enable_nested_tensor = enable_nested_tensor
+        for layer in self.layers:
+            if type(layer) is nn.TransformerEncoderLayer and type(layer.self_attn) is nn.MultiheadAttention:
+                layer.__class__ = VarlenTransformerEncoderLayer
+                layer.self_attn.__class__ = VarlenMultiheadAttention
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+        *,
+        layout: SeqLayout | None = None,
+    ) -> Tensor:
+        """The stack of layers, and the final norm.
+
+        Args:
+            src: ``(B, S, D)``, or ``(S, B, D)`` unless ``batch_first``; ``(S, D)`` unbatched; packed ``(T, D)`` with ``layout``;
+                or a nested tensor.
+            mask: ``(S, S)`` or ``(B*N, S, S)``; True hides. Compared with the causal mask once, in the layout's one transfer; while
+                tracing ``is_causal`` is trusted instead, as torch documents. Any other mask: attention is computed the padded way.
+            src_key_padding_mask: ``(B, S)``, True is padding.
+            is_causal: True is causal without a mask too.
+            layout: in place of the mask, (B, S) whatever ``batch_first``.
+
+        Returns:
+            The shape of ``src``; exactly 0 at padding.
+
+        Raises:
+            AssertionError, RuntimeError: what torch raises for shapes and masks, with our fix appended.
+            ArgumentError, LayoutError: a layout that does not fit, or together with a mask.
+
+        In plain PyTorch: ``nn.TransformerEncoder.forward(self, src, mask, src_key_padding_mask)``, times
+        ``~src_key_padding_mask[..., None]``.
+        """
+        first = self.layers[0]
+        stream = enter(first.self_attn, src, Masks(src_key_padding_mask, mask, bool(is_causal), layout, compare=True))
+        x = stream.rows
+        for layer in self.layers:
+            if _takes_layout(layer):
+                x = layer(x, src_mask=stream.mask, is_causal=stream.causal, layout=stream.layout)
+            else:
+                x = _padded_encoder_layer(layer, x, stream)
+        if self.norm is not None:
+            x = self.norm(x)
+        return stream.leave(x)
+
+
+class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """Drop-in for `torch.nn.TransformerDecoderLayer` that computes real tokens only, of targets and of memory.
+
+    As `VarlenTransformerEncoderLayer`. The masks of targets and memory are independent, and either may be left out.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.self_attn.__class__ = self.multihead_attn.__class__ = VarlenMultiheadAttention
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+        *,
+        layout: SeqLayout | None = None,
+        layout_kv: SeqLayout | None = None,
+    ) -> Tensor:
+        """One layer.
+
+        Args:
+            tgt: ``(B, L, D)``, or ``(L, B, D)`` unless ``batch_first``; ``(L, D)`` unbatched; packed ``(T, D)`` with ``layout``.
+            memory: ``(B, S, D)`` likewise; packed with ``layout_kv``.
+            tgt_mask, memory_mask: ``(L, L)`` and ``(L, S)``, or one for each head; True hides. As ``src_mask`` of
+                `VarlenTransformerEncoderLayer`.
+            tgt_key_padding_mask, memory_key_padding_mask: ``(B, L)`` and ``(B, S)``, True is padding.
+            tgt_is_causal, memory_is_causal: target i sees targets, or memory, up to i; no mask needed.
+            layout, layout_kv: of targets and of memory, in place of their padding masks.
+
+        Returns:
+            The shape of ``tgt``; exactly 0 at its padding.
+
+        Raises:
+            as `VarlenTransformerEncoderLayer`.
+        """
+        # Packed rows come from a decoder, which has compared the masks already.
+        compare = tgt_is_causal or layout is None or tgt.dim() != 2
+        target = enter(self.self_attn, tgt, Masks(tgt_key_padding_mask, tgt_mask, tgt_is_causal, layout, compare))
+        compare = memory_is_causal or layout_kv is None or memory.dim() != 2
+        masks = Masks(memory_key_padding_mask, memory_mask, memory_is_causal, layout_kv, compare)
+        source = enter(self.multihead_attn, memory, masks, target)
+        x = target.rows
+        if self.norm_first:
+            x = x + self._attend(self.norm1(x), target)
+            x = x + self._attend_to(self.norm2(x), target, source)
+            x = x + self._ff_block(self.norm3(x))
+        else:
+            x = self.norm1(x + self._attend(x, target))
+            x = self.norm2(x + self._attend_to(x, target, source))
+            x = self.norm3(x + self._ff_block(x))
+        return target.leave(x)
+
+    def _attend(self, x: Tensor, target: Stream) -> Tensor:
+        out: Tensor = self.dropout1(_attention(self.self_attn, x, x, target, target))
+        return out
+
+    def _attend_to(self, x: Tensor, target: Stream, source: Stream) -> Tensor:
+        out: Tensor = self.dropout2(_attention(self.multihead_attn, x, source.rows, target, source))
+        return out
+
+
+class VarlenTransformerDecoder(nn.TransformerDecoder):
+    """Drop-in for `torch.nn.TransformerDecoder` that packs targets and memory once and unpacks after its last layer.
+
+    As `VarlenTransformerEncoder`; a layer of another class gets packed rows if its ``forward`` takes ``layout=`` and ``layout_kv=``.
+    """
+
+    def __init__(self, decoder_layer: nn.TransformerDecoderLayer, num_layers: int, norm: nn.Module | None = None) -> None:
+        super().__init__(decoder_layer, num_layers, norm)
+        for layer in self.layers:
+            attns = (getattr(layer, "self_attn", None), getattr(layer, "multihead_attn", None))
+            if type(layer) is nn.TransformerDecoderLayer and all(type(a) is nn.MultiheadAttention for a in attns):
+                layer.__class__ = VarlenTransformerDecoderLayer
+                for attn in attns:
+                    attn.__class__ = VarlenMultiheadAttention
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+        *,
+        layout: SeqLayout | None = None,
+        layout_kv: SeqLayout | None = None,
+    ) -> Tensor:
+        """The stack of layers, and the final norm: arguments and results as `VarlenTransformerDecoderLayer`."""
+        first = self.layers[0]
+        target = enter(first.self_attn, tgt, Masks(tgt_key_padding_mask, tgt_mask, bool(tgt_is_causal), layout, compare=True))
+        masks = Masks(memory_key_padding_mask, memory_mask, memory_is_causal, layout_kv, compare=True)
+        source = enter(first.multihead_attn, memory, masks, target)
+        x = target.rows
+        for layer in self.layers:
+            if _takes_layout(layer):
+                x = layer(
+                    x, source.rows, tgt_mask=target.mask, memory_mask=source.mask, tgt_is_causal=target.causal,
+                    memory_is_causal=source.causal, layout=target.layout, layout_kv=source.layout,
+                )  # fmt: skip
+            else:
+                x = _padded_decoder_layer(layer, x, target, source)
+        if self.norm is not None:
+            x = self.norm(x)
+        return target.leave(x)
+
+
+# -------------------------------------------------------------------- modules that know no layout
+
+
+def _attention(attn: nn.Module, x: Tensor, memory: Tensor, target: Stream, source: Stream) -> Tensor:
+    """Attention of packed rows; a module that takes no layout is called as torch calls it, on padded tensors.
+
+    The masks are those of ``source``: of the keys.
+    """
+    key = x if memory is x else memory
+    if isinstance(attn, VarlenMultiheadAttention):
+        layouts = {"layout": target.layout, "layout_kv": source.layout}
+        out: Tensor = attn(x, key, key, need_weights=False, attn_mask=source.mask, is_causal=source.causal, **layouts)[0]
+        return out
+    query = target.padded(x, attn)
+    key = query if memory is x else source.padded(memory, attn)
+    padding, mask = source.torch_masks(target)
+    out = attn(query, key, key, attn_mask=mask, key_padding_mask=padding, need_weights=False, is_causal=source.causal)[0]
+    return target.packed(out, attn)
+
+
+def _takes_layout(layer: nn.Module) -> bool:
+    ours = (VarlenTransformerEncoderLayer, VarlenTransformerDecoderLayer)
+    return isinstance(layer, ours) or "layout" in inspect.signature(type(layer).forward).parameters
+
+
+def _padded_encoder_layer(layer: nn.Module, x: Tensor, stream: Stream) -> Tensor:
+    padding, mask = stream.torch_masks(stream)
+    out = layer(stream.padded(x, layer), src_mask=mask, is_causal=stream.causal, src_key_padding_mask=padding)
+    return stream.packed(out, layer)
+
+
+def _padded_decoder_layer(layer: nn.Module, x: Tensor, target: Stream, source: Stream) -> Tensor:
+    (padding, mask), (memory_padding, memory_mask) = target.torch_masks(target), source.torch_masks(target)
+    out = layer(
+        target.padded(x, layer), source.padded(source.rows, layer), tgt_mask=mask, memory_mask=memory_mask,
+        tgt_key_padding_mask=padding, memory_key_padding_mask=memory_padding, tgt_is_causal=target.causal,
+        memory_is_causal=source.causal,
+    )  # fmt: skip
+    return target.packed(out, layer)
