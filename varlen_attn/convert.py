@@ -1,0 +1,266 @@
+"""`enable`, `disable`, `enabled`: make a model skip padding, in place, and say what happened to which module.
+
+A module is enabled by a new class for the same object: its weights, hooks, buffers and attributes are not touched, so `disable` is the
+exact inverse, and copies and pickles know what they are. The state after `enable` depends on the model and the arguments only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+from torch import Tensor, nn
+
+from ._enablable import LAYERS, Candidate, candidates, packs_already, torch_class
+from .encoder import VarlenTransformerDecoder, VarlenTransformerDecoderLayer, VarlenTransformerEncoder, VarlenTransformerEncoderLayer
+from .errors import ArgumentError, VarlenWarning, warn
+from .modules import VarlenMultiheadAttention
+
+__all__ = ["ModuleReport", "Report", "disable", "enable", "enabled"]
+
+Level = Literal["auto", "attention", "model"]
+Action = Literal["converted", "left alone", "built so", "restored"]
+
+# -------------------------------------------------------------------- the classes that enabled modules get
+
+
+class EnabledMultiheadAttention(VarlenMultiheadAttention):
+    """`VarlenMultiheadAttention` with torch's ``need_weights=True``, so that a model that reads the weights goes on doing so."""
+
+    torch_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, **options)
+
+
+class EnabledMultiheadAttentionWithoutWeights(VarlenMultiheadAttention):
+    torch_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
+
+
+class EnabledTransformerEncoderLayer(VarlenTransformerEncoderLayer):
+    torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoderLayer
+
+
+class EnabledTransformerEncoder(VarlenTransformerEncoder):
+    torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoder
+
+
+class EnabledTransformerDecoderLayer(VarlenTransformerDecoderLayer):
+    torch_class: ClassVar[type[nn.Module]] = nn.TransformerDecoderLayer
+
+
+class EnabledTransformerDecoder(VarlenTransformerDecoder):
+    torch_class: ClassVar[type[nn.Module]] = nn.TransformerDecoder
+
+
+class CallingTransformerEncoderLayer(EnabledTransformerEncoderLayer):
+    """torch's layer on padded tensors, without its fast path: that reads the weights of ``self_attn`` and never calls it."""
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        if src.is_nested or options:
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal, **options)
+        x = src
+        if self.norm_first:
+            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
+        out: Tensor = self.norm2(x + self._ff_block(x))
+        return out
+
+
+# -------------------------------------------------------------------- the report
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What happened to one module.
+
+    Attributes:
+        module: qualified name, "" for the model itself.
+        kind: its class before, for example ``"TransformerEncoderLayer"``.
+        action: "converted", "left alone", "built so" (one of our classes already) or, by `disable`, "restored".
+        reason: why it was left alone, or what is worth knowing.
+    """
+
+    module: str
+    kind: str
+    action: Action
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened to every attention module, layer and stack of a model."""
+
+    modules: tuple[ModuleReport, ...]
+
+    @property
+    def converted(self) -> tuple[ModuleReport, ...]:
+        return tuple(m for m in self.modules if m.action == "converted")
+
+    @property
+    def left_alone(self) -> tuple[ModuleReport, ...]:
+        return tuple(m for m in self.modules if m.action == "left alone")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"modules": [asdict(m) for m in self.modules]}
+
+    def __str__(self) -> str:
+        if not self.modules:
+            return "no attention module, layer or stack of torch's classes was found"
+        rows = [(m.module or "(the model)", m.kind, m.action, m.reason) for m in self.modules]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows]
+        counts = {action: sum(m.action == action for m in self.modules) for action in get_args(Action)}
+        return "\n".join([*lines, ", ".join(f"{n} {action}" for action, n in counts.items() if n)])
+
+
+# -------------------------------------------------------------------- the calls
+
+
+def enable(model: nn.Module, level: Level = "auto", *, need_weights: bool = True, hooks: Literal["leave", "packed"] = "leave") -> Report:
+    """Let every attention module, layer and stack of torch's classes in ``model`` skip padding. In place; `disable` undoes it.
+
+    Args:
+        model: any module: an `nn.TransformerEncoder`, a model that contains some, an `nn.MultiheadAttention`.
+        level: ``"model"`` packs once around whole stacks of layers, and around layers that are used alone; ``"attention"`` changes
+            calls of attention only, everything else stays padded. ``"auto"`` is ``"model"``.
+        need_weights: an `nn.MultiheadAttention` outside of torch's layers returns attention weights unless told otherwise, which costs
+            the padded computation; the report names each module that pays. False makes them return None instead.
+        hooks: modules with hooks of yours are left alone, because inside a stack these see packed rows ``(T, D)``; ``"packed"``
+            converts them too.
+
+    Returns:
+        What happened to each module, and why not: ``print(enable(model))``.
+
+    Raises:
+        ArgumentError: ``model`` is no module, or an option has no such value.
+
+    Weights, `state_dict` and training mode stay. What changes: rows of padding come back as exactly 0. Only exactly torch's classes are
+    converted; subclasses, parametrised, quantised, compiled and scripted modules are left alone. Layers whose norms, activation or
+    linear layers were replaced are converted if a trial on a copy shows that these are token-wise. A `VarlenWarning` says when nothing
+    was converted. Enabling twice is enabling once.
+    """
+    _check(model, level=(level, ("auto", "attention", "model")), hooks=(hooks, ("leave", "packed")))
+    found = candidates(model, hooks)
+    decisions = [_decide(c, found, "attention" if level == "attention" else "model", need_weights) for c in found]
+    for candidate, decision in zip(found, decisions, strict=True):
+        new_class = decision.new_class or torch_class(candidate.module)
+        if type(candidate.module) is not new_class:
+            candidate.module.__class__ = new_class
+    report = Report(
+        tuple(ModuleReport(c.name, torch_class(c.module).__name__, d.action, d.reason) for c, d in zip(found, decisions, strict=True))
+    )
+    if not any(m.action in ("converted", "built so") for m in report.modules):
+        warn(f"nothing was converted, the model computes padding as before: {report}.", VarlenWarning)
+    return report
+
+
+def disable(model: nn.Module) -> Report:
+    """Undo `enable`: every module has its class back. Modules that were built as ours stay ours.
+
+    Returns:
+        What was restored.
+    """
+    _check(model)
+    restored = []
+    for name, module in model.named_modules():
+        original = torch_class(module)
+        if original is not type(module):
+            module.__class__ = original
+            restored.append(ModuleReport(name, original.__name__, "restored", ""))
+    return Report(tuple(restored))
+
+
+@contextmanager
+def enabled(
+    model: nn.Module, level: Level = "auto", *, need_weights: bool = True, hooks: Literal["leave", "packed"] = "leave"
+) -> Iterator[Report]:
+    """``with enabled(model) as report``: `enable` for the length of a block; afterwards every module is what it was before."""
+    _check(model)
+    before = [(module, type(module)) for module in model.modules()]
+    try:
+        yield enable(model, level, need_weights=need_weights, hooks=hooks)
+    finally:
+        for module, its_class in before:
+            if type(module) is not its_class:
+                module.__class__ = its_class
+
+
+def _check(model: nn.Module, **choices: tuple[str, tuple[str, ...]]) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"`model` must be a torch.nn.Module, but is {type(model).__name__}.")
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ArgumentError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, but is {value!r}.")
+
+
+# -------------------------------------------------------------------- decisions
+
+_LAYER_CLASSES: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {
+    ("model", nn.TransformerEncoderLayer): EnabledTransformerEncoderLayer,
+    ("model", nn.TransformerDecoderLayer): EnabledTransformerDecoderLayer,
+    ("attention", nn.TransformerEncoderLayer): CallingTransformerEncoderLayer,
+}
+_STACK_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.TransformerEncoder: EnabledTransformerEncoder,
+    nn.TransformerDecoder: EnabledTransformerDecoder,
+}
+_ATTENTION_ONLY = 'level="attention" changes calls of attention only'
+
+
+class _Decision(NamedTuple):
+    new_class: type[nn.Module] | None
+    action: Action
+    reason: str
+
+    @classmethod
+    def alone(cls, reason: str) -> _Decision:
+        return cls(None, "left alone", reason)
+
+
+def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: bool) -> _Decision:
+    """What becomes of one candidate, given all of them."""
+    if packs_already(c.module):
+        return _Decision(None, "built so", f"a {type(c.module).__name__}: it packs already")
+    if c.why_not is not None:
+        return _Decision.alone(c.why_not)
+    if c.host is nn.MultiheadAttention:
+        return _decide_attention(c, need_weights)
+    if c.host in LAYERS:
+        new_class = _LAYER_CLASSES.get((level, c.host))
+    else:
+        new_class = _STACK_CLASSES[c.host] if level == "model" else None
+        if new_class and not any(x.parent is c and (packs_already(x.module) or x.why_not is None) for x in found):
+            return _Decision.alone("none of its layers can be converted")
+    return _Decision(new_class, "converted", "") if new_class else _Decision.alone(_ATTENTION_ONLY)
+
+
+def _decide_attention(c: Candidate, need_weights: bool) -> _Decision:
+    layer = c.parent if c.parent is not None and c.parent.host in LAYERS else None
+    if layer is not None and layer.host is nn.TransformerEncoderLayer and layer.why_not is not None:
+        return _Decision.alone("part of a layer that is left alone, which in evaluation reads its weights and does not call it")
+    if not need_weights:
+        return _Decision(EnabledMultiheadAttentionWithoutWeights, "converted", "returns no attention weights unless asked")
+    pays = "pays for attention weights with the padded computation, unless called or enabled with need_weights=False"
+    return _Decision(EnabledMultiheadAttention, "converted", "" if layer is not None else pays)
