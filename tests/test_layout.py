@@ -1,4 +1,4 @@
-"""`SeqLayout` by value: constructors, packing and its derivatives, capacity, documents, pooling, moving, warnings."""
+"""`SeqLayout` by value: constructors, packing and its derivatives, capacity, documents, pooling, frames, moving, warnings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from varlen_attn import ArgumentError, DtypeError, LayoutError, LayoutWarning, SeqLayout, varlen_attention, varlen_mha
@@ -825,3 +825,154 @@ def test_from_nested_names_what_it_got() -> None:
     for wrong, text in ((strided, "torch.strided"), (torch.zeros(2, 3), r"of shape \(2, 3\)"), ([1, 2], "'list'")):
         with pytest.raises(LayoutError, match=text):
             SeqLayout.from_nested(wrong)
+
+
+# -------------------------------------------------------------------- downsample
+
+windows = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 4), st.integers(1, 3))  # kernel, stride, padding, dilation
+
+
+def frames_alone(length: int, window: tuple[int, int, int, int]) -> int:
+    """What a real convolution makes of one sample; 0 where torch refuses it, or there is no sample."""
+    kernel, stride, padding, dilation = window
+    conv = nn.Conv1d(1, 1, kernel, stride, padding, dilation).double()  # oneDNN's (float32) crashes where padding is wider than the kernel
+    if length and length + 2 * padding <= dilation * (kernel - 1):
+        with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+            conv(torch.zeros(1, 1, length, dtype=torch.float64))
+        return 0
+    return conv(torch.zeros(1, 1, length, dtype=torch.float64)).shape[-1] if length else 0
+
+
+@given(counts=lengths(max_len=12), extra=st.integers(0, 3), window=windows, holes=st.sampled_from(("refuse", "packed")))
+def test_downsample_counts_the_frames_of_each_sample_alone(counts: list[int], extra: int, window: Any, holes: Any) -> None:  # R-47
+    size = max(counts, default=0) + extra
+    layout = of_mask(torch.arange(size) >= torch.tensor(counts, dtype=torch.int64)[:, None], holes=holes)
+    expected = SeqLayout.from_lengths([frames_alone(n, window) for n in counts], frames_alone(size, window))
+    with count_reads() as reads:
+        frames = layout.downsample(*window)
+    assert reads == []
+    assert_same(frames, dataclasses.replace(expected, holes=holes))
+    assert frames.device == layout.device
+    assert layout.to("meta").downsample(*window).device.type == "meta"
+
+
+@given(
+    counts=lengths(max_len=12),
+    slack=st.one_of(st.none(), st.integers(0, 3)),
+    window=windows,
+    after=windows,
+)
+def test_downsample_of_lengths_that_only_the_device_knows(counts: list[int], slack: int | None, window: Any, after: Any) -> None:
+    """R-40, R-47: the same frames, static shapes, nothing read, twice in a row; ``slack`` None is offsets that nobody read."""
+    exact = SeqLayout.from_lengths(counts)
+    if slack is None:
+        layout = SeqLayout.from_cu_seqlens(exact.cu_seqlens, exact.padded_len, total=exact.total, validate=False)
+    else:
+        layout = SeqLayout.from_key_padding_mask(exact.padding_mask(), capacity=exact.num_rows + slack)
+    for step in (window, after):
+        exact = exact.downsample(*step)
+        with count_reads() as reads:
+            layout = layout.downsample(*step)
+        assert reads == []
+        total = exact.num_rows
+        assert (layout.lengths, layout.has_slack, layout.padded_len) == (None, True, exact.padded_len)
+        assert total <= layout.num_rows <= layout.batch_size * layout.padded_len
+        for name in ("cu_seqlens", "gather_indices"):
+            assert torch.equal(getattr(layout, name), getattr(exact, name))
+        assert torch.equal(layout.token_indices[:total], exact.token_indices)
+        assert not layout.token_indices[total:].any()
+
+
+def test_rows_of_capacity_follow_from_shapes_only() -> None:  # R-40, for CUDA graphs
+    masks_of_one_shape = torch.arange(8) >= torch.tensor([[8, 8], [1, 0], [3, 4]])[..., None]
+    rows = {of_mask(mask, capacity=16).downsample(3, 2, 1).num_rows for mask in masks_of_one_shape}
+    assert rows == {8}
+    assert of_mask(masks_of_one_shape[2], capacity=7).downsample(3, 1, 1).num_rows == 7, "lengths that stay need no more rows"
+    frames = of_mask(masks_of_one_shape[0], capacity=16).downsample(3, 2, 1)
+    other = of_mask(masks_of_one_shape[2]).downsample(3, 2, 1)
+    assert torch.equal(frames.update_(other.padding_mask()).gather_indices, other.gather_indices)
+
+
+def test_the_comparison_of_frames_can_fail() -> None:
+    """Mutants: lengths divided by the stride, no dilation, an empty sequence that gives frames."""
+    window, counts = (2, 3, 3, 2), (8, 6, 0)
+    assert SeqLayout.from_lengths(counts).downsample(*window).lengths == tuple(frames_alone(n, window) for n in counts)
+    kernel, stride, padding, dilation = window
+    for mutant in (
+        lambda n: n // stride,
+        lambda n: -(-n // stride),
+        lambda n: (n + 2 * padding - kernel) // stride + 1 if n else 0,
+        lambda n: (n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1,
+    ):
+        assert tuple(map(mutant, counts)) != tuple(frames_alone(n, window) for n in counts)
+
+
+def test_chained_downsampling_of_known_models() -> None:  # R-47, S23
+    layout = SeqLayout.from_lengths([16000, 15900, 399, 0])
+    for kernel, stride in ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2)):  # wav2vec 2.0, where 16000 // 320 is 50
+        layout = layout.downsample(kernel, stride)
+    assert layout.lengths == (49, 49, 0, 0)
+    assert SeqLayout.from_lengths([3000, 1]).downsample(3, 1, 1).downsample(3, 2, 1).lengths == (1500, 1)  # Whisper
+
+
+def test_one_frame_too_many_or_too_few_names_both_numbers() -> None:  # R-47, S23
+    frames = SeqLayout.from_lengths([100, 60]).downsample(2, 2)
+    for columns in (49, 51):
+        text = (
+            rf"`x` must begin with 2x50 .* has shape \(2, {columns}, 8\)\..* It has {columns} columns where the layout has 50: .*downsample"
+        )
+        with pytest.raises(LayoutError, match=text):
+            frames.pack(torch.zeros(2, columns, 8))
+    with pytest.raises(LayoutError) as caught:
+        frames.pack(torch.zeros(3, 50, 8))
+    assert "downsample" not in str(caught.value), "another batch is no matter of frames"
+
+
+@given(batch=batches(), capacity=st.booleans())
+def test_downsample_needs_all_padding_on_the_right(batch: Batch, capacity: bool) -> None:  # R-47
+    layout = of_mask(batch.mask, capacity=batch.mask.numel()) if capacity else batch.layout
+    if batch.layout.right_padded:
+        assert layout.downsample(1, 1).num_rows == layout.num_rows
+        return
+    with pytest.raises(LayoutError, match=r"must have all padding on the right .* (before|between) tokens.*layout.compact\(\)"):
+        layout.downsample(3, 2)
+    assert layout.compact().downsample(3, 2).num_seqs == batch.layout.num_seqs, "the way out that the message names"
+
+
+def test_downsample_refuses_documents_and_names_the_form() -> None:
+    for max_docs in (None, 3):
+        documents = SeqLayout.from_document_ids(torch.tensor([[1, 1, 1, 2, 2]]), max_docs=max_docs)
+        with pytest.raises(LayoutError, match=r"several documents a row: downsample layout.compact\(\)"):
+            documents.downsample(3, 2)
+        assert documents.compact().downsample(2, 2).cu_seqlens[:3].tolist() == [0, 1, 2]
+    with pytest.raises(LayoutError, match="padding between tokens"):
+        of_mask(torch.tensor([[False, True, False]])).downsample(3, 2)
+    with pytest.raises(LayoutError, match="padding before tokens"):
+        SeqLayout.from_lengths([2, 1], padding_side="left").downsample(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (dict(kernel=0), "`kernel` must be an integer of at least 1, but is 0"),
+        (dict(kernel=(3,)), r"`kernel` must be an integer of at least 1, but is \(3,\): of an nn.Conv1d pass conv.kernel_size\[0\]"),
+        (dict(kernel=True), "`kernel` must be an integer of at least 1, but is True"),
+        (dict(stride=0), r"`stride` must be an integer of at least 1, but is 0: .*conv.stride\[0\]"),
+        (dict(stride=2.0), "`stride` must be an integer of at least 1, but is 2.0"),
+        (dict(padding=-1), "`padding` must be an integer of at least 0, but is -1"),
+        (dict(padding="same"), "`padding` must be an integer of at least 0, but is 'same': .*stride 1 needs no other layout"),
+        (dict(dilation=0), r"`dilation` must be an integer of at least 1, but is 0: .*conv.dilation\[0\]"),
+    ],
+)
+def test_downsample_names_a_bad_argument(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ArgumentError, match=text):
+        SeqLayout.from_lengths([4, 2]).downsample(**(dict(kernel=3, stride=2) | arguments))
+
+
+def test_downsampled_in_inference_mode_and_used_in_training() -> None:  # S24
+    for layout in (SeqLayout.from_lengths([4, 2]), of_mask(torch.tensor([[False, False, True]]), capacity=3)):
+        with torch.inference_mode():
+            frames = layout.downsample(2, 2)
+        x = torch.randn(frames.num_rows, 1, requires_grad=True)
+        frames.unpack(x).square().sum().backward()
+        assert x.grad is not None

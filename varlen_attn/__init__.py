@@ -6,7 +6,10 @@ tokens exist, `explain` and `record` say which kernel runs and why the others do
 
 from .backends import BACKENDS
 from .backends.base import Backend, Capabilities, Extras, Refusal
+from .companions import apply_rotary, varlen_conv1d
+from .convert import ModuleReport, Report, disable, enable, enabled
 from .dispatch import Call, Decision, Plan, Record, Route, backends, choose, record, route, use_backend
+from .encoder import VarlenTransformerDecoder, VarlenTransformerDecoderLayer, VarlenTransformerEncoder, VarlenTransformerEncoderLayer
 from .errors import (
     ArgumentError,
     BackendRefused,
@@ -37,24 +40,35 @@ __all__ = [
     "Extras",
     "LayoutError",
     "LayoutWarning",
+    "ModuleReport",
     "NoBackend",
     "Plan",
     "Problem",
     "Record",
     "Refusal",
+    "Report",
     "Route",
     "Semantics",
     "SeqLayout",
     "VarlenError",
     "VarlenMultiheadAttention",
+    "VarlenTransformerDecoder",
+    "VarlenTransformerDecoderLayer",
+    "VarlenTransformerEncoder",
+    "VarlenTransformerEncoderLayer",
     "VarlenWarning",
+    "apply_rotary",
     "backends",
     "choose",
+    "disable",
+    "enable",
+    "enabled",
     "explain",
     "padded_attention",
     "record",
     "route",
     "use_backend",
     "varlen_attention",
+    "varlen_conv1d",
     "varlen_mha",
 ]

@@ -26,6 +26,30 @@ class Index(NamedTuple):
     row_ids: Tensor | None = None
 
 
+class Step(NamedTuple):
+    """A 1-D convolution over time, as far as it decides how many frames a sequence gives."""
+
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+
+    @property
+    def reach(self) -> int:
+        """The shortest sequence that gives a frame; 0 and below where padding alone would fill one."""
+        return self.dilation * (self.kernel - 1) + 1 - 2 * self.padding
+
+    def frames(self, length: int) -> int:
+        return max(0, (length - self.reach) // self.stride + 1) if length > 0 else 0
+
+    def frames_of_each(self, lengths_Q: Tensor) -> Tensor:
+        return torch.where(lengths_Q > 0, ((lengths_Q - self.reach) // self.stride + 1).clamp(min=0), 0)
+
+    def most_frames(self, tokens: int, seqs: int) -> int:
+        """An upper bound for lengths of this sum: each of ``seqs`` sequences rounds up once, and each token counts one ``stride``-th."""
+        return (tokens + min(tokens, seqs) * max(self.stride - self.reach, 0)) // self.stride
+
+
 def index_of_mask(
     real_BS: Tensor,
     bad_BS: Tensor | None,
@@ -92,6 +116,19 @@ def exact(
         has_holes=has_holes,
         right_padded=right_padded,
     )
+
+
+def index_of_frames(lengths_B: Tensor, padded_len: int, capacity: int | None) -> Index:
+    """From lengths that only the device knows, padding on the right; with ``capacity`` shapes are static."""
+    real_BS = torch.arange(padded_len, device=lengths_B.device) < lengths_B[:, None]
+    if capacity is not None:
+        return with_capacity(real_BS, capacity)
+    return exact(real_BS, lengths_B, None, has_holes=False, right_padded=True)
+
+
+def refuse_shifted(real_BS: Tensor, message: str) -> None:
+    """A row with padding before a token, where only the device knows."""
+    _assert_on_device(~_forms(real_BS)[1], message)
 
 
 def with_capacity(real_BS: Tensor, capacity: int) -> Index:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .errors import DtypeError, LayoutError
+from .errors import ArgumentError, DtypeError, LayoutError
 
 CONVENTIONS = "`key_padding_mask` marks padding with True (torch), `attention_mask` marks tokens with True or 1 (Hugging Face)"
 
@@ -25,6 +25,12 @@ def check_size(value: Any, name: str) -> int:
     """A number of rows or columns."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
         raise LayoutError(f"`{name}` must be an integer of at least 0, but is {value!r}.")
+    return int(value)
+
+
+def check_at_least(least: int, value: Any, name: str, fix: str) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ArgumentError(f"`{name}` must be an integer of at least {least}, but is {value!r}: {fix}.")
     return int(value)
 
 

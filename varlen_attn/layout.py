@@ -24,8 +24,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._gather import Pack, Unpack, gather_rows, is_tracing, is_transformed, mark_unbacked, scatter_rows
-from ._index import Index, exact, index_and_flags, index_of_documents, index_of_mask, to_device
-from ._layout_checks import CONVENTIONS, check_integer_vector, check_offsets, check_rank, check_size, describe, host_lengths, shorten
+from ._index import Index, Step, exact, index_and_flags, index_of_documents, index_of_frames, index_of_mask, refuse_shifted, to_device
+from ._layout_checks import (
+    CONVENTIONS,
+    check_at_least,
+    check_integer_vector,
+    check_offsets,
+    check_rank,
+    check_size,
+    describe,
+    host_lengths,
+    shorten,
+)
 from .errors import ArgumentError, DtypeError, LayoutError
 
 __all__ = ["SeqLayout", "is_tracing", "layout_and_flags"]
@@ -443,6 +453,43 @@ class SeqLayout:
             row_ids=None,
         )
 
+    @_constructor
+    def downsample(self, kernel: int, stride: int, padding: int = 0, dilation: int = 1) -> SeqLayout:
+        """The layout of the frames after a strided 1-D convolution over time; one call for each of several convolutions.
+
+        A sequence of ``l`` tokens gives ``(l + 2*padding - dilation*(kernel-1) - 1) // stride + 1`` frames, what `torch.nn.Conv1d`
+        makes of that sample alone, and S becomes what it makes of S columns. Where torch refuses the sample alone there is
+        no frame: a sequence too short for one gives 0, and an empty sequence always gives 0, also where ``padding`` is so wide
+        that a padded batch would have frames of nothing but padding.
+
+        Nothing is read from a device. Where only the device knows the lengths, shapes are static: T is an upper bound for any
+        lengths, and the result has slack rows. ``holes`` is kept. The equivalent in plain PyTorch::
+
+            frames = torch.where(lengths > 0, ((lengths + 2*padding - dilation*(kernel-1) - 1) // stride + 1).clamp(min=0), 0)
+
+        Raises:
+            ArgumentError: not integers, or kernel, stride or dilation below 1, or padding below 0.
+            LayoutError: padding stands before or between tokens, so that frames do not start at a token, or rows hold several
+                documents, which a convolution would mix.
+        """
+        fix = "of an nn.Conv1d pass conv.{}[0], not the tuple"
+        step = Step(
+            check_at_least(1, kernel, "kernel", fix.format("kernel_size")),
+            check_at_least(1, stride, "stride", fix.format("stride")),
+            check_at_least(0, padding, "padding", "it counts the zeros on each side; 'same' with stride 1 needs no other layout"),
+            check_at_least(1, dilation, "dilation", fix.format("dilation")),
+        )
+        self._check_frames_start_at_tokens()
+        size, traced = step.frames(self.padded_len), is_tracing(self.cu_seqlens)
+        if not traced and self.lengths is not None:
+            frames = type(self).from_lengths([step.frames(n) for n in self.lengths], size, device=self.device)
+            return replace(frames, holes=self.holes)
+        capacity = None
+        if self.has_slack or not traced:
+            capacity = min(step.most_frames(self.num_rows, self.batch_size), self.batch_size * size)
+        frames_B = step.frames_of_each(self.cu_seqlens.to(torch.int64).diff())
+        return self._of(index_of_frames(frames_B, size, capacity), (self.batch_size, size), self.holes)
+
     # ---------------------------------------------------------------- moving and updating
 
     @_constructor
@@ -502,15 +549,40 @@ class SeqLayout:
             return
         if tuple(x.shape[: len(leading)]) != leading:
             expected = "x".join(str(n) for n in leading)
+            # One frame too many or too few is the classic of masks that were divided where features were convolved.
+            frames = ""
+            if len(leading) == 2 and x.dim() >= 2 and x.shape[0] == leading[0]:
+                frames = (
+                    f" It has {x.shape[1]} columns where the layout has {leading[1]}: for the frames of a convolution over time, "
+                    "take layout.downsample(kernel, stride, padding) of the layout before it."
+                )
             raise LayoutError(
                 f"`{name}` must begin with {expected} (this layout has B={self.batch_size}, S={self.padded_len}, "
                 f"T={self.num_rows}), but has shape {tuple(x.shape)}. Nothing is sliced to fit: build the layout "
-                "from the mask that belongs to this tensor."
+                f"from the mask that belongs to this tensor.{frames}"
             )
         if x.device != self.device:
             raise LayoutError(
                 f"`{name}` is on {x.device}, but the layout is on {self.device}: call layout.to({str(x.device)!r}) once per batch."
             )
+
+    def _check_frames_start_at_tokens(self) -> None:
+        way_out = "layout.compact() has the same packed rows, with every sequence in a row of its own from column 0"
+        if self.row_ids is not None:
+            raise LayoutError(
+                "`layout` must have one sequence a row to be downsampled, but has several documents a row: "
+                f"downsample layout.compact() instead. {way_out}."
+            )
+        if self.right_padded:
+            return
+        where = "between" if self.has_holes else "before"
+        message = (
+            f"`layout` must have all padding on the right to be downsampled, but has padding {where} tokens, so that frames do not "
+            f"start at a token: pad on the right, or downsample layout.compact(). {way_out}."
+        )
+        if self.right_padded is False:
+            raise LayoutError(message)
+        refuse_shifted(~self.padding_mask(), message)
 
     def _host_lengths(self, what: str) -> tuple[int, ...]:
         if self.lengths is None:
