@@ -35,7 +35,7 @@ RANKS = (
     ("testing._batch",),
     ("testing._recorder",),
     ("testing._invariance",),
-    ("testing", "dense", "data", "_masks", "_mha_checks"),
+    ("testing", "dense", "data", "_masks", "_mha_checks", "_token_wise"),
     ("_streams",),
     ("testing.strategies", "modules"),
     ("encoder",),

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ._token_wise import has_hooks, is_known
 from .encoder import VarlenTransformerDecoder, VarlenTransformerDecoderLayer, VarlenTransformerEncoder, VarlenTransformerEncoderLayer
 from .modules import VarlenMultiheadAttention
 
@@ -25,13 +25,6 @@ HOSTS = (
 )
 LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
-
-# What computes one token from one token. Of other modules in a layer's or norm's place a copy is tried.
-TOKEN_WISE = (
-    nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.Dropout,
-    nn.ReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.LeakyReLU, nn.Hardswish, nn.Tanh, nn.Sigmoid,
-)  # fmt: skip
-ACTIVATIONS = (F.relu, F.gelu, F.silu, torch.relu, torch.tanh, torch.sigmoid)
 
 
 class Candidate(NamedTuple):
@@ -127,11 +120,6 @@ def _why_not(module: nn.Module, host: type[nn.Module], hooks: str) -> str | None
     return None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name, None) for name in names)
-
-
 def _why_not_layer(layer: Any) -> str | None:
     attns = {name: getattr(layer, name) for name in ("self_attn", "multihead_attn") if hasattr(layer, name)}
     for name, attn in attns.items():
@@ -159,7 +147,7 @@ def _width(layer: Any) -> int:
 
 def _mixes(module: nn.Module, parts: list[tuple[str, Any]], computes: Callable[[Any], Any], width: int) -> str | None:
     """Why the parts can not be called on packed rows, or None. Those that are not known to be token-wise are tried on a copy."""
-    unknown = [(name, part) for name, part in parts if not (type(part) in TOKEN_WISE or part in ACTIVATIONS)]
+    unknown = [(name, part) for name, part in parts if not is_known(part)]
     if not unknown:
         return None
     named = ", ".join(f"{name} ({type(part).__name__})" for name, part in unknown)

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._streams import Masks, Stream, enter
+from ._token_wise import in_pieces
 from .layout import SeqLayout
 from .modules import VarlenMultiheadAttention
 
@@ -70,10 +71,10 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
         x = stream.rows
         if self.norm_first:
             x = x + self._attend(self.norm1(x), stream)
-            x = x + self._ff_block(self.norm2(x))
+            x = x + in_pieces(self, self.norm2(x), self._ff_block)
         else:
             x = self.norm1(x + self._attend(x, stream))
-            x = self.norm2(x + self._ff_block(x))
+            x = self.norm2(x + in_pieces(self, x, self._ff_block))
         return stream.leave(x)
 
     def _attend(self, x: Tensor, stream: Stream) -> Tensor:
@@ -202,11 +203,11 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
         if self.norm_first:
             x = x + self._attend(self.norm1(x), target)
             x = x + self._attend_to(self.norm2(x), target, source)
-            x = x + self._ff_block(self.norm3(x))
+            x = x + in_pieces(self, self.norm3(x), self._ff_block)
         else:
             x = self.norm1(x + self._attend(x, target))
             x = self.norm2(x + self._attend_to(x, target, source))
-            x = self.norm3(x + self._ff_block(x))
+            x = self.norm3(x + in_pieces(self, x, self._ff_block))
         return target.leave(x)
 
     def _attend(self, x: Tensor, target: Stream) -> Tensor:

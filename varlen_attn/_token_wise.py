@@ -1,0 +1,50 @@
+"""Modules that are known to compute one token from one token, and calling them on a piece of the rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["has_hooks", "in_pieces", "is_known"]
+
+TOKEN_WISE = (
+    nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.Dropout,
+    nn.ReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.LeakyReLU, nn.Hardswish, nn.Tanh, nn.Sigmoid,
+)  # fmt: skip
+ACTIVATIONS = (F.relu, F.gelu, F.silu, torch.relu, torch.tanh, torch.sigmoid)
+
+# Bytes of a feed-forward's inner rows in one piece. A buffer that is larger is fresh memory at every call, whose pages the system has to
+# provide first (two microseconds each), and it leaves the cache before the second matrix product reads it: 13 to 25 % of the
+# feed-forward's time in float32 and bfloat16 at widths 512 and 2048.
+_PIECE = 8 * 2**20
+
+
+def is_known(part: Any) -> bool:
+    """A module or function that is token-wise by its type."""
+    return type(part) in TOKEN_WISE or part in ACTIVATIONS
+
+
+def has_hooks(module: nn.Module) -> bool:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, None) for name in names)
+
+
+def in_pieces(layer: Any, x: Tensor, feed_forward: Callable[[Tensor], Tensor]) -> Tensor:
+    """``feed_forward(x)`` of a transformer layer, a piece of the rows at a time where that is faster and nobody can tell.
+
+    That is on a CPU, where no gradients need the inner rows, and with modules whose calls nobody counts.
+    """
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dim() != 2 or torch.is_grad_enabled() or layer.training:
+        return feed_forward(x)
+    own = type(layer)._ff_block in (nn.TransformerEncoderLayer._ff_block, nn.TransformerDecoderLayer._ff_block)
+    parts = (layer.linear1, layer.activation, layer.dropout, layer.linear2)
+    if not own or not all(is_known(p) for p in parts) or any(has_hooks(m) for m in layer.children()):
+        return feed_forward(x)
+    rows = max(256, _PIECE // (layer.linear1.out_features * x.element_size()))
+    if len(x) < 2 * rows:
+        return feed_forward(x)
+    return torch.cat([feed_forward(piece) for piece in x.split(rows)])
