@@ -14,8 +14,16 @@ from torch import Tensor
 
 from ..functional import varlen_attention
 from ..layout import SeqLayout
+from ._invariance import InvarianceReport, check_padding_invariance
 
-__all__ = ["assert_within_budget", "error_budget", "poison", "reference_attention"]
+__all__ = [
+    "InvarianceReport",
+    "assert_within_budget",
+    "check_padding_invariance",
+    "error_budget",
+    "poison",
+    "reference_attention",
+]
 
 # Rounding steps of the largest value that are always allowed, because eager attention is sometimes exact: with one key its softmax
 # is exactly 1 and the gradient of the query exactly 0, where a kernel that recomputes the weights rounds terms that cancel.
