@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, says in (
         ("info", _info, "this machine, and every backend with its reason"),
         ("explain", _explain, "which backend runs a call, here or on another machine, and why the others do not"),
-        ("demo", _demo, "one attention layer on real text, against torch's: same numbers, both times"),
+        ("demo", _demo, "an encoder and an attention layer on real text, against torch's: same numbers, both times"),
     ):
         command = commands.add_parser(name, help=says, description=says)
         command.set_defaults(run=run, parser=command)

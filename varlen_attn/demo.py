@@ -1,4 +1,4 @@
-"""``python -m varlen_attn demo``: real text, one attention layer of torch's and the same weights in ours.
+"""``python -m varlen_attn demo``: real text, an encoder of torch's before and after `enable`, and one attention layer beside it.
 
 The text is on every machine: the docstrings of Python's standard library. `facts` measures, `text` says it for people.
 """
@@ -6,6 +6,7 @@ The text is on every machine: the docstrings of Python's standard library. `fact
 from __future__ import annotations
 
 import ast
+import copy
 import os
 import re
 import sysconfig
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .convert import enable
 from .dispatch import choose, record
 from .explain import environment
 from .modules import VarlenMultiheadAttention
@@ -32,10 +34,10 @@ BATCH_SIZE = 32
 MAX_TOKENS = 512
 VOCABULARY = 8192
 DOCSTRINGS = 2048
-DIM, HEADS = 512, 8
+DIM, HEADS, LAYERS = 256, 4, 4
 TIMED_BATCHES = 3
 ROUNDS = 9
-SECONDS = 14.0  # of timing, for each direction: then no further round
+SECONDS = {"encoder": 11.0, "attention": 4.0}  # of timing, for each direction: then no further round
 BUSY = 0.75  # load of the last minute, for each thread, above which times are not to be trusted
 
 
@@ -82,17 +84,53 @@ class Example:
         return cls(x, ids == 0, torch.randn_like(x) * (ids != 0)[..., None])
 
 
-def _forward(module: nn.MultiheadAttention, example: Example) -> Tensor:
-    x = example.x
-    out: Tensor = module(x, x, x, key_padding_mask=example.mask, need_weights=False)[0]
-    return out
+@dataclass(frozen=True)
+class Pair:
+    """torch's module and the same weights in ours.
+
+    Attributes:
+        name: "encoder" or "attention".
+        says: what the two are.
+        call: ``(module, x, mask) -> (B, S, D)``.
+    """
+
+    name: str
+    says: str
+    theirs: nn.Module
+    ours: nn.Module
+    call: Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+    def both(self, module: nn.Module, example: Example) -> tuple[Tensor, ...]:
+        """The output, and the gradients of the input and of every weight."""
+        x = example.x.detach().requires_grad_()
+        out = self.call(module, x, example.mask)
+        return (out.detach(), *torch.autograd.grad(out, (x, *module.parameters()), example.grad))
 
 
-def _both(module: nn.MultiheadAttention, example: Example) -> tuple[Tensor, ...]:
-    """The output, and the gradients of the input and of every weight."""
-    x = example.x.detach().requires_grad_()
-    out = _forward(module, replace(example, x=x))
-    return (out.detach(), *torch.autograd.grad(out, (x, *module.parameters()), example.grad))
+def _pairs() -> tuple[Pair, Pair]:
+    layer = nn.TransformerEncoderLayer(DIM, HEADS, 4 * DIM, dropout=0.0, activation="gelu", batch_first=True)
+    encoder = nn.TransformerEncoder(layer, LAYERS)
+    enabled = copy.deepcopy(encoder)
+    enable(enabled)
+    attention = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+    ours = VarlenMultiheadAttention(DIM, HEADS, batch_first=True)
+    ours.load_state_dict(attention.state_dict())
+    return (
+        Pair(
+            "encoder",
+            f"nn.TransformerEncoder, {LAYERS} layers of width {DIM} with {HEADS} heads, and a copy of it after `enable(encoder)`",
+            encoder,
+            enabled,
+            lambda module, x, mask: module(x, src_key_padding_mask=mask),
+        ),
+        Pair(
+            "attention",
+            f"nn.MultiheadAttention({DIM}, {HEADS}), and VarlenMultiheadAttention({DIM}, {HEADS}) with its weights",
+            attention,
+            ours,
+            lambda module, x, mask: module(x, x, x, key_padding_mask=mask, need_weights=False)[0],
+        ),
+    )
 
 
 @contextmanager
@@ -114,11 +152,11 @@ def facts() -> dict[str, Any]:
     timed = [ids[(2 * i + 1) * len(ids) // (2 * TIMED_BATCHES)] for i in range(TIMED_BATCHES)]
     embedding = nn.Embedding(VOCABULARY, DIM)
     examples = [Example.of(b, embedding) for b in timed]
-    theirs = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
-    ours = VarlenMultiheadAttention(DIM, HEADS, batch_first=True)
-    ours.load_state_dict(theirs.state_dict())
-    with record() as log:
-        differences = _differences(theirs, ours, examples)
+    found: dict[str, Any] = {}
+    for pair in _pairs():
+        with record() as log:
+            differences = _differences(pair, examples)
+        found[pair.name] = {"says": pair.says, "differences": differences, "milliseconds": _times(pair, examples), "record": str(log)}
     ran = log.calls[0].plan
     assert ran is not None
     plan = replace(choose(ran.problem, thorough=True), route=ran.route, route_reason=ran.route_reason)
@@ -129,61 +167,58 @@ def facts() -> dict[str, Any]:
         "padding": 1 - sum(int((b != 0).sum()) for b in ids) / sum(b.numel() for b in ids),
         "padding_range": [min(padding), max(padding)],
         "timed": [{"rows": b.shape[0], "columns": b.shape[1], "tokens": int((b != 0).sum())} for b in timed],
-        "module": {"dim": DIM, "heads": HEADS, "dtype": "float32"},
-        "differences": differences,
-        "milliseconds": _times(theirs, ours, examples),
+        **found,
         "load_before": load,
-        "record": str(log),
         "plan": plan.as_dict(),
         "explanation": str(plan),
     }
 
 
-def _differences(theirs: nn.MultiheadAttention, ours: nn.MultiheadAttention, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
-    """The largest difference over all batches, and the largest value beside it."""
-    names = ["output", "gradient of the input", *(f"gradient of {name}" for name, _ in theirs.named_parameters())]
-    found = {name: {"difference": 0.0, "largest": 0.0} for name in names}
+def _differences(pair: Pair, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
+    """The largest difference over all batches, and the largest value beside it; of the weights, the worst."""
+    found = {name: {"difference": 0.0, "largest": 0.0} for name in ("output", "gradient of the input", "gradients of the weights")}
     for example in examples:
-        for name, want, got in zip(names, _both(theirs, example), _both(ours, example), strict=True):
-            if want.shape == example.x.shape:
+        wants, gots = pair.both(pair.theirs, example), pair.both(pair.ours, example)
+        for i, (want, got) in enumerate(zip(wants, gots, strict=True)):
+            if i < 2:
                 want, got = want[~example.mask], got[~example.mask]
-            worst = found[name]
+            worst = found[list(found)[min(i, 2)]]
             worst["difference"] = max(worst["difference"], float((got - want).abs().max()))
             worst["largest"] = max(worst["largest"], float(want.abs().max()))
     return found
 
 
-def _times(theirs: nn.MultiheadAttention, ours: nn.MultiheadAttention, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
+def _times(pair: Pair, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
     """Milliseconds of a batch, medians of rounds in turns. torch's fast path exists in evaluation only."""
 
-    def forward(module: nn.MultiheadAttention, fast_path: bool) -> None:
+    def forward(module: nn.Module, fast_path: bool) -> None:
         module.eval()
-        with _fast_path(fast_path), torch.no_grad():
+        with _fast_path(fast_path), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's fast path says that nested tensors are a prototype
             for example in examples:
-                _forward(module, example)
+                pair.call(module, example.x, example.mask)
 
-    def training(module: nn.MultiheadAttention) -> None:
+    def training(module: nn.Module) -> None:
         module.train()
         for example in examples:
-            _both(module, example)
+            pair.both(module, example)
 
-    forward_times = _interleave(
-        {
-            "torch": lambda: forward(theirs, True),
-            "torch, fast path off": lambda: forward(theirs, False),
-            "ours": lambda: forward(ours, True),
+    contests = {
+        "forward": {
+            "torch": lambda: forward(pair.theirs, True),
+            "torch, fast path off": lambda: forward(pair.theirs, False),
+            "ours": lambda: forward(pair.ours, True),
         },
-        len(examples),
-    )
-    training_times = _interleave({"torch": lambda: training(theirs), "ours": lambda: training(ours)}, len(examples))
-    return {"forward": forward_times, "forward and backward": training_times}
+        "forward and backward": {"torch": lambda: training(pair.theirs), "ours": lambda: training(pair.ours)},
+    }
+    return {what: _interleave(calls, len(examples), SECONDS[pair.name]) for what, calls in contests.items()}
 
 
-def _interleave(contestants: dict[str, Callable[[], None]], batch_count: int) -> dict[str, float]:
+def _interleave(contestants: dict[str, Callable[[], None]], batch_count: int, seconds: float) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     began = time.perf_counter()
     for turn in range(ROUNDS + 1):  # the first warms up
-        if turn > 3 and time.perf_counter() - began > SECONDS:
+        if turn > 3 and time.perf_counter() - began > seconds:
             break
         for name, call in contestants.items():
             start = time.perf_counter()
@@ -195,27 +230,34 @@ def _interleave(contestants: dict[str, Callable[[], None]], batch_count: int) ->
 
 def text(found: dict[str, Any]) -> str:
     """`facts`, for people."""
-    here, module, low_high = found["environment"], found["module"], found["padding_range"]
-    layer = f"({module['dim']}, {module['heads']})"
+    here, low_high = found["environment"], found["padding_range"]
+    busy = _BUSY if found["load_before"] > BUSY * here["threads"] else ""
     parts = [
         f"varlen_attn {here['varlen_attn']} on torch {here['torch']}, {here['gpu'] or here['cpu']}, {here['threads']} threads",
         f"The text: {found['documents']} docstrings of Python's standard library, {found['batches']} batches of {BATCH_SIZE} "
         f"in natural order.\n"
-        f"{found['padding']:.0%} of these batches is padding (from {low_high[0]:.0%} to {low_high[1]:.0%}).",
-        f"The layer: nn.MultiheadAttention{layer}, and VarlenMultiheadAttention{layer} with the same weights.\nThe batches compared:",
+        f"{found['padding']:.0%} of these batches is padding (from {low_high[0]:.0%} to {low_high[1]:.0%}). The batches compared:",
         "\n".join(
             f"  {b['rows']} x {b['columns']:3} positions, {b['tokens']:5} tokens, {1 - b['tokens'] / b['rows'] / b['columns']:.0%} padding"
             for b in found["timed"]
         ),
-        "The same numbers? The largest difference on real tokens, forward and backward:",
-        _difference_table(found["differences"]),
-        "How long does a batch take? Milliseconds, median of rounds in turns:",
-        _time_table(found["milliseconds"]) + (_BUSY if found["load_before"] > BUSY * here["threads"] else ""),
-        "What ran:",
-        _indent(found["record"]),
+        _comparison("A whole encoder", found["encoder"]) + busy,
+        _comparison("One attention layer alone", found["attention"]),
+        "What ran in that layer:",
+        _indent(found["attention"]["record"]),
         "Why:",
         _indent(found["explanation"]),
         _NEXT,
+    ]
+    return "\n\n".join(parts)
+
+
+def _comparison(title: str, found: dict[str, Any]) -> str:
+    parts = [
+        f"{title}: {found['says']}.\nMilliseconds for a batch, median of rounds in turns:",
+        _time_table(found["milliseconds"]),
+        "The largest difference on real tokens, forward and backward:",
+        _difference_table(found["differences"]),
     ]
     return "\n\n".join(parts)
 
@@ -255,5 +297,5 @@ What to type next:
                                                                 what would run on a GPU, asked from here
 and in your own model:
 
-  from varlen_attn import VarlenMultiheadAttention              # in place of nn.MultiheadAttention: same weights, same arguments
-  out, _ = VarlenMultiheadAttention(512, 8, batch_first=True)(x, key_padding_mask=mask)"""
+  from varlen_attn import enable
+  print(enable(model))                                          # what was converted, and why the rest was not"""
