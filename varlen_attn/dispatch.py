@@ -242,7 +242,7 @@ class Call:
     Attributes:
         backend, kernel: what ran; backend "dense" is a module that computed padding too.
         plan: with the reasons; None where compiled code launched the kernel.
-        module: the class of the module that called.
+        module: its name in the model that `record` was given, else its class.
         rows: T.  slots: B*S.
         traced: seen once while tracing, and not at each run.
         reason: why a module went the dense way, if it did.
@@ -266,8 +266,14 @@ class Call:
 class Record:
     """The attention calls made inside `record`, in order; prints as a table with totals."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: dict[int, str] | None = None) -> None:
         self.calls: list[Call] = []
+        self._names = names or {}
+
+    def add(self, call: Call, module: object | None) -> None:
+        """Write a call, with the name of the module that made it."""
+        known = None if module is None else self._names.get(id(module), type(module).__name__)
+        self.calls.append(replace(call, module=known))
 
     def observe(self, backend: str, rows: int) -> None:
         """A kernel that our own op launched (``rows >= 0``), or a choice made while tracing."""
@@ -295,12 +301,15 @@ def _text(number: int | None) -> str:
 
 
 @contextmanager
-def record() -> Iterator[Record]:
+def record(model: torch.nn.Module | None = None) -> Iterator[Record]:
     """Record every attention call of this thread made inside: ``with record() as log: ...; print(log)``.
+
+    Args:
+        model: calls by its modules are recorded under their qualified names, others under their class.
 
     Compiled code is seen where it runs if the backend launches an op of ours (`cpu`), else once, when it is traced.
     """
-    log = Record()
+    log = Record({} if model is None else {id(module): name for name, module in model.named_modules() if name})
     state.records.append(log)
     try:
         yield log
@@ -309,10 +318,10 @@ def record() -> Iterator[Record]:
 
 
 @contextmanager
-def announced(plan: Plan, layout: SeqLayout, module: str | None) -> Iterator[None]:
+def announced(plan: Plan, layout: SeqLayout, module: object | None) -> Iterator[None]:
     """Write one call into the open records, and keep the op that it launches silent."""
     rows = layout.total if layout.lengths is not None else layout.num_rows
-    _write(Call(plan.backend, plan.kernel, plan, module, rows, layout.batch_size * layout.padded_len))
+    _write(Call(plan.backend, plan.kernel, plan, None, rows, layout.batch_size * layout.padded_len), module)
     before, state.announced = state.announced, True
     try:
         yield
@@ -320,7 +329,7 @@ def announced(plan: Plan, layout: SeqLayout, module: str | None) -> Iterator[Non
         state.announced = before
 
 
-def note_dense(module: str, query: Tensor, key: Tensor, value: Tensor, kernel: str, reason: str) -> None:
+def note_dense(module: object, query: Tensor, key: Tensor, value: Tensor, kernel: str, reason: str) -> None:
     """Write a call that a module computed the dense way, on ``(B, S, N, H)`` tensors, into the open records.
 
     Everything padded is computed: T is B*S. Its plan is that of the packed call, which did not run, with the reason.
@@ -336,13 +345,13 @@ def note_dense(module: str, query: Tensor, key: Tensor, value: Tensor, kernel: s
     )
     plan = replace(choose(problem, thorough=True), backend="dense", kernel=kernel, route="dense", route_reason=reason)
     slots = query.shape[0] * query.shape[1]
-    _write(Call("dense", kernel, plan, module, slots, slots, reason=reason))
+    _write(Call("dense", kernel, plan, None, slots, slots, reason=reason), module)
 
 
-def _write(call: Call) -> None:
+def _write(call: Call, module: object | None) -> None:
     for log in state.records:
         assert isinstance(log, Record)
-        log.calls.append(call)
+        log.add(call, module)
 
 
 def backends() -> list[dict[str, Any]]:

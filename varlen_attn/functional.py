@@ -91,7 +91,7 @@ def varlen_attention(
 
 
 def attend_for(
-    module: str,
+    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -167,7 +167,7 @@ class _Call:
         way = route(self.layout_q, problem)
         return replace(plan, route=way.name, route_reason=way.reason) if thorough or state.records else plan
 
-    def run(self, module: str | None) -> Any:
+    def run(self, module: torch.nn.Module | None) -> Any:
         if torch.compiler.is_compiling():
             out, lse = self._launch(self._backend_while_tracing())
             return (out, lse) if self.semantics.return_lse else out

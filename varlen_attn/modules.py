@@ -307,7 +307,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             "window": window,
             "dropout_p": self.dropout if self.training else 0.0,
         }
-        out = attend_for(type(self).__name__, q, k, v, layout_q, layout_k, options, order)
+        out = attend_for(self, q, k, v, layout_q, layout_k, options, order)
         out = self._project_out(rearrange(out, "t n h -> t (n h)"))
         return out if inputs.packed else unpack_rows(layout_q, out)
 
@@ -359,7 +359,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         bias = None if bias is None else F.pad(bias.to(q.dtype), (0, extra))
         dropout_p = self.dropout if self.training else 0.0
         if state.records and not is_tracing(q):
-            note_dense(type(self).__name__, q, k, v, dense_kernel_name(q, bias, dropout_p, need_weights), why)
+            note_dense(self, q, k, v, dense_kernel_name(q, bias, dropout_p, need_weights), why)
         out, weights = dense_attention(q, k, v, bias, dropout_p=dropout_p, need_weights=need_weights)
         out = self._project_out(rearrange(out, "b l n h -> b l (n h)"))
         out = layout_q.pack(out) if inputs.packed else _without_padding(layout_q, out)
