@@ -60,13 +60,14 @@ class Stream(NamedTuple):
     def leave(self, rows: Tensor) -> Tensor:
         """``rows`` in the form in which the input came; 0 at padding."""
         if self.form == "packed":
-            return torch.where(self.layout.valid_rows()[:, None], rows, 0) if self.layout.has_slack else rows
+            return _without_slack(self.layout, rows)
         if self.form == "nested":
             return nested_like(self.given, rows, self.layout)
         padded = unpack_rows(self.layout, rows)
         if self.form == "unbatched":
             return padded[0]
-        return padded if self.form == "batch first" else padded.transpose(0, 1)
+        # Contiguous as torch's, because models call `view` on it.
+        return padded if self.form == "batch first" else padded.transpose(0, 1).contiguous()
 
     # ---------------------------------------------------------------- for modules that take no layout
 
@@ -97,16 +98,17 @@ class Stream(NamedTuple):
         return padding, None if mask is None else additive_mask(mask, dtype).to(dtype)
 
 
-def enter(attn: nn.Module, x: Tensor, masks: Masks, queries: Stream | None = None) -> Stream:
+def enter(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Stream | None = None) -> Stream:
     """Check, build the layout and pack, for attention by ``attn`` to ``x``.
 
     Args:
         attn: says the widths, the number of heads and ``batch_first``.
+        name: of ``x``, for errors.
         x: ``(B, S, D)``, ``(S, B, D)``, ``(S, D)``, packed ``(T, D)`` with a layout, or nested.
         masks: of the keys, which are in ``x``.
         queries: who attends to ``x``; ``x`` itself if left out.
     """
-    check_layouts(masks.layout, None)
+    check_layouts(*((masks.layout, None) if queries is None else (None, masks.layout)))
     form = _form(attn, x, masks.layout)
     if masks.layout is not None and masks.key_padding is not None:
         raise ArgumentError("pass a key padding mask or a layout, not both: nothing says which one counts.")
@@ -115,7 +117,7 @@ def enter(attn: nn.Module, x: Tensor, masks: Masks, queries: Stream | None = Non
     given, own = x, masks.layout
     if form == "nested":
         x, own = nested_rows(x)
-    _check(attn, x, own if form in ("packed", "nested") else None, masks, queries)
+    _check(attn, name, x, own if form in ("packed", "nested") else None, masks, queries)
     padding = masks.key_padding
     if form == "unbatched":
         x, padding = x[None], None if padding is None else padding[None]
@@ -123,7 +125,7 @@ def enter(attn: nn.Module, x: Tensor, masks: Masks, queries: Stream | None = Non
         x = x.transpose(0, 1)
     facts = read_masks(x, padding, masks.attn, hint=masks.is_causal, compare=masks.compare)
     layout = facts.layout or own or full_layout(x)
-    rows = x if form in ("packed", "nested") else pack_rows(layout, x, "memory" if queries else "src")
+    rows = _without_slack(layout, x) if form in ("packed", "nested") else pack_rows(layout, x, name)
     causal = masks.is_causal if masks.attn is None else not facts.not_causal
     stream = Stream(rows, layout, causal, None if causal else masks.attn, form, given)
     if not facts.additive:
@@ -141,10 +143,10 @@ def _form(attn: nn.Module, x: Tensor, layout: SeqLayout | None) -> Form:
     return "batch first" if attn.batch_first else "sequence first"
 
 
-def _check(attn: nn.Module, x: Tensor, packed_by: SeqLayout | None, masks: Masks, queries: Stream | None) -> None:
+def _check(attn: nn.Module, name: str, x: Tensor, packed_by: SeqLayout | None, masks: Masks, queries: Stream | None) -> None:
     """Shapes, in torch's words."""
     if packed_by is not None:
-        packed_by._check(x, (packed_by.num_rows,), "src" if queries is None else "memory")
+        packed_by._check(x, (packed_by.num_rows,), name)
     if not isinstance(attn, nn.MultiheadAttention):
         return  # its business
     if queries is None:
@@ -168,6 +170,11 @@ def _added_to_scores(padding: Tensor, stream: Stream, queries: Stream, num_heads
         other = additive_mask(mask.to(padding.device), padding.dtype).to(padding.dtype)
         added = added + (other.view(shape) if other.dim() == 3 else other)
     return added.reshape(shape[0] * shape[1], *shape[2:])
+
+
+def _without_slack(layout: SeqLayout, rows: Tensor) -> Tensor:
+    """Rows that hold nothing are 0, also where the caller's hold NaN, which gradients of weights would see."""
+    return torch.where(layout.valid_rows()[:, None], rows, 0) if layout.has_slack else rows
 
 
 def _after(len_q: int, len_k: int, device: torch.device) -> Tensor:

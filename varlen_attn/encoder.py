@@ -11,8 +11,10 @@ Whatever stands in a module's place must be token-wise (a LoRA layer, another no
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._streams import Masks, Stream, enter
@@ -32,8 +34,21 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
     (LoRA, another norm or activation) runs, and must be token-wise.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype)
         # A new class for the same object, so that the initial weights are those that torch draws with this seed.
         self.self_attn.__class__ = VarlenMultiheadAttention
 
@@ -67,7 +82,7 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
         """
         # Packed rows come from an encoder, which has compared the mask already.
         compare = is_causal or layout is None or src.dim() != 2
-        stream = enter(self.self_attn, src, Masks(src_key_padding_mask, src_mask, is_causal, layout, compare))
+        stream = enter(self.self_attn, "src", src, Masks(src_key_padding_mask, src_mask, is_causal, layout, compare))
         x = stream.rows
         if self.norm_first:
             x = x + self._attend(self.norm1(x), stream)
@@ -78,6 +93,8 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
         return stream.leave(x)
 
     def _attend(self, x: Tensor, stream: Stream) -> Tensor:
+        if type(self)._sa_block is not nn.TransformerEncoderLayer._sa_block:
+            return _padded_block(self, self._sa_block, (x,), stream, stream)
         out: Tensor = self.dropout1(_attention(self.self_attn, x, x, stream, stream))
         return out
 
@@ -140,7 +157,7 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
         ``~src_key_padding_mask[..., None]``.
         """
         first = self.layers[0]
-        stream = enter(first.self_attn, src, Masks(src_key_padding_mask, mask, bool(is_causal), layout, compare=True))
+        stream = enter(first.self_attn, "src", src, Masks(src_key_padding_mask, mask, bool(is_causal), layout, compare=True))
         x = stream.rows
         for layer in self.layers:
             if _takes_layout(layer):
@@ -158,8 +175,21 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
     As `VarlenTransformerEncoderLayer`. The masks of targets and memory are independent, and either may be left out.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype)
         self.self_attn.__class__ = self.multihead_attn.__class__ = VarlenMultiheadAttention
 
     def forward(
@@ -195,10 +225,10 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
         """
         # Packed rows come from a decoder, which has compared the masks already.
         compare = tgt_is_causal or layout is None or tgt.dim() != 2
-        target = enter(self.self_attn, tgt, Masks(tgt_key_padding_mask, tgt_mask, tgt_is_causal, layout, compare))
+        target = enter(self.self_attn, "tgt", tgt, Masks(tgt_key_padding_mask, tgt_mask, tgt_is_causal, layout, compare))
         compare = memory_is_causal or layout_kv is None or memory.dim() != 2
         masks = Masks(memory_key_padding_mask, memory_mask, memory_is_causal, layout_kv, compare)
-        source = enter(self.multihead_attn, memory, masks, target)
+        source = enter(self.multihead_attn, "memory", memory, masks, target)
         x = target.rows
         if self.norm_first:
             x = x + self._attend(self.norm1(x), target)
@@ -211,10 +241,14 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
         return target.leave(x)
 
     def _attend(self, x: Tensor, target: Stream) -> Tensor:
+        if type(self)._sa_block is not nn.TransformerDecoderLayer._sa_block:
+            return _padded_block(self, self._sa_block, (x,), target, target)
         out: Tensor = self.dropout1(_attention(self.self_attn, x, x, target, target))
         return out
 
     def _attend_to(self, x: Tensor, target: Stream, source: Stream) -> Tensor:
+        if type(self)._mha_block is not nn.TransformerDecoderLayer._mha_block:
+            return _padded_block(self, self._mha_block, (x, source.rows), target, source)
         out: Tensor = self.dropout2(_attention(self.multihead_attn, x, source.rows, target, source))
         return out
 
@@ -250,9 +284,9 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
     ) -> Tensor:
         """The stack of layers, and the final norm: arguments and results as `VarlenTransformerDecoderLayer`."""
         first = self.layers[0]
-        target = enter(first.self_attn, tgt, Masks(tgt_key_padding_mask, tgt_mask, bool(tgt_is_causal), layout, compare=True))
+        target = enter(first.self_attn, "tgt", tgt, Masks(tgt_key_padding_mask, tgt_mask, bool(tgt_is_causal), layout, compare=True))
         masks = Masks(memory_key_padding_mask, memory_mask, memory_is_causal, layout_kv, compare=True)
-        source = enter(first.multihead_attn, memory, masks, target)
+        source = enter(first.multihead_attn, "memory", memory, masks, target)
         x = target.rows
         for layer in self.layers:
             if _takes_layout(layer):
@@ -285,6 +319,13 @@ def _attention(attn: nn.Module, x: Tensor, memory: Tensor, target: Stream, sourc
     padding, mask = source.torch_masks(target)
     out = attn(query, key, key, attn_mask=mask, key_padding_mask=padding, need_weights=False, is_causal=source.causal)[0]
     return target.packed(out, attn)
+
+
+def _padded_block(layer: nn.Module, block: Callable[..., Tensor], rows: tuple[Tensor, ...], target: Stream, source: Stream) -> Tensor:
+    """A block of torch's layers that a subclass has overridden: it is called as torch calls it, on padded tensors."""
+    padding, mask = source.torch_masks(target)
+    padded = [stream.padded(x, layer) for stream, x in zip((target, source), rows, strict=False)]
+    return target.packed(block(*padded, mask, padding, source.causal), layer)
 
 
 def _takes_layout(layer: nn.Module) -> bool:

@@ -331,7 +331,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             terms.append(torch.zeros((), dtype=dtype, device=device).masked_fill(hidden, float("-inf")))
         if attn_mask is not None:
             added = additive_mask(attn_mask.to(device), dtype)
-            shape = (-1, self.num_heads) if added.dim() == 3 else (1, 1)
+            shape = (layout_k.batch_size, self.num_heads) if added.dim() == 3 else (1, 1)
             terms.append(added.to(dtype).view(*shape, *added.shape[-2:]))
         if causal:  # torch compares columns
             after = torch.ones(layout_q.padded_len, layout_k.padded_len, dtype=torch.bool, device=device).triu(1)

@@ -17,8 +17,10 @@ from ..problem import Problem, Semantics
 
 __all__ = [
     "AttentionCase",
+    "AttentionMask",
     "Batch",
     "attention_cases",
+    "attention_masks",
     "batches",
     "head_shapes",
     "layouts",
@@ -27,6 +29,7 @@ __all__ = [
     "masks",
     "problems",
     "semantics",
+    "transformer_options",
 ]
 
 FORMS = ("right", "left", "both", "holes", "random")
@@ -34,9 +37,9 @@ SIZES = (1, 2, 3, 5, 8, 13)  # padded lengths; more than 8 crosses no kernel bou
 
 
 @st.composite
-def lengths(draw: st.DrawFn, max_batch: int = 5, max_len: int = 9) -> list[int]:
-    """Lengths of a batch: anything, all equal, all empty, or one long among ones."""
-    size = draw(st.integers(0, max_batch))
+def lengths(draw: st.DrawFn, max_batch: int = 5, max_len: int = 9, batch: int | None = None) -> list[int]:
+    """Lengths of a batch: anything, all equal, all empty, or one long among ones. ``batch`` is B where another tensor says it."""
+    size = draw(st.integers(0, max_batch)) if batch is None else batch
     kind = draw(st.sampled_from(("any", "any", "any", "equal", "empty", "one long")))
     if kind == "equal":
         return [draw(st.integers(0, max_len))] * size
@@ -48,9 +51,9 @@ def lengths(draw: st.DrawFn, max_batch: int = 5, max_len: int = 9) -> list[int]:
 
 
 @st.composite
-def masks(draw: st.DrawFn, forms: tuple[str, ...] = FORMS, max_batch: int = 5, max_len: int = 9) -> Tensor:
+def masks(draw: st.DrawFn, forms: tuple[str, ...] = FORMS, max_batch: int = 5, max_len: int = 9, batch: int | None = None) -> Tensor:
     """A ``key_padding_mask``: ``(B, S)`` bool, True is padding; rows without tokens, B = 0 and S = 0 included."""
-    tokens = draw(lengths(max_batch, max_len))
+    tokens = draw(lengths(max_batch, max_len, batch))
     form = draw(st.sampled_from(forms))
     size = max(tokens, default=0) + draw(st.integers(0, 2))
     rows = [_row(draw, form, n, size) for n in tokens]
@@ -101,9 +104,9 @@ class Batch:
 
 
 @st.composite
-def batches(draw: st.DrawFn, forms: tuple[str, ...] = FORMS, max_batch: int = 5, max_len: int = 9) -> Batch:
+def batches(draw: st.DrawFn, forms: tuple[str, ...] = FORMS, max_batch: int = 5, max_len: int = 9, batch: int | None = None) -> Batch:
     """A `Batch` with a mask of any form."""
-    mask = draw(masks(forms, max_batch, max_len))
+    mask = draw(masks(forms, max_batch, max_len, batch))
     layout = SeqLayout.from_key_padding_mask(mask, validate=False)
     return Batch(mask, layout, draw(st.integers(0, 10**6)))
 
@@ -248,3 +251,48 @@ def problems(draw: st.DrawFn) -> Problem:
         tracing=draw(flag) and draw(flag),
         host_lengths=draw(flag),
     )
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """``attn_mask`` and ``is_causal`` of torch's modules. ``means`` is the one mask that says the same, None for none."""
+
+    mask: Tensor | None
+    is_causal: bool
+    means: Tensor | None
+
+
+@st.composite
+def attention_masks(draw: st.DrawFn, len_q: int, len_k: int, rows: int) -> AttentionMask:
+    """None, exactly causal with and without the hint, causal by the hint alone, a wrong hint, or anything ``(L, S)`` or ``(rows, L, S)``.
+
+    ``rows`` is B*N. Queries that see no key are included; for those torch's attention is 0.
+    """
+    after = torch.ones(len_q, len_k, dtype=torch.bool).triu(1)
+    kind = draw(st.sampled_from(("none", "hint alone", "causal", "causal", "any", "any", "any")))
+    if kind in ("none", "hint alone"):
+        hinted = kind == "hint alone"
+        return AttentionMask(None, hinted, after if hinted else None)
+    shape = (rows, len_q, len_k) if draw(st.integers(0, 2)) == 2 else (len_q, len_k)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    hidden = after.expand(shape) if kind == "causal" else torch.rand(shape, generator=generator) < 0.3
+    form = draw(st.sampled_from(("bool", "float64", "float32", "added")))
+    mask = hidden
+    if form != "bool":
+        dtype = torch.float32 if form == "float32" else torch.float64
+        mask = torch.zeros(shape, dtype=dtype).masked_fill(hidden, -torch.inf)
+    if form == "added":
+        mask = mask + torch.randn(shape, generator=generator, dtype=torch.float64)
+    return AttentionMask(mask, draw(st.booleans()), mask)
+
+
+@st.composite
+def transformer_options(draw: st.DrawFn) -> dict[str, Any]:
+    """Keyword arguments of `torch.nn.TransformerEncoderLayer` and `torch.nn.TransformerDecoderLayer` that change what is computed."""
+    return {
+        "activation": draw(st.sampled_from(("relu", "gelu", torch.tanh, torch.nn.SiLU(), torch.nn.PReLU(dtype=torch.float64)))),
+        "layer_norm_eps": draw(st.sampled_from((1e-5, 0.1))),
+        "batch_first": draw(st.booleans()),
+        "norm_first": draw(st.booleans()),
+        "bias": draw(st.sampled_from((True, True, False))),
+    }
