@@ -29,6 +29,7 @@ from varlen_attn import (
     Problem,
     Semantics,
     SeqLayout,
+    VarlenMultiheadAttention,
     backends,
     choose,
     explain,
@@ -506,3 +507,18 @@ def test_a_cpu_computes_packed_rows_only() -> None:
     assert "masked" not in call.kernel
     assert call.plan is not None
     assert call.plan.route == "packed"
+
+
+def test_a_record_of_a_model_knows_its_modules_names() -> None:
+    """R-11: qualified names where `record` was told the model, classes for everything else, each record by itself."""
+    model = torch.nn.ModuleDict({"first": VarlenMultiheadAttention(8, 2, batch_first=True)})
+    other = VarlenMultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    with record() as plain, record(model) as named:
+        model["first"](x)
+        model["first"](x, need_weights=True)
+        other(x)
+        varlen_mha(x)
+    assert [c.module for c in named.calls] == ["first", "first", "VarlenMultiheadAttention", None]
+    assert [c.module for c in plain.calls] == ["VarlenMultiheadAttention"] * 3 + [None]
+    assert "first" in str(named)
