@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from ._token_wise import has_hooks, is_known
 from .encoder import VarlenTransformerDecoder, VarlenTransformerDecoderLayer, VarlenTransformerEncoder, VarlenTransformerEncoderLayer
-from .modules import VarlenMultiheadAttention
+from .modules import VarlenMultiheadAttention, _block_fast_path
 
 __all__ = ["LAYERS", "Candidate", "candidates", "packs_already", "torch_class"]
 
@@ -26,6 +27,10 @@ HOSTS = (
 LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
 
+# Whoever sets one of these on an object wants it called, as torch calls it.
+METHODS = ("forward", "_sa_block", "_mha_block", "_ff_block")
+ATTENTIONS = ("self_attn", "multihead_attn")
+
 
 class Candidate(NamedTuple):
     """A module that could be enabled.
@@ -33,7 +38,7 @@ class Candidate(NamedTuple):
     Attributes:
         name: qualified, "" for the model itself.
         module: the module.
-        host: which of torch's classes it is an instance of.
+        host: which of torch's classes it is an instance of, or was scripted from.
         why_not: the reason to leave it alone; None where it may be enabled.
         parent: the layer or stack whose part it is.
     """
@@ -46,8 +51,10 @@ class Candidate(NamedTuple):
 
 
 def torch_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, before it was enabled."""
-    return getattr(type(module), "torch_class", type(module))
+    """The class of a module, before it was enabled. A class that torch has derived from an enabled one since stays."""
+    own = type(module)
+    original = vars(own).get("torch_class")
+    return original if isinstance(original, type) and issubclass(own, original) else own
 
 
 def packs_already(module: nn.Module) -> bool:
@@ -64,22 +71,77 @@ def packs_already(module: nn.Module) -> bool:
 
 def candidates(model: nn.Module, hooks: str) -> list[Candidate]:
     """Every module of a host class, in the order of `nn.Module.named_modules`; a shared one once."""
-    return list(_walk("", model, None, None, hooks, set()))
+    return list(_Search(hooks).walk("", model, None, None))
 
 
-def _walk(
-    name: str, module: nn.Module, parent: Candidate | None, above: str | None, hooks: str, seen: set[nn.Module]
-) -> Iterator[Candidate]:
-    if module in seen:
-        return
-    seen.add(module)
-    above = above or _closed(module)
-    host = next((h for h in HOSTS if isinstance(module, h)), None)
-    if host is not None:
-        parent = Candidate(name, module, host, above or _why_not(module, host, hooks), parent)
-        yield parent
-    for child_name, child in module.named_children():
-        yield from _walk(f"{name}.{child_name}" if name else child_name, child, parent, above, hooks, seen)
+class _Search:
+    def __init__(self, hooks: str) -> None:
+        self.hooks = hooks
+        self.seen: set[nn.Module] = set()
+        self.findings: dict[nn.Module, _Finding | None] = {}
+
+    def walk(self, name: str, module: nn.Module, parent: Candidate | None, above: str | None) -> Iterator[Candidate]:
+        """``above``: why nothing here may be touched."""
+        if module in self.seen:
+            return
+        self.seen.add(module)
+        above = above or _closed(module)
+        host = _host(module)
+        if host is not None:
+            reader = None if above else self.reads_padding(module, host)
+            parent = Candidate(name, module, host, above or self.why_not(module, host) or reader, parent)
+            yield parent
+            above = above or (reader and f"what it gives at padding is read: {reader}")
+        for child_name, child in module.named_children():
+            yield from self.walk(f"{name}.{child_name}" if name else child_name, child, parent, above)
+
+    def why_not(self, module: Any, host: type[nn.Module]) -> str | None:
+        """The first reason to leave a module of a host class alone, or None."""
+        reason = _why_not_class(module, host)
+        if reason is not None:
+            return reason
+        # What is called on packed rows once the module is enabled; the layers of a stack answer for themselves.
+        inner: dict[str, Any] = {"": module} if host in STACKS else dict(module.named_modules())
+        if host in STACKS and module.norm is not None:
+            inner |= dict(module.norm.named_modules(prefix="norm"))
+        for name, m in inner.items():
+            reason = _why_not_object(m, self.hooks) or (_closed(m) if name else None)
+            if reason is not None:
+                return f"{name}: {reason}" if name else reason
+        for name, m in _layers(module, host):
+            if isinstance(m, torch.jit.ScriptModule):
+                return f"{name}: {_closed(m)}"
+        if host is nn.TransformerDecoder and len(module.layers) and not hasattr(module.layers[0], "multihead_attn"):
+            return f"its first layer, a {type(module.layers[0]).__name__}, has no multihead_attn"
+        for name in ATTENTIONS if host in LAYERS else ():
+            attn = getattr(module, name, None)
+            if attn is not None and torch_class(attn) is not nn.MultiheadAttention and not packs_already(attn):
+                return f"its {name} is a {type(attn).__name__}, not nn.MultiheadAttention"
+        finding = self.find(module, host)
+        return finding and finding.reason
+
+    def reads_padding(self, module: nn.Module, host: type[nn.Module]) -> str | None:
+        """Which part mixes tokens, and padding into them. It would read other numbers if those before it were enabled."""
+        for name, m in [("", module), *_layers(module, host)]:
+            finding = self.find(m, _host(m))
+            if finding and finding.reads_padding:
+                return f"{name}: {finding.reason}" if name else finding.reason
+        return None
+
+    def find(self, module: nn.Module, host: type[nn.Module] | None) -> _Finding | None:
+        if host in LAYERS + STACKS and module not in self.findings:
+            self.findings[module] = _find(module) if torch_class(module) is host else None
+        return self.findings.get(module)
+
+
+def _host(module: nn.Module) -> type[nn.Module] | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return next((h for h in HOSTS if h.__name__ == getattr(module, "original_name", "")), None)
+    return next((h for h in HOSTS if isinstance(module, h)), None)
+
+
+def _layers(module: Any, host: type[nn.Module]) -> list[tuple[str, nn.Module]]:
+    return [(f"layers.{name}", m) for name, m in module.layers.named_children()] if host in STACKS else []
 
 
 def _closed(module: nn.Module) -> str | None:
@@ -91,89 +153,120 @@ def _closed(module: nn.Module) -> str | None:
     return None
 
 
-def _why_not(module: nn.Module, host: type[nn.Module], hooks: str) -> str | None:
-    """The first reason to leave a module of a host class alone, or None."""
+def _why_not_class(module: nn.Module, host: type[nn.Module]) -> str | None:
     own = torch_class(module)
     if parametrize.is_parametrized(module):
         return "parametrised: its weights are computed, and its class is one of torch.nn.utils.parametrize"
-    if own is not host:
-        if own.__module__.startswith("torch.ao."):
-            return f"quantised ({own.__name__})"
-        return f"a subclass of nn.{host.__name__}, which may compute something else: derive {own.__name__} from Varlen{host.__name__}"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the object"
-    inner = {"": module} if host in STACKS else dict(module.named_modules())
-    if host in STACKS and module.norm is not None:
-        inner["norm"] = module.norm
-    if hooks == "leave":
-        hooked = next((name for name, m in inner.items() if has_hooks(m)), None)
-        if hooked is not None:
-            where = f"{hooked} has" if hooked else "has"
-            return f'{where} hooks, which would see packed rows: allow it with hooks="packed"'
-    closed = next((f"{name}: {reason}" for name, m in inner.items() if name and (reason := _closed(m))), None)
-    if closed is not None:
-        return closed
-    if host in LAYERS:
-        return _why_not_layer(module)
-    if host in STACKS and module.norm is not None:
-        return _mixes(module, [("norm", module.norm)], lambda m: m.norm, _width(next(iter(module.layers), None)))  # type: ignore[arg-type]
+    if own is host:
+        return None
+    if own.__module__.startswith("torch.ao."):
+        return f"quantised ({own.__name__})"
+    return f"a subclass of nn.{host.__name__}, which may compute something else: derive {own.__name__} from Varlen{host.__name__}"
+
+
+def _why_not_object(module: nn.Module, hooks: str) -> str | None:
+    replaced = next((x for x in METHODS if x in vars(module)), None)
+    if replaced is not None:
+        return f"its {replaced} was replaced on the object"
+    if hooks == "leave" and has_hooks(module) and not _has_our_hook_only(module):
+        return 'has hooks, which would see packed rows: allow it with hooks="packed"'
     return None
 
 
-def _why_not_layer(layer: Any) -> str | None:
-    attns = {name: getattr(layer, name) for name in ("self_attn", "multihead_attn") if hasattr(layer, name)}
-    for name, attn in attns.items():
-        if torch_class(attn) is not nn.MultiheadAttention:
-            return f"its {name} is a {type(attn).__name__}, not nn.MultiheadAttention"
-    parts = [(name, m) for name, m in layer.named_children() if name not in attns]
-    if not isinstance(layer.activation, nn.Module):
-        parts.append(("activation", layer.activation))
-
-    def computes(copied: Any) -> Callable[[Tensor], Tensor]:
-        def all_but_attention(x: Tensor) -> Tensor:
-            for name in ("norm1", "dropout1", "norm2", "norm3", "dropout2"):
-                x = getattr(copied, name, nn.Identity())(x)
-            out: Tensor = copied._ff_block(x)
-            return out
-
-        return all_but_attention
-
-    return _mixes(layer, parts, computes, _width(layer))
+def _has_our_hook_only(module: nn.Module) -> bool:
+    """It keeps torch's fast path away from a `VarlenMultiheadAttention`."""
+    others = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return all(hook is _block_fast_path for hook in module._forward_pre_hooks.values()) and not any(others)
 
 
-def _width(layer: Any) -> int:
-    return int(layer.self_attn.embed_dim) if hasattr(layer, "self_attn") else 0
+# -------------------------------------------------------------------- parts that may not be token-wise
 
 
-def _mixes(module: nn.Module, parts: list[tuple[str, Any]], computes: Callable[[Any], Any], width: int) -> str | None:
-    """Why the parts can not be called on packed rows, or None. Those that are not known to be token-wise are tried on a copy."""
-    unknown = [(name, part) for name, part in parts if not is_known(part)]
-    if not unknown:
+class _Finding(NamedTuple):
+    """Why parts of a layer, or the norm of a stack, can not be called on packed rows.
+
+    Attributes:
+        reason: in words.
+        reads_padding: real tokens depend on padding, or nobody knows.
+    """
+
+    reason: str
+    reads_padding: bool
+
+
+def _find(module: Any) -> _Finding | None:
+    """Of the modules that are not known to be token-wise, a copy is tried."""
+    if isinstance(module, STACKS):
+        parts = {} if module.norm is None else {"norm": module.norm}
+        owners = list(module.layers)
+    else:
+        parts = {name: m for name, m in module.named_children() if name not in ATTENTIONS} | {"activation": module.activation}
+        owners = [module]
+    parts = {name: part for name, part in parts.items() if not _is_known(part)}
+    inside = [m for part in parts.values() if isinstance(part, nn.Module) for m in part.modules()]
+    width = next((m.self_attn.embed_dim for m in owners if isinstance(getattr(m, "self_attn", None), nn.MultiheadAttention)), None)
+    if not parts or width is None or any(_closed(m) or _why_not_object(m, "packed") for m in [module, *inside]):
         return None
-    named = ", ".join(f"{name} ({type(part).__name__})" for name, part in unknown)
-    for _, part in unknown:
-        if any(type(m).__module__.startswith("torch.ao.") for m in getattr(part, "modules", list)()):
-            return f"quantised: {named}"
+    named = ", ".join(f"{name} ({type(part).__name__})" for name, part in parts.items())
+    if any(type(m).__module__.startswith("torch.ao.") for m in inside):
+        return _Finding(f"quantised: {named}", True)
+    x = torch.randn(4, 8, width, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
+    changed = x.clone()
+    changed[0, 0] = 1 - x[0, 0]
     try:
-        token_wise = all(_is_token_wise(module, computes, width, training) for training in (False, True))
+        copies = [_copy(module, training) for training in (False, True)]
+        padded = [_result(c, x) for c in copies]
+        if not all(_close(_result(c, changed)[1:], rows[1:]) for c, rows in zip(copies, padded, strict=True)):
+            return _Finding(f"{named} is not token-wise: a token's result depends on other tokens", True)
     except Exception as error:
-        return f"{named} could not be called on packed rows: {type(error).__name__}: {error}"
-    return None if token_wise else f"{named} is not token-wise: a token's result depends on other tokens"
+        return _Finding(f"{named} could not be tried on a copy: {type(error).__name__}: {error}", True)
+    try:
+        same = all(_close(_result(c, x.flatten(0, 1)), rows) for c, rows in zip(copies, padded, strict=True))
+    except Exception as error:
+        return _Finding(f"{named} could not be called on packed rows: {type(error).__name__}: {error}", False)
+    return None if same else _Finding(f"{named} gives packed rows other results than padded ones", False)
 
 
-def _is_token_wise(module: nn.Module, computes: Callable[[Any], Any], width: int, training: bool) -> bool:
-    """Whether rows give what the padded tensor gives, and a changed token changes no other. The random state is left as it was."""
-    copied = copy.deepcopy(module).float().train(training)
-    weight = next((p for p in copied.parameters() if p.is_floating_point()), torch.empty(0))
-    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []), torch.no_grad():
-        x = torch.randn(2, 3, width, device=weight.device, dtype=weight.dtype)
-        changed = x.clone()
-        changed[0, 0] = torch.randn_like(x[0, 0])
-        padded, rows, other = (_seeded(computes(copied), t) for t in (x, x.view(6, width), changed))
-    same = [padded.reshape(rows.shape), other.reshape(rows.shape)]
-    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in ((same[0], rows), (same[1][1:], rows[1:])))
+def _is_known(part: Any) -> bool:
+    """Norms over more than the last dimension mix tokens."""
+    return is_known(part) and len(getattr(part, "normalized_shape", "D")) == 1
 
 
-def _seeded(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    torch.manual_seed(0)
-    return function(x)
+def _copy(module: Any, training: bool) -> nn.Module:
+    """A stack's norm or a layer without its attention, in float32 and without hooks, which the user would notice.
+
+    Weights get some noise: a gate or a branch that is 0 at first would hide what it does later.
+    """
+    source: Any = module.norm if isinstance(module, STACKS) else module
+    instead: dict[int, Any] = {id(getattr(source, name)): nn.Identity() for name in ATTENTIONS if hasattr(source, name)}
+    instead |= {id(hooks): OrderedDict() for m in source.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)}
+    copied: nn.Module = copy.deepcopy(source, instead).float().train(training)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in copied.parameters():
+            if p.is_floating_point():
+                p.add_(torch.rand(p.shape, generator=generator, device="cpu").to(p.device), alpha=0.1)
+    return copied
+
+
+def _result(copied: nn.Module, x: Tensor) -> Tensor:
+    """Rows; every call begins with the same state and the same random numbers."""
+    called: Any = copy.deepcopy(copied)
+    device = next((p.device for p in called.parameters()), x.device)
+    cuda = device.type == "cuda"
+    x = x.to(device)
+    with torch.random.fork_rng([device] if cuda else []), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        # Not torch.manual_seed, which seeds devices whose state is not restored.
+        (torch.cuda.default_generators[device.index] if cuda else torch.default_generator).manual_seed(0)
+        if isinstance(called, LAYERS):
+            # Not one after another: a norm removes what the one before it did.
+            names = ("norm1", "norm2", "norm3", "dropout1", "dropout2", "dropout3")
+            outs = [getattr(called, name)(x.clone()) for name in names if hasattr(called, name)]
+            out = torch.cat([*outs, called._ff_block(x)], -1)
+        else:
+            out = called(x)
+    return out.reshape(-1, out.shape[-1])
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-4)

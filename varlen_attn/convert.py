@@ -69,6 +69,8 @@ class EnabledTransformerDecoder(VarlenTransformerDecoder):
 class CallingTransformerEncoderLayer(EnabledTransformerEncoderLayer):
     """torch's layer on padded tensors, without its fast path: that reads the weights of ``self_attn`` and never calls it."""
 
+    torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoderLayer
+
     def forward(
         self,
         src: Tensor,
@@ -86,6 +88,32 @@ class CallingTransformerEncoderLayer(EnabledTransformerEncoderLayer):
         x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
         out: Tensor = self.norm2(x + self._ff_block(x))
         return out
+
+
+class CallingTransformerEncoder(EnabledTransformerEncoder):
+    """torch's stack on padded tensors. Without nested ones, which end the process where compiled code of a layer is given them."""
+
+    torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoder
+
+    @property
+    def use_nested_tensor(self) -> bool:
+        return False
+
+    @use_nested_tensor.setter
+    def use_nested_tensor(self, value: bool) -> None:
+        vars(self)["use_nested_tensor"] = value
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+        **options: Any,
+    ) -> Tensor:
+        if src.is_nested or options:
+            return super().forward(src, mask, src_key_padding_mask, is_causal, **options)
+        return nn.TransformerEncoder.forward(self, src, mask, src_key_padding_mask, is_causal)
 
 
 # -------------------------------------------------------------------- the report
@@ -158,10 +186,11 @@ def enable(model: nn.Module, level: Level = "auto", *, need_weights: bool = True
 
     Weights, `state_dict` and training mode stay. What changes: rows of padding come back as exactly 0. Only exactly torch's classes are
     converted; subclasses, parametrised, quantised, compiled and scripted modules are left alone. Layers whose norms, activation or
-    linear layers were replaced are converted if a trial on a copy shows that these are token-wise. A `VarlenWarning` says when nothing
-    was converted. Enabling twice is enabling once.
+    linear layers were replaced are converted if a trial on a copy shows that these are token-wise; where one of them mixes tokens, it
+    reads padding, and the whole stack is left alone. A `VarlenWarning` says when nothing was converted. Enabling twice is enabling once.
     """
-    _check(model, level=(level, ("auto", "attention", "model")), hooks=(hooks, ("leave", "packed")))
+    _check(model)
+    _check_options(level, need_weights, hooks)
     found = candidates(model, hooks)
     decisions = [_decide(c, found, "attention" if level == "attention" else "model", need_weights) for c in found]
     for candidate, decision in zip(found, decisions, strict=True):
@@ -189,6 +218,9 @@ def disable(model: nn.Module) -> Report:
         if original is not type(module):
             module.__class__ = original
             restored.append(ModuleReport(name, original.__name__, "restored", ""))
+        elif hasattr(original, "torch_class") and packs_already(module):
+            reason = "its class was derived from the enabled one, as parametrisations do: remove them first"
+            restored.append(ModuleReport(name, original.__name__, "left alone", reason))
     return Report(tuple(restored))
 
 
@@ -198,33 +230,46 @@ def enabled(
 ) -> Iterator[Report]:
     """``with enabled(model) as report``: `enable` for the length of a block; afterwards every module is what it was before."""
     _check(model)
-    before = [(module, type(module)) for module in model.modules()]
+    before = [(module, type(module), torch_class(module)) for module in model.modules()]
     try:
         yield enable(model, level, need_weights=need_weights, hooks=hooks)
     finally:
-        for module, its_class in before:
-            if type(module) is not its_class:
+        for module, its_class, original in before:
+            if type(module) is not its_class and torch_class(module) is original:
                 module.__class__ = its_class
 
 
-def _check(model: nn.Module, **choices: tuple[str, tuple[str, ...]]) -> None:
+def _check(model: nn.Module) -> None:
+    if isinstance(model, type):
+        raise ArgumentError(f"`model` must be a torch.nn.Module, but is the class {model.__name__}: pass an instance.")
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"`model` must be a torch.nn.Module, but is {type(model).__name__}.")
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ArgumentError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, but is {value!r}.")
+        raise ArgumentError(f"`model` must be a torch.nn.Module, but is {type(model).__name__}: pass the model itself.")
+
+
+def _check_options(level: Any, need_weights: Any, hooks: Any) -> None:
+    if level not in get_args(Level):
+        raise ArgumentError(
+            f"`level` must be 'auto', 'attention' or 'model', but is {level!r}: 'model' packs whole stacks, 'attention' calls of attention."
+        )
+    if not isinstance(need_weights, bool):
+        raise ArgumentError(
+            f"`need_weights` must be True or False, but is {need_weights!r}: False makes attention return None in place of its weights."
+        )
+    if hooks not in ("leave", "packed"):
+        raise ArgumentError(
+            f"`hooks` must be 'leave' or 'packed', but is {hooks!r}: 'leave' leaves modules with hooks alone, 'packed' converts them too."
+        )
 
 
 # -------------------------------------------------------------------- decisions
 
-_LAYER_CLASSES: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {
+_NEW_CLASSES: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {
+    ("model", nn.TransformerEncoder): EnabledTransformerEncoder,
     ("model", nn.TransformerEncoderLayer): EnabledTransformerEncoderLayer,
+    ("model", nn.TransformerDecoder): EnabledTransformerDecoder,
     ("model", nn.TransformerDecoderLayer): EnabledTransformerDecoderLayer,
+    ("attention", nn.TransformerEncoder): CallingTransformerEncoder,
     ("attention", nn.TransformerEncoderLayer): CallingTransformerEncoderLayer,
-}
-_STACK_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    nn.TransformerEncoder: EnabledTransformerEncoder,
-    nn.TransformerDecoder: EnabledTransformerDecoder,
 }
 _ATTENTION_ONLY = 'level="attention" changes calls of attention only'
 
@@ -247,13 +292,14 @@ def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: bool
         return _Decision.alone(c.why_not)
     if c.host is nn.MultiheadAttention:
         return _decide_attention(c, need_weights)
-    if c.host in LAYERS:
-        new_class = _LAYER_CLASSES.get((level, c.host))
-    else:
-        new_class = _STACK_CLASSES[c.host] if level == "model" else None
-        if new_class and not any(x.parent is c and (packs_already(x.module) or x.why_not is None) for x in found):
+    new_class = _NEW_CLASSES.get((level, c.host))
+    if new_class is None:
+        return _Decision.alone(_ATTENTION_ONLY)
+    if c.host not in LAYERS:
+        layers = [x for x in found if x.host in LAYERS and any(x.module is m for m in c.module.layers)]  # type: ignore[union-attr]
+        if not any(packs_already(x.module) or x.why_not is None for x in layers):
             return _Decision.alone("none of its layers can be converted")
-    return _Decision(new_class, "converted", "") if new_class else _Decision.alone(_ATTENTION_ONLY)
+    return _Decision(new_class, "converted", "" if level == "model" else _ATTENTION_ONLY)
 
 
 def _decide_attention(c: Candidate, need_weights: bool) -> _Decision:
