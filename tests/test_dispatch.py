@@ -522,3 +522,5 @@ def test_a_record_of_a_model_knows_its_modules_names() -> None:
     assert [c.module for c in named.calls] == ["first", "first", "VarlenMultiheadAttention", None]
     assert [c.module for c in plain.calls] == ["VarlenMultiheadAttention"] * 3 + [None]
     assert "first" in str(named)
+    assert [call.module for call in named][:2] == ["first", "first"]
+    assert len(named) == 4

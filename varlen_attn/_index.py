@@ -84,7 +84,7 @@ def index_and_flags(real_BS: Tensor, flags: Sequence[Tensor], *, validate: bool)
     if validate and 0 in lengths and any(lengths):
         warn(
             f"row {lengths.index(0)} of the mask has no token while others have some. If that is not meant, the mask is "
-            f"inverted: {CONVENTIONS}. validate=False silences this.",
+            f"inverted: {CONVENTIONS}. validate=False, or a warning filter for LayoutWarning, silences this.",
             LayoutWarning,
         )
     index = exact(real_BS, lengths_B, lengths, has_holes=bool(some_hole), right_padded=not some_shift)

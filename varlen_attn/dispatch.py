@@ -275,6 +275,12 @@ class Record:
         known = None if module is None else self._names.get(id(module), type(module).__name__)
         self.calls.append(replace(call, module=known))
 
+    def __iter__(self) -> Iterator[Call]:
+        return iter(self.calls)
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
     def observe(self, backend: str, rows: int) -> None:
         """A kernel that our own op launched (``rows >= 0``), or a choice made while tracing."""
         kernel = "in compiled code"
