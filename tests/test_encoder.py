@@ -130,7 +130,9 @@ def test_encoders_match_torch(batch: Batch, options: dict[str, Any], data: st.Da
     with torch.no_grad():
         evaluated = call(ours.eval(), x, src_mask=masks.mask, src_key_padding_mask=padding, is_causal=masks.is_causal)
     assert torch.equal(got, evaluated), "training and evaluation are one computation"
-    if x.numel():
+    if not x.numel():
+        assert not any(g.any() for g in torch.autograd.grad(got.sum(), [x, *ours.parameters()])), "every parameter takes part"
+    else:
         want = call(theirs, x, src_mask=added(masks.means), src_key_padding_mask=added(padding))
         assert_same_model(got, want, real_of(padding), ours, theirs, [x])
 

@@ -20,7 +20,9 @@ from varlen_attn.testing.strategies import Batch, batches
 
 from .nosync import count_reads
 from .test_encoder import DECODERS, FF, E, N, added, assert_close, call, each_class, each_order, pair, rows_without_tokens
+from .test_functional import dynamo_warns
 
+each_stack = pytest.mark.parametrize("host", [nn.TransformerEncoder, nn.TransformerDecoder], ids=lambda c: c.__name__)
 LENGTHS = torch.tensor([5, 2, 3])
 PADDING = torch.arange(5) >= LENGTHS[:, None]
 CAUSAL = torch.ones(5, 5, dtype=torch.bool).triu(1)
@@ -422,6 +424,30 @@ def test_custom_layers_get_padded_tensors_or_rows_with_a_layout(batch_first: boo
     assert all(shape == (10, E) for layer in knowing.layers for shape in layer.shapes)
     with pytest.raises(LayoutError, match="several documents a row, but Plain takes no layout"):
         plain(order(x), layout=SeqLayout.from_document_ids(torch.tensor([[1, 1, 2, 2, 0]] * 3)))
+
+
+@each_stack
+@pytest.mark.parametrize("kind", ["compiled", "checkpointed", "both"])
+@dynamo_warns
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch about itself
+def test_wrapped_layers_get_packed_rows(host: type[nn.Module], kind: str) -> None:
+    """A wrapper's own signature says nothing: the layer inside is asked."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    _, ours = pair(host)
+    x = batch_of_three()
+    tensors, prefix = ((x, x), "tgt") if host in DECODERS else ((x,), "src")
+    options = {f"{prefix}_key_padding_mask": PADDING, f"{prefix}_mask" if host in DECODERS else "mask": CAUSAL}
+    want, shapes = ours(*tensors, **options), []
+    for i, layer in enumerate(ours.layers):
+        layer.linear1.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
+        layer = layer if kind == "compiled" else checkpoint_wrapper(layer)
+        ours.layers[i] = layer if kind == "checkpointed" else torch.compile(layer, backend="eager")
+    assert_close(ours(*tensors, **options), want, kind)
+    assert shapes == [(10, E)] * 2
+    with use_backend("sdpa_padded"), count_reads() as reads:
+        ours(*tensors, **options)
+    assert len(reads) == 1
 
 
 @each_order

@@ -20,8 +20,7 @@ from .test_encoder import DECODERS, build, each_class, pair
 from .test_functional import TOTALS, _Counting, dynamo_warns
 
 E = 8
-STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
-each_stack = pytest.mark.parametrize("host", STACKS, ids=lambda c: c.__name__)
+each_stack = pytest.mark.parametrize("host", [nn.TransformerEncoder, nn.TransformerDecoder], ids=lambda c: c.__name__)
 PADDING = torch.arange(6) >= torch.tensor([6, 2, 0, 3])[:, None]
 MEMORY_PADDING = torch.arange(5) < torch.tensor([0, 3, 1, 5])[:, None]
 rows_without_tokens = pytest.mark.filterwarnings("ignore:row . of the mask has no token")

@@ -328,7 +328,13 @@ def _padded_block(layer: nn.Module, block: Callable[..., Tensor], rows: tuple[Te
     return target.packed(block(*padded, mask, padding, source.causal), layer)
 
 
+# What passes on every argument and says nothing of its own: compiled, checkpointed and sharded layers.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
 def _takes_layout(layer: nn.Module) -> bool:
+    while (inner := next((layer._modules[name] for name in _WRAPPED if name in layer._modules), None)) is not None:
+        layer = inner
     ours = (VarlenTransformerEncoderLayer, VarlenTransformerDecoderLayer)
     return isinstance(layer, ours) or "layout" in inspect.signature(type(layer).forward).parameters
 
