@@ -193,6 +193,29 @@ def test_unbatched_input(host: type[nn.Module], masked: bool, heads_apart: bool)
     assert not got[padding].any()
 
 
+def test_low_values_after_each_query_are_not_a_causal_mask() -> None:  # R-27
+    theirs, ours = pair(nn.TransformerEncoder)
+    x = torch.randn(2, 4, E, dtype=torch.float64)
+    for value in (-1.0, -1e4, float("-inf")):
+        mask = torch.zeros(4, 4, dtype=torch.float64).masked_fill(torch.ones(4, 4, dtype=torch.bool).triu(1), value)
+        for hint in (None, True):
+            assert_close(ours(x, mask, is_causal=hint), theirs(x, mask, is_causal=False), str(value))
+
+
+@each_class
+def test_masks_for_each_head_of_nothing(host: type[nn.Module]) -> None:
+    """R-17: no rows, no columns, or targets of no length."""
+    _, ours = pair(host)
+    for rows, columns in ((0, 3), (2, 0), (0, 0)):
+        x = torch.randn(rows, columns, E, dtype=torch.float64)
+        memory = torch.randn(rows, 3, E, dtype=torch.float64)
+        options = {"src_mask": torch.zeros(rows * N, columns, columns)}
+        if host in DECODERS:
+            options = {"tgt_mask": options["src_mask"], "memory_mask": torch.zeros(rows * N, columns, 3)}
+            options["memory_key_padding_mask"] = torch.full((rows, 3), -1e4)
+        assert call(ours, *((x, memory) if host in DECODERS else (x,)), **options).shape == x.shape
+
+
 def test_the_last_columns_are_kept_where_torch_cuts_them_off() -> None:
     """R-15, pain 9: torch's encoder gives a shorter tensor in evaluation, if its mask is wide enough for its fast path."""
     _, ours = pair(nn.TransformerEncoder)
