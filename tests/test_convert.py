@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-import varlen_attn.convert as convert
 from varlen_attn import ArgumentError, VarlenMultiheadAttention, VarlenWarning, record
 from varlen_attn.convert import Report, disable, enable, enabled
 from varlen_attn.encoder import (
@@ -208,16 +207,12 @@ def test_a_model_computes_the_same(level: Any) -> None:
     want = results(copy.deepcopy(model), everything)
     report = enable(model, level)
     assert_same(results(model, everything), want)
-    expected = [name for name, m in model.named_modules() if isinstance(m, convert.torch_class(m)) and name_of_host(m)]
+    hosts = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer, nn.TransformerDecoder)
+    expected = [name for name, m in model.named_modules() if isinstance(m, hosts)]
     assert [m.module for m in report.modules] == expected, "the order of named_modules"
     if level != "attention":
         assert len(report.converted) == len(report.modules) == 26
         assert not report.left_alone
-
-
-def name_of_host(module: nn.Module) -> bool:
-    hosts = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer, nn.TransformerDecoder)
-    return isinstance(module, hosts)
 
 
 @pytest.mark.parametrize("level", ["attention", "model"])
@@ -476,6 +471,23 @@ def test_attention_level_packs_attention_only() -> None:
     report = enable(model, "attention")
     assert [m.module for m in report.left_alone] == ["", "layers.0", "layers.1"]
     assert len(report.converted) == 4
+
+
+def test_attention_level_makes_no_nested_tensors() -> None:
+    """Compiled code that was made for padded ones is asked whether it fits, and torch ends the process."""
+    model = stack().eval()
+    shapes: list[Any] = []
+    model.layers[0].register_forward_pre_hook(lambda module, args: shapes.append(None if args[0].is_nested else args[0].shape))
+    with torch.no_grad():
+        encode(model)
+        enable(model, "attention", hooks="packed")
+        encode(model)
+        assert shapes == [None, rows().shape]
+        model.use_nested_tensor = False
+        assert vars(model)["use_nested_tensor"] is False
+        disable(model)
+        encode(model)
+    assert shapes[2] == rows().shape, "what was set in between is kept"
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -1401,6 +1413,21 @@ def test_wrapped_layers_of_a_stack() -> None:
     assert reasons(report) == {"0": "none of its layers can be converted", "1": "none of its layers can be converted"}
     assert len(report.converted) == 10
     assert_same(results(model, call), want)
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+@pytest.mark.usefixtures("slow_path")
+def test_checkpointed_layers(mixing: bool) -> None:
+    """torch's wrapper passes everything on, so that the stack packs; what it hides is found."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = peculiar_stack(put("norm1", SequenceNorm) if mixing else lambda x: x)
+    for i, x in enumerate(model.layers):
+        model.layers[i] = checkpoint_wrapper(x)
+    want = results(copy.deepcopy(model))
+    report = quietly(model)
+    assert len(report.converted) == (0 if mixing else 5)
+    assert_same(results(model), want)
 
 
 class OwnDecoderLayer(nn.Module):

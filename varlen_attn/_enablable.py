@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._token_wise import has_hooks, is_known
-from .encoder import VarlenTransformerDecoder, VarlenTransformerDecoderLayer, VarlenTransformerEncoder, VarlenTransformerEncoderLayer
+from .encoder import (
+    _WRAPPED,
+    VarlenTransformerDecoder,
+    VarlenTransformerDecoderLayer,
+    VarlenTransformerEncoder,
+    VarlenTransformerEncoderLayer,
+)
 from .modules import VarlenMultiheadAttention, _block_fast_path
 
-__all__ = ["LAYERS", "Candidate", "candidates", "packs_already", "torch_class"]
+__all__ = ["LAYERS", "Candidate", "candidates", "packs_already", "torch_class", "unwrapped"]
 
 HOSTS = (
     nn.MultiheadAttention,
@@ -69,6 +75,12 @@ def packs_already(module: nn.Module) -> bool:
     return isinstance(module, ours) and torch_class(module) is type(module)
 
 
+def unwrapped(layer: nn.Module) -> nn.Module:
+    """What a stack sees in a wrapper that passes everything on."""
+    inner = next((layer._modules[name] for name in _WRAPPED if name in layer._modules), None)
+    return layer if inner is None else unwrapped(inner)
+
+
 def candidates(model: nn.Module, hooks: str) -> list[Candidate]:
     """Every module of a host class, in the order of `nn.Module.named_modules`; a shared one once."""
     return list(_Search(hooks).walk("", model, None, None))
@@ -108,9 +120,9 @@ class _Search:
             reason = _why_not_object(m, self.hooks) or (_closed(m) if name else None)
             if reason is not None:
                 return f"{name}: {reason}" if name else reason
-        for name, m in _layers(module, host):
+        for name, m in module.layers.named_children() if host in STACKS else ():
             if isinstance(m, torch.jit.ScriptModule):
-                return f"{name}: {_closed(m)}"
+                return f"layers.{name}: {_closed(m)}"
         if host is nn.TransformerDecoder and len(module.layers) and not hasattr(module.layers[0], "multihead_attn"):
             return f"its first layer, a {type(module.layers[0]).__name__}, has no multihead_attn"
         for name in ATTENTIONS if host in LAYERS else ():
@@ -120,9 +132,10 @@ class _Search:
         finding = self.find(module, host)
         return finding and finding.reason
 
-    def reads_padding(self, module: nn.Module, host: type[nn.Module]) -> str | None:
+    def reads_padding(self, module: Any, host: type[nn.Module]) -> str | None:
         """Which part mixes tokens, and padding into them. It would read other numbers if those before it were enabled."""
-        for name, m in [("", module), *_layers(module, host)]:
+        inner = {"": module} | (dict(module.layers.named_modules(prefix="layers")) if host in STACKS else {})
+        for name, m in inner.items():
             finding = self.find(m, _host(m))
             if finding and finding.reads_padding:
                 return f"{name}: {finding.reason}" if name else finding.reason
@@ -138,10 +151,6 @@ def _host(module: nn.Module) -> type[nn.Module] | None:
     if isinstance(module, torch.jit.ScriptModule):
         return next((h for h in HOSTS if h.__name__ == getattr(module, "original_name", "")), None)
     return next((h for h in HOSTS if isinstance(module, h)), None)
-
-
-def _layers(module: Any, host: type[nn.Module]) -> list[tuple[str, nn.Module]]:
-    return [(f"layers.{name}", m) for name, m in module.layers.named_children()] if host in STACKS else []
 
 
 def _closed(module: nn.Module) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 
-from ._enablable import LAYERS, Candidate, candidates, packs_already, torch_class
+from ._enablable import LAYERS, Candidate, candidates, packs_already, torch_class, unwrapped
 from .encoder import VarlenTransformerDecoder, VarlenTransformerDecoderLayer, VarlenTransformerEncoder, VarlenTransformerEncoderLayer
 from .errors import ArgumentError, VarlenWarning, warn
 from .modules import VarlenMultiheadAttention
@@ -296,7 +296,7 @@ def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: bool
     if new_class is None:
         return _Decision.alone(_ATTENTION_ONLY)
     if c.host not in LAYERS:
-        layers = [x for x in found if x.host in LAYERS and any(x.module is m for m in c.module.layers)]  # type: ignore[union-attr]
+        layers = [x for x in found if x.host in LAYERS and any(x.module is unwrapped(m) for m in c.module.layers)]  # type: ignore[union-attr]
         if not any(packs_already(x.module) or x.why_not is None for x in layers):
             return _Decision.alone("none of its layers can be converted")
     return _Decision(new_class, "converted", "" if level == "model" else _ATTENTION_ONLY)
