@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -16,7 +18,7 @@ import torch
 
 import varlen_attn
 
-__all__ = ["RESULTS", "Timing", "environment", "interleave", "ratio", "save"]
+__all__ = ["RESULTS", "Timing", "environment", "interleave", "peak_extra", "ratio", "save"]
 
 RESULTS = Path(__file__).parent / "results"
 QUIET = 0.03
@@ -57,7 +59,7 @@ def interleave(
     Args:
         contestants: what to call, by name.
         rounds: quiet turns wanted; the order is reversed every other time.
-        least: seconds of one turn: short calls are repeated.
+        least: seconds of one turn: short calls are repeated. With 0 none is, and no call is spent on finding out.
         warm_up: untimed calls before.
         budget: stop after so many seconds, but not before 5 rounds.
     """
@@ -67,9 +69,7 @@ def interleave(
     for name, call in contestants.items():
         for _ in range(warm_up):
             call()
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, round(least / max(time.perf_counter() - start, 1e-7)))
+        repeats[name] = max(1, round(least / _seconds(call))) if least else 1
     taken: list[tuple[float, dict[str, float]]] = []
     began = time.perf_counter()
     while True:
@@ -86,6 +86,12 @@ def interleave(
             break
     kept = sorted(taken, key=lambda entry: entry[0])[: max(5, min(quiet, rounds))]
     return {name: Timing(tuple(row[name] for _, row in kept), kept[-1][0]) for name in contestants}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return max(time.perf_counter() - start, 1e-7)
 
 
 class _ForeignLoad:
@@ -112,6 +118,25 @@ class _ForeignLoad:
 def ratio(slow: Timing, fast: Timing) -> float:
     """How many times faster ``fast`` is: the median over the rounds, so that a disturbed round counts once."""
     return median(a / b for a, b in zip(slow.rounds, fast.rounds, strict=True))
+
+
+def peak_extra(call: Callable[[], object]) -> int:
+    """Bytes of resident memory that ``call`` takes at most, beyond what stood before. Linux only.
+
+    In a fresh process only: memory that was freed before, but not given back, would be used again without being seen.
+    """
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def environment() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .bench_encoder import AGAIN, MASKED, OFF, ON, OURS
 from .measure import RESULTS
 from .workloads import WORKLOADS
 
@@ -26,6 +27,49 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def setting(environment: dict[str, Any]) -> str:
     facts = environment
     return f"{facts['cpu']} ({facts['cpu_capability']}), torch {facts['torch']}"
+
+
+def encoder(rows: list[dict[str, Any]]) -> str:
+    """Times and ratios of the encoder."""
+    header = ["batch", f"{OFF}, ms", f"{ON}, ms", "ours, ms", "**ratio to off**", f"ratio to {ON}", "off against off", "others", "goal"]
+    lines = []
+    for row in sorted(rows, key=lambda r: str(r["workload"])):
+        times, ratios = row["milliseconds"], row["ratio"]
+        as_it_comes = [f"{times[ON]:.1f}", f"{row['ratio_on']:.2f}"] if ON in times else ["", ""]
+        lines.append(
+            [row["workload"], f"{times[OFF]:.1f}", as_it_comes[0], f"{times[OURS]:.1f}", f"**{ratios[OURS]:.2f}**", as_it_comes[1],
+             f"{ratios[AGAIN]:.2f}", f"{row['foreign']:.0%}", _encoder_goal(row)]
+        )  # fmt: skip
+    return table(header, lines)
+
+
+def _encoder_goal(row: dict[str, Any]) -> str:
+    """A floor is no goal: nothing is taken off it, and the noise of the run stands beside it."""
+    found, goal, floor = row["ratio"][OURS], row["goal"], row["floor"]
+    if row["foreign"] > DISTURBED:
+        return "disturbed"
+    if floor is not None:
+        return f"never below {floor}: " + ("met" if found >= floor else f"**missed**, at {row['ratio'][AGAIN]:.2f} of off against off")
+    return "" if goal is None else f"{goal} " + ("met" if found >= NEAR * goal else "**missed**")
+
+
+def encoder_summary(rows: list[dict[str, Any]]) -> str:
+    """The headline of the README: times of torch with its fast path off / ours."""
+    columns = [(d, way) for d in ("float32", "bfloat16") for way in ("eval", "training")]
+    cells = {
+        (r["workload"], r["dtype"], r["direction"]): f"{r['ratio'][OURS]:.1f}" if r["foreign"] <= DISTURBED else "?" for r in _widest(rows)
+    }
+    return _by_workload(columns, cells, "-")
+
+
+def memory(rows: list[dict[str, Any]]) -> str:
+    """Peaks by contestant, and the share that ours takes."""
+    lines = []
+    for row in rows:
+        peaks = [f"{row['megabytes'][name]:.0f}" if name in row["megabytes"] else "" for name in (MASKED, ON, OURS)]
+        met = "met" if row["ratio"] <= row["goal"] / NEAR else "**missed**"
+        lines.append([row["what"], row["dtype"], row["direction"], *peaks, f"**{row['ratio']:.2f}**", f"at most {row['goal']}: {met}"])
+    return table(["", "dtype", "", "masked, MB", f"{ON}, MB", "ours, MB", "**ours / masked**", "goal"], lines)
 
 
 def attention(rows: list[dict[str, Any]], dtype: str) -> str:
@@ -84,15 +128,50 @@ def batches() -> str:
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """The short table of the README: float32 and bfloat16 ratios, on two threads or whatever the most is."""
-    most = max(r["threads"] for r in rows)
-    rows = [r for r in rows if r["threads"] == most]
-    cells = {(r["workload"], r["dtype"], r["direction"]): f"{r['ratio']['packed']:.1f}" for r in rows if r["foreign"] <= DISTURBED}
     columns = [(d, way) for d in ("float32", "bfloat16") for way in ("forward", "forward+backward")]
+    quiet = [r for r in _widest(rows) if r["foreign"] <= DISTURBED]
+    return _by_workload(columns, {(r["workload"], r["dtype"], r["direction"]): f"{r['ratio']['packed']:.1f}" for r in quiet}, "?")
+
+
+def _widest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with the most threads."""
+    most = max(r["threads"] for r in rows)
+    return [r for r in rows if r["threads"] == most]
+
+
+def _by_workload(columns: Sequence[tuple[str, str]], cells: dict[tuple[str, str, str], str], missing: str) -> str:
     lines = [
-        [f"{w.name}: {w.says}", f"B {len(w.lengths)}, S {w.padded_len}", f"{w.fill:.2f}", *[cells.get((w.name, *c), "?") for c in columns]]
+        [f"{w.name}: {w.says}", f"B {len(w.lengths)}, S {w.padded_len}", f"{w.fill:.2f}",
+         *[cells.get((w.name, *c), missing) for c in columns]]
         for w in WORKLOADS
-    ]
+    ]  # fmt: skip
     return table(["", "batch", "fill", *[f"{d} {way}" for d, way in columns]], lines)
+
+
+def _encoder_parts(rows: list[dict[str, Any]]) -> list[str]:
+    parts = [
+        "## A whole encoder",
+        "`VarlenTransformerEncoder` against `nn.TransformerEncoder` with the same weights: 6 layers, pre-norm, E 512, 8 heads, FF 2048, "
+        "gelu, padded in and out, the bool mask given. Judged against torch with its fast path off, because in evaluation that path, "
+        "which torch comes with, is mostly the slower one on a CPU; in training there is none.",
+    ]
+    for threads in sorted({r["threads"] for r in rows}, reverse=True):
+        for dtype in ("float32", "bfloat16"):
+            for direction in ("eval", "training"):
+                chosen = [r for r in rows if (r["threads"], r["dtype"], r["direction"]) == (threads, dtype, direction)]
+                if chosen:
+                    parts += [f"### {dtype}, {direction}, {_threads(threads)}", encoder(chosen)]
+    return parts
+
+
+def _memory_parts(rows: list[dict[str, Any]]) -> list[str]:
+    return [
+        "## Memory",
+        "Peak of resident memory during one call on w4 beyond what stood before (model, inputs, gradients of the step before), each in a "
+        'process of its own. "Masked" is, for one layer, linear, `F.scaled_dot_product_attention` with a bool mask, linear; for the '
+        "encoder, torch's with its fast path off.",
+        memory(rows),
+    ]
 
 
 def _attention_parts(rows: list[dict[str, Any]]) -> list[str]:
@@ -118,33 +197,52 @@ def _threads(number: int) -> str:
     return "one thread" if number == 1 else f"{number} threads"
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    results = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("attention", "route", "dispatch")}
-    rows = results["attention"]["rows"]
-    where = setting(results["attention"]["environment"])
+def load() -> dict[str, dict[str, Any]]:
+    """What has been measured, by benchmark."""
+    names = ("encoder", "memory", "attention", "route", "dispatch")
+    return {name: json.loads(path.read_text()) for name in names if (path := RESULTS / f"{name}.json").exists()}
+
+
+def tables(results: dict[str, dict[str, Any]]) -> str:
+    """The whole of ``tables.md``; what has not been measured is left out."""
+    rows = {name: result["rows"] for name, result in results.items()}
     parts = [
         "# Results",
-        f"{where}. Written by `python -m benchmarks.report`.",
+        f"{setting(next(iter(results.values()))['environment'])}. Written by `python -m benchmarks.report`.",
         "Every ratio is the median over interleaved rounds of one run, each contestant verified against float64 before. "
         '"Masked" is `F.scaled_dot_product_attention` with a bool mask on `(B, N, S, H)`; 8 heads of 64; "same against same" is the masked '
         'call against itself, that is the noise; "others" is the share of the machine that other processes took, which disturbs '
         "two threads more than one. One thread is timed by its CPU time, two by the wall clock.",
         batches(),
-        *_attention_parts(rows),
-        *_route_parts(results["route"]["rows"]),
-        "## What choosing costs",
-        dispatch(results["dispatch"]["rows"]),
     ]
-    (RESULTS / "tables.md").write_text("\n\n".join(parts) + "\n")
+    sections = {"encoder": _encoder_parts, "memory": _memory_parts, "attention": _attention_parts, "route": _route_parts}
+    parts += [part for name, section in sections.items() if name in rows for part in section(rows[name])]
+    if "dispatch" in rows:
+        parts += ["## What choosing costs", dispatch(rows["dispatch"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def block(results: dict[str, dict[str, Any]]) -> str:
+    """What stands between the markers of the README: the encoder first, because that is what people run."""
+    whole = "A whole encoder of 6 layers, padded in and out: times of `nn.TransformerEncoder`, its fast path off / ours."
+    says = {"encoder": (whole, encoder_summary), "attention": ("Attention only: times of masked SDPA / ours.", summary)}
+    parts = []
+    for name, (caption, short) in says.items():
+        if name in results:
+            rows, where = results[name]["rows"], setting(results[name]["environment"])
+            parts += [f"{caption} {where}, {_threads(max(r['threads'] for r in rows))}.", short(rows)]
+    notes = "A question mark: other processes disturbed the measurement." + (" A dash: not measured." if "encoder" in results else "")
+    return "\n\n".join([*parts, notes])
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    results = load()
+    (RESULTS / "tables.md").write_text(tables(results))
     text = README.read_text()
     if BEGIN in text:
         before, rest = text.split(BEGIN)
-        after = rest.split(END)[1]
-        threads = max(r["threads"] for r in rows)
-        caption = f"{where}, {threads} threads; times of masked SDPA / ours. A question mark: other processes disturbed the measurement."
-        block = f"{caption}\n\n{summary(rows)}"
-        README.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")
+        README.write_text(f"{before}{BEGIN}\n{block(results)}\n{END}{rest.split(END)[1]}")
     print("written: benchmarks/results/tables.md, and the block of README.md")
 
 
