@@ -42,7 +42,8 @@ def in_pieces(layer: Any, x: Tensor, feed_forward: Callable[[Tensor], Tensor]) -
         return feed_forward(x)
     own = type(layer)._ff_block in (nn.TransformerEncoderLayer._ff_block, nn.TransformerDecoderLayer._ff_block)
     parts = (layer.linear1, layer.activation, layer.dropout, layer.linear2)
-    if not own or not all(is_known(p) for p in parts) or any(has_hooks(m) for m in layer.children()):
+    watched = "_ff_block" in vars(layer) or any(has_hooks(m) or "forward" in vars(m) for m in layer.children())
+    if not own or watched or not all(is_known(p) for p in parts):
         return feed_forward(x)
     rows = max(256, _PIECE // (layer.linear1.out_features * x.element_size()))
     if len(x) < 2 * rows:

@@ -155,7 +155,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.modules:
-            return "no attention module, layer or stack of torch's classes was found"
+            return "no attention module, layer or stack of torch's classes was found, or none was enabled"
         rows = [(m.module or "(the model)", m.kind, m.action, m.reason) for m in self.modules]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows]
