@@ -23,6 +23,7 @@ from varlen_attn import (
     VarlenMultiheadAttention,
     record,
     use_backend,
+    varlen_mha,
 )
 from varlen_attn.modules import _Inputs
 from varlen_attn.testing import poison
@@ -648,3 +649,24 @@ def test_repr_shows_what_differs_from_torch() -> None:
     text = repr(VarlenMultiheadAttention(E, N, window=(1, 0)))
     assert "backend='auto'" in text
     assert "window=(1, 0)" in text
+
+
+def test_what_stands_in_slack_rows_is_not_read() -> None:
+    """R-10: NaN in rows of a packed tensor that hold nothing reaches no weight's gradient, in the module and in the function."""
+    _, ours = pair()
+    layout = SeqLayout.from_key_padding_mask(torch.tensor([[False, False, True], [False, True, True]]), capacity=5)
+    clean = torch.randn(5, E, dtype=torch.float64).masked_fill(~layout.valid_rows()[:, None], 0.0)
+    results = []
+    for fill in (0.0, float("nan")):
+        x = clean.masked_fill(~layout.valid_rows()[:, None], fill).requires_grad_()
+        out, _ = ours(x, layout=layout)
+        same = varlen_mha(
+            x, layout=layout, num_heads=N, in_proj_weight=ours.in_proj_weight, in_proj_bias=ours.in_proj_bias,
+            out_proj_weight=ours.out_proj.weight, out_proj_bias=ours.out_proj.bias,
+        )  # fmt: skip
+        valid = layout.valid_rows()
+        loss = out[valid].sum() + same[valid].sum()
+        results.append((out[valid], same[valid], *torch.autograd.grad(loss, [x, *ours.parameters()])))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+        assert bool(a.isfinite().all())

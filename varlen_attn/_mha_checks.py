@@ -52,8 +52,9 @@ def check_inputs(
         order = "(B, L, E)" if module.batch_first else "(L, B, E)"
         shown = None if mask is None else tuple(mask.shape)
         raise type(error)(
-            f"{str(error).rstrip('.')}. Here batch_first={module.batch_first}, so query and key are {order}, key_padding_mask is (B, S) with True at "
-            f"padding; given are query {tuple(query.shape)}, key {tuple(key.shape)}, key_padding_mask {shown}."
+            f"{str(error).rstrip('.')}. Here batch_first={module.batch_first}, so query and key are {order}, "
+            f"key_padding_mask is (B, S) with True at padding; given are query {tuple(query.shape)}, "
+            f"key {tuple(key.shape)}, key_padding_mask {shown}."
         ) from None
 
 

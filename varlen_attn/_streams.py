@@ -12,7 +12,7 @@ from ._masks import read_masks
 from ._mha_checks import check_inputs
 from .dense import additive_mask
 from .errors import ArgumentError, LayoutError
-from .functional import full_layout, pack_rows, unpack_rows
+from .functional import full_layout, pack_rows, unpack_rows, without_slack
 from .layout import SeqLayout
 
 __all__ = ["Masks", "Stream", "enter", "nested_like", "nested_rows"]
@@ -60,7 +60,7 @@ class Stream(NamedTuple):
     def leave(self, rows: Tensor) -> Tensor:
         """``rows`` in the form in which the input came; 0 at padding."""
         if self.form == "packed":
-            return _without_slack(self.layout, rows)
+            return without_slack(self.layout, rows)
         if self.form == "nested":
             return nested_like(self.given, rows, self.layout)
         padded = unpack_rows(self.layout, rows)
@@ -125,7 +125,7 @@ def enter(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Stream |
         x = x.transpose(0, 1)
     facts = read_masks(x, padding, masks.attn, hint=masks.is_causal, compare=masks.compare)
     layout = facts.layout or own or full_layout(x)
-    rows = _without_slack(layout, x) if form in ("packed", "nested") else pack_rows(layout, x, name)
+    rows = without_slack(layout, x) if form in ("packed", "nested") else pack_rows(layout, x, name)
     causal = masks.is_causal if masks.attn is None else not facts.not_causal
     stream = Stream(rows, layout, causal, None if causal else masks.attn, form, given)
     if not facts.additive:
@@ -170,11 +170,6 @@ def _added_to_scores(padding: Tensor, stream: Stream, queries: Stream, num_heads
         other = additive_mask(mask.to(padding.device), padding.dtype).to(padding.dtype)
         added = added + (other.view(shape) if other.dim() == 3 else other)
     return added.reshape(shape[0] * shape[1], *shape[2:])
-
-
-def _without_slack(layout: SeqLayout, rows: Tensor) -> Tensor:
-    """Rows that hold nothing are 0, also where the caller's hold NaN, which gradients of weights would see."""
-    return torch.where(layout.valid_rows()[:, None], rows, 0) if layout.has_slack else rows
 
 
 def _after(len_q: int, len_k: int, device: torch.device) -> Tensor:

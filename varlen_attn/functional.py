@@ -383,6 +383,11 @@ def unpack_rows(layout: SeqLayout, x: Tensor) -> Tensor:
     return layout.unpack(x)
 
 
+def without_slack(layout: SeqLayout, rows: Tensor) -> Tensor:
+    """Packed rows that hold nothing are 0, also where the caller's hold NaN, which gradients of weights would see."""
+    return torch.where(layout.valid_rows().view(-1, *[1] * (rows.dim() - 1)), rows, 0) if layout.has_slack else rows
+
+
 def varlen_mha(
     x: Tensor,
     key_padding_mask: Tensor | None = None,
@@ -451,7 +456,8 @@ def varlen_mha(
         rows = pack_rows(layout, x)
     else:
         assert layout is not None
-        rows = x
+        layout._check(x, (layout.num_rows,), "x")
+        rows = without_slack(layout, x)
     projected = rows if in_proj_weight is None else F.linear(rows, in_proj_weight, in_proj_bias)
     parts = (projected,) * 3 if in_proj_weight is None else projected.chunk(3, dim=-1)
     query, key, value = (p.unflatten(-1, (num_heads, -1)) for p in parts)

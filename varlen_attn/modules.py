@@ -24,7 +24,7 @@ from .backends.base import Backend, state
 from .dense import additive_mask, dense_attention, dense_kernel_name
 from .dispatch import note_dense, requested_backend
 from .errors import ArgumentError, BackendRefused, LayoutError
-from .functional import attend_for, full_layout, pack_rows, unpack_rows
+from .functional import attend_for, full_layout, pack_rows, unpack_rows, without_slack
 from .layout import SeqLayout, is_tracing
 from .problem import Semantics
 
@@ -300,14 +300,14 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         order: str | Backend,
     ) -> Tensor:
         layout_q, layout_k = layouts
-        rows = inputs if inputs.packed else inputs.each(layouts, pack_rows)
-        q, k, v = self._project(*rows[:3])
+        q, k, v = self._project(*inputs.each(layouts, without_slack if inputs.packed else pack_rows)[:3])
         options = {
             "causal": "top_left" if causal else False,
             "window": window,
             "dropout_p": self.dropout if self.training else 0.0,
         }
         out = attend_for(self, q, k, v, layout_q, layout_k, options, order)
+        del q, k, v  # in evaluation nobody else holds them, and the padded output is large
         out = self._project_out(rearrange(out, "t n h -> t (n h)"))
         return out if inputs.packed else unpack_rows(layout_q, out)
 
