@@ -3,6 +3,7 @@
 #   make demo            what the library does, on real text, in under a minute
 #   make test            the tests: those of flash-attn's Triton kernels in Triton's interpreter, then all others with coverage
 #   make check           ruff, ruff format, mypy
+#   make examples        two classifiers, each trained padded and packed: same losses, times and memory beside each other
 #   make bench           the benchmarks of benchmarks/, written to benchmarks/results/
 #   make test-thorough   many more property-test examples
 #   make gpu             the conformance suite on a CUDA device
@@ -27,7 +28,7 @@ WEIGHTS := distillmos==0.9.1 xls-r-sqa==0.1.0
 
 COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
-.PHONY: help setup demo test check format bench test-thorough gpu real clean
+.PHONY: help setup demo examples test check format bench test-thorough gpu real clean
 .DEFAULT_GOAL := help
 
 help:
@@ -63,6 +64,10 @@ $(REAL): $(STAMP)
 
 demo: $(STAMP)
 	@$(BIN)/python -m varlen_attn demo
+
+examples: $(STAMP)
+	$(BIN)/python -m examples.train_text_classifier
+	$(BIN)/python -m examples.train_audio_classifier
 
 test: $(STAMP)
 	@if grep -q yes $(LANE); then $(LANE_ENV) $(BIN)/python -m pytest tests/lane -q -p no:cacheprovider; \
