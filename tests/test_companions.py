@@ -509,3 +509,10 @@ def test_a_layout_from_outside_of_the_compiled_function() -> None:  # R-18
         layout, x = SeqLayout.from_lengths(counts, 8), torch.randn(3, 8, CHANNELS, dtype=torch.float64)
         torch.testing.assert_close(compiled(x, layout), model(x, layout))
     assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool1d(3, 1, 1), nn.MaxPool1d(2, 2, ceil_mode=True), nn.AvgPool1d(2, 2, ceil_mode=True)], ids=str)
+def test_pools_that_would_read_the_zeros_are_refused(pool: nn.Module) -> None:
+    layout = SeqLayout.from_lengths([4, 2])
+    with pytest.raises(ArgumentError, match="`conv` must be a convolution, but is"):
+        varlen_conv1d(pool, -torch.ones(6, 3), layout)

@@ -188,7 +188,7 @@ def without_classes(facts: list[Any]) -> list[Any]:
 
 
 def reasons(report: Report) -> dict[str, str]:
-    return {m.module: m.reason for m in report.left_alone}
+    return {m.module: m.reason for m in report.modules if m.action in ("left alone", "restored")}
 
 
 def quietly(model: nn.Module, **options: Any) -> Report:
@@ -302,7 +302,9 @@ def test_levels_and_options_replace_each_other() -> None:
     model = Everything()
     for arguments in options:
         fresh = Everything()
-        assert enable(model, **arguments) == enable(fresh, **arguments)
+        again, first = enable(model, **arguments), enable(fresh, **arguments)
+        alone = [(m.module, m.kind, "left alone" if m.action == "restored" else m.action, m.reason) for m in again.modules]
+        assert alone == [(m.module, m.kind, m.action, m.reason) for m in first.modules]
         assert [type(m) for m in model.modules()] == [type(m) for m in fresh.modules()]
     disable(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in Everything().modules()]
@@ -313,7 +315,9 @@ def test_what_gained_hooks_is_converted_no_longer() -> None:
     before = [type(m) for m in model.layers[0].modules()]
     enable(model)
     model.layers[0].linear1.register_forward_hook(lambda *args: None)
-    assert "linear1: has hooks" in reasons(enable(model))["layers.0"]
+    report = enable(model)
+    assert "linear1: has hooks" in reasons(report)["layers.0"]
+    assert [m.module for m in report.modules if m.action == "restored"] == ["layers.0", "layers.0.self_attn"]
     assert [type(m) for m in model.layers[0].modules()] == before
 
 
@@ -661,6 +665,20 @@ class TransposedBatchNorm(nn.Module):
         return self.norm(x.transpose(-1, -2)).transpose(-1, -2) if x.dim() == 3 else self.norm(x)
 
 
+class LookAhead(nn.Module):
+    """Reads the next token, and nothing before its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        following = x[..., 1:, :]
+        return x + 0.5 * F.pad(following, (0, 0, 0, 1))
+
+
+def replaced_batch_norm(x: Any) -> Any:
+    x.norm1 = TransposedBatchNorm()
+    x.norm1.forward = x.norm1.forward
+    return x
+
+
 class Conv(nn.Module):
     """Mixes neighbours, and not even that before it has been trained, if ``zero``."""
 
@@ -759,6 +777,8 @@ PECULIAR: dict[str, tuple[Callable[[Any], Any], str]] = {
     "compiled": (compiled, "compiled: call enable before torch.compile"),
     "batch norm": (put("norm1", TransposedBatchNorm), r"norm1 \(TransposedBatchNorm\) is not token-wise"),
     "sequence norm": (put("norm2", SequenceNorm), r"norm2 \(SequenceNorm\) is not token-wise"),
+    "batch norm with its forward replaced": (replaced_batch_norm, "norm1.*: its forward was replaced on the object"),
+    "look-ahead": (put("norm1", LookAhead), r"norm1 \(LookAhead\) is not token-wise"),
     "layer norm over the sequence": (put("norm1", lambda: nn.LayerNorm((5, D), dtype=torch.float64)), r"norm1 \(LayerNorm\)"),
     "rms norm over the sequence": (put("norm1", lambda: nn.RMSNorm((5, D), dtype=torch.float64)), r"norm1 \(RMSNorm\)"),
     "convolution": (put("linear1", Conv), r"linear1 \(Conv\) is not token-wise"),
@@ -771,7 +791,9 @@ PECULIAR: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 # These read padding, so that the layers before them must go on giving what they gave there.
-MIXING = [name for name, (_, why) in PECULIAR.items() if "token-wise" in why or "Norm" in why]
+MIXING = [
+    name for name, (_, why) in PECULIAR.items() if "token-wise" in why or "Norm" in why or name == "batch norm with its forward replaced"
+]
 
 
 def peculiar_stack(spoil: Callable[[Any], Any], which: tuple[int, ...] = (1,), layers: int = 2) -> Any:
@@ -1501,3 +1523,38 @@ def test_layers_of_ones_own_in_torchs_stack() -> None:
     assert reasons(report) == {"": "none of its layers can be converted"}
     assert len(report.converted) == 2
     assert_same(results(model), want)
+
+
+def test_a_decoders_activation_is_tried_as_it_is() -> None:
+    """Copies of torch's decoder layers forget an activation that is a module."""
+    model = decoder()
+    model.layers[1].activation = nn.Softmax(dim=1)
+    report = quietly(model)
+    assert "activation (Softmax) is not token-wise" in reasons(report)["layers.1"]
+    assert not report.converted
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_jit_trace_is_refused_with_the_way_out() -> None:
+    """R-56: a trace would keep one batch's number of tokens."""
+    model = stack().eval()
+    x, mask = torch.randn(3, 5, D, dtype=torch.float64), PADDING
+    enable(model)
+    with pytest.raises(ArgumentError, match=r"call varlen_attn.disable\(model\) before it"):
+        torch.jit.trace(lambda x, mask: model(x, src_key_padding_mask=mask), (x, mask))
+    lone = VarlenMultiheadAttention(D, N, batch_first=True, dtype=torch.float64)
+    with pytest.raises(ArgumentError, match=r"torch\.jit\.trace can not record packing"):
+        torch.jit.trace(lambda x, mask: lone(x, key_padding_mask=mask)[0], (x, mask))
+
+
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>")
+def test_attention_level_packs_in_compiled_code_too() -> None:
+    """torch's own stack would hand float masks on, which may hold anything while tracing."""
+    model = stack().eval()
+    want = encode(model)
+    enable(model, level="attention")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with record() as log, torch.no_grad():
+        got = compiled(rows(), src_key_padding_mask=PADDING)
+    assert_same([got[~PADDING]], [want])
+    assert {c.backend for c in log.calls} == {"cpu"}

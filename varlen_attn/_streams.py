@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ._call_checks import check_layouts
 from ._masks import read_masks
-from ._mha_checks import check_inputs
+from ._mha_checks import check_inputs, refuse_jit_trace
 from .dense import additive_mask
 from .errors import ArgumentError, LayoutError
 from .functional import full_layout, pack_rows, unpack_rows, without_slack
@@ -108,7 +108,11 @@ def enter(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Stream |
         masks: of the keys, which are in ``x``.
         queries: who attends to ``x``; ``x`` itself if left out.
     """
-    check_layouts(*((masks.layout, None) if queries is None else (None, masks.layout)))
+    if queries is None:
+        check_layouts(masks.layout, None)
+    else:
+        check_layouts(None, masks.layout)
+    refuse_jit_trace()
     form = _form(attn, x, masks.layout)
     if masks.layout is not None and masks.key_padding is not None:
         raise ArgumentError("pass a key padding mask or a layout, not both: nothing says which one counts.")

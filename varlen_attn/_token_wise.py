@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["has_hooks", "in_pieces", "is_known"]
+from .layout import is_tracing
+
+__all__ = ["faithful_copy", "has_hooks", "in_pieces", "is_known"]
 
 TOKEN_WISE = (
     nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.Dropout,
@@ -33,12 +36,25 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, None) for name in names)
 
 
+def faithful_copy(module: nn.Module, instead: dict[int, Any] | None = None) -> nn.Module:
+    """`copy.deepcopy`, but for torch's decoder layers, whose copies forget an activation that is a module and compute ReLU.
+
+    ``instead``: what stands in place of objects, by their ids.
+    """
+    copied = copy.deepcopy(module, instead)
+    others = dict(copied.named_modules())
+    for name, source in module.named_modules():
+        if isinstance(source, nn.TransformerDecoderLayer) and "activation" in source._modules and "activation" not in vars(source):
+            others[name].__dict__.pop("activation", None)
+    return copied
+
+
 def in_pieces(layer: Any, x: Tensor, feed_forward: Callable[[Tensor], Tensor]) -> Tensor:
     """``feed_forward(x)`` of a transformer layer, a piece of the rows at a time where that is faster and nobody can tell.
 
     That is on a CPU, where no gradients need the inner rows, and with modules whose calls nobody counts.
     """
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dim() != 2 or torch.is_grad_enabled() or layer.training:
+    if is_tracing(x) or x.device.type != "cpu" or x.dim() != 2 or torch.is_grad_enabled() or layer.training:
         return feed_forward(x)
     own = type(layer)._ff_block in (nn.TransformerEncoderLayer._ff_block, nn.TransformerDecoderLayer._ff_block)
     parts = (layer.linear1, layer.activation, layer.dropout, layer.linear2)

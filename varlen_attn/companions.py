@@ -126,7 +126,8 @@ def varlen_conv1d(conv: Callable[[Tensor], Tensor], rows: Tensor, layout: SeqLay
         result = after
     x_BSC = before.unpack(rows)
     # torch refuses to convolve less than one frame: zeros make one, which is not taken over.
-    x_BSC = F.pad(x_BSC, (0, 0, 0, max(step.reach - before.padded_len, 1 - before.padded_len, 0)))
+    short = max(step.reach, 1) - before.padded_len
+    x_BSC = F.pad(x_BSC, (0, 0, 0, short)) if short > 0 else x_BSC
     made_BCS = conv(x_BSC.transpose(1, 2))
     columns, expected, made = x_BSC.shape[1], step.frames(x_BSC.shape[1]), made_BCS.shape[-1]
     if made != expected:
@@ -138,6 +139,11 @@ def varlen_conv1d(conv: Callable[[Tensor], Tensor], rows: Tensor, layout: SeqLay
 
 
 def _step(conv: Any) -> Step:
+    if hasattr(conv, "return_indices") or getattr(conv, "ceil_mode", False):
+        raise ArgumentError(
+            f"`conv` must be a convolution, but is {type(conv).__name__}: the largest value of a window reads the zeros at padding, and "
+            "ceil_mode makes frames of them. Pool each sample of layout.split(rows) alone."
+        )
     mode = getattr(conv, "padding_mode", "zeros")
     if mode != "zeros":
         raise ArgumentError(

@@ -13,8 +13,15 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 
-from ._enablable import LAYERS, Candidate, candidates, packs_already, torch_class, unwrapped
-from .encoder import VarlenTransformerDecoder, VarlenTransformerDecoderLayer, VarlenTransformerEncoder, VarlenTransformerEncoderLayer
+from ._enablable import LAYERS, Candidate, candidates, packs_already, torch_class
+from ._masks import read_masks
+from .encoder import (
+    VarlenTransformerDecoder,
+    VarlenTransformerDecoderLayer,
+    VarlenTransformerEncoder,
+    VarlenTransformerEncoderLayer,
+    unwrapped,
+)
 from .errors import ArgumentError, VarlenWarning, warn
 from .modules import VarlenMultiheadAttention
 
@@ -47,6 +54,8 @@ class EnabledMultiheadAttention(VarlenMultiheadAttention):
 
 
 class EnabledMultiheadAttentionWithoutWeights(VarlenMultiheadAttention):
+    """Enabled with ``need_weights=False``."""
+
     torch_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
 
 
@@ -66,7 +75,7 @@ class EnabledTransformerDecoder(VarlenTransformerDecoder):
     torch_class: ClassVar[type[nn.Module]] = nn.TransformerDecoder
 
 
-class CallingTransformerEncoderLayer(EnabledTransformerEncoderLayer):
+class AttentionOnlyTransformerEncoderLayer(EnabledTransformerEncoderLayer):
     """torch's layer on padded tensors, without its fast path: that reads the weights of ``self_attn`` and never calls it."""
 
     torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoderLayer
@@ -90,18 +99,10 @@ class CallingTransformerEncoderLayer(EnabledTransformerEncoderLayer):
         return out
 
 
-class CallingTransformerEncoder(EnabledTransformerEncoder):
-    """torch's stack on padded tensors. Without nested ones, which end the process where compiled code of a layer is given them."""
+class AttentionOnlyTransformerEncoder(EnabledTransformerEncoder):
+    """torch's stack on padded tensors, with the caller's masks and without nested tensors."""
 
     torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoder
-
-    @property
-    def use_nested_tensor(self) -> bool:
-        return False
-
-    @use_nested_tensor.setter
-    def use_nested_tensor(self, value: bool) -> None:
-        vars(self)["use_nested_tensor"] = value
 
     def forward(
         self,
@@ -113,7 +114,12 @@ class CallingTransformerEncoder(EnabledTransformerEncoder):
     ) -> Tensor:
         if src.is_nested or options:
             return super().forward(src, mask, src_key_padding_mask, is_causal, **options)
-        return nn.TransformerEncoder.forward(self, src, mask, src_key_padding_mask, is_causal)
+        facts = read_masks(src, None, mask, hint=bool(is_causal), compare=True)
+        causal = bool(is_causal) if mask is None else not facts.not_causal
+        x = src
+        for layer in self.layers:
+            x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
+        return x if self.norm is None else self.norm(x)
 
 
 # -------------------------------------------------------------------- the report
@@ -126,7 +132,7 @@ class ModuleReport:
     Attributes:
         module: qualified name, "" for the model itself.
         kind: its class before, for example ``"TransformerEncoderLayer"``.
-        action: "converted", "left alone", "built so" (one of our classes already) or, by `disable`, "restored".
+        action: "converted", "left alone", "built so" (one of our classes already) or "restored" (torch's class again).
         reason: why it was left alone, or what is worth knowing.
     """
 
@@ -187,22 +193,30 @@ def enable(model: nn.Module, level: Level = "auto", *, need_weights: bool = True
     Weights, `state_dict` and training mode stay. What changes: rows of padding come back as exactly 0. Only exactly torch's classes are
     converted; subclasses, parametrised, quantised, compiled and scripted modules are left alone. Layers whose norms, activation or
     linear layers were replaced are converted if a trial on a copy shows that these are token-wise; where one of them mixes tokens, it
-    reads padding, and the whole stack is left alone. A `VarlenWarning` says when nothing was converted. Enabling twice is enabling once.
+    reads padding, and the whole stack is left alone. A `VarlenWarning` says when nothing was converted. Enabling twice is enabling once,
+    and every call decides anew: what has been compiled or hooked since gets its class back, and the report says so.
+
+    Whoever reads padding sees another number there: a mean over all columns, and a decoder that is given no
+    ``memory_key_padding_mask`` and attends to the memory's padding.
     """
     _check(model)
     _check_options(level, need_weights, hooks)
     found = candidates(model, hooks)
     decisions = [_decide(c, found, "attention" if level == "attention" else "model", need_weights) for c in found]
-    for candidate, decision in zip(found, decisions, strict=True):
-        new_class = decision.new_class or torch_class(candidate.module)
-        if type(candidate.module) is not new_class:
-            candidate.module.__class__ = new_class
-    report = Report(
-        tuple(ModuleReport(c.name, torch_class(c.module).__name__, d.action, d.reason) for c, d in zip(found, decisions, strict=True))
-    )
+    report = Report(tuple(_carry_out(c, d) for c, d in zip(found, decisions, strict=True)))
     if not any(m.action in ("converted", "built so") for m in report.modules):
         warn(f"nothing was converted, the model computes padding as before: {report}.", VarlenWarning)
     return report
+
+
+def _carry_out(candidate: Candidate, decision: _Decision) -> ModuleReport:
+    module, original = candidate.module, torch_class(candidate.module)
+    new_class = decision.new_class or original
+    action = decision.action
+    if type(module) is not new_class:
+        module.__class__ = new_class
+        action = action if decision.new_class else "restored"
+    return ModuleReport(candidate.name, original.__name__, action, decision.reason)
 
 
 def disable(model: nn.Module) -> Report:
@@ -210,6 +224,9 @@ def disable(model: nn.Module) -> Report:
 
     Returns:
         What was restored.
+
+    Raises:
+        ArgumentError: ``model`` is no module.
     """
     _check(model)
     restored = []
@@ -228,7 +245,11 @@ def disable(model: nn.Module) -> Report:
 def enabled(
     model: nn.Module, level: Level = "auto", *, need_weights: bool = True, hooks: Literal["leave", "packed"] = "leave"
 ) -> Iterator[Report]:
-    """``with enabled(model) as report``: `enable` for the length of a block; afterwards every module is what it was before."""
+    """``with enabled(model) as report``: `enable` for the length of a block; afterwards every module is what it was before.
+
+    Raises:
+        ArgumentError: as `enable`.
+    """
     _check(model)
     before = [(module, type(module), torch_class(module)) for module in model.modules()]
     try:
@@ -268,8 +289,8 @@ _NEW_CLASSES: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {
     ("model", nn.TransformerEncoderLayer): EnabledTransformerEncoderLayer,
     ("model", nn.TransformerDecoder): EnabledTransformerDecoder,
     ("model", nn.TransformerDecoderLayer): EnabledTransformerDecoderLayer,
-    ("attention", nn.TransformerEncoder): CallingTransformerEncoder,
-    ("attention", nn.TransformerEncoderLayer): CallingTransformerEncoderLayer,
+    ("attention", nn.TransformerEncoder): AttentionOnlyTransformerEncoder,
+    ("attention", nn.TransformerEncoderLayer): AttentionOnlyTransformerEncoderLayer,
 }
 _ATTENTION_ONLY = 'level="attention" changes calls of attention only'
 

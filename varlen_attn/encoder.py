@@ -25,6 +25,9 @@ from .modules import VarlenMultiheadAttention
 __all__ = ["VarlenTransformerDecoder", "VarlenTransformerDecoderLayer", "VarlenTransformerEncoder", "VarlenTransformerEncoderLayer"]
 
 
+_ATTENTIONS = (nn.MultiheadAttention, VarlenMultiheadAttention)
+
+
 class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
     """Drop-in for `torch.nn.TransformerEncoderLayer` that computes real tokens only.
 
@@ -122,7 +125,7 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
         self.enable_nested_tensor = enable_nested_tensor
         for layer in self.layers:
-            if type(layer) is nn.TransformerEncoderLayer and type(layer.self_attn) is nn.MultiheadAttention:
+            if type(layer) is nn.TransformerEncoderLayer and type(layer.self_attn) in _ATTENTIONS:
                 layer.__class__ = VarlenTransformerEncoderLayer
                 layer.self_attn.__class__ = VarlenMultiheadAttention
 
@@ -160,7 +163,7 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
         stream = enter(first.self_attn, "src", src, Masks(src_key_padding_mask, mask, bool(is_causal), layout, compare=True))
         x = stream.rows
         for layer in self.layers:
-            if _takes_layout(layer):
+            if _takes(layer, "layout"):
                 x = layer(x, src_mask=stream.mask, is_causal=stream.causal, layout=stream.layout)
             else:
                 x = _padded_encoder_layer(layer, x, stream)
@@ -263,7 +266,7 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
         super().__init__(decoder_layer, num_layers, norm)
         for layer in self.layers:
             attns = (getattr(layer, "self_attn", None), getattr(layer, "multihead_attn", None))
-            if type(layer) is nn.TransformerDecoderLayer and all(type(a) is nn.MultiheadAttention for a in attns):
+            if type(layer) is nn.TransformerDecoderLayer and all(type(a) in _ATTENTIONS for a in attns):
                 layer.__class__ = VarlenTransformerDecoderLayer
                 for attn in attns:
                     attn.__class__ = VarlenMultiheadAttention
@@ -289,7 +292,7 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
         source = enter(first.multihead_attn, "memory", memory, masks, target)
         x = target.rows
         for layer in self.layers:
-            if _takes_layout(layer):
+            if _takes(layer, "layout", "layout_kv"):
                 x = layer(
                     x, source.rows, tgt_mask=target.mask, memory_mask=source.mask, tgt_is_causal=target.causal,
                     memory_is_causal=source.causal, layout=target.layout, layout_kv=source.layout,
@@ -309,10 +312,9 @@ def _attention(attn: nn.Module, x: Tensor, memory: Tensor, target: Stream, sourc
 
     The masks are those of ``source``: of the keys.
     """
-    key = x if memory is x else memory
     if isinstance(attn, VarlenMultiheadAttention):
         layouts = {"layout": target.layout, "layout_kv": source.layout}
-        out: Tensor = attn(x, key, key, need_weights=False, attn_mask=source.mask, is_causal=source.causal, **layouts)[0]
+        out: Tensor = attn(x, memory, memory, need_weights=False, attn_mask=source.mask, is_causal=source.causal, **layouts)[0]
         return out
     query = target.padded(x, attn)
     key = query if memory is x else source.padded(memory, attn)
@@ -332,11 +334,17 @@ def _padded_block(layer: nn.Module, block: Callable[..., Tensor], rows: tuple[Te
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
-def _takes_layout(layer: nn.Module) -> bool:
-    while (inner := next((layer._modules[name] for name in _WRAPPED if name in layer._modules), None)) is not None:
-        layer = inner
+def unwrapped(layer: nn.Module) -> nn.Module:
+    """What a stack sees in a wrapper that passes everything on."""
+    inner = next((layer._modules[name] for name in _WRAPPED if name in layer._modules), None)
+    return layer if inner is None else unwrapped(inner)
+
+
+def _takes(layer: nn.Module, *names: str) -> bool:
+    """Whether a layer can be called on packed rows, with these layouts."""
+    layer = unwrapped(layer)
     ours = (VarlenTransformerEncoderLayer, VarlenTransformerDecoderLayer)
-    return isinstance(layer, ours) or "layout" in inspect.signature(type(layer).forward).parameters
+    return isinstance(layer, ours) or {*names} <= {*inspect.signature(type(layer).forward).parameters}
 
 
 def _padded_encoder_layer(layer: nn.Module, x: Tensor, stream: Stream) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ._call_checks import check_holes, check_layouts
 from ._masks import read_masks
-from ._mha_checks import check_inputs, mha_shape_check
+from ._mha_checks import check_inputs, mha_shape_check, refuse_jit_trace
 from ._streams import nested_like, nested_rows
 from .backends._maths import visible_mask
 from .backends.base import Backend, state
@@ -150,6 +150,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             ArgumentError, LayoutError: layouts that do not fit.
             BackendRefused: the ordered backend can not run the call.
         """
+        refuse_jit_trace()
         key = query if key is None else key
         value = key if value is None else value
         order = requested_backend(self.backend if backend is None else backend)
@@ -214,7 +215,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         shifted = is_causal and apart and not all(x.right_padded for x in layouts)
         reasons = (
             (need_weights, "need_weights=True: weights exist only in the dense computation, flash was bypassed for them alone"),
-            (facts.not_causal, "attn_mask is not known to be causal"),
+            (facts.not_causal, "attn_mask is not known to be causal, or the padding mask of a stack is additive"),
             (facts.additive, "key_padding_mask is additive: it has values other than 0 and -inf, or wants a gradient"),
             (shifted, "causal with unlike padding of queries and keys: columns, which torch compares, differ from packed positions"),
             (windowed and apart and inputs.self_attention, "a window over padded rows, which zero_padding_rows=False keeps"),

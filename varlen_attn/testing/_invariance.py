@@ -92,7 +92,8 @@ def check_padding_invariance(
         layout: which tokens are real, a layout or a ``key_padding_mask`` (True is padding). Left out, it is found in the batch: a layout,
             the keyword ``attention_mask`` (1 is a token), one that ends in ``key_padding_mask``, a positional bool ``(B, S)`` (True is
             padding); else ``(B,)`` lengths, positional integers or a keyword with "len" (floats are parts of S).
-        tolerance: the largest difference allowed, times the largest value of the sample where that is above 1.
+        tolerance: the largest difference allowed, times the largest value of the sample where that is above 1; at least 16 rounding
+            steps where the model does not run in float64.
         batch_first: which axis of an input is the batch's, where ``S == B`` leaves it open.
         poison: run the batch a second time, with random numbers at padding of its floating inputs. False for a model that is promised
             zeros there.
@@ -107,10 +108,17 @@ def check_padding_invariance(
     """
     given = PaddedBatch.of(batch, layout, batch_first)
     skipped = tuple(i for i in range(given.samples) if not len(given.columns[i]))
-    if len(skipped) == given.samples:
+    if skipped and len(skipped) == given.samples:
+        raise ArgumentError(
+            "`batch` must have a token, but by its mask everything is padding: torch's key_padding_mask is True at padding, and a Hugging "
+            "Face attention_mask is 1 at tokens and must be passed under that name."
+        )
+    if not given.samples:
         return InvarianceReport((), {}, skipped, 0.0, False, torch.float64)
     with undisturbed(given.device):
         recorder, whole = run_batch(model, given)
+        # In half precision two shapes round differently; a leak is far above that.
+        tolerance = tolerance if recorder.double else max(tolerance, 16 * torch.finfo(recorder.dtype).eps)
         alone = run_alone(recorder, given)
         comparison = _Comparison(alone, given, tolerance)
         poisoned = given.poisoned() if poison else None
@@ -121,6 +129,12 @@ def check_padding_invariance(
         if leak is not None:
             _refuse_random(whole, recorder.run(given.inputs), leak.event, tolerance)
             raise AssertionError(leak.message(given, tolerance, hidden=hidden))
+    own = comparison.not_compared.get("")
+    if own is not None:
+        raise ArgumentError(
+            f"`model` must have an output that can be compared, but {own}: nothing says whether it depends on padding. "
+            "Check the part of the model before that, or a batch that is padded on the right."
+        )
     if not comparison.compared:
         raise ArgumentError(f"`model` must have an output that can be compared, but has none: {comparison.not_compared}.")
     others = comparison.not_compared | dict.fromkeys(recorder.unused(), "it is never called")

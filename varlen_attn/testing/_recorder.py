@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
+from .._token_wise import faithful_copy
 from ..errors import ArgumentError
 from ._batch import Inputs, PaddedBatch, map_tensors, tensors_in
 
@@ -41,7 +41,7 @@ class Recorder:
 
     def __init__(self, model: nn.Module, *, double: bool) -> None:
         try:
-            self.model = copy.deepcopy(model).eval()
+            self.model = faithful_copy(model).eval()
         except Exception as error:
             raise ArgumentError(
                 f"`model` must be one that copy.deepcopy can copy, but is {type(model).__name__!r}, where that raises {error!r}: "
