@@ -777,7 +777,7 @@ PECULIAR: dict[str, tuple[Callable[[Any], Any], str]] = {
     "compiled": (compiled, "compiled: call enable before torch.compile"),
     "batch norm": (put("norm1", TransposedBatchNorm), r"norm1 \(TransposedBatchNorm\) is not token-wise"),
     "sequence norm": (put("norm2", SequenceNorm), r"norm2 \(SequenceNorm\) is not token-wise"),
-    "batch norm with its forward replaced": (replaced_batch_norm, "norm1.*: its forward was replaced on the object"),
+    "batch norm, forward replaced": (replaced_batch_norm, "norm1.*: its forward was replaced on the object"),
     "look-ahead": (put("norm1", LookAhead), r"norm1 \(LookAhead\) is not token-wise"),
     "layer norm over the sequence": (put("norm1", lambda: nn.LayerNorm((5, D), dtype=torch.float64)), r"norm1 \(LayerNorm\)"),
     "rms norm over the sequence": (put("norm1", lambda: nn.RMSNorm((5, D), dtype=torch.float64)), r"norm1 \(RMSNorm\)"),
@@ -791,9 +791,7 @@ PECULIAR: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 # These read padding, so that the layers before them must go on giving what they gave there.
-MIXING = [
-    name for name, (_, why) in PECULIAR.items() if "token-wise" in why or "Norm" in why or name == "batch norm with its forward replaced"
-]
+MIXING = [name for name, (_, why) in PECULIAR.items() if "token-wise" in why or "Norm" in why or name == "batch norm, forward replaced"]
 
 
 def peculiar_stack(spoil: Callable[[Any], Any], which: tuple[int, ...] = (1,), layers: int = 2) -> Any:
