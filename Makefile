@@ -86,7 +86,7 @@ real: $(REAL)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy varlen_attn benchmarks
+	$(BIN)/mypy varlen_attn benchmarks examples
 
 format: $(STAMP)
 	$(BIN)/ruff format .

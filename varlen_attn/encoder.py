@@ -72,7 +72,8 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
             src_mask: ``(S, S)`` or ``(B*N, S, S)``; True hides. Exactly causal masks are recognised and run packed; for all others
                 attention is computed the padded way, and the rest of the layer packed. With packed ``src`` it is compared only if
                 ``is_causal`` says so.
-            src_key_padding_mask: ``(B, S)``, True is padding.
+            src_key_padding_mask: ``(B, S)``, True is padding. Floats are added to the scores, as torch does: -inf is padding, and with
+                other values than 0 and -inf attention is computed the padded way.
             is_causal: query i sees keys up to i; no mask needed.
             layout: in place of the mask, (B, S) whatever ``batch_first``.
 
@@ -82,6 +83,9 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
         Raises:
             AssertionError, RuntimeError: what torch raises for shapes and masks, with our fix appended.
             ArgumentError, LayoutError: a layout that does not fit, or together with a mask.
+
+        In plain PyTorch: ``nn.TransformerEncoderLayer.forward(self, src, src_mask, src_key_padding_mask)``, times
+        ``~src_key_padding_mask[..., None]``.
         """
         # Packed rows come from an encoder, which has compared the mask already.
         compare = is_causal or layout is None or src.dim() != 2
@@ -145,7 +149,8 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
                 or a nested tensor.
             mask: ``(S, S)`` or ``(B*N, S, S)``; True hides. Compared with the causal mask once, in the layout's one transfer; while
                 tracing ``is_causal`` is trusted instead, as torch documents. Any other mask: attention is computed the padded way.
-            src_key_padding_mask: ``(B, S)``, True is padding.
+            src_key_padding_mask: ``(B, S)``, True is padding. Floats are added to the scores, as torch does: -inf is padding, and with
+                other values than 0 and -inf attention is computed the padded way.
             is_causal: True is causal without a mask too.
             layout: in place of the mask, (B, S) whatever ``batch_first``.
 
@@ -216,7 +221,9 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
             memory: ``(B, S, D)`` likewise; packed with ``layout_kv``.
             tgt_mask, memory_mask: ``(L, L)`` and ``(L, S)``, or one for each head; True hides. As ``src_mask`` of
                 `VarlenTransformerEncoderLayer`.
-            tgt_key_padding_mask, memory_key_padding_mask: ``(B, L)`` and ``(B, S)``, True is padding.
+            tgt_key_padding_mask, memory_key_padding_mask: ``(B, L)`` and ``(B, S)``, True is padding; floats as in
+                `VarlenTransformerEncoderLayer`. Without one every token is real: without a memory mask, targets attend to what
+                stands at the memory's padding.
             tgt_is_causal, memory_is_causal: target i sees targets, or memory, up to i; no mask needed.
             layout, layout_kv: of targets and of memory, in place of their padding masks.
 
@@ -224,7 +231,10 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
             The shape of ``tgt``; exactly 0 at its padding.
 
         Raises:
-            as `VarlenTransformerEncoderLayer`.
+            AssertionError, RuntimeError: what torch raises for shapes and masks, with our fix appended.
+            ArgumentError, LayoutError: layouts that do not fit, or together with a mask, or one where two are needed.
+
+        In plain PyTorch: ``nn.TransformerDecoderLayer.forward`` with the same masks, times ``~tgt_key_padding_mask[..., None]``.
         """
         # Packed rows come from a decoder, which has compared the masks already.
         compare = tgt_is_causal or layout is None or tgt.dim() != 2
@@ -285,7 +295,13 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
         layout: SeqLayout | None = None,
         layout_kv: SeqLayout | None = None,
     ) -> Tensor:
-        """The stack of layers, and the final norm: arguments and results as `VarlenTransformerDecoderLayer`."""
+        """The stack of layers, and the final norm.
+
+        Args, Returns, Raises: as `VarlenTransformerDecoderLayer`. Both masks are compared with causal ones once for all layers, where
+        ``tgt_is_causal`` is None too; targets and memory are packed once.
+
+        In plain PyTorch: ``nn.TransformerDecoder.forward`` with the same masks, times ``~tgt_key_padding_mask[..., None]``.
+        """
         first = self.layers[0]
         target = enter(first.self_attn, "tgt", tgt, Masks(tgt_key_padding_mask, tgt_mask, bool(tgt_is_causal), layout, compare=True))
         masks = Masks(memory_key_padding_mask, memory_mask, memory_is_causal, layout_kv, compare=True)

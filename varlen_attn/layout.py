@@ -404,7 +404,10 @@ class SeqLayout:
         return torch.nested.nested_tensor_from_jagged(x, offsets=offsets, **bounds)
 
     def pool(self, x: Tensor, how: Pooling) -> Tensor:
-        """``(T, D) -> (Q, D)``: mean, max, sum, first or last token of each sequence; 0 for an empty one.
+        """``(T, ...) -> (Q, ...)``: mean, max, sum, first or last token of each sequence; 0 for an empty one.
+
+        Of losses of tokens ``(T,)`` it makes one for each sequence: ``layout.pool(F.cross_entropy(logits, targets, reduction="none"),
+        "mean").mean()`` lets every sequence count alike, whatever its length.
 
         Sums and means of half precision accumulate in float32. The mean in plain PyTorch:
         ``(padded * real[..., None]).sum(1) / real.sum(1, keepdim=True)``.
