@@ -35,9 +35,9 @@ MAX_TOKENS = 512
 VOCABULARY = 8192
 DOCSTRINGS = 2048
 DIM, HEADS, LAYERS = 256, 4, 4
-TIMED_BATCHES = 3
+TIMED_BATCHES = 2
 ROUNDS = 9
-SECONDS = {"encoder": 11.0, "attention": 4.0}  # of timing, for each direction: then no further round
+SECONDS = {"encoder": 8.0, "attention": 3.0}  # of timing, for each direction: then no further round
 BUSY = 0.75  # load of the last minute, for each thread, above which times are not to be trusted
 
 
