@@ -8,10 +8,8 @@ see padded tensors, while everything inside of the encoder, feed-forward layers 
 
 from __future__ import annotations
 
-import ast
 import copy
 import sysconfig
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varlen_attn import enable
-from varlen_attn.demo import MAX_TOKENS, VOCABULARY, tokenise
+from varlen_attn.demo import MAX_TOKENS, VOCABULARY, docstrings_in, tokenise
 
 if TYPE_CHECKING or __package__:
     from ._compare import Batch, Training, arguments, compare
@@ -72,14 +70,8 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 def documents(classes: int) -> list[tuple[list[int], int]]:
     """Token ids and class of every docstring in the biggest files of the standard library; each file is a class."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda path: (-path.stat().st_size, path.name))
-    found = []
-    for label, path in enumerate(files[:classes]):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in strings
-            nodes = ast.walk(ast.parse(path.read_bytes()))
-        texts = [ast.get_docstring(n) for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
-        found += [(ids, label) for text in texts if text and (ids := tokenise(text))]
-    return found
+    found = [(tokenise(text), label) for label, path in enumerate(files[:classes]) for text in docstrings_in(path)]
+    return [(ids, label) for ids, label in found if ids]
 
 
 def shuffled_batches(sizes: Sizes) -> list[Batch]:

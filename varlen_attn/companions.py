@@ -109,7 +109,8 @@ def varlen_conv1d(conv: Callable[[Tensor], Tensor], rows: Tensor, layout: SeqLay
         ``(T', C_out)`` and its layout.
 
     Raises:
-        ArgumentError: ``conv`` has no such attributes, or another ``padding_mode`` than "zeros", which would read the padded row's ends.
+        ArgumentError: ``conv`` has no such attributes, is a pool that would read the zeros, or has another ``padding_mode`` than "zeros",
+            which would read the padded row's ends.
         LayoutError: ``rows`` are not ``(T, C_in)``, the padding stands elsewhere than above, or ``conv`` makes another number of frames
             than its attributes say.
     """

@@ -90,13 +90,7 @@ class AttentionOnlyTransformerEncoderLayer(EnabledTransformerEncoderLayer):
     ) -> Tensor:
         if src.is_nested or options:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal, **options)
-        x = src
-        if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
-            return x + self._ff_block(self.norm2(x))
-        x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
-        out: Tensor = self.norm2(x + self._ff_block(x))
-        return out
+        return self._compute(src, lambda x: self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
 
 
 class AttentionOnlyTransformerEncoder(EnabledTransformerEncoder):

@@ -28,7 +28,7 @@ from .dispatch import choose, record
 from .explain import environment
 from .modules import VarlenMultiheadAttention
 
-__all__ = ["batches", "docstrings", "facts", "text", "tokenise"]
+__all__ = ["batches", "docstrings", "docstrings_in", "facts", "text", "tokenise"]
 
 BATCH_SIZE = 32
 MAX_TOKENS = 512
@@ -45,15 +45,20 @@ def docstrings(limit: int = DOCSTRINGS) -> list[str]:
     """The first docstrings of the standard library's modules, classes and functions, by file name and then line."""
     found: list[str] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in strings are no business of ours
-            tree = ast.parse(path.read_bytes())
-        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
-        nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-        found += [doc for node in nodes if (doc := ast.get_docstring(node))]
+        found += docstrings_in(path)
         if len(found) >= limit:
             break
     return found[:limit]
+
+
+def docstrings_in(path: Path) -> list[str]:
+    """Those of one file, by line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in strings are no business of ours
+        tree = ast.parse(path.read_bytes())
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    return [doc for node in nodes if (doc := ast.get_docstring(node))]
 
 
 def tokenise(document: str) -> list[int]:

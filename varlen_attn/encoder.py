@@ -90,14 +90,16 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
         # Packed rows come from an encoder, which has compared the mask already.
         compare = is_causal or layout is None or src.dim() != 2
         stream = enter(self.self_attn, "src", src, Masks(src_key_padding_mask, src_mask, is_causal, layout, compare))
-        x = stream.rows
+        return stream.leave(self._compute(stream.rows, lambda x: self._attend(x, stream)))
+
+    def _compute(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """The layer on packed or padded ``x``, with attention as given."""
         if self.norm_first:
-            x = x + self._attend(self.norm1(x), stream)
-            x = x + in_pieces(self, self.norm2(x), self._ff_block)
-        else:
-            x = self.norm1(x + self._attend(x, stream))
-            x = self.norm2(x + in_pieces(self, x, self._ff_block))
-        return stream.leave(x)
+            x = x + attend(self.norm1(x))
+            return x + in_pieces(self, self.norm2(x), self._ff_block)
+        x = self.norm1(x + attend(x))
+        out: Tensor = self.norm2(x + in_pieces(self, x, self._ff_block))
+        return out
 
     def _attend(self, x: Tensor, stream: Stream) -> Tensor:
         if type(self)._sa_block is not nn.TransformerEncoderLayer._sa_block:
