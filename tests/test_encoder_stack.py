@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from varlen_attn import ArgumentError, BackendRefused, LayoutError, SeqLayout, record, use_backend
+from varlen_attn import ArgumentError, BackendRefused, LayoutError, SeqLayout, VarlenMultiheadAttention, record, use_backend
 from varlen_attn.encoder import (
     VarlenTransformerDecoder,
     VarlenTransformerEncoder,
@@ -511,3 +511,34 @@ def test_masks_that_want_a_gradient_get_it() -> None:
             grads.append(torch.autograd.grad((out[~PADDING] ** 3).sum(), bias)[0])
         assert_close(grads[1], grads[0], name)
         assert grads[1].abs().sum() > 0
+
+
+def test_a_layer_with_our_attention_is_packed_too() -> None:
+    """In the class's own constructor, as by `enable`."""
+    layer = nn.TransformerEncoderLayer(E, N, FF, dropout=0.0, batch_first=True, dtype=torch.float64)
+    layer.self_attn = VarlenMultiheadAttention(E, N, batch_first=True, dtype=torch.float64)
+    ours = VarlenTransformerEncoder(layer, 2)
+    assert all(type(x) is VarlenTransformerEncoderLayer for x in ours.layers)
+    rows: list[tuple[int, ...]] = []
+    ours.layers[1].linear1.register_forward_pre_hook(lambda module, args: rows.append(tuple(args[0].shape)))
+    ours(batch_of_three(), src_key_padding_mask=PADDING)
+    assert rows == [(int((~PADDING).sum()), E)]
+
+
+def test_a_decoder_layer_that_takes_one_layout_is_called_padded() -> None:
+    """Memory has a layout of its own: who can not take both gets padded tensors."""
+    seen: list[tuple[int, ...]] = []
+
+    class OneLayout(nn.TransformerDecoderLayer):
+        def forward(self, tgt: Tensor, memory: Tensor, layout: Any = None, **masks: Any) -> Tensor:  # type: ignore[override]
+            seen.append(tuple(tgt.shape))
+            return super().forward(tgt, memory, **masks)
+
+    options: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "dtype": torch.float64}
+    theirs = nn.TransformerDecoder(OneLayout(E, N, FF, **options), 1)
+    ours = VarlenTransformerDecoder(OneLayout(E, N, FF, **options), 1)
+    ours.load_state_dict(theirs.state_dict())
+    x, memory = batch_of_three(), batch_of_three()
+    masks = {"tgt_key_padding_mask": PADDING, "memory_key_padding_mask": PADDING.flip(1)}
+    assert_close(ours(x, memory, **masks)[~PADDING], theirs(x, memory, **masks)[~PADDING], "padded decoder layer")
+    assert seen == [(3, 5, E)] * 2

@@ -509,3 +509,20 @@ def test_the_tolerance_counts() -> None:
     report = check_padding_invariance(model, x_of(), layout=RIGHT, tolerance=1e-2)
     assert isinstance(report, InvarianceReport)
     assert 1e-6 < report.largest < 1e-3
+
+
+def test_a_model_whose_own_output_can_not_be_compared_does_not_pass() -> None:
+    """Frames under left padding belong to no known sample's frames: everything before them agreed, and that is not enough."""
+
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(D, D)
+            self.conv = nn.Conv1d(D, D, 2, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.linear(x).transpose(1, 2)).transpose(1, 2)
+
+    layout = SeqLayout.from_lengths([8, 4, 6], padding_side="left")
+    with pytest.raises(ArgumentError, match="must have an output that can be compared, but .* nothing says whether it depends on padding"):
+        check_padding_invariance(Strided(), x_of(layout), layout=layout, poison=False)
