@@ -524,5 +524,5 @@ def test_a_model_whose_own_output_can_not_be_compared_does_not_pass() -> None:
             return self.conv(self.linear(x).transpose(1, 2)).transpose(1, 2)
 
     layout = SeqLayout.from_lengths([8, 4, 6], padding_side="left")
-    with pytest.raises(ArgumentError, match="must have an output that can be compared, but .* nothing says whether it depends on padding"):
+    with pytest.raises(ArgumentError, match=r"must have an output that can be compared, but .* nothing says whether it depends on padding"):
         check_padding_invariance(Strided(), x_of(layout), layout=layout, poison=False)
