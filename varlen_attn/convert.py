@@ -6,6 +6,8 @@ exact inverse, and copies and pickles know what they are. The state after `enabl
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -195,9 +197,13 @@ def enable(model: nn.Module, level: Level = "auto", *, need_weights: bool = True
     """
     _check(model)
     _check_options(level, need_weights, hooks)
+    level = "attention" if level == "attention" else "model"
+    hf = _transformers(model)
+    rows = hf.enable(model, level, hooks) if hf else []
     found = candidates(model, hooks)
-    decisions = [_decide(c, found, "attention" if level == "attention" else "model", need_weights) for c in found]
-    report = Report(tuple(_carry_out(c, d) for c, d in zip(found, decisions, strict=True)))
+    decisions = [_decide(c, found, level, need_weights) for c in found]
+    converted = [_carry_out(c, d) for c, d in zip(found, decisions, strict=True)]
+    report = Report((*(ModuleReport(*row) for row in rows), *converted))
     if not any(m.action in ("converted", "built so") for m in report.modules):
         warn(f"nothing was converted, the model computes padding as before: {report}.", VarlenWarning)
     return report
@@ -223,7 +229,8 @@ def disable(model: nn.Module) -> Report:
         ArgumentError: ``model`` is no module.
     """
     _check(model)
-    restored = []
+    hf = _transformers(model)
+    restored = [ModuleReport(*row) for row in hf.disable(model)] if hf else []
     for name, module in model.named_modules():
         original = torch_class(module)
         if original is not type(module):
@@ -246,12 +253,24 @@ def enabled(
     """
     _check(model)
     before = [(module, type(module), torch_class(module)) for module in model.modules()]
+    hf = _transformers(model)
+    restore = hf.snapshot(model) if hf else None
     try:
         yield enable(model, level, need_weights=need_weights, hooks=hooks)
     finally:
+        if restore is not None:
+            restore()
         for module, its_class, original in before:
             if type(module) is not its_class and torch_class(module) is original:
                 module.__class__ = its_class
+
+
+def _transformers(model: nn.Module) -> Any:
+    """The integration, if there is a model of transformers in ``model``; whoever has one has imported transformers."""
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is None or not any(isinstance(module, library.PreTrainedModel) for module in model.modules()):
+        return None
+    return importlib.import_module(".integrations.transformers", __package__)
 
 
 def _check(model: nn.Module) -> None:

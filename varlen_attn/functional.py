@@ -99,9 +99,10 @@ def attend_for(
     layout_kv: SeqLayout,
     options: dict[str, Any],
     backend: str | Backend,
+    extras: Extras | None = None,
 ) -> Tensor:
     """`varlen_attention` on behalf of a module, whose name stands in the record."""
-    out: Tensor = _Call(query, key, value, layout, layout_kv, Extras(), options, backend).run(module)
+    out: Tensor = _Call(query, key, value, layout, layout_kv, extras or Extras(), options, backend).run(module)
     return out
 
 

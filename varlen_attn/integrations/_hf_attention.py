@@ -1,0 +1,281 @@
+"""The attention function that transformers' layers call under the name ``varlen_attn``.
+
+``(B, N, L, H)`` in, ``((B, L, N, H), weights or None)`` out. Every row comes out as with ``sdpa``, those of padded queries too: what is
+skipped are keys at padding, and inside a stack that runs packed everything at padding. What packed attention can not compute
+goes to transformers' own function for ``sdpa``, or, where that lacks an option (softcap, sinks, weights), to eager maths.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._host_lengths import HostLengths
+from ..backends._maths import safe_softmax
+from ..backends.base import Extras, repeat_kv, state, wide_dtype
+from ..dispatch import note_dense
+from ..errors import LayoutError
+from ..functional import attend_for, pack_rows, unpack_rows
+from ..layout import SeqLayout
+from ._hf_mask import Packing, VarlenMask
+
+__all__ = ["NotPackable", "varlen_attention_forward"]
+
+EAGER = "eager matmul, softmax, matmul"
+
+
+class NotPackable(Exception):
+    """A layer that was given packed rows asks for something that only padded ones can give."""
+
+
+class Options(NamedTuple):
+    """What a layer asks for besides its mask."""
+
+    scaling: float | None
+    dropout: float
+    softcap: float | None
+    bias: Tensor | None
+    sinks: Tensor | None
+    weights: bool
+
+
+def varlen_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Registered as ``varlen_attn`` in transformers' `AttentionInterface`.
+
+    Args:
+        module: of the model, with ``is_causal``, and ``num_key_value_groups`` where heads are grouped.
+        query: ``(B, N, Lq, H)``.
+        key, value: ``(B, K, Lk, H)``; N is a multiple of K.
+        attention_mask: a `VarlenMask`, or what `sdpa` takes: None, bool (True is visible) or additive, ``(B, 1, Lq, Lk)``.
+        dropout, scaling, is_causal, softcap, position_bias, s_aux: as in transformers; ``s_aux`` are sinks ``(N,)``.
+        kwargs: ``cu_seq_lens_q`` and ``cu_seq_lens_k`` say which of the ``(1, T)`` columns belong together.
+
+    Raises:
+        LayoutError: ``cu_seq_lens_q`` does not fit the query.
+    """
+    wants_weights = bool(kwargs.get("output_attentions")) or "attentions" in captured()
+    options = Options(scaling, dropout, softcap, position_bias, s_aux, wants_weights)
+    mask = attention_mask
+    if kwargs.get("cu_seq_lens_q") is not None and not torch.compiler.is_compiling():
+        way: Packing | str = _given_offsets(module, query, key, mask, is_causal, options, kwargs)
+        if isinstance(way, str):
+            mask = _same_document(mask, query, key, kwargs)
+    elif isinstance(mask, VarlenMask):
+        way = _by_mask(mask, query, key, options)
+    else:
+        way = "nothing is padded" if mask is None else "a mask of the model's or the caller's own"
+    if isinstance(way, str):
+        return _dense(module, query, key, value, mask, is_causal, options, way, kwargs)
+    if _is_rows(mask, way, query):
+        q_TNH, k_TKH, v_TKH = (x[0].transpose(0, 1) for x in (query, key, value))
+        return _attend(module, q_TNH, k_TKH, v_TKH, way, options)[None], None
+    q_TNH = pack_rows(way.layout_q, query.transpose(1, 2), "query")
+    columns = slice(way.layout_kv.padded_len)
+    k_TKH, v_TKH = (pack_rows(way.layout_kv, x[:, :, columns].transpose(1, 2)) for x in (key, value))
+    return unpack_rows(way.layout_q, _attend(module, q_TNH, k_TKH, v_TKH, way, options)), None
+
+
+def _is_rows(mask: Tensor | None, way: Packing, query: Tensor) -> bool:
+    """Whether the columns are packed rows already."""
+    stack = isinstance(mask, VarlenMask) and mask.meaning.rows is way.layout_q
+    return stack or (query.shape[0], query.shape[2]) != (way.layout_q.batch_size, way.layout_q.padded_len)
+
+
+def _attend(module: nn.Module, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, way: Packing, options: Options) -> Tensor:
+    bias = None if options.bias is None else options.bias[0]
+    semantics = dict(
+        causal=way.causal, window=way.window, scale=options.scaling, softcap=options.softcap, dropout_p=options.dropout,
+        return_lse=False, deterministic=None, batch_invariant=False,
+    )  # fmt: skip
+    extras = Extras(None, options.sinks, bias)
+    return attend_for(module, q_TNH, k_TKH, v_TKH, way.layout_q, way.layout_kv, semantics, "auto", extras)
+
+
+# -------------------------------------------------------------------- which way
+
+
+def _by_mask(mask: VarlenMask, query: Tensor, key: Tensor, options: Options) -> Packing | str:
+    meaning = mask.meaning
+    batch_size, _, len_q, len_k = meaning.shape
+    if (query.shape[0], query.shape[2]) != (batch_size, len_q) or (key.shape[0], key.shape[2]) != (batch_size, len_k):
+        return "the mask was made for tensors of another shape"
+    if meaning.rows is not None and (options.bias is not None or options.weights):
+        raise NotPackable("it adds a position bias to the scores, or gives attention weights")
+    if options.weights:
+        return "attention weights are asked for"
+    way = meaning.packing
+    if isinstance(way, str) or options.bias is None:
+        return way
+    if options.bias.shape[0] != 1 or options.bias.shape[2:] != (len_q, len_k) or not way.layout_kv.right_padded or len_q != len_k:
+        return "a position bias by columns, which are not positions in this batch"
+    if way.layout_q.padded_len != len_q or meaning.first_query != 0:
+        return "a position bias of cached keys"
+    if meaning.keys.fill is not None and meaning.keys.fill > _BIAS_FILL:
+        return "a position bias with little padding: one dense call is faster than eager maths for each sequence"
+    return way
+
+
+# Attention with a bias is eager maths for each sequence on packed rows and one fused call on padded ones: about 1.5 times the work of
+# the latter for a real pair of tokens.
+_BIAS_FILL = 0.6
+
+
+def _given_offsets(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None, options: Options, kwargs: dict[str, Any]
+) -> Packing | str:
+    """The caller packed the batch: ``(1, T)`` columns, and where each sequence begins."""
+    if isinstance(mask, VarlenMask) and mask.meaning.padding is not None:
+        raise LayoutError(
+            "`attention_mask` must not be given with cu_seq_lens_q, whose columns are all tokens, but it is: pass one of the two."
+        )
+    layout_q = _offsets_layout(kwargs["cu_seq_lens_q"], query, "q")
+    offsets_k = kwargs.get("cu_seq_lens_k")
+    same = offsets_k is None or offsets_k is kwargs["cu_seq_lens_q"]
+    layout_k = layout_q if same and key.shape[2] == query.shape[2] else _offsets_layout(offsets_k, key, "k")
+    if options.bias is not None or options.weights:
+        return "a position bias by columns, or attention weights, of packed columns"
+    if isinstance(mask, VarlenMask):
+        pattern = mask.meaning.pattern
+        return Packing(layout_q, layout_k, pattern.causal, pattern.window)
+    if mask is not None:
+        return "a mask of the model's or the caller's own"
+    return Packing(layout_q, layout_k, _is_causal(module, is_causal), None)
+
+
+def _offsets_layout(offsets: Tensor | None, x: Tensor, side: str) -> SeqLayout:
+    """Kept on the tensor, which every layer is given, as long as nobody writes to it."""
+    name = f"cu_seq_lens_{side}"
+    if offsets is None:
+        raise LayoutError(f"`{name}` must be given, because there are other keys than queries, but is None.")
+    kept = None
+    if isinstance(offsets, HostLengths):
+        kept = offsets.seq_layout
+    elif not offsets.is_inference():
+        version, made = getattr(offsets, "_varlen_layout", (-1, None))
+        kept = made if version == offsets._version else None
+    layout = SeqLayout.from_cu_seqlens(offsets) if kept is None else kept
+    if x.shape[0] != 1 or x.shape[2] != layout.num_rows:
+        raise LayoutError(
+            f"`{name}` must describe the ({x.shape[0]}, {x.shape[2]}) columns of the batch, one row of as many columns as tokens, but ends "
+            f"at {layout.num_rows}: pass packed inputs (1, T) with it, or an attention_mask with padded ones."
+        )
+    if kept is None and not offsets.is_inference():
+        offsets._varlen_layout = (offsets._version, layout)  # type: ignore[attr-defined]
+    return layout
+
+
+def _same_document(mask: Tensor | None, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """``mask`` without what crosses from one sequence into another."""
+    layout_q = _offsets_layout(kwargs["cu_seq_lens_q"], query, "q")
+    offsets_k = kwargs.get("cu_seq_lens_k")
+    layout_k = layout_q if offsets_k is None else _offsets_layout(offsets_k, key, "k")
+    together = (layout_q.seq_ids[:, None] == layout_k.seq_ids)[None, None]
+    if mask is None or mask.dtype == torch.bool:
+        return together if mask is None else mask & together
+    return mask.masked_fill(~together, float("-inf"))
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
+@cache
+def _collector() -> Any:
+    try:
+        from transformers.utils import output_capturing
+    except ImportError:  # before 5.0 layers collected what was asked for themselves
+        return None
+    return getattr(output_capturing, "_active_collector", None)
+
+
+def captured() -> tuple[str, ...]:
+    """What transformers collects from layers in this forward: hidden_states, attentions, router_logits and the like."""
+    collector = _collector()
+    return () if collector is None or torch.compiler.is_compiling() else tuple(collector.get() or ())
+
+
+# -------------------------------------------------------------------- the dense way
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool | None,
+    options: Options,
+    reason: str,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    if isinstance(mask, VarlenMask):
+        mask = mask.meaning.dense
+    from transformers.integrations import sdpa_attention
+
+    fused = options.softcap is None and options.sinks is None and not options.weights
+    if options.bias is not None and not _takes_bias(sdpa_attention.sdpa_attention_forward):
+        fused = False
+    if state.records:
+        kernel = "F.scaled_dot_product_attention" if fused else EAGER
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        note_dense(module, q, k, v, kernel, reason)
+    if not fused:
+        return _eager(module, query, key, value, mask, is_causal, options)
+    given = {k: v for k, v in kwargs.items() if k not in ("cu_seq_lens_q", "cu_seq_lens_k")}
+    if options.bias is not None:
+        given["position_bias"] = options.bias
+    out: tuple[Tensor, None] = sdpa_attention.sdpa_attention_forward(
+        module, query, key, value, mask, dropout=options.dropout, scaling=options.scaling, is_causal=is_causal, **given
+    )
+    return out
+
+
+@cache
+def _takes_bias(function: Any) -> bool:
+    """An earlier one would take it among its other keywords, and leave it out."""
+    return "position_bias" in inspect.signature(function).parameters
+
+
+def _eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool | None, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    """Everything that ``sdpa`` has no argument for; in float32 for half precision."""
+    dtype, wide = query.dtype, wide_dtype(query.dtype)
+    len_q, num_heads = query.shape[2], query.shape[1]
+    bias = options.bias
+    if mask is None and len_q > 1 and _is_causal(module, is_causal):
+        key, value = key[:, :, :len_q], value[:, :, :len_q]  # the rest of a static cache is the future
+        bias = None if bias is None else bias[..., :len_q]
+        mask = torch.ones(len_q, key.shape[2], dtype=torch.bool, device=query.device).tril()
+    q, k, v = (x.to(wide) for x in (query, *repeat_kv(num_heads, key, value)))
+    scores = q @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if options.scaling is None else options.scaling)
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
+    blind = torch.isneginf(scores).all(-1, keepdim=True)
+    weights = F.dropout(safe_softmax(scores, blind, options.sinks), options.dropout)
+    out = (weights @ v).to(dtype).transpose(1, 2).contiguous()
+    return out, weights.to(dtype)

@@ -1,0 +1,372 @@
+"""The mask that transformers' layers hand round: what is visible, said in words, and as numbers only for those who look at them.
+
+transformers makes one mask a forward (and one for each kind of layer) and passes it to every layer. `VarlenMask` is such a mask, ``(B, 1,
+Q, K)`` bool, True is visible, that holds no numbers: our attention reads its `Meaning`. Code that computes with it, whatever it does, gets
+exactly transformers' own mask for ``sdpa``, so that a model which slices or inverts its mask stays right.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .._host_lengths import HostLengths
+from ..errors import ArgumentError
+from ..layout import SeqLayout, is_tracing
+
+__all__ = ["Meaning", "Packing", "Pattern", "VarlenMask", "varlen_mask"]
+
+Window = tuple[int | None, int | None]
+
+
+class Pattern(NamedTuple):
+    """What a mask function of transformers computes.
+
+    Attributes:
+        causal: key columns up to the query's.
+        window: how many other columns are visible on each side, inclusive.
+        documents: ``(B, S)``, equal numbers belong together.
+    """
+
+    causal: bool
+    window: Window | None = None
+    documents: Tensor | None = None
+
+
+class Packing(NamedTuple):
+    """A call of packed attention that does the same: rows by ``layout_q``, keys by ``layout_kv``, which may cover fewer columns."""
+
+    layout_q: SeqLayout
+    layout_kv: SeqLayout
+    causal: bool | str
+    window: Window | None
+
+
+class Meaning:
+    """What a mask says.
+
+    Attributes:
+        shape: ``(B, 1, Q, K)``.
+        pattern: of the columns.
+        padding: ``(B, K)``, True is a token; None for no padding.
+        first_query: the key column at which the first query stands.
+        rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        device: torch.device,
+        pattern: Pattern,
+        padding: Tensor | None,
+        first_query: int,
+        make: Callable[[], Tensor],
+        rows: SeqLayout | None = None,
+    ) -> None:
+        self.shape, self.device, self.pattern, self.padding = shape, device, pattern, padding
+        self.first_query, self.rows = first_query, rows
+        self._make = make
+        self._packed_tensors: list[tuple[Tensor, Tensor]] = []
+        self._alike: list[Meaning] = []
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """transformers' own ``(B, 1, Q, K)``."""
+        return self._make()
+
+    @cached_property
+    def keys(self) -> SeqLayout:
+        """Of the key columns. One transfer, unless the host knows the lengths."""
+        if self.pattern.documents is not None:
+            return SeqLayout.from_document_ids(self.pattern.documents + 1)
+        if self.padding is None:
+            batch_size, _, _, num_columns = self.shape
+            return SeqLayout.from_lengths([num_columns] * batch_size, num_columns, device=self.device)
+        return _layout_of(self.padding)
+
+    @cached_property
+    def packing(self) -> Packing | str:
+        """How packed attention computes this for every query row, those at padding included; or why it can not."""
+        if self.rows is not None:
+            return Packing(self.rows, self.rows, self.pattern.causal, self.pattern.window)
+        if self.pattern.documents is not None:
+            return Packing(self.keys, self.keys, self.pattern.causal, self.pattern.window)
+        return self._causal() if self.pattern.causal else self._bidirectional()
+
+    def _causal(self) -> Packing | str:
+        batch_size, _, len_q, len_k = self.shape
+        last = self.first_query + len_q  # no query sees the columns from here on: a static cache's future
+        if last > len_k or self.first_query < 0:
+            return f"queries stand at columns {self.first_query} to {last} of {len_k} keys"
+        keys = self.keys if last == len_k or self.padding is None else _layout_of(self.padding[:, :last])
+        if self.padding is None and last < len_k:
+            keys = SeqLayout.from_lengths([last] * batch_size, last, device=self.device)
+        window = self.pattern.window
+        if keys.lengths is None:
+            return "only the device knows the lengths"
+        if self.first_query == 0 and keys.is_dense:
+            return Packing(keys, keys, True, window)
+        if self.first_query == 0 and keys.right_padded:
+            return Packing(self._all_queries, keys, "top_left", window)
+        if keys.has_holes or not _reaches_last_column(self.padding, keys, last):
+            return "padding on both sides or with tokens after it, where the padded rows must stay what they are"
+        if self.first_query == 0:
+            return Packing(keys, keys, True, window)  # rows before the first token see nothing
+        if self.padding is None:
+            return Packing(self._all_queries, keys, True, window)
+        return Packing(_layout_of(self.padding[:, self.first_query : last]), keys, True, window)
+
+    def _bidirectional(self) -> Packing | str:
+        window = self.pattern.window
+        if window is None:
+            return Packing(self._all_queries, self.keys, False, None)
+        if self.first_query == 0 and self.shape[2] == self.shape[3] and self.keys.is_dense:
+            return Packing(self.keys, self.keys, False, window)
+        return "a window around queries at padding"
+
+    @cached_property
+    def _all_queries(self) -> SeqLayout:
+        batch_size, _, len_q, _ = self.shape
+        return SeqLayout.from_lengths([len_q] * batch_size, len_q, device=self.device)
+
+    @cached_property
+    def packed(self) -> VarlenMask:
+        """The same for the packed rows ``(1, T)`` of a self-attention without cached keys."""
+        total = self.keys.num_rows
+        make = partial(_block_diagonal, self.keys, self.pattern)
+        return VarlenMask(Meaning((1, 1, total, total), self.device, self.pattern, None, 0, make, rows=self.keys))
+
+    def is_of_columns_of(self, other: Meaning) -> bool:
+        """Whether both are masks of one self-attention: the same columns, the same padding."""
+        if self is other or any(x is other for x in self._alike):
+            return True
+        if self.shape != other.shape or self.first_query != other.first_query or self.pattern.documents is not None:
+            return False
+        alike = self.keys is other.keys
+        if not alike and self.padding is not None and other.padding is not None:
+            alike = torch.equal(self.padding, other.padding)
+        if alike:
+            self._alike.append(other)
+        return alike
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``(B, S, ...)`` or ``(1, S, ...)`` -> ``(1, T, ...)``; a tensor that every layer is given is packed once."""
+        for seen, rows in self._packed_tensors:
+            if seen is x:
+                return rows
+        rows = self.keys.pack(x.expand(self.shape[0], *x.shape[1:]))[None]
+        if not x.requires_grad:
+            self._packed_tensors.append((x, rows))
+        return rows
+
+    def to(self, device: torch.device) -> Meaning:
+        pattern = self.pattern
+        if pattern.documents is not None:
+            pattern = pattern._replace(documents=pattern.documents.to(device))
+        padding = None if self.padding is None else self.padding.to(device)
+        rows = None if self.rows is None else self.rows.to(device)
+        return Meaning(self.shape, device, pattern, padding, self.first_query, lambda: self.dense.to(device), rows)
+
+
+_KEEPING = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+_ADDING = {torch.ops.aten.add, torch.ops.aten.add_, torch.ops.aten.sub, torch.ops.aten.mul, torch.ops.aten.baddbmm}
+
+
+class VarlenMask(Tensor):
+    """See the file. ``mask.meaning`` says what is visible; any operation on the mask computes with `Meaning.dense`."""
+
+    meaning: Meaning
+
+    @staticmethod
+    def __new__(cls, meaning: Meaning) -> VarlenMask:
+        made: VarlenMask = Tensor._make_wrapper_subclass(cls, meaning.shape, dtype=torch.bool, device=meaning.device)
+        return made
+
+    def __init__(self, meaning: Meaning) -> None:
+        self.meaning = meaning
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        pattern = self.meaning.pattern
+        kind = "causal" if pattern.causal else "bidirectional"
+        return f"VarlenMask({tuple(self.shape)}, {kind}, window={pattern.window}, device={self.device})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        if func in _KEEPING:
+            return VarlenMask(args[0].meaning)
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
+            return VarlenMask(args[0].meaning.to(torch.device(kwargs.get("device") or args[0].device)))
+        if func.overloadpacket in _ADDING and any(isinstance(x, Tensor) and x.is_floating_point() for x in args):
+            raise ArgumentError(
+                "`attention_mask` must not be added to scores, but a model with attention code of its own does that to the mask made for "
+                'attn_implementation="varlen_attn": call varlen_attn.enable(model), which leaves such models alone.'
+            )
+        args, kwargs = tree_map(lambda x: x.meaning.dense if isinstance(x, VarlenMask) else x, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+# -------------------------------------------------------------------- layouts
+
+
+_last = threading.local()
+
+
+def _layout_of(real: Tensor) -> SeqLayout:
+    """The layout of a mask of tokens, ``(B, K)`` bool.
+
+    A model with two kinds of layers makes two masks of one attention mask, each of a bool copy: on a CPU, where that costs nothing, the
+    last layout is kept with a copy of the mask that it was made of, and compared by value.
+    """
+    if isinstance(real, HostLengths) and (known := real.seq_layout) is not None:
+        return known
+    if real.device.type != "cpu" or is_tracing(real):
+        return SeqLayout.from_attention_mask(real, validate=False)
+    seen: tuple[Tensor, SeqLayout] | None = getattr(_last, "made", None)
+    if seen is not None and torch.equal(seen[0], real):
+        return seen[1]
+    layout = SeqLayout.from_attention_mask(real, validate=False)
+    with torch.inference_mode(False):
+        _last.made = (real.detach().clone(), layout)
+    return layout
+
+
+def _reaches_last_column(padding: Tensor | None, keys: SeqLayout, last: int) -> bool:
+    """Whether the tokens of every row reach the last column, so that the last query is the last token."""
+    if padding is None or keys.is_dense:
+        return True
+    return bool((padding[:, last - 1] | ~padding[:, :last].any(1)).all())
+
+
+def _block_diagonal(layout: SeqLayout, pattern: Pattern) -> Tensor:
+    """``(1, 1, T, T)``: what packed rows see, for code that wants numbers."""
+    rows, columns = layout.seq_ids[:, None], layout.seq_ids
+    distance = layout.positions - layout.positions[:, None]
+    visible = rows == columns
+    if pattern.causal:
+        visible = visible & (distance <= 0)
+    if pattern.window is not None:
+        left, right = pattern.window
+        visible = visible if left is None else visible & (distance >= -left)
+        visible = visible if right is None else visible & (distance <= right)
+    return visible[None, None]
+
+
+# -------------------------------------------------------------------- made by transformers' mask functions
+
+
+def varlen_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """What transformers calls to make a mask; registered as ``varlen_attn`` in its `AttentionMaskInterface`.
+
+    Unknown patterns (images, chunks, prefixes, whatever comes), decoding steps and static caches get the mask that ``sdpa`` gets.
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    mask_function = causal_mask_function if mask_function is None else mask_function
+    arguments: dict[str, Any] = dict(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=mask_function, attention_mask=attention_mask, **kwargs,
+    )  # fmt: skip
+    device = torch.device(kwargs.get("device", "cpu"))
+    pattern = None if kwargs.get("use_vmap") else classify(mask_function)
+    plain = isinstance(q_offset, int) and q_length > 1 and device.type != "meta" and not torch.compiler.is_compiling()
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if pattern is None or not plain or traced or (attention_mask is not None and attention_mask.dim() != 2):
+        return sdpa_mask(**arguments)  # type: ignore[no-any-return]
+    assert isinstance(q_offset, int)
+    pattern = pattern._replace(window=_effective(pattern.window, q_length, kv_length))
+    padding = _padding_of_columns(attention_mask, kv_length, kv_offset)
+    if padding is not None and tuple(padding.shape) != (batch_size, kv_length):
+        return sdpa_mask(**arguments)  # type: ignore[no-any-return]  # transformers' error, or its broadcasting
+    make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    meaning = Meaning((batch_size, 1, q_length, kv_length), device, pattern, padding, q_offset - kv_offset, make)
+    return None if _says_nothing(meaning, kwargs) else VarlenMask(meaning)
+
+
+def _padding_of_columns(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
+    """``(B, kv_length)``: the columns that the keys have; those beyond the mask hold nothing yet."""
+    if attention_mask is None:
+        return None
+    missing = kv_length + kv_offset - attention_mask.shape[1]
+    if missing > 0:
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
+    if kv_offset == 0 and attention_mask.shape[1] == kv_length:
+        return attention_mask
+    return attention_mask[:, kv_offset : kv_offset + kv_length]
+
+
+def _effective(window: Window | None, q_length: int, kv_length: int) -> Window | None:
+    """No window where no distance is larger."""
+    if window is None:
+        return None
+    farthest = max(q_length, kv_length) - 1
+    sides = tuple(None if side is None or side >= farthest else side for side in window)
+    return None if sides == (None, None) else (sides[0], sides[1])
+
+
+def _says_nothing(meaning: Meaning, kwargs: dict[str, Any]) -> bool:
+    """Whether attention may go by `is_causal` alone, which `sdpa` does in the same cases."""
+    _, _, len_q, len_k = meaning.shape
+    pattern = meaning.pattern
+    if pattern.window is not None or pattern.documents is not None:
+        return False
+    if pattern.causal:
+        skips = kwargs.get("allow_is_causal_skip", True) and meaning.first_query == 0 and len_q == len_k
+    else:
+        skips = kwargs.get("allow_is_bidirectional_skip", False)
+    return bool(skips and (meaning.padding is None or meaning.keys.is_dense))
+
+
+def classify(mask_function: Callable[..., Any]) -> Pattern | None:
+    """The pattern of transformers' own index functions, by their identity and what they close over; None for all others.
+
+    That is private to transformers: a test fails when it moves, and until then unknown functions are computed as ``sdpa`` computes them.
+    """
+    from transformers import masking_utils as hf
+
+    if mask_function is hf.causal_mask_function:
+        return Pattern(True)
+    if mask_function is hf.bidirectional_mask_function:
+        return Pattern(False)
+    if getattr(mask_function, "__qualname__", "") != "and_masks.<locals>.and_mask":
+        return None
+    parts = _closed_over(mask_function).get("mask_functions", ())
+    if len(parts) != 2:
+        return None
+    overlay, base = parts
+    name, inside = getattr(overlay, "__qualname__", ""), _closed_over(overlay)
+    if name == "sliding_window_overlay.<locals>.inner_mask" and base is hf.causal_mask_function:
+        return Pattern(True, (int(inside["sliding_window"]) - 1, None))
+    if name == "sliding_window_bidirectional_overlay.<locals>.inner_mask" and base is hf.bidirectional_mask_function:
+        side = int(inside["sliding_window"])
+        return Pattern(False, (side, side))
+    if name == "packed_sequence_mask_function.<locals>.inner_mask":
+        remapped = _closed_over(base).get("mask_function")
+        if getattr(base, "__qualname__", "") == "remap_positions_for_packed_sequence.<locals>.inner_mask" and remapped is not None:
+            pattern = classify(remapped)
+            if pattern is not None and pattern.documents is None:
+                return pattern._replace(documents=inside["packed_sequence_mask"])
+    return None
+
+
+def _closed_over(function: Callable[..., Any]) -> dict[str, Any]:
+    cells = getattr(function, "__closure__", None) or ()
+    code = getattr(function, "__code__", None)
+    return {} if code is None else {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}

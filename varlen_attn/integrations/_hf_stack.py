@@ -1,0 +1,193 @@
+"""Packing once around a stack of transformers' layers, whatever stands before and after it.
+
+Every layer of the stack gets a hook that sees its arguments. Where these are the padded ``(B, S, D)`` hidden states and a `VarlenMask` with
+padding, the layer gets ``(1, T, D)`` rows, and everything else by token (rotary cosines, position ids) packed alike; its result goes to
+the next layer as it is, and the hook of the last one puts the tokens back. Positions, embeddings, convolutions, poolers and losses stay
+padded code on padded tensors, so that rotary, absolute and convolutional positions are what they were.
+
+The hooks hold no state: rows are told from padded tensors by their shape, against the mask that every layer is given. So layers
+may be checkpointed, recomputed, shared or skipped.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import VarlenError
+from ..layout import SeqLayout
+from ._hf_attention import captured
+from ._hf_mask import Meaning, VarlenMask
+
+__all__ = ["LayerHook", "install", "installed", "is_ours", "remove"]
+
+_SKIPPING_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+_ASKING_FOR_MORE = ("output_hidden_states", "output_attentions", "output_router_logits", "output_scores")
+# Arguments of layers that are not about the stack's own tokens, whatever their shape.
+_FOREIGN = ("encoder", "cross", "memory", "bias", "cu_seq", "visual", "image", "vision")
+
+
+class LayerHook:
+    """Before and after one layer: packs its arguments, and unpacks its result if it is the last.
+
+    An object and not a function, so that deep copies and pickles of a model keep it, with the copied configuration.
+
+    Attributes:
+        names: the positional parameters of the layer's ``forward``.
+        last: whether the tokens are put back after this layer.
+        config: of the model: layers that are skipped at random in training can not hand on rows.
+    """
+
+    def __init__(self, layer: nn.Module, last: bool, config: Any) -> None:
+        parameters = inspect.signature(type(layer).forward).parameters.values()
+        self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
+        self.last, self.config = last, config
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        named = [*zip(self.names, args, strict=False), *kwargs.items()]
+        mask = next((x for _, x in named if isinstance(x, VarlenMask)), None)
+        if mask is None or not named or torch.compiler.is_compiling():
+            return None
+        hidden = named[0][1] if args else kwargs.get("hidden_states")
+        meaning = mask.meaning
+        if not isinstance(hidden, Tensor) or meaning.rows is not None:
+            return None
+        is_rows = self._is_rows(hidden, meaning)
+        if not is_rows and not self._may_pack(module, hidden, meaning):
+            return None
+        refused = [name for name, x in named if not _can_pack(name, x, meaning, hidden)]
+        if refused:
+            if is_rows:
+                raise VarlenError(
+                    f"the layers of {type(module).__name__} were given packed rows, but now `{refused[0]}`, which can not be packed: call "
+                    'varlen_attn.enable(model, level="attention").'
+                )
+            return None
+        packed = [_packed(x, meaning, hidden) for _, x in named]
+        return tuple(packed[: len(args)]), dict(zip(kwargs, packed[len(args) :], strict=True))
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        if not self.last:
+            return None
+        mask = next((x for x in (*args, *kwargs.values()) if isinstance(x, VarlenMask)), None)
+        layout = None if mask is None else mask.meaning.rows
+        if layout is None:
+            return None
+        if isinstance(result, Tensor):
+            return layout.unpack(result[0])
+        return (layout.unpack(result[0][0]), *result[1:])
+
+    @staticmethod
+    def _is_rows(hidden: Tensor, meaning: Meaning) -> bool:
+        """Whether the layer before handed on rows. Only a batch with padding is packed, so the two shapes differ."""
+        batch_size, _, padded_len, _ = meaning.shape
+        if hidden.shape[:2] == (batch_size, padded_len) or hidden.shape[0] != 1:
+            return False
+        return bool(hidden.shape[1] == meaning.keys.num_rows)
+
+    def _may_pack(self, module: nn.Module, hidden: Tensor, meaning: Meaning) -> bool:
+        """Whether these are the padded tokens of a self-attention, and nothing is asked for that rows do not have."""
+        batch_size, _, len_q, len_k = meaning.shape
+        if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != len_k or meaning.first_query != 0:
+            return False
+        if captured() or (module.training and any(getattr(self.config, name, 0) for name in _SKIPPING_LAYERS)):
+            return False
+        keys = meaning.keys
+        if keys.lengths is None or not 0 < (keys.total or 0) < batch_size * len_q or meaning.pattern.documents is not None:
+            return False
+        # Encoders pool their first column. Where that is padding, it must be what it was.
+        if not meaning.pattern.causal and not keys.right_padded:
+            return False
+        return meaning.pattern.window is None or not keys.has_holes  # windows count columns
+
+
+def _can_pack(name: str, x: Any, meaning: Meaning, hidden: Tensor) -> bool:
+    if x is None or isinstance(x, bool | int | float | str):
+        return not (x and name in _ASKING_FOR_MORE)
+    if any(part in name for part in _FOREIGN):
+        return False
+    if isinstance(x, tuple | list):
+        return all(_can_pack(name, y, meaning, hidden) for y in x)
+    if isinstance(x, VarlenMask):
+        return x.meaning.is_of_columns_of(meaning) and (x.meaning.pattern.window is None or not x.meaning.keys.has_holes)
+    if isinstance(x, Tensor):
+        by_token = x.dim() >= 2 and x.shape[0] in (1, meaning.shape[0]) and x.shape[1] == meaning.shape[2]
+        return by_token or x is hidden or x.dim() == 0 or name == "cache_position"
+    return _is_growing_cache(x)
+
+
+def _packed(x: Any, meaning: Meaning, hidden: Tensor) -> Any:
+    if isinstance(x, VarlenMask):
+        return x.meaning.packed
+    if isinstance(x, tuple | list):
+        return tuple(_packed(y, meaning, hidden) for y in x)
+    if isinstance(x, Tensor):
+        if x is hidden:
+            return x if LayerHook._is_rows(x, meaning) else meaning.keys.pack(x)[None]
+        return meaning.pack(x) if x.dim() >= 2 else x
+    return _packed_cache_class()(x, meaning.keys) if _is_growing_cache(x) else x
+
+
+# -------------------------------------------------------------------- caches
+
+
+def _is_growing_cache(x: Any) -> bool:
+    from transformers.cache_utils import DynamicCache
+
+    return type(x) is DynamicCache
+
+
+@cache
+def _packed_cache_class() -> Any:
+    from transformers.cache_utils import DynamicCache
+
+    class PackedCache(DynamicCache):  # type: ignore[misc]
+        """A view of an empty cache for layers that run packed: they go on with their rows, the cache gets padded ones, 0 at padding."""
+
+        def __init__(self, cache: Any, layout: SeqLayout) -> None:
+            self.__dict__.update(cache.__dict__)  # the same layers
+            self.layout = layout
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            keys, values = (self.layout.unpack(x[0].transpose(0, 1)).transpose(1, 2) for x in (key_states, value_states))
+            super().update(keys, values, *args, **kwargs)
+            return key_states, value_states
+
+    return PackedCache
+
+
+# -------------------------------------------------------------------- hooks on layers
+
+
+def install(layers: nn.ModuleList, config: Any) -> None:
+    """Let a stack run packed."""
+    for i, layer in enumerate(layers):
+        hook = LayerHook(layer, i == len(layers) - 1, config)
+        # Before hooks of others, which then see what the layer sees.
+        layer.register_forward_pre_hook(hook.before, with_kwargs=True, prepend=True)
+        layer.register_forward_hook(hook.after, with_kwargs=True, prepend=True)
+
+
+def is_ours(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), LayerHook)
+
+
+def installed(layer: nn.Module) -> bool:
+    """Whether a layer's stack runs packed."""
+    return any(is_ours(hook) for hook in layer._forward_pre_hooks.values())
+
+
+def remove(layers: nn.ModuleList) -> None:
+    """The inverse of `install`."""
+    for layer in layers:
+        for hooks, flags in (
+            (layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs),
+            (layer._forward_hooks, layer._forward_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if is_ours(hook)]:
+                del hooks[key]
+                flags.pop(key, None)

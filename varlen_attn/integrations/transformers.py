@@ -1,0 +1,343 @@
+"""Models of Hugging Face transformers: attention for every architecture that has its interface, packed stacks for those that stand a trial.
+
+`varlen_attn.enable` comes here with every `PreTrainedModel` that it finds. By hand, the two lines are::
+
+    varlen_attn.integrations.transformers.register()
+    model.set_attn_implementation("varlen_attn")
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from .._token_wise import has_hooks
+from ..dispatch import Record, record
+from ..errors import ArgumentError
+from . import _hf_stack as stack_hooks
+from ._hf_attention import NotPackable, varlen_attention_forward
+from ._hf_mask import varlen_mask
+from ._hf_trial import Trial, difference, prepare, run
+
+__all__ = ["NAME", "disable", "enable", "register", "roots", "snapshot"]
+
+# Neither "flash" nor "sdpa" nor "flex_attention" may be part of it, nor a slash: transformers takes all of these for something of its own.
+NAME = "varlen_attn"
+OLDEST = (5, 4)
+_STATE = "_varlen_attn_state"
+
+Row = tuple[str, str, Literal["converted", "left alone", "restored"], str]
+Implementation = str | dict[str, Any]
+
+
+class State(NamedTuple):
+    """What `disable` needs; kept on the model, so that copies of it have it too.
+
+    Attributes:
+        before: the attention implementation, with those of sub-configurations.
+        stacks: names of the module lists whose layers run packed.
+    """
+
+    before: Implementation
+    stacks: tuple[str, ...]
+
+
+def register() -> None:
+    """Make ``attn_implementation="varlen_attn"`` known to transformers: attention and masks, under one name.
+
+    Raises:
+        ArgumentError: transformers is older than 5.4, whose masks are made in another way.
+    """
+    import transformers
+
+    found = tuple(int(x) for x in re.findall(r"\d+", transformers.__version__)[:2])
+    if found < OLDEST:
+        raise ArgumentError(
+            f"`transformers` must be at least {OLDEST[0]}.{OLDEST[1]}, whose masks say what they hide, but is {transformers.__version__}: "
+            "pip install 'transformers>=5.4'."
+        )
+    # Both or none: with the first alone masks become None, and padding is attended to without a word.
+    transformers.AttentionInterface.register(NAME, varlen_attention_forward)
+    transformers.AttentionMaskInterface.register(NAME, varlen_mask)
+
+
+def roots(model: nn.Module) -> list[tuple[str, Any]]:
+    """The outermost models of transformers inside ``model``, by name."""
+    from transformers import PreTrainedModel
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
+        if isinstance(module, PreTrainedModel):
+            yield name, module
+            return
+        for child_name, child in module.named_children():
+            yield from walk(f"{name}.{child_name}" if name else child_name, child)
+
+    seen: dict[int, tuple[str, Any]] = {}
+    for name, module in walk("", model):
+        seen.setdefault(id(module), (name, module))
+    return list(seen.values())
+
+
+def enable(model: nn.Module, level: str, hooks: str) -> list[Row]:
+    """Enable every model of transformers in ``model``; one row for each stack of layers and each attention module."""
+    rows: list[Row] = []
+    for name, root in roots(model):
+        disable(root)
+        for part_name, part in _parts(root):
+            rows += _Part(part_name, part, level, hooks).enable(name)
+    return rows
+
+
+def disable(model: nn.Module) -> list[Row]:
+    """The exact inverse: implementations as they were, no hooks."""
+    rows: list[Row] = []
+    module: Any
+    for name, module in model.named_modules():
+        state = vars(module).get(_STATE)
+        if isinstance(state, State):
+            for stack in state.stacks:
+                stack_hooks.remove(module.get_submodule(stack))
+            module.set_attn_implementation(state.before)
+            delattr(module, _STATE)
+            rows.append((name, type(module).__name__, "restored", ""))
+    return rows
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """Later, puts every model of transformers in ``model`` back into the state that it has now."""
+    modules: list[Any] = [module for module in model.modules() if _STATE in vars(module)]
+    before = [(module, vars(module)[_STATE], _implementation(module.config)) for module in modules]
+
+    def restore() -> None:
+        disable(model)
+        for module, state, implementation in before:
+            module.set_attn_implementation(implementation)
+            for stack in state.stacks:
+                stack_hooks.install(module.get_submodule(stack), module.config)
+            setattr(module, _STATE, state)
+
+    return restore
+
+
+# -------------------------------------------------------------------- what a model is made of
+
+
+def _parts(root: Any) -> list[tuple[str, Any]]:
+    """The model itself, or, where it is made of several (text and images, encoder and decoder), the parts that may be tried alone."""
+    from transformers import PreTrainedModel
+
+    parts: list[tuple[str, Any]] = []
+    for name, module in root.named_modules():
+        inside = any(name == other or not other or name.startswith(f"{other}.") for other, _ in parts)
+        if isinstance(module, PreTrainedModel) and not inside and (not _is_composite(module) or not _sub_models(module)):
+            parts.append((name, module))
+    return parts or [("", root)]
+
+
+def _is_composite(model: Any) -> bool:
+    return len(getattr(model.config, "sub_configs", {})) > 0
+
+
+def _sub_models(model: Any) -> list[Any]:
+    from transformers import PreTrainedModel
+
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is not model.config]
+
+
+def _calls_interface(module: nn.Module) -> bool:
+    """Whether a module computes attention through transformers' interface."""
+    return _source_calls_interface(type(module))  # type: ignore[arg-type]
+
+
+@cache
+def _source_calls_interface(cls: type) -> bool:
+    for base in cls.__mro__:
+        if base.__module__.startswith(("torch.", "transformers.modeling_utils")):
+            continue
+        try:
+            if "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(base):
+                return True
+        except (OSError, TypeError):
+            continue
+    return False
+
+
+def _attentions(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, nn.Module]]]:
+    """Modules that compute attention through the interface, and those with attention code of their own."""
+    through: list[tuple[str, nn.Module]] = []
+    own: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if _calls_interface(module):
+            through.append((name, module))
+        elif "Attention" in type(module).__name__ and not type(module).__module__.startswith("torch."):
+            inside = any(_calls_interface(m) or isinstance(m, nn.MultiheadAttention) for m in module.modules())
+            # An attention inside of an attention is named once, by the outermost.
+            if not inside and not any(name.startswith(f"{other}.") for other, _ in own):
+                own.append((name, module))
+    return through, own
+
+
+def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList, Any]]:
+    """Lists of layers, each of which attends through the interface, with the module that calls them."""
+    found: list[tuple[str, nn.ModuleList, Any]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or not len(module) or any(name.startswith(f"{other}.") for other, _, _ in found):
+            continue
+        if all(any(_calls_interface(m) for m in layer.modules()) and not _calls_interface(layer) for layer in module):
+            found.append((name, module, model.get_submodule(name.rpartition(".")[0])))
+    return found
+
+
+def _implementation(config: Any) -> Implementation:
+    """What `set_attn_implementation` takes to make everything as it is now."""
+    inner = {key: sub for key in getattr(config, "sub_configs", {}) if (sub := getattr(config, key, None)) is not None}
+    own: str = config._attn_implementation or "eager"
+    return {"": own, **{key: _implementation(sub) for key, sub in inner.items()}} if inner else own
+
+
+# -------------------------------------------------------------------- one model
+
+
+class _Part:
+    """Enabling one model, with what was found out about it."""
+
+    def __init__(self, name: str, model: Any, level: str, hooks: str) -> None:
+        self.name, self.model, self.level, self.hooks = name, model, level, hooks
+        self.through, self.own = _attentions(model)
+        self.why_not_packed: dict[str, str] = {}
+        self.packed: list[str] = []
+
+    def enable(self, root: str) -> list[Row]:
+        reason = self._why_not() or self._attention()
+        prefix = ".".join(x for x in (root, self.name) if x)
+        if reason is None:
+            setattr(self.model, _STATE, State(self.before, tuple(self.packed)))
+        return list(self._rows(prefix, reason))
+
+    def _rows(self, prefix: str, reason: str | None) -> Iterator[Row]:
+        def full(name: str) -> str:
+            return ".".join(x for x in (prefix, name) if x)
+
+        if reason is not None:
+            rows = [*self.through, *self.own] or [("", self.model)]
+            for name, module in rows:
+                yield full(name), type(module).__name__, "left alone", reason
+            return
+        for name, layers, _ in _stacks(self.model):
+            kind = f"{len(layers)} x {type(layers[0]).__name__}"
+            if name in self.packed:
+                yield full(name), kind, "converted", "packed once around the stack"
+            else:
+                yield full(name), kind, "left alone", f"not packed as a whole: {self.why_not_packed.get(name, _ATTENTION_ONLY)}"
+        for name, module in self.through:
+            yield full(name), type(module).__name__, "converted", ""
+
+    def _why_not(self) -> str | None:
+        """Before anything is changed."""
+        if self.own:
+            names = ", ".join(sorted({type(m).__name__ for _, m in self.own}))
+            return f"attention code of its own ({names}), which does not go through transformers' attention interface"
+        if not self.through:
+            return "no attention that goes through transformers' attention interface"
+        for module in self.model.modules():
+            if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+                return "compiled: call enable before torch.compile"
+        return None
+
+    def _attention(self) -> str | None:
+        """Set the implementation, and see that the model uses it and gives what it gave; else the reason, and nothing is changed."""
+        register()
+        self.before = _implementation(self.model.config)
+        trials, expected, untried = self._expected()
+        self.model.set_attn_implementation(NAME)
+        if self.model.config._attn_implementation != NAME:
+            reason: str | None = "transformers does not let its attention implementation be set"
+        elif untried is None:
+            reason = self._compare(trials, expected)
+        elif all(getattr(m, "_supports_sdpa", True) for m in self.model.modules()):
+            reason = None  # what `sdpa` can compute, dense calls of ours are
+        else:
+            reason = f"{untried}, and it does not support sdpa"
+        if reason is not None:
+            self.model.set_attn_implementation(self.before)
+            return reason
+        for name, layers, owner in _stacks(self.model) if self.level == "model" else ():
+            why = untried or self._why_not_stack(layers, owner) or self._pack(name, layers, trials, expected)
+            if why is None:
+                self.packed.append(name)
+            else:
+                self.why_not_packed[name] = why
+        return None
+
+    def _expected(self) -> tuple[list[Trial], list[dict[str, Any]], str | None]:
+        """What the model gives before, or why that is not known."""
+        try:
+            trials = prepare(self.model)
+            if not trials:
+                return [], [], "it is not known how to try it"
+            return trials, [run(self.model, trial) for trial in trials], None
+        except Exception as error:
+            return [], [], f"it could not be tried: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+    def _compare(self, trials: list[Trial], expected: list[dict[str, Any]]) -> str | None:
+        try:
+            for trial, reference in zip(trials, expected, strict=True):
+                with record(self.model) as log:
+                    reason = difference(trial, reference, run(self.model, trial))
+                self.log: Record = log
+                if reason is not None or not len(log):
+                    return reason or "its layers never call transformers' attention interface"
+        except NotPackable as error:
+            return str(error)
+        except Exception as error:
+            return f"a trial failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return None
+
+    # ---------------------------------------------------------------- the stack
+
+    def _why_not_stack(self, layers: nn.ModuleList, owner: Any) -> str | None:
+        """What is known of a stack without a trial."""
+        if getattr(self.model.config, "chunk_size_feed_forward", 0):
+            return "chunk_size_feed_forward cuts rows of a fixed number"
+        extras = [p for p in inspect.signature(type(owner).forward).parameters if re.search(r"visual|deepstack|image|vision", p)]
+        if extras:
+            return f"between its layers {type(owner).__name__} adds to tokens by column ({extras[0]})"
+        mixing = next((type(m).__name__ for m in layers.modules() if isinstance(m, _MIXING) and getattr(m, "kernel_size", 0) != (1,)), None)
+        if mixing is not None:
+            return f"a {mixing} in its layers mixes tokens"
+        hooked = next((name for name, m in layers.named_modules() if has_hooks(m) and not _only_capturing(m)), None)
+        if hooked is not None and self.hooks == "leave":
+            return f'layer {hooked} has hooks, which would see packed rows: allow it with hooks="packed"'
+        return None
+
+    def _pack(self, name: str, layers: nn.ModuleList, trials: list[Trial], expected: list[dict[str, Any]]) -> str | None:
+        stack_hooks.install(layers, self.model.config)
+        reason = self._compare(trials[:1], expected[:1])
+        if reason is None and not self._was_packed(name):
+            reason = "its layers were not given a mask of padding alone"
+        if reason is None:
+            reason = self._compare(trials[1:], expected[1:])
+        if reason is not None:
+            stack_hooks.remove(layers)
+        return reason
+
+    def _was_packed(self, name: str) -> bool:
+        calls = [c for c in self.log.calls if (c.module or "").startswith(f"{name}.")]
+        return any(c.rows is not None and c.slots is not None and c.rows < c.slots for c in calls)
+
+
+# Across columns, or over all of a batch's positions.
+_MIXING = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.RNNBase)
+_ATTENTION_ONLY = 'level="attention" changes calls of attention only'
+
+
+def _only_capturing(module: nn.Module) -> bool:
+    """transformers' own hooks, which wait for somebody to ask for hidden states."""
+    hooks = [h for name in ("_forward_hooks", "_forward_pre_hooks") for h in getattr(module, name).values()]
+    others = module._backward_hooks or module._backward_pre_hooks
+    return not others and all(getattr(h, "__qualname__", "").endswith("output_capturing_hook") for h in hooks)
