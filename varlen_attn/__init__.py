@@ -8,6 +8,7 @@ from .backends import BACKENDS
 from .backends.base import Backend, Capabilities, Extras, Refusal
 from .companions import apply_rotary, varlen_conv1d
 from .convert import ModuleReport, Report, disable, enable, enabled
+from .data import VarlenCollator
 from .dispatch import Call, Decision, Plan, Record, Route, backends, choose, record, route, use_backend
 from .encoder import VarlenTransformerDecoder, VarlenTransformerDecoderLayer, VarlenTransformerEncoder, VarlenTransformerEncoderLayer
 from .errors import (
@@ -50,6 +51,7 @@ __all__ = [
     "Route",
     "Semantics",
     "SeqLayout",
+    "VarlenCollator",
     "VarlenError",
     "VarlenMultiheadAttention",
     "VarlenTransformerDecoder",

@@ -79,9 +79,9 @@ class HostLengths(Tensor):
     Make one from lengths with `as_mask` or `as_offsets`, or from a mask on the host with `from_mask`. What only moves or converts the
     tensor keeps them: ``to``, ``cpu``, ``cuda``, ``pin_memory``, ``bool``, ``int``, ``long``, ``clone``, ``contiguous``, ``detach``,
     copies, pickles. Every other operation returns a plain tensor. After a write to its memory (through a view, a detached alias or
-    ``out=``, too) the tensor has forgotten, and `lengths` is None. torch's own count of writes decides that; where memory is handed out
-    of its sight (numpy, dlpack, ``.data``) the tensor forgets at once. What goes unseen are writes of a kernel through a raw pointer, and
-    through a view as another dtype that was made in inference mode.
+    ``out=``, too) the tensor has forgotten, and `lengths` is None. torch's own count of writes decides that; where the tensor hands its
+    memory to what does not count (numpy, dlpack, ``.data``), it forgets at once. Unseen go uncounted writes through other tensors of the
+    same memory: numpy of a view, a kernel with a raw pointer, a view as another dtype that was made in inference mode.
 
     The equivalent in plain PyTorch is a tensor and a list beside it, which no framework would carry to the model.
     """
@@ -218,19 +218,17 @@ class HostLengths(Tensor):
 
     def _converted(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         known = self.known
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():  # so that writes are counted
+        # Not in inference mode, or `_of` would copy what was copied already, and would not pin it.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             result = func(*args, **kwargs)
             keeps = known is not None and (known.kind == "mask" or result.dtype in _OFFSET_DTYPES)
             return HostLengths._of(result, known) if keeps and result is not self else result
-
-    def __copy__(self) -> Tensor:
-        return self.detach()  # shares memory, as copies of tensors do, and with it the count of writes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.detach().clone()
 
     def __reduce_ex__(self, proto: Any) -> tuple[Any, ...]:
-        return HostLengths._of, (self.as_subclass(Tensor), self.known)
+        return HostLengths._of, (self.as_subclass(Tensor), self.known)  # `copy.copy`, too: memory and the count of writes are shared then
 
     def __repr__(self) -> str:  # type: ignore[override]
         facts = "forgotten" if self.known is None else repr(self.known).removeprefix("Known(").removesuffix(")")

@@ -245,7 +245,7 @@ class Call:
         module: its name in the model that `record` was given, else its class.
         rows: T.  slots: B*S.
         traced: seen once while tracing, and not at each run.
-        reason: why a module went the dense way, if it did.
+        reason: why a module went the dense way, or why a stack of layers did not run packed.
     """
 
     backend: str
@@ -324,10 +324,10 @@ def record(model: torch.nn.Module | None = None) -> Iterator[Record]:
 
 
 @contextmanager
-def announced(plan: Plan, layout: SeqLayout, module: object | None) -> Iterator[None]:
+def announced(plan: Plan, layout: SeqLayout, module: object | None, reason: str | None = None) -> Iterator[None]:
     """Write one call into the open records, and keep the op that it launches silent."""
     rows = layout.total if layout.lengths is not None else layout.num_rows
-    _write(Call(plan.backend, plan.kernel, plan, None, rows, layout.batch_size * layout.padded_len), module)
+    _write(Call(plan.backend, plan.kernel, plan, None, rows, layout.batch_size * layout.padded_len, reason=reason), module)
     before, state.announced = state.announced, True
     try:
         yield

@@ -100,9 +100,10 @@ def attend_for(
     options: dict[str, Any],
     backend: str | Backend,
     extras: Extras | None = None,
+    reason: str | None = None,
 ) -> Tensor:
-    """`varlen_attention` on behalf of a module, whose name stands in the record."""
-    out: Tensor = _Call(query, key, value, layout, layout_kv, extras or Extras(), options, backend).run(module)
+    """`varlen_attention` on behalf of a module, whose name stands in the record, with the reason for what it could not do."""
+    out: Tensor = _Call(query, key, value, layout, layout_kv, extras or Extras(), options, backend).run(module, reason)
     return out
 
 
@@ -168,7 +169,7 @@ class _Call:
         way = route(self.layout_q, problem)
         return replace(plan, route=way.name, route_reason=way.reason) if thorough or state.records else plan
 
-    def run(self, module: torch.nn.Module | None) -> Any:
+    def run(self, module: torch.nn.Module | None, reason: str | None = None) -> Any:
         if torch.compiler.is_compiling():
             out, lse = self._launch(self._backend_while_tracing())
             return (out, lse) if self.semantics.return_lse else out
@@ -177,7 +178,7 @@ class _Call:
             out = connected_zeros(shape, self.query, self.key, self.value)
             return (out, out.new_empty(out.shape[1::-1], dtype=wide_dtype(out.dtype))) if self.semantics.return_lse else out
         plan = self.plan()
-        note = announced(plan, self.layout_q, module) if state.records else nullcontext()
+        note = announced(plan, self.layout_q, module, reason) if state.records else nullcontext()
         with note, torch.profiler.record_function(f"varlen_attn::{plan.backend}"):
             out, lse = self._launch(plan.implementation)
         return (out, lse) if self.semantics.return_lse else out

@@ -7,7 +7,6 @@ goes to transformers' own function for ``sdpa``, or, where that lacks an option 
 
 from __future__ import annotations
 
-import inspect
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -86,11 +85,12 @@ def varlen_attention_forward(
         return _dense(module, query, key, value, mask, is_causal, options, way, kwargs)
     if _is_rows(mask, way, query):
         q_TNH, k_TKH, v_TKH = (x[0].transpose(0, 1) for x in (query, key, value))
-        return _attend(module, q_TNH, k_TKH, v_TKH, way, options)[None], None
+        return _attend(module, q_TNH, k_TKH, v_TKH, way, options, None)[None], None
     q_TNH = pack_rows(way.layout_q, query.transpose(1, 2), "query")
     columns = slice(way.layout_kv.padded_len)
     k_TKH, v_TKH = (pack_rows(way.layout_kv, x[:, :, columns].transpose(1, 2)) for x in (key, value))
-    return unpack_rows(way.layout_q, _attend(module, q_TNH, k_TKH, v_TKH, way, options)), None
+    reason = (isinstance(mask, VarlenMask) and mask.meaning.padded_because) or "a call by itself: the layers around it compute padding"
+    return unpack_rows(way.layout_q, _attend(module, q_TNH, k_TKH, v_TKH, way, options, reason)), None
 
 
 def _is_rows(mask: Tensor | None, way: Packing, query: Tensor) -> bool:
@@ -99,14 +99,14 @@ def _is_rows(mask: Tensor | None, way: Packing, query: Tensor) -> bool:
     return stack or (query.shape[0], query.shape[2]) != (way.layout_q.batch_size, way.layout_q.padded_len)
 
 
-def _attend(module: nn.Module, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, way: Packing, options: Options) -> Tensor:
+def _attend(module: nn.Module, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, way: Packing, options: Options, reason: str | None) -> Tensor:
     bias = None if options.bias is None else options.bias[0]
     semantics = dict(
         causal=way.causal, window=way.window, scale=options.scaling, softcap=options.softcap, dropout_p=options.dropout,
         return_lse=False, deterministic=None, batch_invariant=False,
     )  # fmt: skip
     extras = Extras(None, options.sinks, bias)
-    return attend_for(module, q_TNH, k_TKH, v_TKH, way.layout_q, way.layout_kv, semantics, "auto", extras)
+    return attend_for(module, q_TNH, k_TKH, v_TKH, way.layout_q, way.layout_kv, semantics, "auto", extras, reason)
 
 
 # -------------------------------------------------------------------- which way
@@ -121,6 +121,10 @@ def _by_mask(mask: VarlenMask, query: Tensor, key: Tensor, options: Options) -> 
         raise NotPackable("it adds a position bias to the scores, or gives attention weights")
     if options.weights:
         return "attention weights are asked for"
+    if meaning.is_plain:
+        return "nothing is padded"
+    if meaning.rows is None and query.device.type == "cpu" and len_k <= _SHORT:
+        return f"at most {_SHORT} columns on a CPU: one dense call is faster than one for each sequence"
     way = meaning.packing
     if isinstance(way, str) or options.bias is None:
         return way
@@ -133,6 +137,8 @@ def _by_mask(mask: VarlenMask, query: Tensor, key: Tensor, options: Options) -> 
     return way
 
 
+# Of a call by itself, where queries at padding are computed too: at 64 columns nothing is left of what skipping keys saves.
+_SHORT = 64
 # Attention with a bias is eager maths for each sequence on packed rows and one fused call on padded ones: about 1.5 times the work of
 # the latter for a real pair of tokens.
 _BIAS_FILL = 0.6
@@ -208,8 +214,10 @@ def _collector() -> Any:
 
 def captured() -> tuple[str, ...]:
     """What transformers collects from layers in this forward: hidden_states, attentions, router_logits and the like."""
+    if torch.compiler.is_compiling():
+        return ()
     collector = _collector()
-    return () if collector is None or torch.compiler.is_compiling() else tuple(collector.get() or ())
+    return () if collector is None else tuple(collector.get() or ())
 
 
 # -------------------------------------------------------------------- the dense way
@@ -227,12 +235,13 @@ def _dense(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     if isinstance(mask, VarlenMask):
-        mask = mask.meaning.dense
+        meaning = mask.meaning
+        mask, is_causal = (None, meaning.pattern.causal) if meaning.is_plain else (meaning.dense, False)
     from transformers.integrations import sdpa_attention
 
     fused = options.softcap is None and options.sinks is None and not options.weights
-    if options.bias is not None and not _takes_bias(sdpa_attention.sdpa_attention_forward):
-        fused = False
+    if options.bias is not None and "position_bias" not in sdpa_attention.sdpa_attention_forward.__code__.co_varnames:
+        fused = False  # an earlier one would take it among its other keywords, and leave it out
     if state.records:
         kernel = "F.scaled_dot_product_attention" if fused else EAGER
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -246,12 +255,6 @@ def _dense(
         module, query, key, value, mask, dropout=options.dropout, scaling=options.scaling, is_causal=is_causal, **given
     )
     return out
-
-
-@cache
-def _takes_bias(function: Any) -> bool:
-    """An earlier one would take it among its other keywords, and leave it out."""
-    return "position_bias" in inspect.signature(function).parameters
 
 
 def _eager(

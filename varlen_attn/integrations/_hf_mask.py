@@ -57,6 +57,7 @@ class Meaning:
         padding: ``(B, K)``, True is a token; None for no padding.
         first_query: the key column at which the first query stands.
         rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows.
+        padded_because: why the stack does not run packed, for the record.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Meaning:
     ) -> None:
         self.shape, self.device, self.pattern, self.padding = shape, device, pattern, padding
         self.first_query, self.rows = first_query, rows
+        self.padded_because: str | None = None
         self._make = make
         self._packed_tensors: list[tuple[Tensor, Tensor]] = []
         self._alike: list[Meaning] = []
@@ -89,6 +91,15 @@ class Meaning:
             batch_size, _, _, num_columns = self.shape
             return SeqLayout.from_lengths([num_columns] * batch_size, num_columns, device=self.device)
         return _layout_of(self.padding)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether a flag says it all: causal or not."""
+        _, _, len_q, len_k = self.shape
+        if self.rows is not None or self.pattern.window is not None or self.pattern.documents is not None:
+            return False
+        square = self.first_query == 0 and len_q == len_k
+        return (square or not self.pattern.causal) and (self.padding is None or self.keys.is_dense)
 
     @cached_property
     def packing(self) -> Packing | str:
@@ -275,7 +286,8 @@ def varlen_mask(
 ) -> Tensor | None:
     """What transformers calls to make a mask; registered as ``varlen_attn`` in its `AttentionMaskInterface`.
 
-    Unknown patterns (images, chunks, prefixes, whatever comes), decoding steps and static caches get the mask that ``sdpa`` gets.
+    Decoding steps, static caches and unknown patterns (images, chunks, prefixes, whatever comes) get the mask of ``sdpa``. Otherwise never
+    None, which ``sdpa`` gets where a flag says it all: whether attention is causal then hangs on an attribute that some models lack.
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -296,8 +308,7 @@ def varlen_mask(
     if padding is not None and tuple(padding.shape) != (batch_size, kv_length):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]  # transformers' error, or its broadcasting
     make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-    meaning = Meaning((batch_size, 1, q_length, kv_length), device, pattern, padding, q_offset - kv_offset, make)
-    return None if _says_nothing(meaning, kwargs) else VarlenMask(meaning)
+    return VarlenMask(Meaning((batch_size, 1, q_length, kv_length), device, pattern, padding, q_offset - kv_offset, make))
 
 
 def _padding_of_columns(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
@@ -319,19 +330,6 @@ def _effective(window: Window | None, q_length: int, kv_length: int) -> Window |
     farthest = max(q_length, kv_length) - 1
     sides = tuple(None if side is None or side >= farthest else side for side in window)
     return None if sides == (None, None) else (sides[0], sides[1])
-
-
-def _says_nothing(meaning: Meaning, kwargs: dict[str, Any]) -> bool:
-    """Whether attention may go by `is_causal` alone, which `sdpa` does in the same cases."""
-    _, _, len_q, len_k = meaning.shape
-    pattern = meaning.pattern
-    if pattern.window is not None or pattern.documents is not None:
-        return False
-    if pattern.causal:
-        skips = kwargs.get("allow_is_causal_skip", True) and meaning.first_query == 0 and len_q == len_k
-    else:
-        skips = kwargs.get("allow_is_bidirectional_skip", False)
-    return bool(skips and (meaning.padding is None or meaning.keys.is_dense))
 
 
 def classify(mask_function: Callable[..., Any]) -> Pattern | None:

@@ -57,15 +57,15 @@ class LayerHook:
         if not isinstance(hidden, Tensor) or meaning.rows is not None:
             return None
         is_rows = self._is_rows(hidden, meaning)
-        if not is_rows and not self._may_pack(module, hidden, meaning):
-            return None
+        reason = None if is_rows else self._why_padded(module, hidden, meaning)
         refused = [name for name, x in named if not _can_pack(name, x, meaning, hidden)]
-        if refused:
-            if is_rows:
-                raise VarlenError(
-                    f"the layers of {type(module).__name__} were given packed rows, but now `{refused[0]}`, which can not be packed: call "
-                    'varlen_attn.enable(model, level="attention").'
-                )
+        if refused and is_rows:
+            raise VarlenError(
+                f"the layers of {type(module).__name__} were given packed rows, but now `{refused[0]}`, which can not be packed: call "
+                'varlen_attn.enable(model, level="attention").'
+            )
+        if reason or refused:
+            meaning.padded_because = reason or f"the layers are given `{refused[0]}`, which is not by token, or asked for it"
             return None
         packed = [_packed(x, meaning, hidden) for _, x in named]
         return tuple(packed[: len(args)]), dict(zip(kwargs, packed[len(args) :], strict=True))
@@ -89,20 +89,25 @@ class LayerHook:
             return False
         return bool(hidden.shape[1] == meaning.keys.num_rows)
 
-    def _may_pack(self, module: nn.Module, hidden: Tensor, meaning: Meaning) -> bool:
-        """Whether these are the padded tokens of a self-attention, and nothing is asked for that rows do not have."""
+    def _why_padded(self, module: nn.Module, hidden: Tensor, meaning: Meaning) -> str | None:
+        """None for the padded tokens of a self-attention, where nothing is asked for that rows do not have."""
         batch_size, _, len_q, len_k = meaning.shape
-        if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != len_k or meaning.first_query != 0:
-            return False
-        if captured() or (module.training and any(getattr(self.config, name, 0) for name in _SKIPPING_LAYERS)):
-            return False
         keys = meaning.keys
-        if keys.lengths is None or not 0 < (keys.total or 0) < batch_size * len_q or meaning.pattern.documents is not None:
-            return False
-        # Encoders pool their first column. Where that is padding, it must be what it was.
-        if not meaning.pattern.causal and not keys.right_padded:
-            return False
-        return meaning.pattern.window is None or not keys.has_holes  # windows count columns
+        if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != len_k or meaning.first_query != 0:
+            return "there are cached keys, or keys of others"
+        if meaning.pattern.documents is not None or keys.is_dense:
+            return "nothing is padded"
+        if keys.lengths is None or not keys.total:
+            return "only the device knows the lengths" if keys.lengths is None else "no row has a token"
+        if captured():
+            return f"asked for {', '.join(captured())} of every layer"
+        if module.training and any(getattr(self.config, name, 0) for name in _SKIPPING_LAYERS):
+            return "layers are skipped at random in training (layerdrop)"
+        if keys.has_holes:  # windows count columns, and this layer does not know whether one after it has a window
+            return "padding between tokens"
+        if not meaning.pattern.causal and not keys.right_padded:  # encoders pool their first column, which must be what it was
+            return "an encoder with padding before its tokens, which a pooler may read"
+        return None
 
 
 def _can_pack(name: str, x: Any, meaning: Meaning, hidden: Tensor) -> bool:
@@ -113,7 +118,7 @@ def _can_pack(name: str, x: Any, meaning: Meaning, hidden: Tensor) -> bool:
     if isinstance(x, tuple | list):
         return all(_can_pack(name, y, meaning, hidden) for y in x)
     if isinstance(x, VarlenMask):
-        return x.meaning.is_of_columns_of(meaning) and (x.meaning.pattern.window is None or not x.meaning.keys.has_holes)
+        return x.meaning.is_of_columns_of(meaning)
     if isinstance(x, Tensor):
         by_token = x.dim() >= 2 and x.shape[0] in (1, meaning.shape[0]) and x.shape[1] == meaning.shape[2]
         return by_token or x is hidden or x.dim() == 0 or name == "cache_position"

@@ -38,7 +38,7 @@ class Trial(NamedTuple):
 
 
 def prepare(model: Any) -> list[Trial]:
-    """Trials with padding on the right and on the left. Empty where it is not known what the model takes."""
+    """Trials with padding on the right, on the left, and without a mask. Empty where it is not known what the model takes."""
     parameters = next((p for p in model.parameters()), None)
     if parameters is None or parameters.is_meta or any(p.is_meta for p in model.parameters()):
         return []
@@ -46,10 +46,13 @@ def prepare(model: Any) -> list[Trial]:
     if "attention_mask" not in names:
         return []
     if "input_ids" in names:
-        return [_text(model, parameters.device, names, side) for side in ("right", "left")]
-    if "input_values" in names and hasattr(model, "_get_feat_extract_output_lengths"):
-        return [_audio(model, parameters, names)]
-    return []
+        trials = [_text(model, parameters.device, names, side) for side in ("right", "left")]
+    elif "input_values" in names and hasattr(model, "_get_feat_extract_output_lengths"):
+        trials = [_audio(model, parameters, names)]
+    else:
+        return []
+    unmasked = {name: x for name, x in trials[0].inputs.items() if name != "attention_mask"}
+    return [*trials, Trial(unmasked, (), True)]
 
 
 def _parameters(model: Any) -> tuple[str, ...]:
