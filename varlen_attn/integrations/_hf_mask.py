@@ -20,7 +20,7 @@ from .._host_lengths import HostLengths
 from ..errors import ArgumentError
 from ..layout import SeqLayout, is_tracing
 
-__all__ = ["Meaning", "Packing", "Pattern", "VarlenMask", "varlen_mask"]
+__all__ = ["Meaning", "Packing", "Pattern", "VarlenMask", "forbid_packing", "varlen_mask"]
 
 Window = tuple[int | None, int | None]
 
@@ -72,7 +72,7 @@ class Meaning:
     ) -> None:
         self.shape, self.device, self.pattern, self.padding = shape, device, pattern, padding
         self.first_query, self.rows = first_query, rows
-        self.padded_because: str | None = None
+        self.padded_because: str | None = getattr(_thread, "reason", None)
         self._make = make
         self._packed_tensors: list[tuple[Tensor, Tensor]] = []
         self._alike: list[Meaning] = []
@@ -228,7 +228,12 @@ class VarlenMask(Tensor):
 # -------------------------------------------------------------------- layouts
 
 
-_last = threading.local()
+_thread = threading.local()
+
+
+def forbid_packing(reason: str | None) -> None:
+    """Masks that this thread makes from now on are of a forward that must not run packed; None ends that."""
+    _thread.reason = reason
 
 
 def _layout_of(real: Tensor) -> SeqLayout:
@@ -241,12 +246,12 @@ def _layout_of(real: Tensor) -> SeqLayout:
         return known
     if real.device.type != "cpu" or is_tracing(real):
         return SeqLayout.from_attention_mask(real, validate=False)
-    seen: tuple[Tensor, SeqLayout] | None = getattr(_last, "made", None)
+    seen: tuple[Tensor, SeqLayout] | None = getattr(_thread, "made", None)
     if seen is not None and torch.equal(seen[0], real):
         return seen[1]
     layout = SeqLayout.from_attention_mask(real, validate=False)
     with torch.inference_mode(False):
-        _last.made = (real.detach().clone(), layout)
+        _thread.made = (real.detach().clone(), layout)
     return layout
 
 

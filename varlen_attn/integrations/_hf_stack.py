@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ..errors import VarlenError
 from ..layout import SeqLayout
 from ._hf_attention import captured
-from ._hf_mask import Meaning, VarlenMask
+from ._hf_mask import Meaning, VarlenMask, forbid_packing
 
-__all__ = ["LayerHook", "install", "installed", "is_ours", "remove"]
+__all__ = ["LayerHook", "guard", "install", "is_ours", "remove"]
 
 _SKIPPING_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 _ASKING_FOR_MORE = ("output_hidden_states", "output_attentions", "output_router_logits", "output_scores")
@@ -57,7 +57,7 @@ class LayerHook:
         if not isinstance(hidden, Tensor) or meaning.rows is not None:
             return None
         is_rows = self._is_rows(hidden, meaning)
-        reason = None if is_rows else self._why_padded(module, hidden, meaning)
+        reason = None if is_rows else meaning.padded_because or self._why_padded(module, hidden, meaning)
         refused = [name for name, x in named if not _can_pack(name, x, meaning, hidden)]
         if refused and is_rows:
             raise VarlenError(
@@ -165,6 +165,39 @@ def _packed_cache_class() -> Any:
     return PackedCache
 
 
+# -------------------------------------------------------------------- hooks on models
+
+
+class IdsHook:
+    """Around a model whose head picks a row by looking at ids (the last that is no padding, the largest), in padding too.
+
+    Such a model runs packed where ids at padding are those of padding. Elsewhere the head may read a row of padding, which must be there.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.config = model.config
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if torch.compiler.is_compiling() or mask is None or mask.dim() != 2:
+            return
+        pad = getattr(self.config.get_text_config(), "pad_token_id", None)
+        if ids is None or pad is None or ids.shape != mask.shape or not bool((mask.bool() | (ids == pad)).all()):
+            forbid_packing("other ids than pad_token_id at padding, which the head looks at")
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        forbid_packing(None)
+
+
+def guard(model: Any) -> None:
+    """Let a model run packed only where its head finds at padding what it expects."""
+    hook = IdsHook(model)
+    model.register_forward_pre_hook(hook.before, with_kwargs=True, prepend=True)
+    model.register_forward_hook(hook.after, with_kwargs=True, always_call=True)
+
+
 # -------------------------------------------------------------------- hooks on layers
 
 
@@ -178,21 +211,16 @@ def install(layers: nn.ModuleList, config: Any) -> None:
 
 
 def is_ours(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), LayerHook)
+    return isinstance(getattr(hook, "__self__", None), LayerHook | IdsHook)
 
 
-def installed(layer: nn.Module) -> bool:
-    """Whether a layer's stack runs packed."""
-    return any(is_ours(hook) for hook in layer._forward_pre_hooks.values())
-
-
-def remove(layers: nn.ModuleList) -> None:
-    """The inverse of `install`."""
-    for layer in layers:
-        for hooks, flags in (
-            (layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs),
-            (layer._forward_hooks, layer._forward_hooks_with_kwargs),
-        ):
+def remove(*modules: nn.Module) -> None:
+    """The inverse of `install` for layers, and of `guard` for a model."""
+    for module in modules:
+        before = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+        after = (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+        for hooks, *flags in (before, after):
             for key in [key for key, hook in hooks.items() if is_ours(hook)]:
                 del hooks[key]
-                flags.pop(key, None)
+                for flag in flags:
+                    flag.pop(key, None)

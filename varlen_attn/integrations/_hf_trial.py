@@ -8,8 +8,9 @@ or sound, in evaluation, with the random state, the training flags and hooks of 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -28,70 +29,108 @@ class Trial(NamedTuple):
 
     Attributes:
         inputs: keywords of ``forward``.
-        valid: ``(B, S)`` bool, of the tokens, and of the frames if there are others.
+        valid: ``(B, S)`` bool, of the tokens; None for a trial without padding.
+        frames: of sound: from a number of frames to ``(B, frames)`` bool.
+        odd_ids: padding holds other ids than those of padding: poolers may look at ids.
         full: whether results without a ``(B, S)`` count too: poolers may read the first column, which only the right padding leaves real.
     """
 
     inputs: dict[str, Any]
-    valid: tuple[Tensor, ...]
+    valid: Tensor | None
     full: bool
+    odd_ids: bool = False
+    frames: Callable[[int, Tensor], Tensor] | None = None
+
+    def where(self, shape: torch.Size) -> Tensor | None:
+        """Which rows of a result of ``shape`` belong to tokens; None if it has none."""
+        if self.valid is None or len(shape) < 2 or shape[0] != self.valid.shape[0]:
+            return None
+        if shape[1] == self.valid.shape[1]:
+            return self.valid
+        if self.frames is None or len(shape) != 3:
+            return None
+        try:
+            real = self.frames(shape[1], self.valid.long()).bool()
+        except (IndexError, RuntimeError):  # not a number of frames, but of something else
+            return None
+        return real if real.shape == shape[:2] else None
 
 
-def prepare(model: Any) -> list[Trial]:
-    """Trials with padding on the right, on the left, and without a mask. Empty where it is not known what the model takes."""
+def prepare(model: Any) -> list[Trial] | str:
+    """Trials, the first with padding on the right, the last without a mask; or why there are none."""
     parameters = next((p for p in model.parameters()), None)
-    if parameters is None or parameters.is_meta or any(p.is_meta for p in model.parameters()):
-        return []
-    names = _parameters(model)
+    if parameters is None or any(p.is_meta for p in model.parameters()):
+        return "it could not be tried: its weights are not here"
+    names = tuple(inspect.signature(type(model).forward).parameters)
     if "attention_mask" not in names:
-        return []
+        return "it takes no attention_mask, so nothing is padded"
     if "input_ids" in names:
-        trials = [_text(model, parameters.device, names, side) for side in ("right", "left")]
-    elif "input_values" in names and hasattr(model, "_get_feat_extract_output_lengths"):
-        trials = [_audio(model, parameters, names)]
+        trials = [_text(model, parameters.device, names, *form) for form in (("right", False), ("left", False), ("right", True))]
     else:
-        return []
+        values = _waves(model, names) if "input_values" in names else _features(model, names)
+        if values is None:
+            return f"it is not known how to try it with {names[1] if len(names) > 1 else 'nothing'}"
+        trials = [_sound(model, values.to(parameters), names)]
     unmasked = {name: x for name, x in trials[0].inputs.items() if name != "attention_mask"}
-    return [*trials, Trial(unmasked, (), True)]
+    return [*trials, Trial(unmasked, None, True)]
 
 
-def _parameters(model: Any) -> tuple[str, ...]:
-    import inspect
-
-    return tuple(inspect.signature(type(model).forward).parameters)
-
-
-def _text(model: Any, device: torch.device, names: tuple[str, ...], side: str) -> Trial:
+def _text(model: Any, device: torch.device, names: tuple[str, ...], side: str, odd_ids: bool) -> Trial:
+    """Rows that end as texts do, with one end of text."""
     config = model.config.get_text_config()
     vocabulary = model.get_input_embeddings().num_embeddings
-    special = [getattr(config, f"{name}_token_id", None) for name in ("pad", "eos", "bos")]
-    usual = [x for x in range(vocabulary) if x not in special][:1000] or [0]
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(usual), (len(_LENGTHS), max(_LENGTHS)), generator=generator)
-    ids = torch.tensor(usual)[drawn]
-    columns = torch.arange(max(_LENGTHS)).expand_as(ids)
-    lengths = torch.tensor(_LENGTHS)[:, None]
-    valid = columns < lengths if side == "right" else columns >= max(_LENGTHS) - lengths
-    ids = ids.masked_fill(~valid, getattr(config, "pad_token_id", None) or 0).to(device)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": valid.long().to(device)}
+    pad, end, start = (_ids(config, name) for name in ("pad", "eos", "bos"))
+    usual = [x for x in range(vocabulary) if x not in (*pad, *end, *start)][-1000:] or [0]
+    shape = (len(_LENGTHS), max(_LENGTHS))
+    ids = torch.tensor(usual)[torch.randint(len(usual[:-1]) or 1, shape, generator=torch.Generator().manual_seed(0))]
+    columns, lengths = torch.arange(shape[1]).expand(shape), torch.tensor(_LENGTHS)[:, None]
+    first = torch.zeros_like(lengths) if side == "right" else shape[1] - lengths
+    valid = (columns >= first) & (columns < first + lengths)
+    # Heads look for the last id that is no padding, and for the largest.
+    ids = ids.masked_fill(~valid, usual[-1] if odd_ids else next(iter(pad), 0))
+    ids = ids.masked_fill(columns == first + lengths - 1, end[0]) if end and end[0] < vocabulary else ids
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": valid.long().to(device)}
     if "decoder_input_ids" in names:
-        inputs["decoder_input_ids"] = torch.tensor(usual)[drawn[:, :5]].to(device)
-    return Trial(inputs, (valid.to(device),), side == "right")
+        inputs["decoder_input_ids"] = ids.to(device)
+    return Trial(inputs, valid.to(device), side == "right", odd_ids)
 
 
-def _audio(model: Any, like: Tensor, names: tuple[str, ...]) -> Trial:
+def _ids(config: Any, name: str) -> list[int]:
+    found = getattr(config, f"{name}_token_id", None)
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def _waves(model: Any, names: tuple[str, ...]) -> Tensor | None:
+    """``(B, samples)``, long enough for some frames after the convolutions."""
+    if not hasattr(model, "_get_feat_extract_output_lengths"):
+        return None
     samples = 400
-    while int(model._get_feat_extract_output_lengths(torch.tensor([samples]))[0]) < _FRAMES:
+    while int(torch.as_tensor(model._get_feat_extract_output_lengths(torch.tensor([samples])))) < _FRAMES:
         samples *= 2
-    lengths = [samples * n // max(_LENGTHS) for n in _LENGTHS]
-    valid = torch.arange(samples) < torch.tensor(lengths)[:, None]
-    values = torch.randn(len(lengths), samples, generator=torch.Generator().manual_seed(0)) * valid
-    frames = model._get_feat_extract_output_lengths(torch.tensor(lengths))
-    valid_frames = torch.arange(int(frames.max())) < frames[:, None]
-    inputs: dict[str, Any] = {"input_values": values.to(like), "attention_mask": valid.long().to(like.device)}
+    return torch.randn(len(_LENGTHS), samples, generator=torch.Generator().manual_seed(0))
+
+
+def _features(model: Any, names: tuple[str, ...]) -> Tensor | None:
+    """``(B, frames, features)``, where the configuration says how many features."""
+    config = model.config
+    width = getattr(config, "feature_projection_input_dim", None) or getattr(config, "input_feat_per_channel", 0) * getattr(
+        config, "input_channels", 1
+    )
+    if "input_features" not in names or not width:
+        return None
+    return torch.randn(len(_LENGTHS), 4 * max(_LENGTHS), width, generator=torch.Generator().manual_seed(0))
+
+
+def _sound(model: Any, values: Tensor, names: tuple[str, ...]) -> Trial:
+    length = values.shape[1]
+    lengths = torch.tensor([length * n // max(_LENGTHS) for n in _LENGTHS], device=values.device)
+    valid = torch.arange(length, device=values.device) < lengths[:, None]
+    values = values * valid.view(*valid.shape, *[1] * (values.dim() - 2))
+    name = "input_values" if "input_values" in names else "input_features"
+    inputs: dict[str, Any] = {name: values, "attention_mask": valid.long()}
     if "decoder_input_ids" in names:
-        inputs["decoder_input_ids"] = torch.ones(len(lengths), 5, dtype=torch.long, device=like.device)
-    return Trial(inputs, (valid.to(like.device), valid_frames.to(like.device)), True)
+        inputs["decoder_input_ids"] = torch.ones(len(lengths), 5, dtype=torch.long, device=values.device)
+    return Trial(inputs, valid, True, frames=getattr(model, "_get_feature_vector_attention_mask", None))
 
 
 def run(model: Any, trial: Trial, **options: Any) -> dict[str, Any]:
@@ -142,7 +181,7 @@ def difference(trial: Trial, expected: dict[str, Any], got: dict[str, Any]) -> s
                 return f"{name} has shape {tuple(b.shape)}, not {tuple(a.shape)}"
             if not a.is_floating_point() or not a.numel():
                 continue
-            valid = next((v for v in trial.valid if a.shape[:2] == v.shape), None)
+            valid = trial.where(a.shape)
             if valid is None and not trial.full:
                 continue
             a, b = (a.double(), b.double()) if valid is None else (a[valid].double(), b[valid].double())

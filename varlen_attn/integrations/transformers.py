@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -41,10 +41,12 @@ class State(NamedTuple):
     Attributes:
         before: the attention implementation, with those of sub-configurations.
         stacks: names of the module lists whose layers run packed.
+        guarded: whether ids at padding are looked at first.
     """
 
     before: Implementation
     stacks: tuple[str, ...]
+    guarded: bool
 
 
 def register() -> None:
@@ -101,7 +103,8 @@ def disable(model: nn.Module) -> list[Row]:
         state = vars(module).get(_STATE)
         if isinstance(state, State):
             for stack in state.stacks:
-                stack_hooks.remove(module.get_submodule(stack))
+                stack_hooks.remove(*module.get_submodule(stack))
+            stack_hooks.remove(module)
             module.set_attn_implementation(state.before)
             delattr(module, _STATE)
             rows.append((name, type(module).__name__, "restored", ""))
@@ -119,6 +122,8 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
             module.set_attn_implementation(implementation)
             for stack in state.stacks:
                 stack_hooks.install(module.get_submodule(stack), module.config)
+            if state.guarded:
+                stack_hooks.guard(module)
             setattr(module, _STATE, state)
 
     return restore
@@ -211,12 +216,13 @@ class _Part:
         self.through, self.own = _attentions(model)
         self.why_not_packed: dict[str, str] = {}
         self.packed: list[str] = []
+        self.guarded = False
 
     def enable(self, root: str) -> list[Row]:
         reason = self._why_not() or self._attention()
         prefix = ".".join(x for x in (root, self.name) if x)
         if reason is None:
-            setattr(self.model, _STATE, State(self.before, tuple(self.packed)))
+            setattr(self.model, _STATE, State(self.before, tuple(self.packed), self.guarded))
         return list(self._rows(prefix, reason))
 
     def _rows(self, prefix: str, reason: str | None) -> Iterator[Row]:
@@ -231,7 +237,8 @@ class _Part:
         for name, layers, _ in _stacks(self.model):
             kind = f"{len(layers)} x {type(layers[0]).__name__}"
             if name in self.packed:
-                yield full(name), kind, "converted", "packed once around the stack"
+                guarded = ", where padding holds pad_token_id" if self.guarded else ""
+                yield full(name), kind, "converted", f"packed once around the stack{guarded}"
             else:
                 yield full(name), kind, "left alone", f"not packed as a whole: {self.why_not_packed.get(name, _ATTENTION_ONLY)}"
         for name, module in self.through:
@@ -272,19 +279,22 @@ class _Part:
                 self.packed.append(name)
             else:
                 self.why_not_packed[name] = why
+        if not self.packed:
+            stack_hooks.remove(self.model)
+            self.guarded = False
         return None
 
     def _expected(self) -> tuple[list[Trial], list[dict[str, Any]], str | None]:
         """What the model gives before, or why that is not known."""
         try:
             trials = prepare(self.model)
-            if not trials:
-                return [], [], "it is not known how to try it"
+            if isinstance(trials, str):
+                return [], [], trials
             return trials, [run(self.model, trial) for trial in trials], None
         except Exception as error:
             return [], [], f"it could not be tried: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
-    def _compare(self, trials: list[Trial], expected: list[dict[str, Any]]) -> str | None:
+    def _compare(self, trials: Sequence[Trial], expected: Sequence[dict[str, Any]]) -> str | None:
         try:
             for trial, reference in zip(trials, expected, strict=True):
                 with record(self.model) as log:
@@ -320,10 +330,16 @@ class _Part:
         reason = self._compare(trials[:1], expected[:1])
         if reason is None and not self._was_packed(name):
             reason = "its layers were not given a mask of padding alone"
+        others = [(t, e) for t, e in zip(trials[1:], expected[1:], strict=True) if not t.odd_ids]
+        odd = [(t, e) for t, e in zip(trials, expected, strict=True) if t.odd_ids]
         if reason is None:
-            reason = self._compare(trials[1:], expected[1:])
+            reason = self._compare(*zip(*others, strict=True))
+        if reason is None and not self.guarded and odd and self._compare(*zip(*odd, strict=True)) is not None:
+            stack_hooks.guard(self.model)
+            self.guarded = True
+            reason = self._compare(*zip(*odd, strict=True))
         if reason is not None:
-            stack_hooks.remove(layers)
+            stack_hooks.remove(*layers)
         return reason
 
     def _was_packed(self, name: str) -> bool:
