@@ -53,7 +53,7 @@ RANKS = (
 OPTIONAL_PACKAGES_IN = ("backends.", "integrations.", "demo", "__main__", "testing.strategies")
 MUTABLE = {
     "dispatch._plans", "problem._versions", "backends.base.state",  # one cache of choices, one of versions, the thread's stack
-    "integrations._hf_mask._thread",  # the last layout with the mask that it was made of; why a forward must not run packed
+    "integrations._hf_mask._thread",  # the last layout with the mask that it was made of; forwards under way
     "backends.flash2._probed", "backends.torch_varlen._parameters",  # what a package can do, asked once
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from .._host_lengths import HostLengths
 from ..errors import ArgumentError
 from ..layout import SeqLayout, is_tracing
 
-__all__ = ["Meaning", "Packing", "Pattern", "VarlenMask", "forbid_packing", "varlen_mask"]
+__all__ = ["Meaning", "Packing", "Pattern", "VarlenMask", "enter_forward", "leave_forward", "varlen_mask"]
 
 Window = tuple[int | None, int | None]
 
@@ -72,7 +72,7 @@ class Meaning:
     ) -> None:
         self.shape, self.device, self.pattern, self.padding = shape, device, pattern, padding
         self.first_query, self.rows = first_query, rows
-        self.padded_because: str | None = getattr(_thread, "reason", None)
+        self.padded_because: str | None = _forbidden()
         self._make = make
         self._packed_tensors: list[tuple[Tensor, Tensor]] = []
         self._alike: list[Meaning] = []
@@ -231,9 +231,17 @@ class VarlenMask(Tensor):
 _thread = threading.local()
 
 
-def forbid_packing(reason: str | None) -> None:
-    """Masks that this thread makes from now on are of a forward that must not run packed; None ends that."""
-    _thread.reason = reason
+def enter_forward(reason: str | None) -> None:
+    """A model's forward begins; ``reason`` is why what it makes masks for must not run packed, None if it may."""
+    _thread.forwards = [*getattr(_thread, "forwards", ()), reason]
+
+
+def leave_forward() -> None:
+    _thread.forwards = getattr(_thread, "forwards", [])[:-1]
+
+
+def _forbidden() -> str | None:
+    return next((reason for reason in getattr(_thread, "forwards", ()) if reason is not None), None)
 
 
 def _layout_of(real: Tensor) -> SeqLayout:

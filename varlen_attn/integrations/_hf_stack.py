@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._host_lengths import HostLengths
 from ..errors import VarlenError
 from ..layout import SeqLayout
 from ._hf_attention import captured
-from ._hf_mask import Meaning, VarlenMask, forbid_packing
+from ._hf_mask import Meaning, VarlenMask, enter_forward, leave_forward
 
-__all__ = ["LayerHook", "guard", "install", "is_ours", "remove"]
+__all__ = ["LayerHook", "ModelHook", "install", "is_ours", "remove", "watch"]
 
 _SKIPPING_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 _ASKING_FOR_MORE = ("output_hidden_states", "output_attentions", "output_router_logits", "output_scores")
@@ -168,34 +169,58 @@ def _packed_cache_class() -> Any:
 # -------------------------------------------------------------------- hooks on models
 
 
-class IdsHook:
-    """Around a model whose head picks a row by looking at ids (the last that is no padding, the largest), in padding too.
+class ModelHook:
+    """Around a model of transformers: sees what the caller wants, and whether that reads rows of padding, which then must be there.
 
-    Such a model runs packed where ids at padding are those of padding. Elsewhere the head may read a row of padding, which must be there.
+    Attributes:
+        looks_at_ids: its head picks a row by ids (the last that is no padding, the largest), those in padding too.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, looks_at_ids: bool) -> None:
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self.config = model.config
+        self.config, self.looks_at_ids = model.config, looks_at_ids
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        ids, mask = given.get("input_ids"), given.get("attention_mask")
-        if torch.compiler.is_compiling() or mask is None or mask.dim() != 2:
-            return
-        pad = getattr(self.config.get_text_config(), "pad_token_id", None)
-        if ids is None or pad is None or ids.shape != mask.shape or not bool((mask.bool() | (ids == pad)).all()):
-            forbid_packing("other ids than pad_token_id at padding, which the head looks at")
+        if not torch.compiler.is_compiling():
+            enter_forward(self._why_padded(dict(zip(self.names, args, strict=False)) | kwargs))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        forbid_packing(None)
+        if not torch.compiler.is_compiling():
+            leave_forward()
+
+    def _why_padded(self, given: dict[str, Any]) -> str | None:
+        mask = given.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
+            return None
+        continues = given.get("past_key_values") is not None or isinstance(given.get("logits_to_keep", 0), Tensor)
+        if (continues or given.get("logits_to_keep")) and not bool(mask[:, -1].all()):
+            return "generation with padding on the right, which reads the last column"
+        if given.get("start_positions") is not None or given.get("end_positions") is not None:
+            return "a loss over all columns, those of padding too"
+        labels = given.get("labels")
+        if isinstance(labels, Tensor) and labels.shape == mask.shape and _counts_padding(labels, mask):
+            return "labels at padding that are not -100, so that the loss counts it"
+        ids, pad = given.get("input_ids"), getattr(self.config.get_text_config(), "pad_token_id", None)
+        if self.looks_at_ids and (ids is None or pad is None or ids.shape != mask.shape or not bool((mask.bool() | (ids == pad)).all())):
+            return "other ids than pad_token_id at padding, which the head looks at"
+        return None
 
 
-def guard(model: Any) -> None:
-    """Let a model run packed only where its head finds at padding what it expects."""
-    hook = IdsHook(model)
-    model.register_forward_pre_hook(hook.before, with_kwargs=True, prepend=True)
-    model.register_forward_hook(hook.after, with_kwargs=True, always_call=True)
+def _counts_padding(labels: Tensor, mask: Tensor) -> bool:
+    if isinstance(mask, HostLengths) and mask.lengths is not None and labels.device.type != "cpu":
+        return False  # our collator's labels; to look would be to wait for the device
+    return bool(((labels != -100) & ~mask.bool().to(labels.device)).any())
+
+
+def watch(model: Any, guarded: bool) -> None:
+    """Let a model that has a packed stack run padded where a caller's wish reads padding; ``guarded``: its head looks at ids."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and not any(is_ours(hook) for hook in module._forward_pre_hooks.values()):
+            hook = ModelHook(module, guarded and module is model)
+            module.register_forward_pre_hook(hook.before, with_kwargs=True, prepend=True)
+            module.register_forward_hook(hook.after, with_kwargs=True, always_call=True)
 
 
 # -------------------------------------------------------------------- hooks on layers
@@ -211,11 +236,11 @@ def install(layers: nn.ModuleList, config: Any) -> None:
 
 
 def is_ours(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), LayerHook | IdsHook)
+    return isinstance(getattr(hook, "__self__", None), LayerHook | ModelHook)
 
 
 def remove(*modules: nn.Module) -> None:
-    """The inverse of `install` for layers, and of `guard` for a model."""
+    """The inverse of `install` for layers, and of `watch` for models."""
     for module in modules:
         before = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
         after = (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)

@@ -92,29 +92,27 @@ def enable(model: nn.Module, level: str, hooks: str) -> list[Row]:
         disable(root)
         for part_name, part in _parts(root):
             rows += _Part(part_name, part, level, hooks).enable(name)
+        if any(state.stacks for _, state in _states(root)):
+            stack_hooks.watch(root, guarded=False)
     return rows
 
 
 def disable(model: nn.Module) -> list[Row]:
     """The exact inverse: implementations as they were, no hooks."""
     rows: list[Row] = []
-    module: Any
-    for name, module in model.named_modules():
-        state = vars(module).get(_STATE)
-        if isinstance(state, State):
-            for stack in state.stacks:
-                stack_hooks.remove(*module.get_submodule(stack))
-            stack_hooks.remove(module)
-            module.set_attn_implementation(state.before)
-            delattr(module, _STATE)
-            rows.append((name, type(module).__name__, "restored", ""))
+    names = {id(module): name for name, module in model.named_modules()}
+    for module, state in _states(model):
+        module.set_attn_implementation(state.before)
+        delattr(module, _STATE)
+        rows.append((names[id(module)], type(module).__name__, "restored", ""))
+    if rows:
+        stack_hooks.remove(*model.modules())
     return rows
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:
     """Later, puts every model of transformers in ``model`` back into the state that it has now."""
-    modules: list[Any] = [module for module in model.modules() if _STATE in vars(module)]
-    before = [(module, vars(module)[_STATE], _implementation(module.config)) for module in modules]
+    before = [(module, state, _implementation(module.config)) for module, state in _states(model)]
 
     def restore() -> None:
         disable(model)
@@ -122,11 +120,17 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
             module.set_attn_implementation(implementation)
             for stack in state.stacks:
                 stack_hooks.install(module.get_submodule(stack), module.config)
-            if state.guarded:
-                stack_hooks.guard(module)
+            stack_hooks.watch(module, state.guarded)
             setattr(module, _STATE, state)
+        for _, root in roots(model):
+            if any(state.stacks for _, state in _states(root)):
+                stack_hooks.watch(root, guarded=False)
 
     return restore
+
+
+def _states(model: nn.Module) -> list[tuple[Any, State]]:
+    return [(module, state) for module in model.modules() if isinstance(state := vars(module).get(_STATE), State)]
 
 
 # -------------------------------------------------------------------- what a model is made of
@@ -279,9 +283,7 @@ class _Part:
                 self.packed.append(name)
             else:
                 self.why_not_packed[name] = why
-        if not self.packed:
-            stack_hooks.remove(self.model)
-            self.guarded = False
+        stack_hooks.remove(*self.model.modules() if not self.packed else ())
         return None
 
     def _expected(self) -> tuple[list[Trial], list[dict[str, Any]], str | None]:
@@ -320,6 +322,8 @@ class _Part:
         mixing = next((type(m).__name__ for m in layers.modules() if isinstance(m, _MIXING) and getattr(m, "kernel_size", 0) != (1,)), None)
         if mixing is not None:
             return f"a {mixing} in its layers mixes tokens"
+        if any(hasattr(m, "expert_capacity") for m in layers.modules()):
+            return "its experts take a number of tokens that depends on how many there are"
         hooked = next((name for name, m in layers.named_modules() if has_hooks(m) and not _only_capturing(m)), None)
         if hooked is not None and self.hooks == "leave":
             return f'layer {hooked} has hooks, which would see packed rows: allow it with hooks="packed"'
@@ -327,6 +331,7 @@ class _Part:
 
     def _pack(self, name: str, layers: nn.ModuleList, trials: list[Trial], expected: list[dict[str, Any]]) -> str | None:
         stack_hooks.install(layers, self.model.config)
+        stack_hooks.watch(self.model, self.guarded)
         reason = self._compare(trials[:1], expected[:1])
         if reason is None and not self._was_packed(name):
             reason = "its layers were not given a mask of padding alone"
@@ -335,8 +340,9 @@ class _Part:
         if reason is None:
             reason = self._compare(*zip(*others, strict=True))
         if reason is None and not self.guarded and odd and self._compare(*zip(*odd, strict=True)) is not None:
-            stack_hooks.guard(self.model)
             self.guarded = True
+            stack_hooks.remove(self.model)
+            stack_hooks.watch(self.model, guarded=True)
             reason = self._compare(*zip(*odd, strict=True))
         if reason is not None:
             stack_hooks.remove(*layers)
@@ -353,7 +359,8 @@ _ATTENTION_ONLY = 'level="attention" changes calls of attention only'
 
 
 def _only_capturing(module: nn.Module) -> bool:
-    """transformers' own hooks, which wait for somebody to ask for hidden states."""
+    """Ours, on models inside of others, and transformers' own, which wait for somebody to ask for hidden states."""
     hooks = [h for name in ("_forward_hooks", "_forward_pre_hooks") for h in getattr(module, name).values()]
     others = module._backward_hooks or module._backward_pre_hooks
-    return not others and all(getattr(h, "__qualname__", "").endswith("output_capturing_hook") for h in hooks)
+    known = (stack_hooks.is_ours(h) or getattr(h, "__qualname__", "").endswith("output_capturing_hook") for h in hooks)
+    return not others and all(known)
