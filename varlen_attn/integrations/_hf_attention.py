@@ -123,8 +123,6 @@ def _by_mask(mask: VarlenMask, query: Tensor, key: Tensor, options: Options) -> 
         return "attention weights are asked for"
     if meaning.is_plain:
         return "nothing is padded"
-    if meaning.rows is None and query.device.type == "cpu" and len_k <= _SHORT:
-        return f"at most {_SHORT} columns on a CPU: one dense call is faster than one for each sequence"
     way = meaning.packing
     if isinstance(way, str) or options.bias is None:
         return way
@@ -137,8 +135,6 @@ def _by_mask(mask: VarlenMask, query: Tensor, key: Tensor, options: Options) -> 
     return way
 
 
-# Of a call by itself, where queries at padding are computed too: at 64 columns nothing is left of what skipping keys saves.
-_SHORT = 64
 # Attention with a bias is eager maths for each sequence on packed rows and one fused call on padded ones: about 1.5 times the work of
 # the latter for a real pair of tokens.
 _BIAS_FILL = 0.6
