@@ -11,8 +11,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import nn
 
@@ -35,7 +36,8 @@ Row = tuple[str, str, Literal["converted", "left alone", "restored"], str]
 Implementation = str | dict[str, Any]
 
 
-class State(NamedTuple):
+@dataclass(frozen=True)
+class State:
     """What `disable` needs; kept on the model, so that copies of it have it too.
 
     Attributes:
@@ -47,6 +49,15 @@ class State(NamedTuple):
     before: Implementation
     stacks: tuple[str, ...]
     guarded: bool
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _state_of_pickle, (self.before, self.stacks, self.guarded)
+
+
+def _state_of_pickle(*fields: Any) -> State:
+    """A process that loads an enabled model has not registered anything yet."""
+    register()
+    return State(*fields)
 
 
 def register() -> None:
