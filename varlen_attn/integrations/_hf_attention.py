@@ -23,7 +23,7 @@ from ..functional import attend_for, pack_rows, unpack_rows
 from ..layout import SeqLayout
 from ._hf_mask import Packing, VarlenMask
 
-__all__ = ["NotPackable", "varlen_attention_forward"]
+__all__ = ["NotPackable", "captured", "collected", "varlen_attention_forward"]
 
 EAGER = "eager matmul, softmax, matmul"
 
@@ -210,10 +210,15 @@ def _collector() -> Any:
 
 def captured() -> tuple[str, ...]:
     """What transformers collects from layers in this forward: hidden_states, attentions, router_logits and the like."""
+    return tuple(name for name in collected() if not name.startswith("_"))
+
+
+def collected() -> dict[str, Any]:
+    """The lists that transformers collects it in."""
     if torch.compiler.is_compiling():
-        return ()
+        return {}
     collector = _collector()
-    return () if collector is None else tuple(collector.get() or ())
+    return {} if collector is None else collector.get() or {}
 
 
 # -------------------------------------------------------------------- the dense way

@@ -8,7 +8,8 @@ exactly transformers' own mask for ``sdpa``, so that a model which slices or inv
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from .._host_lengths import HostLengths
 from ..errors import ArgumentError
 from ..layout import SeqLayout, is_tracing
 
-__all__ = ["Meaning", "Packing", "Pattern", "VarlenMask", "enter_forward", "leave_forward", "varlen_mask"]
+__all__ = ["Meaning", "Packing", "Pattern", "VarlenMask", "enter_forward", "leave_forward", "paddings", "varlen_mask"]
 
 Window = tuple[int | None, int | None]
 
@@ -240,6 +241,16 @@ def leave_forward() -> None:
     _thread.forwards = getattr(_thread, "forwards", [])[:-1]
 
 
+@contextmanager
+def paddings() -> Iterator[list[Tensor]]:
+    """The masks of tokens, ``(B, K)``, that a model makes inside: of tokens, of frames."""
+    before, _thread.seen = getattr(_thread, "seen", None), []
+    try:
+        yield _thread.seen
+    finally:
+        _thread.seen = before
+
+
 def _forbidden() -> str | None:
     return next((reason for reason in getattr(_thread, "forwards", ()) if reason is not None), None)
 
@@ -321,6 +332,9 @@ def varlen_mask(
     if padding is not None and tuple(padding.shape) != (batch_size, kv_length):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]  # transformers' error, or its broadcasting
     make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    seen = getattr(_thread, "seen", None)
+    if seen is not None and padding is not None:
+        seen.append(padding)
     return VarlenMask(Meaning((batch_size, 1, q_length, kv_length), device, pattern, padding, q_offset - kv_offset, make))
 
 

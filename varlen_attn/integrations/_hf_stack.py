@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from .._host_lengths import HostLengths
 from ..errors import VarlenError
 from ..layout import SeqLayout
-from ._hf_attention import captured
+from ._hf_attention import captured, collected
 from ._hf_mask import Meaning, VarlenMask, enter_forward, leave_forward
 
 __all__ = ["LayerHook", "ModelHook", "install", "is_ours", "remove", "watch"]
 
 _SKIPPING_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-_ASKING_FOR_MORE = ("output_hidden_states", "output_attentions", "output_router_logits", "output_scores")
+_ASKING_FOR_MORE = ("output_attentions", "output_router_logits", "output_scores")
 # Arguments of layers that are not about the stack's own tokens, whatever their shape.
 _FOREIGN = ("encoder", "cross", "memory", "bias", "cu_seq", "visual", "image", "vision")
 
@@ -78,6 +78,10 @@ class LayerHook:
         layout = None if mask is None else mask.meaning.rows
         if layout is None:
             return None
+        states = collected().get("hidden_states", [])
+        for i, x in enumerate(states):  # of the layers before; this one's is collected after it was unpacked
+            if x is not None and x.shape[:2] == (1, layout.num_rows):
+                states[i] = layout.unpack(x[0])
         if isinstance(result, Tensor):
             return layout.unpack(result[0])
         return (layout.unpack(result[0][0]), *result[1:])
@@ -100,8 +104,9 @@ class LayerHook:
             return "nothing is padded"
         if keys.lengths is None or not keys.total:
             return "only the device knows the lengths" if keys.lengths is None else "no row has a token"
-        if captured():
-            return f"asked for {', '.join(captured())} of every layer"
+        asked = [name for name in captured() if name != "hidden_states"]
+        if asked:
+            return f"asked for {', '.join(asked)} of every layer"
         if module.training and any(getattr(self.config, name, 0) for name in _SKIPPING_LAYERS):
             return "layers are skipped at random in training (layerdrop)"
         if keys.has_holes:  # windows count columns, and this layer does not know whether one after it has a window

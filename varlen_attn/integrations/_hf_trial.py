@@ -1,7 +1,7 @@
 """Trying a model of transformers: the same small batch, before and after it is enabled.
 
 transformers has hundreds of architectures, and code of users besides. Which of them hand their layers a mask of padding alone, and pool
-and add nothing across tokens on the way, no table knows. So `enable` looks: a batch of three short rows, random numbers in place of text
+and add nothing across tokens on the way, no table knows. So `enable` looks: a batch of five short rows, random numbers in place of text
 or sound, in evaluation, with the random state, the training flags and hooks of the user left as they are.
 """
 
@@ -20,8 +20,7 @@ from ._hf_stack import is_ours
 
 __all__ = ["Trial", "difference", "prepare", "run"]
 
-_LENGTHS = (11, 4, 7)
-_FRAMES = 9
+_LENGTHS = (11, 4, 7, 6, 9)  # odd and even: a convolution with a stride reads beyond the end of some rows only
 
 
 class Trial(NamedTuple):
@@ -30,9 +29,9 @@ class Trial(NamedTuple):
     Attributes:
         inputs: keywords of ``forward``.
         valid: ``(B, S)`` bool, of the tokens; None for a trial without padding.
-        frames: of sound: from a number of frames to ``(B, frames)`` bool.
-        odd_ids: padding holds other ids than those of padding: poolers may look at ids.
         full: whether results without a ``(B, S)`` count too: poolers may read the first column, which only the right padding leaves real.
+        odd_ids: padding holds other ids than those of padding: poolers may look at ids.
+        frames: of sound: from a number of frames and `valid` to ``(B, frames)``.
     """
 
     inputs: dict[str, Any]
@@ -41,19 +40,16 @@ class Trial(NamedTuple):
     odd_ids: bool = False
     frames: Callable[[int, Tensor], Tensor] | None = None
 
-    def where(self, shape: torch.Size) -> Tensor | None:
-        """Which rows of a result of ``shape`` belong to tokens; None if it has none."""
-        if self.valid is None or len(shape) < 2 or shape[0] != self.valid.shape[0]:
+    def where(self, shape: torch.Size, made: list[Tensor]) -> Tensor | None:
+        """Which rows of a result of ``shape`` belong to tokens, or to frames, of which the model itself ``made`` masks; None for all."""
+        if self.valid is None or len(shape) < 2:
             return None
-        if shape[1] == self.valid.shape[1]:
-            return self.valid
-        if self.frames is None or len(shape) != 3:
-            return None
-        try:
-            real = self.frames(shape[1], self.valid.long()).bool()
-        except (IndexError, RuntimeError):  # not a number of frames, but of something else
-            return None
-        return real if real.shape == shape[:2] else None
+        if shape[:2] == self.valid.shape or len(shape) == 2:
+            return self.valid if shape[:2] == self.valid.shape else None
+        if self.frames is not None and shape[0] == len(self.valid):
+            with contextlib.suppress(IndexError, RuntimeError):  # not a number of frames, but of something else
+                made = [*made, self.frames(shape[1], self.valid.long()).bool()]
+        return next((x for x in made if x.shape == shape[:2]), None)
 
 
 def prepare(model: Any) -> list[Trial] | str:
@@ -67,12 +63,17 @@ def prepare(model: Any) -> list[Trial] | str:
     if "input_ids" in names:
         trials = [_text(model, parameters.device, names, *form) for form in (("right", False), ("left", False), ("right", True))]
     else:
-        values = _waves(model, names) if "input_values" in names else _features(model, names)
-        if values is None:
+        sound = _waves(model) if "input_values" in names else _features(model) if "input_features" in names else None
+        if sound is None:
             return f"it is not known how to try it with {names[1] if len(names) > 1 else 'nothing'}"
-        trials = [_sound(model, values.to(parameters), names)]
-    unmasked = {name: x for name, x in trials[0].inputs.items() if name != "attention_mask"}
-    return [*trials, Trial(unmasked, None, True)]
+        name = "input_values" if "input_values" in names else "input_features"
+        frames = getattr(model, "_get_feature_vector_attention_mask", None)
+        trials = [_sound(name, sound[0].to(parameters), sound[1], names)._replace(frames=frames)]
+    # Ids without those of padding, of which some models make a mask by themselves.
+    unmasked = {name: x for name, x in trials[-1].inputs.items() if name != "attention_mask"}
+    # The first with all hidden states, which a stack that runs packed must give too.
+    first = trials[0]._replace(inputs={**trials[0].inputs, "output_hidden_states": True})
+    return [first, *trials[1:], Trial(unmasked, None, True)]
 
 
 def _text(model: Any, device: torch.device, names: tuple[str, ...], side: str, odd_ids: bool) -> Trial:
@@ -100,40 +101,41 @@ def _ids(config: Any, name: str) -> list[int]:
     return found if isinstance(found, list) else [] if found is None else [found]
 
 
-def _waves(model: Any, names: tuple[str, ...]) -> Tensor | None:
-    """``(B, samples)``, long enough for some frames after the convolutions."""
+def _waves(model: Any) -> tuple[Tensor, Tensor] | None:
+    """``(B, samples)`` and how many are real: as many as make some frames after the convolutions, here more of them, there less."""
     if not hasattr(model, "_get_feat_extract_output_lengths"):
         return None
     samples = 400
-    while int(torch.as_tensor(model._get_feat_extract_output_lengths(torch.tensor([samples])))) < _FRAMES:
+    while _frames(model, samples) < max(_LENGTHS):
         samples *= 2
-    return torch.randn(len(_LENGTHS), samples, generator=torch.Generator().manual_seed(0))
+    lengths = [next(n for n in range(1, samples + 1) if _frames(model, n) >= frames) for frames in _LENGTHS]
+    return torch.randn(len(lengths), max(lengths), generator=torch.Generator().manual_seed(0)), torch.tensor(lengths)
 
 
-def _features(model: Any, names: tuple[str, ...]) -> Tensor | None:
-    """``(B, frames, features)``, where the configuration says how many features."""
+def _frames(model: Any, samples: int) -> int:
+    return int(torch.as_tensor(model._get_feat_extract_output_lengths(torch.tensor([samples]))))
+
+
+def _features(model: Any) -> tuple[Tensor, Tensor] | None:
+    """``(B, frames, features)`` and how many are real, where the configuration says how many features."""
     config = model.config
-    width = getattr(config, "feature_projection_input_dim", None) or getattr(config, "input_feat_per_channel", 0) * getattr(
-        config, "input_channels", 1
-    )
-    if "input_features" not in names or not width:
-        return None
-    return torch.randn(len(_LENGTHS), 4 * max(_LENGTHS), width, generator=torch.Generator().manual_seed(0))
+    width = getattr(config, "feature_projection_input_dim", None)
+    if width is None:
+        width = getattr(config, "input_feat_per_channel", 0) * getattr(config, "input_channels", 1)
+    lengths = torch.tensor([4 * n + i for i, n in enumerate(_LENGTHS)])
+    return (torch.randn(len(lengths), int(lengths.max()), width, generator=torch.Generator().manual_seed(0)), lengths) if width else None
 
 
-def _sound(model: Any, values: Tensor, names: tuple[str, ...]) -> Trial:
-    length = values.shape[1]
-    lengths = torch.tensor([length * n // max(_LENGTHS) for n in _LENGTHS], device=values.device)
-    valid = torch.arange(length, device=values.device) < lengths[:, None]
+def _sound(name: str, values: Tensor, lengths: Tensor, names: tuple[str, ...]) -> Trial:
+    valid = torch.arange(values.shape[1], device=values.device) < lengths.to(values.device)[:, None]
     values = values * valid.view(*valid.shape, *[1] * (values.dim() - 2))
-    name = "input_values" if "input_values" in names else "input_features"
     inputs: dict[str, Any] = {name: values, "attention_mask": valid.long()}
     if "decoder_input_ids" in names:
         inputs["decoder_input_ids"] = torch.ones(len(lengths), 5, dtype=torch.long, device=values.device)
-    return Trial(inputs, valid, True, frames=getattr(model, "_get_feature_vector_attention_mask", None))
+    return Trial(inputs, valid, True)
 
 
-def run(model: Any, trial: Trial, **options: Any) -> dict[str, Any]:
+def run(model: Any, trial: Trial) -> dict[str, Any]:
     """What the model gives, with nothing left behind."""
     device = next(iter(trial.inputs.values())).device
     devices = [device] if device.type == "cuda" else []
@@ -142,7 +144,7 @@ def run(model: Any, trial: Trial, **options: Any) -> dict[str, Any]:
         model.eval()
         with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device.type, enabled=False), _without_hooks(model):
             (torch.cuda.default_generators[device.index] if devices else torch.default_generator).manual_seed(0)
-            return dict(model(**trial.inputs, **options, return_dict=True))
+            return dict(model(**trial.inputs, return_dict=True))
     finally:
         for module, flag in training.items():
             module.training = flag
@@ -170,7 +172,7 @@ def _needed(hook: Any) -> bool:
     return is_ours(hook) or home.split(".")[0] in ("torch", "accelerate", "transformers", "deepspeed")
 
 
-def difference(trial: Trial, expected: dict[str, Any], got: dict[str, Any]) -> str | None:
+def difference(trial: Trial, expected: dict[str, Any], got: dict[str, Any], made: list[Tensor]) -> str | None:
     """Which result differs where it counts, in words; None if all agree."""
     for name, reference in expected.items():
         pairs = zip(_tensors(reference), _tensors(got.get(name)), strict=False)
@@ -181,7 +183,7 @@ def difference(trial: Trial, expected: dict[str, Any], got: dict[str, Any]) -> s
                 return f"{name} has shape {tuple(b.shape)}, not {tuple(a.shape)}"
             if not a.is_floating_point() or not a.numel():
                 continue
-            valid = trial.where(a.shape)
+            valid = trial.where(a.shape, made)
             if valid is None and not trial.full:
                 continue
             a, b = (a.double(), b.double()) if valid is None else (a[valid].double(), b[valid].double())

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -22,7 +22,7 @@ from ..dispatch import Record, record
 from ..errors import ArgumentError
 from . import _hf_stack as stack_hooks
 from ._hf_attention import NotPackable, varlen_attention_forward
-from ._hf_mask import varlen_mask
+from ._hf_mask import paddings, varlen_mask
 from ._hf_trial import Trial, difference, prepare, run
 
 __all__ = ["NAME", "disable", "enable", "register", "roots", "snapshot"]
@@ -202,14 +202,23 @@ def _attentions(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[tup
     return through, own
 
 
-def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList, Any]]:
-    """Lists of layers, each of which attends through the interface, with the module that calls them."""
-    found: list[tuple[str, nn.ModuleList, Any]] = []
+class _Stack(NamedTuple):
+    """A list of layers of which some attend through the interface, and the module that calls them."""
+
+    name: str
+    layers: nn.ModuleList
+    owner: nn.Module
+    whole: bool  # all of them do
+
+
+def _stacks(model: nn.Module) -> list[_Stack]:
+    found: list[_Stack] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module) or any(name.startswith(f"{other}.") for other, _, _ in found):
+        if not isinstance(module, nn.ModuleList) or not len(module) or any(name.startswith(f"{other.name}.") for other in found):
             continue
-        if all(any(_calls_interface(m) for m in layer.modules()) and not _calls_interface(layer) for layer in module):
-            found.append((name, module, model.get_submodule(name.rpartition(".")[0])))
+        attends = [any(_calls_interface(m) for m in layer.modules()) and not _calls_interface(layer) for layer in module]
+        if any(attends):
+            found.append(_Stack(name, module, model.get_submodule(name.rpartition(".")[0]), all(attends)))
     return found
 
 
@@ -249,7 +258,7 @@ class _Part:
             for name, module in rows:
                 yield full(name), type(module).__name__, "left alone", reason
             return
-        for name, layers, _ in _stacks(self.model):
+        for name, layers, *_ in _stacks(self.model):
             kind = f"{len(layers)} x {type(layers[0]).__name__}"
             if name in self.packed:
                 guarded = ", where padding holds pad_token_id" if self.guarded else ""
@@ -288,12 +297,12 @@ class _Part:
         if reason is not None:
             self.model.set_attn_implementation(self.before)
             return reason
-        for name, layers, owner in _stacks(self.model) if self.level == "model" else ():
-            why = untried or self._why_not_stack(layers, owner) or self._pack(name, layers, trials, expected)
+        for stack in _stacks(self.model) if self.level == "model" else ():
+            why = untried or self._why_not_stack(stack) or self._pack(stack.name, stack.layers, trials, expected)
             if why is None:
-                self.packed.append(name)
+                self.packed.append(stack.name)
             else:
-                self.why_not_packed[name] = why
+                self.why_not_packed[stack.name] = why
         stack_hooks.remove(*self.model.modules() if not self.packed else ())
         return None
 
@@ -310,8 +319,9 @@ class _Part:
     def _compare(self, trials: Sequence[Trial], expected: Sequence[dict[str, Any]]) -> str | None:
         try:
             for trial, reference in zip(trials, expected, strict=True):
-                with record(self.model) as log:
-                    reason = difference(trial, reference, run(self.model, trial))
+                with record(self.model) as log, paddings() as made:
+                    got = run(self.model, trial)
+                reason = difference(trial, reference, got, made)
                 self.log: Record = log
                 if reason is not None or not len(log):
                     return reason or "its layers never call transformers' attention interface"
@@ -323,8 +333,11 @@ class _Part:
 
     # ---------------------------------------------------------------- the stack
 
-    def _why_not_stack(self, layers: nn.ModuleList, owner: Any) -> str | None:
+    def _why_not_stack(self, stack: _Stack) -> str | None:
         """What is known of a stack without a trial."""
+        layers, owner = stack.layers, stack.owner
+        if not stack.whole:
+            return "not every layer in it attends through transformers' attention interface"
         if getattr(self.model.config, "chunk_size_feed_forward", 0):
             return "chunk_size_feed_forward cuts rows of a fixed number"
         extras = [p for p in inspect.signature(type(owner).forward).parameters if re.search(r"visual|deepstack|image|vision", p)]
