@@ -46,6 +46,7 @@ HEADS_OF_8: Config = dict(**GROUPED, head_dim=8)
 WINDOW: Config = dict(sliding_window=4)
 WINDOW_FIRST: Config = dict(**WINDOW, layer_types=["sliding_attention", "full_attention"])
 GEMMA2: Config = dict(**HEADS_OF_8, **WINDOW_FIRST, query_pre_attn_scalar=8, attn_logit_softcapping=2.0)
+LLAMA4: Config = dict(**HEADS_OF_8, attention_chunk_size=4, num_local_experts=2, intermediate_size_mlp=48)
 RANKS: Config = dict(embedding_size=32)
 DISTILBERT: Config = dict(dim=32, hidden_dim=48, n_layers=2, n_heads=4)
 MODERNBERT: Config = dict(local_attention=4, global_attn_every_n_layers=2)
@@ -529,13 +530,9 @@ ARCHITECTURES: dict[str, Architecture] = {
                 first_k_dense_replace=1,
                 moe_intermediate_size=16,
             ),
-            "Llama4ForCausalLM": dict(
-                **HEADS_OF_8,
-                attention_chunk_size=4,
-                layer_types=["chunked_attention", "full_attention"],
-                no_rope_layers=[1, 0],
-                num_local_experts=2,
-                intermediate_size_mlp=48,
+            "Llama4ForCausalLM": dict(**LLAMA4, layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0]),
+            "Llama4ForCausalLM, full attention first": dict(
+                **LLAMA4, layer_types=["full_attention", "chunked_attention"], no_rope_layers=[0, 1]
             ),
             "ModernBertDecoderForCausalLM": MODERNBERT,
             "Qwen3NextForCausalLM": dict(

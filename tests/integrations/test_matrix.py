@@ -24,8 +24,10 @@ from varlen_attn.testing import assert_within_budget
 
 pytest.importorskip("transformers", minversion="5.4", reason="needs transformers")
 
+import transformers
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
+from . import table
 from .architectures import ARCHITECTURES, FORMS, PAD, VOCABULARY, Case, Outcomes, outcome, padding, text, tokens
 
 Level = Literal["attention", "model"]
@@ -453,11 +455,9 @@ LEAST: dict[Outcomes, tuple[str, ...]] = {
         "RecurrentGemmaForCausalLM",
         "Wav2Vec2ConformerModel, rotary",
         "Zamba2ForCausalLM",
-        # collects the hidden states of all layers, always
-        "HubertForSequenceClassification",
-        "Wav2Vec2ForAudioFrameClassification",
-        "Wav2Vec2ForSequenceClassification",
-        "Wav2Vec2ForXVector",
+        # masks of chunks, in some of its layers
+        "Llama4ForCausalLM",
+        "Llama4ForCausalLM, full attention first",
         # its layers are given more than a mask of padding
         "BartForSequenceClassification",
         "BertLMHeadModel, with cross-attention",
@@ -515,6 +515,10 @@ def test_the_outcome(name: str) -> None:
     order = get_args(Outcomes)
     assert order.index(found.level) >= order.index(least), f"{found}"
     assert found.reasons or found.level in ("packed once", "attention"), f"{found}"
+    page = table.PAGE.read_text()
+    assert table.row(found) in page or f"transformers {transformers.__version__}," not in page, (
+        "docs/transformers.md says something else: make docs"
+    )
 
 
 def state(model: PreTrainedModel) -> dict[str, Any]:

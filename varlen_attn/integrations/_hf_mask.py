@@ -58,7 +58,7 @@ class Meaning:
         padding: ``(B, K)``, True is a token; None for no padding.
         first_query: the key column at which the first query stands.
         rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows.
-        padded_because: why the stack does not run packed, for the record.
+        forwards: of the models in whose forwards the mask was made, the innermost last.
     """
 
     def __init__(
@@ -73,10 +73,20 @@ class Meaning:
     ) -> None:
         self.shape, self.device, self.pattern, self.padding = shape, device, pattern, padding
         self.first_query, self.rows = first_query, rows
-        self.padded_because: str | None = _forbidden()
+        self.forwards: list[Forward] = getattr(_thread, "forwards", [])
         self._make = make
         self._packed_tensors: list[tuple[Tensor, Tensor]] = []
         self._alike: list[Meaning] = []
+
+    @property
+    def padded_because(self) -> str | None:
+        """Why the stack that is given this mask does not run packed."""
+        return next((f.padded_because for f in self.forwards if f.padded_because is not None), None)
+
+    def keep_padded(self, reason: str) -> None:
+        """All layers of this forward, whatever their masks."""
+        if self.forwards and self.padded_because is None:
+            self.forwards[-1].padded_because = reason
 
     @cached_property
     def dense(self) -> Tensor:
@@ -232,9 +242,16 @@ class VarlenMask(Tensor):
 _thread = threading.local()
 
 
+class Forward:
+    """A model's forward under way. ``padded_because``: why its layers must not run packed, which may turn out after a mask was made."""
+
+    def __init__(self, padded_because: str | None) -> None:
+        self.padded_because = padded_because
+
+
 def enter_forward(reason: str | None) -> None:
-    """A model's forward begins; ``reason`` is why what it makes masks for must not run packed, None if it may."""
-    _thread.forwards = [*getattr(_thread, "forwards", ()), reason]
+    """A model's forward begins; ``reason`` is why its layers must not run packed, None if they may."""
+    _thread.forwards = [*getattr(_thread, "forwards", ()), Forward(reason)]
 
 
 def leave_forward() -> None:
@@ -249,10 +266,6 @@ def paddings() -> Iterator[list[Tensor]]:
         yield _thread.seen
     finally:
         _thread.seen = before
-
-
-def _forbidden() -> str | None:
-    return next((reason for reason in getattr(_thread, "forwards", ()) if reason is not None), None)
 
 
 def _layout_of(real: Tensor) -> SeqLayout:
@@ -324,6 +337,9 @@ def varlen_mask(
     pattern = None if kwargs.get("use_vmap") else classify(mask_function)
     plain = isinstance(q_offset, int) and q_length > 1 and device.type != "meta" and not torch.compiler.is_compiling()
     traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if pattern is None:
+        for forward in getattr(_thread, "forwards", [])[-1:]:
+            forward.padded_because = "a kind of layers whose mask has a pattern that is not known"
     if pattern is None or not plain or traced or (attention_mask is not None and attention_mask.dim() != 2):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]
     assert isinstance(q_offset, int)

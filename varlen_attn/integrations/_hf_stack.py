@@ -66,7 +66,7 @@ class LayerHook:
                 'varlen_attn.enable(model, level="attention").'
             )
         if reason or refused:
-            meaning.padded_because = reason or f"the layers are given `{refused[0]}`, which is not by token, or asked for it"
+            meaning.keep_padded(reason or f"the layers are given `{refused[0]}`, which is not by token, or asked for it")
             return None
         packed = [_packed(x, meaning, hidden) for _, x in named]
         return tuple(packed[: len(args)]), dict(zip(kwargs, packed[len(args) :], strict=True))
