@@ -76,7 +76,7 @@ def varlen_attention_forward(
     if kwargs.get("cu_seq_lens_q") is not None and not torch.compiler.is_compiling():
         way: Packing | str = _given_offsets(module, query, key, mask, is_causal, options, kwargs)
         if isinstance(way, str):
-            mask = _same_document(mask, query, key, kwargs)
+            mask = _same_document(mask, query, key, _is_causal(module, is_causal), kwargs)
     elif isinstance(mask, VarlenMask):
         way = _by_mask(mask, query, key, options)
     else:
@@ -167,12 +167,7 @@ def _offsets_layout(offsets: Tensor | None, x: Tensor, side: str) -> SeqLayout:
     name = f"cu_seq_lens_{side}"
     if offsets is None:
         raise LayoutError(f"`{name}` must be given, because there are other keys than queries, but is None.")
-    kept = None
-    if isinstance(offsets, HostLengths):
-        kept = offsets.seq_layout
-    elif not offsets.is_inference():
-        version, made = getattr(offsets, "_varlen_layout", (-1, None))
-        kept = made if version == offsets._version else None
+    kept = offsets.seq_layout if isinstance(offsets, HostLengths) else _kept_layout(offsets)
     layout = SeqLayout.from_cu_seqlens(offsets) if kept is None else kept
     if x.shape[0] != 1 or x.shape[2] != layout.num_rows:
         raise LayoutError(
@@ -180,18 +175,31 @@ def _offsets_layout(offsets: Tensor | None, x: Tensor, side: str) -> SeqLayout:
             f"at {layout.num_rows}: pass packed inputs (1, T) with it, or an attention_mask with padded ones."
         )
     if kept is None and not offsets.is_inference():
-        offsets._varlen_layout = (offsets._version, layout)  # type: ignore[attr-defined]
+        offsets._varlen_layout = (offsets._version, offsets.detach().clone(), layout)  # type: ignore[attr-defined]
     return layout
 
 
-def _same_document(mask: Tensor | None, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def _kept_layout(offsets: Tensor) -> SeqLayout | None:
+    """That of an earlier layer. On a CPU looking costs nothing, and sees writes that torch does not count, by numpy for one."""
+    if offsets.is_inference() or not hasattr(offsets, "_varlen_layout"):
+        return None
+    version, copied, layout = offsets._varlen_layout
+    same = version == offsets._version and (offsets.device.type != "cpu" or torch.equal(copied, offsets))
+    return layout if same else None
+
+
+def _same_document(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, kwargs: dict[str, Any]) -> Tensor:
     """``mask`` without what crosses from one sequence into another."""
     layout_q = _offsets_layout(kwargs["cu_seq_lens_q"], query, "q")
     offsets_k = kwargs.get("cu_seq_lens_k")
     layout_k = layout_q if offsets_k is None else _offsets_layout(offsets_k, key, "k")
     together = (layout_q.seq_ids[:, None] == layout_k.seq_ids)[None, None]
-    if mask is None or mask.dtype == torch.bool:
-        return together if mask is None else mask & together
+    if mask is None:
+        ends = torch.repeat_interleave(layout_k.cu_seqlens[1:] - layout_q.cu_seqlens[1:], layout_q.cu_seqlens.diff())
+        rows, columns = (torch.arange(layout.num_rows, device=query.device) for layout in (layout_q, layout_k))
+        return together & (columns <= (rows + ends)[:, None]) if causal else together  # aligned at the ends
+    if mask.dtype == torch.bool:
+        return mask & together
     return mask.masked_fill(~together, float("-inf"))
 
 

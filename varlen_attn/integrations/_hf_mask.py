@@ -7,10 +7,12 @@ exactly transformers' own mask for ``sdpa``, so that a model which slices or inv
 
 from __future__ import annotations
 
+import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +23,10 @@ from .._host_lengths import HostLengths
 from ..errors import ArgumentError
 from ..layout import SeqLayout, is_tracing
 
-__all__ = ["Meaning", "Packing", "Pattern", "VarlenMask", "enter_forward", "leave_forward", "paddings", "varlen_mask"]
+__all__ = ["LOOKED_AT", "Meaning", "Packing", "Pattern", "VarlenMask", "enter_forward", "leave_forward", "paddings", "varlen_mask"]
 
 Window = tuple[int | None, int | None]
+LOOKED_AT = "a mask that the model looked at, and may have changed"
 
 
 class Pattern(NamedTuple):
@@ -59,6 +62,7 @@ class Meaning:
         first_query: the key column at which the first query stands.
         rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows.
         forwards: of the models in whose forwards the mask was made, the innermost last.
+        numbers: the mask as somebody was given it to compute with. Whoever has it may write to it, so from then on it is what counts.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Meaning:
         self.shape, self.device, self.pattern, self.padding = shape, device, pattern, padding
         self.first_query, self.rows = first_query, rows
         self.forwards: list[Forward] = getattr(_thread, "forwards", [])
+        self.numbers: Tensor | None = None
         self._make = make
         self._packed_tensors: list[tuple[Tensor, Tensor]] = []
         self._alike: list[Meaning] = []
@@ -83,15 +88,30 @@ class Meaning:
         """Why the stack that is given this mask does not run packed."""
         return next((f.padded_because for f in self.forwards if f.padded_because is not None), None)
 
+    def hands_on(self, rows: bool) -> None:
+        """A layer's result is rows, or padded again."""
+        if self.forwards:
+            self.forwards[-1].in_rows = rows
+
     def keep_padded(self, reason: str) -> None:
         """All layers of this forward, whatever their masks."""
         if self.forwards and self.padded_because is None:
             self.forwards[-1].padded_because = reason
 
-    @cached_property
+    @property
     def dense(self) -> Tensor:
         """transformers' own ``(B, 1, Q, K)``."""
+        return self._dense if self.numbers is None else self.numbers
+
+    @cached_property
+    def _dense(self) -> Tensor:
         return self._make()
+
+    def look(self) -> Tensor:
+        """The mask for code that computes with it, or writes to it."""
+        if self.numbers is None:
+            self.numbers = self._dense.contiguous()
+        return self.numbers
 
     @cached_property
     def keys(self) -> SeqLayout:
@@ -103,18 +123,22 @@ class Meaning:
             return SeqLayout.from_lengths([num_columns] * batch_size, num_columns, device=self.device)
         return _layout_of(self.padding)
 
-    @cached_property
+    @property
     def is_plain(self) -> bool:
         """Whether a flag says it all: causal or not."""
         _, _, len_q, len_k = self.shape
-        if self.rows is not None or self.pattern.window is not None or self.pattern.documents is not None:
+        if self.numbers is not None or self.rows is not None or self.pattern.window is not None or self.pattern.documents is not None:
             return False
         square = self.first_query == 0 and len_q == len_k
         return (square or not self.pattern.causal) and (self.padding is None or self.keys.is_dense)
 
-    @cached_property
+    @property
     def packing(self) -> Packing | str:
         """How packed attention computes this for every query row, those at padding included; or why it can not."""
+        return LOOKED_AT if self.numbers is not None else self._packing
+
+    @cached_property
+    def _packing(self) -> Packing | str:
         if self.rows is not None:
             return Packing(self.rows, self.rows, self.pattern.causal, self.pattern.window)
         if self.pattern.documents is not None:
@@ -162,7 +186,9 @@ class Meaning:
         """The same for the packed rows ``(1, T)`` of a self-attention without cached keys."""
         total = self.keys.num_rows
         make = partial(_block_diagonal, self.keys, self.pattern)
-        return VarlenMask(Meaning((1, 1, total, total), self.device, self.pattern, None, 0, make, rows=self.keys))
+        meaning = Meaning((1, 1, total, total), self.device, self.pattern, None, 0, make, rows=self.keys)
+        meaning.forwards = self.forwards
+        return VarlenMask(meaning)
 
     def is_of_columns_of(self, other: Meaning) -> bool:
         """Whether both are masks of one self-attention: the same columns, the same padding."""
@@ -201,7 +227,7 @@ _ADDING = {torch.ops.aten.add, torch.ops.aten.add_, torch.ops.aten.sub, torch.op
 
 
 class VarlenMask(Tensor):
-    """See the file. ``mask.meaning`` says what is visible; any operation on the mask computes with `Meaning.dense`."""
+    """See the file. ``mask.meaning`` says what is visible; any operation on the mask computes with `Meaning.look`."""
 
     meaning: Meaning
 
@@ -232,7 +258,7 @@ class VarlenMask(Tensor):
                 "`attention_mask` must not be added to scores, but a model with attention code of its own does that to the mask made for "
                 'attn_implementation="varlen_attn": call varlen_attn.enable(model), which leaves such models alone.'
             )
-        args, kwargs = tree_map(lambda x: x.meaning.dense if isinstance(x, VarlenMask) else x, (args, kwargs))
+        args, kwargs = tree_map(lambda x: x.meaning.look() if isinstance(x, VarlenMask) else x, (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -243,19 +269,30 @@ _thread = threading.local()
 
 
 class Forward:
-    """A model's forward under way. ``padded_because``: why its layers must not run packed, which may turn out after a mask was made."""
+    """A model's forward under way.
 
-    def __init__(self, padded_because: str | None) -> None:
-        self.padded_because = padded_because
+    Attributes:
+        model: whose it is.
+        padded_because: why its layers must not run packed, which may turn out after a mask was made.
+        in_rows: whether a layer handed on rows, and the last did not put them back yet.
+    """
+
+    def __init__(self, model: object, padded_because: str | None) -> None:
+        self.model, self.padded_because, self.in_rows = model, padded_because, False
 
 
-def enter_forward(reason: str | None) -> None:
+def enter_forward(model: object, reason: str | None) -> None:
     """A model's forward begins; ``reason`` is why its layers must not run packed, None if they may."""
-    _thread.forwards = [*getattr(_thread, "forwards", ()), Forward(reason)]
+    forwards: list[Forward] = getattr(_thread, "forwards", [])
+    left = next((i for i, f in enumerate(forwards) if f.model is model), len(forwards))  # interrupted, and never left
+    _thread.forwards = [*forwards[:left], Forward(model, reason)]
 
 
-def leave_forward() -> None:
-    _thread.forwards = getattr(_thread, "forwards", [])[:-1]
+def leave_forward() -> Forward | None:
+    """It ends."""
+    forwards: list[Forward] = getattr(_thread, "forwards", [])
+    _thread.forwards = forwards[:-1]
+    return forwards[-1] if forwards else None
 
 
 @contextmanager
@@ -328,6 +365,7 @@ def varlen_mask(
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+    _refuse_own_attention(kwargs.get("config"))
     mask_function = causal_mask_function if mask_function is None else mask_function
     arguments: dict[str, Any] = dict(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
@@ -354,6 +392,27 @@ def varlen_mask(
     return VarlenMask(Meaning((batch_size, 1, q_length, kv_length), device, pattern, padding, q_offset - kv_offset, make))
 
 
+def _refuse_own_attention(config: Any) -> None:
+    """A model given our name at its construction is not checked by transformers, and might take this mask for numbers to add."""
+    if config is not None and not _has_interface(type(config).__module__):
+        raise ArgumentError(
+            f"`attn_implementation` must be 'eager' for the model of {type(config).__name__}, whose attention code is its own, but is "
+            "'varlen_attn': construct it without, and call varlen_attn.enable(model), which leaves such models alone."
+        )
+
+
+@cache
+def _has_interface(configuration_module: str) -> bool:
+    """Whether the modeling file beside a configuration's uses transformers' attention interface; True where there is no such file."""
+    module = sys.modules.get(configuration_module.replace("configuration_", "modeling_"))
+    if module is None or "configuration_" not in configuration_module:
+        return True
+    try:
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module)
+    except (OSError, TypeError):
+        return True
+
+
 def _padding_of_columns(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
     """``(B, kv_length)``: the columns that the keys have; those beyond the mask hold nothing yet."""
     if attention_mask is None:
@@ -376,7 +435,7 @@ def _effective(window: Window | None, q_length: int, kv_length: int) -> Window |
 
 
 def classify(mask_function: Callable[..., Any]) -> Pattern | None:
-    """The pattern of transformers' own index functions, by their identity and what they close over; None for all others.
+    """The pattern of transformers' own index functions, by their code and what they close over; None for all others.
 
     That is private to transformers: a test fails when it moves, and until then unknown functions are computed as ``sdpa`` computes them.
     """
@@ -386,25 +445,38 @@ def classify(mask_function: Callable[..., Any]) -> Pattern | None:
         return Pattern(True)
     if mask_function is hf.bidirectional_mask_function:
         return Pattern(False)
-    if getattr(mask_function, "__qualname__", "") != "and_masks.<locals>.and_mask":
-        return None
-    parts = _closed_over(mask_function).get("mask_functions", ())
+    known, code = _known_code(), getattr(mask_function, "__code__", None)
+    parts: Any = _closed_over(mask_function).get("mask_functions", ()) if code is known["both"] else ()
     if len(parts) != 2:
         return None
     overlay, base = parts
-    name, inside = getattr(overlay, "__qualname__", ""), _closed_over(overlay)
-    if name == "sliding_window_overlay.<locals>.inner_mask" and base is hf.causal_mask_function:
+    code, inside = getattr(overlay, "__code__", None), _closed_over(overlay)
+    if code is known["window"] and base is hf.causal_mask_function:
         return Pattern(True, (int(inside["sliding_window"]) - 1, None))
-    if name == "sliding_window_bidirectional_overlay.<locals>.inner_mask" and base is hf.bidirectional_mask_function:
+    if code is known["bidirectional window"] and base is hf.bidirectional_mask_function:
         side = int(inside["sliding_window"])
         return Pattern(False, (side, side))
-    if name == "packed_sequence_mask_function.<locals>.inner_mask":
-        remapped = _closed_over(base).get("mask_function")
-        if getattr(base, "__qualname__", "") == "remap_positions_for_packed_sequence.<locals>.inner_mask" and remapped is not None:
-            pattern = classify(remapped)
-            if pattern is not None and pattern.documents is None:
-                return pattern._replace(documents=inside["packed_sequence_mask"])
+    if code is known["documents"] and getattr(base, "__code__", None) is known["remapped"]:
+        pattern = classify(_closed_over(base)["mask_function"])
+        if pattern is not None and pattern.documents is None:
+            return pattern._replace(documents=inside["packed_sequence_mask"])
     return None
+
+
+@cache
+def _known_code() -> dict[str, Any]:
+    """Of the functions that transformers' makers of mask functions return. One that is not there matches nothing."""
+    from transformers import masking_utils as hf
+
+    nothing: Any = torch.zeros(1, 1, device="cpu")
+    makers = {
+        "both": ("and_masks", (hf.causal_mask_function,)),
+        "window": ("sliding_window_overlay", (1,)),
+        "bidirectional window": ("sliding_window_bidirectional_overlay", (1,)),
+        "documents": ("packed_sequence_mask_function", (nothing,)),
+        "remapped": ("remap_positions_for_packed_sequence", (hf.causal_mask_function, nothing)),
+    }
+    return {name: getattr(hf, maker)(*args).__code__ if hasattr(hf, maker) else object() for name, (maker, args) in makers.items()}
 
 
 def _closed_over(function: Callable[..., Any]) -> dict[str, Any]:

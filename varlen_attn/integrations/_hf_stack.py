@@ -12,6 +12,7 @@ may be checkpointed, recomputed, shared or skipped.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -22,9 +23,9 @@ from .._host_lengths import HostLengths
 from ..errors import VarlenError
 from ..layout import SeqLayout
 from ._hf_attention import captured, collected
-from ._hf_mask import Meaning, VarlenMask, enter_forward, leave_forward
+from ._hf_mask import LOOKED_AT, Meaning, VarlenMask, enter_forward, leave_forward
 
-__all__ = ["LayerHook", "ModelHook", "install", "is_ours", "remove", "watch"]
+__all__ = ["LayerHook", "ModelHook", "install", "is_ours", "remove", "unwatch", "watch"]
 
 _SKIPPING_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 _ASKING_FOR_MORE = ("output_attentions", "output_router_logits", "output_scores")
@@ -68,6 +69,7 @@ class LayerHook:
         if reason or refused:
             meaning.keep_padded(reason or f"the layers are given `{refused[0]}`, which is not by token, or asked for it")
             return None
+        meaning.hands_on(rows=True)
         packed = [_packed(x, meaning, hidden) for _, x in named]
         return tuple(packed[: len(args)]), dict(zip(kwargs, packed[len(args) :], strict=True))
 
@@ -78,6 +80,8 @@ class LayerHook:
         layout = None if mask is None else mask.meaning.rows
         if layout is None:
             return None
+        assert mask is not None
+        mask.meaning.hands_on(rows=False)
         states = collected().get("hidden_states", [])
         for i, x in enumerate(states):  # of the layers before; this one's is collected after it was unpacked
             if x is not None and x.shape[:2] == (1, layout.num_rows):
@@ -98,6 +102,8 @@ class LayerHook:
         """None for the padded tokens of a self-attention, where nothing is asked for that rows do not have."""
         batch_size, _, len_q, len_k = meaning.shape
         keys = meaning.keys
+        if meaning.numbers is not None:
+            return LOOKED_AT
         if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != len_k or meaning.first_query != 0:
             return "there are cached keys, or keys of others"
         if meaning.pattern.documents is not None or keys.is_dense:
@@ -178,20 +184,29 @@ class ModelHook:
     """Around a model of transformers: sees what the caller wants, and whether that reads rows of padding, which then must be there.
 
     Attributes:
+        stacks: names of the module lists in it that run packed.
         looks_at_ids: its head picks a row by ids (the last that is no padding, the largest), those in padding too.
     """
 
-    def __init__(self, model: Any, looks_at_ids: bool) -> None:
+    def __init__(self, model: Any, stacks: tuple[str, ...], looks_at_ids: bool) -> None:
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self.config, self.looks_at_ids = model.config, looks_at_ids
+        self.config, self.stacks, self.looks_at_ids = model.config, stacks, looks_at_ids
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            enter_forward(self._why_padded(dict(zip(self.names, args, strict=False)) | kwargs))
+            changed = not all(_ends(module.get_submodule(name)) for name in self.stacks)
+            reason = "its layers were changed since it was enabled: enable it again" if changed else None
+            enter_forward(module, reason or self._why_padded(dict(zip(self.names, args, strict=False)) | kwargs))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if not torch.compiler.is_compiling():
-            leave_forward()
+        if torch.compiler.is_compiling():
+            return
+        forward = leave_forward()
+        if forward is not None and forward.in_rows and result is not None:
+            raise VarlenError(
+                f"the layers of {type(module).__name__} must all be called, the last one too, but rows are left over: where some are "
+                'left out, call varlen_attn.enable(model, level="attention").'
+            )
 
     def _why_padded(self, given: dict[str, Any]) -> str | None:
         mask = given.get("attention_mask")
@@ -217,13 +232,19 @@ def _counts_padding(labels: Tensor, mask: Tensor) -> bool:
     return bool(((labels != -100) & ~mask.bool().to(labels.device)).any())
 
 
-def watch(model: Any, guarded: bool) -> None:
-    """Let a model that has a packed stack run padded where a caller's wish reads padding; ``guarded``: its head looks at ids."""
+def _ends(layers: nn.Module) -> bool:
+    """Whether the last layer of a stack is the one that puts tokens back."""
+    hooks = [*layers.children()][-1]._forward_hooks.values() if len(layers) else ()  # type: ignore[arg-type]
+    return any(isinstance(owner := getattr(hook, "__self__", None), LayerHook) and owner.last for hook in hooks)
+
+
+def watch(model: Any, stacks: tuple[str, ...] = (), guarded: bool = False) -> None:
+    """Let a model that has packed stacks run padded where a caller's wish reads padding; ``guarded``: its head looks at ids."""
     from transformers import PreTrainedModel
 
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not any(is_ours(hook) for hook in module._forward_pre_hooks.values()):
-            hook = ModelHook(module, guarded and module is model)
+            hook = ModelHook(module, stacks if module is model else (), guarded and module is model)
             module.register_forward_pre_hook(hook.before, with_kwargs=True, prepend=True)
             module.register_forward_hook(hook.after, with_kwargs=True, always_call=True)
 
@@ -246,11 +267,20 @@ def is_ours(hook: Any) -> bool:
 
 def remove(*modules: nn.Module) -> None:
     """The inverse of `install` for layers, and of `watch` for models."""
+    _remove(modules, LayerHook | ModelHook)
+
+
+def unwatch(model: nn.Module) -> None:
+    """The inverse of `watch` alone."""
+    _remove(model.modules(), ModelHook)
+
+
+def _remove(modules: Iterable[nn.Module], kind: Any) -> None:
     for module in modules:
         before = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
         after = (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
         for hooks, *flags in (before, after):
-            for key in [key for key, hook in hooks.items() if is_ours(hook)]:
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), kind)]:
                 del hooks[key]
                 for flag in flags:
                     flag.pop(key, None)

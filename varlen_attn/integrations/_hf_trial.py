@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +53,12 @@ class Trial(NamedTuple):
 
 
 def prepare(model: Any) -> list[Trial] | str:
-    """Trials, the first with padding on the right, the last without a mask; or why there are none."""
+    """Trials, the first with padding on the right, the last without a mask if it takes none; or why there are none."""
     parameters = next((p for p in model.parameters()), None)
     if parameters is None or any(p.is_meta for p in model.parameters()):
         return "it could not be tried: its weights are not here"
-    names = tuple(inspect.signature(type(model).forward).parameters)
+    parameters_of_forward = inspect.signature(type(model).forward).parameters
+    names = tuple(parameters_of_forward)
     if "attention_mask" not in names:
         return "it takes no attention_mask, so nothing is padded"
     if "input_ids" in names:
@@ -72,8 +73,10 @@ def prepare(model: Any) -> list[Trial] | str:
     # Ids without those of padding, of which some models make a mask by themselves.
     unmasked = {name: x for name, x in trials[-1].inputs.items() if name != "attention_mask"}
     # The first with all hidden states, which a stack that runs packed must give too.
-    first = trials[0]._replace(inputs={**trials[0].inputs, "output_hidden_states": True})
-    return [first, *trials[1:], Trial(unmasked, None, True)]
+    if "output_hidden_states" in names or any(p.kind is p.VAR_KEYWORD for p in parameters_of_forward.values()):
+        trials[0] = trials[0]._replace(inputs={**trials[0].inputs, "output_hidden_states": True})
+    needs_mask = parameters_of_forward["attention_mask"].default is inspect.Parameter.empty
+    return trials if needs_mask else [*trials, Trial(unmasked, None, True)]
 
 
 def _text(model: Any, device: torch.device, names: tuple[str, ...], side: str, odd_ids: bool) -> Trial:
@@ -135,8 +138,11 @@ def _sound(name: str, values: Tensor, lengths: Tensor, names: tuple[str, ...]) -
     return Trial(inputs, valid, True)
 
 
-def run(model: Any, trial: Trial) -> dict[str, Any]:
-    """What the model gives, with nothing left behind."""
+def run(model: Any, trial: Trial, stacks: Sequence[str]) -> dict[str, Any]:
+    """What the model gives, and what goes into its parts outside of ``stacks``: a head of zeros would hide what it reads.
+
+    Nothing is left behind.
+    """
     device = next(iter(trial.inputs.values())).device
     devices = [device] if device.type == "cuda" else []
     training = {module: module.training for module in model.modules()}
@@ -144,27 +150,56 @@ def run(model: Any, trial: Trial) -> dict[str, Any]:
         model.eval()
         with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device.type, enabled=False), _without_hooks(model):
             (torch.cuda.default_generators[device.index] if devices else torch.default_generator).manual_seed(0)
-            return dict(model(**trial.inputs, return_dict=True))
+            with _inputs_of(model, stacks) as read:
+                return {**model(**trial.inputs, return_dict=True), **read}
     finally:
         for module, flag in training.items():
             module.training = flag
 
 
 @contextlib.contextmanager
+def _inputs_of(model: nn.Module, stacks: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """What the innermost modules read, by name."""
+    read: dict[str, list[Tensor]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{stack}.") for stack in stacks) or next(module.children(), None) is not None:
+            continue
+
+        def keep(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            read.setdefault(f"what {name} reads", []).extend(x.clone() for x in args if isinstance(x, Tensor))
+
+        handles.append(module.register_forward_pre_hook(keep))
+    try:
+        yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Users' hooks would count a forward that they did not make; those that move or gather weights are needed."""
-    hidden = []
-    for module in model.modules():
-        for name in ("_forward_hooks", "_forward_pre_hooks"):
-            hooks: OrderedDict[int, Any] = getattr(module, name)
-            if any(not _needed(hook) for hook in hooks.values()):
-                hidden.append((module, name, hooks))
-                setattr(module, name, OrderedDict((key, hook) for key, hook in hooks.items() if _needed(hook)))
+    """Users' hooks would count a forward that they did not make; those that move or gather weights are needed.
+
+    Those that transformers installs when it is asked for hidden states go again: a model with them can not be pickled.
+    """
+    before = [(module, name, getattr(module, name)) for module in model.modules() for name in _HOOKS]
+    capturing = [module for module in model.modules() if _CAPTURING in vars(module)]
+    for module, name, hooks in before:
+        setattr(module, name, OrderedDict((key, hook) for key, hook in hooks.items() if name in _FLAGS or _needed(hook)))
     try:
         yield
     finally:
-        for module, name, hooks in hidden:
+        for module, name, hooks in before:
             setattr(module, name, hooks)
+        for module in model.modules():
+            if _CAPTURING in vars(module) and module not in capturing:
+                delattr(module, _CAPTURING)
+
+
+_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", *_FLAGS)
+_CAPTURING = "_output_capturing_hooks_installed"
 
 
 def _needed(hook: Any) -> bool:

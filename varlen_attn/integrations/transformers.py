@@ -99,12 +99,14 @@ def roots(model: nn.Module) -> list[tuple[str, Any]]:
 def enable(model: nn.Module, level: str, hooks: str) -> list[Row]:
     """Enable every model of transformers in ``model``; one row for each stack of layers and each attention module."""
     rows: list[Row] = []
+    closed = [name for name, module in model.named_modules() if _is_compiled(module)]
     for name, root in roots(model):
+        compiled = any(not outer or f"{name}.".startswith(f"{outer}.") for outer in closed)
         disable(root)
         for part_name, part in _parts(root):
-            rows += _Part(part_name, part, level, hooks).enable(name)
+            rows += _Part(part_name, part, level, hooks, compiled).enable(name)
         if any(state.stacks for _, state in _states(root)):
-            stack_hooks.watch(root, guarded=False)
+            stack_hooks.watch(root)
     return rows
 
 
@@ -112,13 +114,12 @@ def disable(model: nn.Module) -> list[Row]:
     """The exact inverse: implementations as they were, no hooks."""
     rows: list[Row] = []
     names = {id(module): name for name, module in model.named_modules()}
-    for module, state in _states(model):
+    for module, state in reversed(_states(model)):  # parts first: what a part had before may be what the whole had been given
         module.set_attn_implementation(state.before)
         delattr(module, _STATE)
         rows.append((names[id(module)], type(module).__name__, "restored", ""))
-    if rows:
-        stack_hooks.remove(*model.modules())
-    return rows
+    stack_hooks.remove(*model.modules())
+    return rows[::-1]
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:
@@ -131,11 +132,12 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
             module.set_attn_implementation(implementation)
             for stack in state.stacks:
                 stack_hooks.install(module.get_submodule(stack), module.config)
-            stack_hooks.watch(module, state.guarded)
+            if state.stacks:
+                stack_hooks.watch(module, state.stacks, state.guarded)
             setattr(module, _STATE, state)
         for _, root in roots(model):
             if any(state.stacks for _, state in _states(root)):
-                stack_hooks.watch(root, guarded=False)
+                stack_hooks.watch(root)
 
     return restore
 
@@ -145,6 +147,10 @@ def _states(model: nn.Module) -> list[tuple[Any, State]]:
 
 
 # -------------------------------------------------------------------- what a model is made of
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _parts(root: Any) -> list[tuple[str, Any]]:
@@ -235,8 +241,8 @@ def _implementation(config: Any) -> Implementation:
 class _Part:
     """Enabling one model, with what was found out about it."""
 
-    def __init__(self, name: str, model: Any, level: str, hooks: str) -> None:
-        self.name, self.model, self.level, self.hooks = name, model, level, hooks
+    def __init__(self, name: str, model: Any, level: str, hooks: str, compiled: bool) -> None:
+        self.name, self.model, self.level, self.hooks, self.compiled = name, model, level, hooks, compiled
         self.through, self.own = _attentions(model)
         self.why_not_packed: dict[str, str] = {}
         self.packed: list[str] = []
@@ -275,9 +281,8 @@ class _Part:
             return f"attention code of its own ({names}), which does not go through transformers' attention interface"
         if not self.through:
             return "no attention that goes through transformers' attention interface"
-        for module in self.model.modules():
-            if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-                return "compiled: call enable before torch.compile"
+        if self.compiled or any(_is_compiled(module) for module in self.model.modules()):
+            return "compiled: call enable before torch.compile"
         return None
 
     def _attention(self) -> str | None:
@@ -303,7 +308,9 @@ class _Part:
                 self.packed.append(stack.name)
             else:
                 self.why_not_packed[stack.name] = why
-        stack_hooks.remove(*self.model.modules() if not self.packed else ())
+        stack_hooks.unwatch(self.model)  # the trials'
+        if self.packed:
+            stack_hooks.watch(self.model, tuple(self.packed), self.guarded)
         return None
 
     def _expected(self) -> tuple[list[Trial], list[dict[str, Any]], str | None]:
@@ -312,7 +319,7 @@ class _Part:
             trials = prepare(self.model)
             if isinstance(trials, str):
                 return [], [], trials
-            return trials, [run(self.model, trial) for trial in trials], None
+            return trials, [run(self.model, trial, self._stack_names()) for trial in trials], None
         except Exception as error:
             return [], [], f"it could not be tried: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
@@ -320,7 +327,7 @@ class _Part:
         try:
             for trial, reference in zip(trials, expected, strict=True):
                 with record(self.model) as log, paddings() as made:
-                    got = run(self.model, trial)
+                    got = run(self.model, trial, self._stack_names())
                 reason = difference(trial, reference, got, made)
                 self.log: Record = log
                 if reason is not None or not len(log):
@@ -330,6 +337,9 @@ class _Part:
         except Exception as error:
             return f"a trial failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return None
+
+    def _stack_names(self) -> list[str]:
+        return [stack.name for stack in _stacks(self.model)]
 
     # ---------------------------------------------------------------- the stack
 
@@ -355,7 +365,7 @@ class _Part:
 
     def _pack(self, name: str, layers: nn.ModuleList, trials: list[Trial], expected: list[dict[str, Any]]) -> str | None:
         stack_hooks.install(layers, self.model.config)
-        stack_hooks.watch(self.model, self.guarded)
+        stack_hooks.watch(self.model, guarded=self.guarded)
         reason = self._compare(trials[:1], expected[:1])
         if reason is None and not self._was_packed(name):
             reason = "its layers were not given a mask of padding alone"
@@ -365,7 +375,7 @@ class _Part:
             reason = self._compare(*zip(*others, strict=True))
         if reason is None and not self.guarded and odd and self._compare(*zip(*odd, strict=True)) is not None:
             self.guarded = True
-            stack_hooks.remove(self.model)
+            stack_hooks.unwatch(self.model)
             stack_hooks.watch(self.model, guarded=True)
             reason = self._compare(*zip(*odd, strict=True))
         if reason is not None:
