@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import bench_transformers as hf
 from .bench_encoder import AGAIN, MASKED, OFF, ON, OURS
 from .measure import RESULTS
 from .workloads import WORKLOADS
@@ -70,6 +71,64 @@ def memory(rows: list[dict[str, Any]]) -> str:
         met = "met" if row["ratio"] <= row["goal"] / NEAR else "**missed**"
         lines.append([row["what"], row["dtype"], row["direction"], *peaks, f"**{row['ratio']:.2f}**", f"at most {row['goal']}: {met}"])
     return table(["", "dtype", "", "masked, MB", f"{ON}, MB", "ours, MB", "**ours / masked**", "goal"], lines)
+
+
+def transformers(rows: list[dict[str, Any]]) -> str:
+    """Times and ratios of one part."""
+    header = [
+        "",
+        "batch",
+        "before, ms",
+        'level "attention"',
+        '**level "model"**',
+        "at most",
+        "before against before",
+        "difference",
+        "others",
+        "goals",
+    ]
+    lines = []
+    for row in rows:
+        times, ratios, differences = row["milliseconds"], row["ratio"], row["difference"]
+        front = f", front end {times[hf.FRONT]:.0f} ms" if hf.FRONT in times else ""
+        lines.append(
+            [row["what"], row["batch"] + front, f"{times[hf.BEFORE]:.0f}", f"{ratios[hf.ATTENTION]:.2f}" if hf.ATTENTION in ratios else "",
+             f"**{ratios[hf.MODEL]:.2f}**", f"{row['by_token']:.2f}", f"{ratios[hf.AGAIN]:.2f}",
+             f"{max(differences.values()):.0e}" if differences else "", f"{row['foreign']:.0%}", _transformers_goals(row)]
+        )  # fmt: skip
+    return table(header, lines)
+
+
+def _transformers_goals(row: dict[str, Any]) -> str:
+    """Nothing is taken off a floor, and the noise of the run stands beside it."""
+    if row["foreign"] > DISTURBED and (row["goals"] or row["floors"]):
+        return "disturbed"
+    found = row["ratio"]
+    goals = [f"{name} {goal}: " + ("met" if found[name] >= NEAR * goal else "**missed**") for name, goal in row["goals"].items()]
+    floors = [f"{name} never below {floor}: " + ("met" if found[name] >= floor else "**missed**") for name, floor in row["floors"].items()]
+    return "; ".join([*goals, *floors])
+
+
+def transformers_summary(rows: list[dict[str, Any]]) -> str:
+    """The short table of the README: times before / after, and what they would be if all work were by token."""
+    lines = []
+    for row in _in_order(_widest(rows)):
+        found = [f"{row['ratio'][level]:.1f}" if level in row["ratio"] else "-" for level in hf.LEVELS]
+        cells = found if row["foreign"] <= DISTURBED else ["?"] * len(found)
+        lines.append([_TRANSFORMERS[row["part"]].format(row["what"]), row["batch"], *cells, f"{row['by_token']:.1f}"])
+    return table(["", "batch", 'level="attention"', "enable(model)", "by token"], lines)
+
+
+_TRANSFORMERS = {
+    hf.TEXT: "MiniLM, {}",
+    hf.ENCODE: "`SentenceTransformer.encode`, {}",
+    hf.TRAINING: "MiniLM, training, {}",
+    hf.AUDIO: "{}",
+}
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: hf.PARTS.index(row["part"]))
 
 
 def attention(rows: list[dict[str, Any]], dtype: str) -> str:
@@ -185,6 +244,36 @@ def _attention_parts(rows: list[dict[str, Any]]) -> list[str]:
     return parts
 
 
+def _transformers_parts(rows: list[dict[str, Any]]) -> list[str]:
+    parts = [
+        "## Models of transformers",
+        f"Before and after `enable`, at both levels; before is attention by `sdpa`. {_libraries(rows)}.",
+        "MiniLM (6 layers, width 384) has its published weights and reads docstrings of the standard library, at most 256 tokens of each; "
+        'Wav2Vec2 and HuBERT have random weights of base width and the durations of spoken prompts. "By token" is what the ratio would be '
+        "if all of the work were by token, that is padded positions / tokens. Attention, whose work grows with the square of lengths, "
+        "saves more; a whole speech model saves less, because its convolutional front end stays padded, and is counted as it was timed. "
+        '"Difference" is the largest of outputs at real tokens, or of vectors, from those before.',
+    ]
+    for threads in sorted({r["threads"] for r in rows}, reverse=True):
+        for part, title in _PARTS.items():
+            chosen = [r for r in rows if (r["threads"], r["part"]) == (threads, part)]
+            if chosen:
+                parts += [f"### {title}, {_threads(threads)}", transformers(chosen)]
+    return parts
+
+
+_PARTS = {
+    hf.TEXT: "MiniLM in evaluation",
+    hf.ENCODE: "`SentenceTransformer.encode`, tokenising included",
+    hf.TRAINING: "MiniLM, forward and backward",
+    hf.AUDIO: "Wav2Vec2 and HuBERT",
+}
+
+
+def _libraries(rows: list[dict[str, Any]]) -> str:
+    return "; ".join(dict.fromkeys(row["libraries"] for row in rows))
+
+
 def _route_parts(rows: list[dict[str, Any]]) -> list[str]:
     parts = []
     for threads in sorted({r["threads"] for r in rows}, reverse=True):
@@ -199,7 +288,7 @@ def _threads(number: int) -> str:
 
 def load() -> dict[str, dict[str, Any]]:
     """What has been measured, by benchmark."""
-    names = ("encoder", "memory", "attention", "route", "dispatch")
+    names = ("encoder", "memory", "transformers", "attention", "route", "dispatch")
     return {name: json.loads(path.read_text()) for name in names if (path := RESULTS / f"{name}.json").exists()}
 
 
@@ -215,7 +304,13 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
         "two threads more than one. One thread is timed by its CPU time, two by the wall clock.",
         batches(),
     ]
-    sections = {"encoder": _encoder_parts, "memory": _memory_parts, "attention": _attention_parts, "route": _route_parts}
+    sections = {
+        "encoder": _encoder_parts,
+        "memory": _memory_parts,
+        "transformers": _transformers_parts,
+        "attention": _attention_parts,
+        "route": _route_parts,
+    }
     parts += [part for name, section in sections.items() if name in rows for part in section(rows[name])]
     if "dispatch" in rows:
         parts += ["## What choosing costs", dispatch(rows["dispatch"])]
@@ -225,13 +320,22 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
 def block(results: dict[str, dict[str, Any]]) -> str:
     """What stands between the markers of the README: the encoder first, because that is what people run."""
     whole = "A whole encoder of 6 layers, padded in and out: times of `nn.TransformerEncoder`, its fast path off / ours."
-    says = {"encoder": (whole, encoder_summary), "attention": ("Attention only: times of masked SDPA / ours.", summary)}
+    models = (
+        "Models of transformers: times before, with attention by `sdpa` / after `enable`; beside it what that would be if all work were "
+        "by token."
+    )
+    says = {
+        "encoder": (whole, encoder_summary),
+        "transformers": (models, transformers_summary),
+        "attention": ("Attention only: times of masked SDPA / ours.", summary),
+    }
     parts = []
     for name, (caption, short) in says.items():
         if name in results:
             rows, where = results[name]["rows"], setting(results[name]["environment"])
             parts += [f"{caption} {where}, {_threads(max(r['threads'] for r in rows))}.", short(rows)]
-    notes = "A question mark: other processes disturbed the measurement." + (" A dash: not measured." if "encoder" in results else "")
+    dashes = {"encoder", "transformers"} & results.keys()
+    notes = "A question mark: other processes disturbed the measurement." + (" A dash: not measured." if dashes else "")
     return "\n\n".join([*parts, notes])
 
 

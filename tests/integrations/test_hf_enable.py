@@ -608,6 +608,29 @@ def test_a_head_that_is_zero_at_first() -> None:
     assert_close(got, model(**batch())["logits"])
 
 
+class Gated(MeanOfEverything):
+    """Adds what it makes of all columns by a gate that opens in training."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return {"logits": self.head(hidden + self.gate * hidden.mean(1, keepdim=True))}
+
+
+def test_a_gate_that_is_closed_at_first() -> None:
+    model = shake(Gated(build("Bert").config).double()).eval()
+    nn.init.zeros_(model.gate)
+    quietly(model)
+    assert not model.gate
+    nn.init.ones_(model.gate)
+    got = model(**batch())["logits"]
+    disable(model)
+    assert_close(got[VALID], model(**batch())["logits"][VALID])
+
+
 def test_a_head_that_looks_at_ids() -> None:
     """Language models classify by the last token whose id is not that of padding: with other ids there, by a row of padding."""
     model = build("Llama", "ForSequenceClassification", num_labels=3)
@@ -642,7 +665,7 @@ def test_a_forward_that_is_broken_off(kind: type[BaseException]) -> None:
         except kind as error:
             found.append(type(error))
         handle.remove()
-        found.extend(packed_calls(m, **batch()) for m in (model, other))
+        found.extend(packed_calls(m, **batch()) for m in (other, model))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -750,25 +773,28 @@ def test_compiled_exported_and_traced_afterwards(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Bert", "Llama"])
-def test_layers_that_are_taken_away_afterwards(name: str) -> None:
-    """The last of the stack puts the tokens back. Without it: right, or an error, but no rows for a batch."""
-    small = build(name)
-    stack = small.encoder if name == "Bert" else small
-    attribute = "layer" if name == "Bert" else "layers"
-    layers = getattr(stack, attribute)
-    setattr(stack, attribute, layers[:1])
-    expected = states(small)
-    setattr(stack, attribute, layers)
-    enable(small)
-    setattr(stack, attribute, layers[:1])
-    try:
-        got = small(**batch())[0]
-    except VarlenError:
-        pass
-    else:
-        assert_close(got[VALID], expected)
-    enable(small)  # decides anew
-    assert_close(states(small), expected)
+def test_layers_that_are_taken_away_or_added_afterwards(name: str) -> None:
+    """The last of the stack puts the tokens back. With another last one: right, or an error, but no rows for a batch."""
+    model = build(name)
+    owner, attribute = (model.encoder, "layer") if name == "Bert" else (model, "layers")
+    layers = getattr(owner, attribute)
+    for others in (layers[:1], nn.ModuleList([*layers, layers[0]])):
+        setattr(owner, attribute, others)
+        expected = states(model)
+        setattr(owner, attribute, layers)
+        enable(model)
+        setattr(owner, attribute, others)
+        try:
+            got = model(**batch())[0]
+        except VarlenError:
+            pass
+        else:
+            assert_close(got[VALID], expected)
+        enable(model)  # decides anew
+        assert_close(states(model), expected)
+        disable(model)
+        assert hooks(model) == []
+        setattr(owner, attribute, layers)
 
 
 # -------------------------------------------------------------------- hooks of users

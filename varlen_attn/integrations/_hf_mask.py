@@ -8,6 +8,7 @@ exactly transformers' own mask for ``sdpa``, so that a model which slices or inv
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -403,14 +404,15 @@ def _refuse_own_attention(config: Any) -> None:
 
 @cache
 def _has_interface(configuration_module: str) -> bool:
-    """Whether the modeling file beside a configuration's uses transformers' attention interface; True where there is no such file."""
+    """Whether the modeling file beside a configuration's has no attention, or uses transformers' interface for it."""
     module = sys.modules.get(configuration_module.replace("configuration_", "modeling_"))
     if module is None or "configuration_" not in configuration_module:
         return True
     try:
-        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module)
+        source = inspect.getsource(module)
     except (OSError, TypeError):
         return True
+    return "ALL_ATTENTION_FUNCTIONS" in source or re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE) is None
 
 
 def _padding_of_columns(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:

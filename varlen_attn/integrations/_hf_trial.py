@@ -139,7 +139,7 @@ def _sound(name: str, values: Tensor, lengths: Tensor, names: tuple[str, ...]) -
 
 
 def run(model: Any, trial: Trial, stacks: Sequence[str]) -> dict[str, Any]:
-    """What the model gives, and what goes into its parts outside of ``stacks``: a head of zeros would hide what it reads.
+    """What the model gives, and the vectors that go into its parts outside of ``stacks``: a head of zeros would hide what it reads.
 
     Nothing is left behind.
     """
@@ -159,7 +159,7 @@ def run(model: Any, trial: Trial, stacks: Sequence[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _inputs_of(model: nn.Module, stacks: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """What the innermost modules read, by name."""
+    """What the innermost modules read, by name; one vector a row, of which nothing is padding."""
     read: dict[str, list[Tensor]] = {}
     handles = []
     for name, module in model.named_modules():
@@ -167,7 +167,7 @@ def _inputs_of(model: nn.Module, stacks: Sequence[str]) -> Iterator[dict[str, li
             continue
 
         def keep(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            read.setdefault(f"what {name} reads", []).extend(x.clone() for x in args if isinstance(x, Tensor))
+            read.setdefault(f"what {name} reads", []).extend(x.clone() for x in args if isinstance(x, Tensor) and x.dim() == 2)
 
         handles.append(module.register_forward_pre_hook(keep))
     try:
