@@ -652,7 +652,7 @@ def test_offsets_that_do_not_fit() -> None:
     with pytest.raises(LayoutError, match=r"`cu_seq_lens_q` must describe the \(4, 10\) columns"):
         varlen_attention_forward(Layer(), *states(10), None, cu_seq_lens_q=OFFSETS)
     mask = varlen_mask(1, 10, 10, attention_mask=attention_mask(lengths=(8,), columns=10).bool())
-    with pytest.raises(LayoutError, match=r"`attention_mask` must not be given with cu_seq_lens_q.*pass one of the two"):
+    with pytest.raises(LayoutError, match=r"`attention_mask` must not hide columns where cu_seq_lens_q is given.*pass one of both"):
         varlen_attention_forward(Layer(), *packed_states(), mask, cu_seq_lens_q=OFFSETS)
     for wrong in (torch.tensor([0, 5, 4, 10]), torch.tensor([1, 5, 10])):
         with pytest.raises(LayoutError):

@@ -862,7 +862,7 @@ def test_hooks_of_users_do_not_see_the_trial(level: Any) -> None:
 
 
 def test_hooks_that_come_later_see_rows() -> None:
-    """After `enable` a stack is what it is: `record` and the documentation say so, and enabling again finds them."""
+    """After `enable` a stack is what it is: the documentation says so, and enabling again finds them."""
     model = build("Bert")
     expected = states(model)
     enable(model)

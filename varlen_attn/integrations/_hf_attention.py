@@ -18,7 +18,7 @@ from .._host_lengths import HostLengths
 from ..backends._maths import safe_softmax
 from ..backends.base import Extras, repeat_kv, state, wide_dtype
 from ..dispatch import note_dense
-from ..errors import LayoutError
+from ..errors import ArgumentError, LayoutError
 from ..functional import attend_for, pack_rows, unpack_rows
 from ..layout import SeqLayout
 from ._hf_mask import Packing, VarlenMask
@@ -28,8 +28,8 @@ __all__ = ["NotPackable", "captured", "collected", "varlen_attention_forward"]
 EAGER = "eager matmul, softmax, matmul"
 
 
-class NotPackable(Exception):
-    """A layer that was given packed rows asks for something that only padded ones can give."""
+class NotPackable(ArgumentError):
+    """A layer asks for something that attention here can not give it."""
 
 
 class Options(NamedTuple):
@@ -70,6 +70,12 @@ def varlen_attention_forward(
     Raises:
         LayoutError: ``cu_seq_lens_q`` does not fit the query.
     """
+    chosen = next((name for name, x in kwargs.items() if name.endswith("indices") and x is not None), None)
+    if chosen is not None:
+        raise NotPackable(
+            f"`{chosen}` must not be given to attention, but is, by {type(module).__name__}: it chooses keys in a way that only kernels "
+            "of its own understand. Call varlen_attn.enable(model), which leaves such models alone."
+        )
     wants_weights = bool(kwargs.get("output_attentions")) or "attentions" in captured()
     options = Options(scaling, dropout, softcap, position_bias, s_aux, wants_weights)
     mask = attention_mask
@@ -144,9 +150,9 @@ def _given_offsets(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None, options: Options, kwargs: dict[str, Any]
 ) -> Packing | str:
     """The caller packed the batch: ``(1, T)`` columns, and where each sequence begins."""
-    if isinstance(mask, VarlenMask) and mask.meaning.padding is not None:
+    if isinstance(mask, VarlenMask) and mask.meaning.padding is not None and not mask.meaning.keys.is_dense:
         raise LayoutError(
-            "`attention_mask` must not be given with cu_seq_lens_q, whose columns are all tokens, but it is: pass one of the two."
+            "`attention_mask` must not hide columns where cu_seq_lens_q is given, whose columns are all tokens, but does: pass one of both."
         )
     layout_q = _offsets_layout(kwargs["cu_seq_lens_q"], query, "q")
     offsets_k = kwargs.get("cu_seq_lens_k")

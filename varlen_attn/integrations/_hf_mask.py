@@ -78,7 +78,7 @@ class Meaning:
     ) -> None:
         self.shape, self.device, self.pattern, self.padding = shape, device, pattern, padding
         self.first_query, self.rows = first_query, rows
-        self.forwards: list[Forward] = getattr(_thread, "forwards", [])
+        self.forwards = _under_way()
         self.numbers: Tensor | None = None
         self._make = make
         self._packed_tensors: list[tuple[Tensor, Tensor]] = []
@@ -273,20 +273,27 @@ class Forward:
     """A model's forward under way.
 
     Attributes:
+        tree: of the model that was enabled, whose or whose part's forward it is.
         model: whose it is.
         padded_because: why its layers must not run packed, which may turn out after a mask was made.
         in_rows: whether a layer handed on rows, and the last did not put them back yet.
     """
 
-    def __init__(self, model: object, padded_because: str | None) -> None:
-        self.model, self.padded_because, self.in_rows = model, padded_because, False
+    def __init__(self, tree: object, model: object, padded_because: str | None) -> None:
+        self.tree, self.model, self.padded_because, self.in_rows = tree, model, padded_because, False
 
 
-def enter_forward(model: object, reason: str | None) -> None:
+def enter_forward(tree: object, model: object, reason: str | None) -> None:
     """A model's forward begins; ``reason`` is why its layers must not run packed, None if they may."""
     forwards: list[Forward] = getattr(_thread, "forwards", [])
     left = next((i for i, f in enumerate(forwards) if f.model is model), len(forwards))  # interrupted, and never left
-    _thread.forwards = [*forwards[:left], Forward(model, reason)]
+    _thread.forwards = [*forwards[:left], Forward(tree, model, reason)]
+
+
+def _under_way() -> list[Forward]:
+    """Forwards of the innermost model and of those around it; not of a model that only happens to run, or was interrupted."""
+    forwards: list[Forward] = getattr(_thread, "forwards", [])
+    return [f for f in forwards if f.tree is forwards[-1].tree]
 
 
 def leave_forward() -> Forward | None:
@@ -377,7 +384,7 @@ def varlen_mask(
     plain = isinstance(q_offset, int) and q_length > 1 and device.type != "meta" and not torch.compiler.is_compiling()
     traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if pattern is None:
-        for forward in getattr(_thread, "forwards", [])[-1:]:
+        for forward in _under_way()[-1:]:
             forward.padded_because = "a kind of layers whose mask has a pattern that is not known"
     if pattern is None or not plain or traced or (attention_mask is not None and attention_mask.dim() != 2):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]

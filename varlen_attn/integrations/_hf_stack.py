@@ -25,7 +25,7 @@ from ..layout import SeqLayout
 from ._hf_attention import captured, collected
 from ._hf_mask import LOOKED_AT, Meaning, VarlenMask, enter_forward, leave_forward
 
-__all__ = ["LayerHook", "ModelHook", "install", "is_ours", "remove", "unwatch", "watch"]
+__all__ = ["LayerHook", "ModelHook", "Tree", "install", "is_ours", "only_waiting", "remove", "unwatch", "watch"]
 
 _SKIPPING_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 _ASKING_FOR_MORE = ("output_attentions", "output_router_logits", "output_scores")
@@ -113,8 +113,10 @@ class LayerHook:
         asked = [name for name in captured() if name != "hidden_states"]
         if asked:
             return f"asked for {', '.join(asked)} of every layer"
-        if module.training and any(getattr(self.config, name, 0) for name in _SKIPPING_LAYERS):
-            return "layers are skipped at random in training (layerdrop)"
+        if 0 in keys.lengths:
+            return "a row without tokens, which a pooler may read"
+        if not meaning.forwards:
+            return "the forward of the model was called, and not the model"
         if keys.has_holes:  # windows count columns, and this layer does not know whether one after it has a window
             return "padding between tokens"
         if not meaning.pattern.causal and not keys.right_padded:  # encoders pool their first column, which must be what it was
@@ -180,23 +182,29 @@ def _packed_cache_class() -> Any:
 # -------------------------------------------------------------------- hooks on models
 
 
+class Tree:
+    """Of a model that was enabled, by identity: copies of the model have a copy of it."""
+
+
 class ModelHook:
     """Around a model of transformers: sees what the caller wants, and whether that reads rows of padding, which then must be there.
 
     Attributes:
+        tree: one object for all models of a model that was enabled.
         stacks: names of the module lists in it that run packed.
         looks_at_ids: its head picks a row by ids (the last that is no padding, the largest), those in padding too.
+        depth: how many layers the configuration said.
     """
 
-    def __init__(self, model: Any, stacks: tuple[str, ...], looks_at_ids: bool) -> None:
+    def __init__(self, tree: Tree, model: Any, stacks: tuple[str, ...], looks_at_ids: bool) -> None:
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self.config, self.stacks, self.looks_at_ids = model.config, stacks, looks_at_ids
+        self.tree, self.config, self.stacks, self.looks_at_ids = tree, model.config, stacks, looks_at_ids
+        self.depth = getattr(model.config, "num_hidden_layers", None)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            changed = not all(_ends(module.get_submodule(name)) for name in self.stacks)
-            reason = "its layers were changed since it was enabled: enable it again" if changed else None
-            enter_forward(module, reason or self._why_padded(dict(zip(self.names, args, strict=False)) | kwargs))
+            reason = self._changed(module) or self._why_padded(dict(zip(self.names, args, strict=False)) | kwargs)
+            enter_forward(self.tree, module, reason)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if torch.compiler.is_compiling():
@@ -208,6 +216,17 @@ class ModelHook:
                 'left out, call varlen_attn.enable(model, level="attention").'
             )
 
+    def _changed(self, module: nn.Module) -> str | None:
+        """What is not as it was when the model was enabled."""
+        stacks = [module.get_submodule(name) for name in self.stacks]
+        if not all(_is_whole(layers) for layers in stacks) or self.depth != getattr(self.config, "num_hidden_layers", None):
+            return "its layers were changed since it was enabled: enable it again"
+        if module.training and any(getattr(self.config, name, 0) for name in _SKIPPING_LAYERS):
+            return "layers are skipped at random in training (layerdrop)"
+        if any(_chooses_rows(hook) for layers in stacks for m in layers.modules() for hook in m._forward_pre_hooks.values()):
+            return "adapters by row of the batch"
+        return None
+
     def _why_padded(self, given: dict[str, Any]) -> str | None:
         mask = given.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
@@ -217,9 +236,9 @@ class ModelHook:
             return "generation with padding on the right, which reads the last column"
         if given.get("start_positions") is not None or given.get("end_positions") is not None:
             return "a loss over all columns, those of padding too"
-        labels = given.get("labels")
-        if isinstance(labels, Tensor) and labels.shape == mask.shape and _counts_padding(labels, mask):
-            return "labels at padding that are not -100, so that the loss counts it"
+        for labels in (given.get("labels"), given.get("shift_labels")):
+            if isinstance(labels, Tensor) and labels.shape == mask.shape and _counts_padding(labels, mask):
+                return "labels at padding or just after it that are not -100, so that the loss counts it"
         ids, pad = given.get("input_ids"), getattr(self.config.get_text_config(), "pad_token_id", None)
         if self.looks_at_ids and (ids is None or pad is None or ids.shape != mask.shape or not bool((mask.bool() | (ids == pad)).all())):
             return "other ids than pad_token_id at padding, which the head looks at"
@@ -227,24 +246,41 @@ class ModelHook:
 
 
 def _counts_padding(labels: Tensor, mask: Tensor) -> bool:
+    """At padding, or, for a loss on shifted labels, just after it."""
     if isinstance(mask, HostLengths) and mask.lengths is not None and labels.device.type != "cpu":
         return False  # our collator's labels; to look would be to wait for the device
-    return bool(((labels != -100) & ~mask.bool().to(labels.device)).any())
+    counted, padding = labels != -100, ~mask.bool().to(labels.device)
+    return bool((counted & padding).any() | (counted[:, 1:] & padding[:, :-1]).any())
 
 
-def _ends(layers: nn.Module) -> bool:
-    """Whether the last layer of a stack is the one that puts tokens back."""
-    hooks = [*layers.children()][-1]._forward_hooks.values() if len(layers) else ()  # type: ignore[arg-type]
-    return any(isinstance(owner := getattr(hook, "__self__", None), LayerHook) and owner.last for hook in hooks)
+def _is_whole(layers: Any) -> bool:
+    """Whether every layer of a stack takes rows, and the last one puts the tokens back."""
+    owners = [[getattr(hook, "__self__", None) for hook in layer._forward_hooks.values()] for layer in layers]
+    last = [next((owner.last for owner in found if isinstance(owner, LayerHook)), None) for found in owners]
+    return last == [False] * (len(last) - 1) + [True]
 
 
-def watch(model: Any, stacks: tuple[str, ...] = (), guarded: bool = False) -> None:
+def _chooses_rows(hook: Any) -> bool:
+    """Of PEFT, which puts such hooks on its layers for a call that names an adapter for each row."""
+    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("peft.")
+
+
+def only_waiting(module: nn.Module) -> bool:
+    """No hooks but ours, and transformers' own, which wait for somebody to ask for hidden states."""
+    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
+        return True
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    known = (is_ours(hook) or getattr(hook, "__qualname__", "").endswith("output_capturing_hook") for hook in hooks)
+    return not (module._backward_hooks or module._backward_pre_hooks) and all(known)
+
+
+def watch(tree: Tree, model: Any, stacks: tuple[str, ...] = (), guarded: bool = False) -> None:
     """Let a model that has packed stacks run padded where a caller's wish reads padding; ``guarded``: its head looks at ids."""
     from transformers import PreTrainedModel
 
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not any(is_ours(hook) for hook in module._forward_pre_hooks.values()):
-            hook = ModelHook(module, stacks if module is model else (), guarded and module is model)
+            hook = ModelHook(tree, module, stacks if module is model else (), guarded and module is model)
             module.register_forward_pre_hook(hook.before, with_kwargs=True, prepend=True)
             module.register_forward_hook(hook.after, with_kwargs=True, always_call=True)
 

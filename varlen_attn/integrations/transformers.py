@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from .._token_wise import has_hooks
 from ..dispatch import Record, record
 from ..errors import ArgumentError
 from . import _hf_stack as stack_hooks
@@ -103,11 +102,37 @@ def enable(model: nn.Module, level: str, hooks: str) -> list[Row]:
     for name, root in roots(model):
         compiled = any(not outer or f"{name}.".startswith(f"{outer}.") for outer in closed)
         disable(root)
-        for part_name, part in _parts(root):
-            rows += _Part(part_name, part, level, hooks, compiled).enable(name)
+        tree = stack_hooks.Tree()
+        parts = _parts(root)
+        whole = None if parts == [("", root)] or level != "model" else _Part("", root, level, hooks, compiled, tree).expected()
+        for part_name, part in parts:
+            rows += _Part(part_name, part, level, hooks, compiled, tree).enable(name)
+        if whole is not None and any(state.stacks for _, state in _states(root)):
+            rows = _check_whole(root, tree, whole, rows)
         if any(state.stacks for _, state in _states(root)):
-            stack_hooks.watch(root)
+            stack_hooks.watch(tree, root, guarded=whole is not None)
     return rows
+
+
+def _check_whole(root: Any, tree: stack_hooks.Tree, whole: tuple[_Part, list[Trial], list[dict[str, Any]]], rows: list[Row]) -> list[Row]:
+    """Try the model around its parts, whose heads may read padding too; if they do, no part runs packed."""
+    part, trials, expected = whole
+    stack_hooks.watch(tree, root, guarded=True)
+    reason = part.compare([t._replace(full=True) for t in trials], expected)
+    stack_hooks.unwatch(root)
+    kept = _states(root)
+    for module, state in kept:
+        if reason is None and state.stacks:
+            stack_hooks.watch(tree, module, state.stacks, state.guarded)
+        elif reason is not None:
+            for stack in state.stacks:
+                stack_hooks.remove(*module.get_submodule(stack))
+            setattr(module, _STATE, State(state.before, (), False))
+    if reason is None:
+        return rows
+    return [
+        (n, k, "left alone", f"not packed as a whole: {reason}") if r.startswith("packed once") else (n, k, a, r) for n, k, a, r in rows
+    ]
 
 
 def disable(model: nn.Module) -> list[Row]:
@@ -128,16 +153,17 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 
     def restore() -> None:
         disable(model)
+        trees = {id(m): tree for _, root in roots(model) for tree in [stack_hooks.Tree()] for m in root.modules()}
         for module, state, implementation in before:
             module.set_attn_implementation(implementation)
             for stack in state.stacks:
                 stack_hooks.install(module.get_submodule(stack), module.config)
             if state.stacks:
-                stack_hooks.watch(module, state.stacks, state.guarded)
+                stack_hooks.watch(trees[id(module)], module, state.stacks, state.guarded)
             setattr(module, _STATE, state)
         for _, root in roots(model):
             if any(state.stacks for _, state in _states(root)):
-                stack_hooks.watch(root)
+                stack_hooks.watch(trees[id(root)], root)
 
     return restore
 
@@ -241,8 +267,8 @@ def _implementation(config: Any) -> Implementation:
 class _Part:
     """Enabling one model, with what was found out about it."""
 
-    def __init__(self, name: str, model: Any, level: str, hooks: str, compiled: bool) -> None:
-        self.name, self.model, self.level, self.hooks, self.compiled = name, model, level, hooks, compiled
+    def __init__(self, name: str, model: Any, level: str, hooks: str, compiled: bool, tree: stack_hooks.Tree) -> None:
+        self.name, self.model, self.level, self.hooks, self.compiled, self.tree = name, model, level, hooks, compiled, tree
         self.through, self.own = _attentions(model)
         self.why_not_packed: dict[str, str] = {}
         self.packed: list[str] = []
@@ -294,7 +320,7 @@ class _Part:
         if self.model.config._attn_implementation != NAME:
             reason: str | None = "transformers does not let its attention implementation be set"
         elif untried is None:
-            reason = self._compare(trials, expected)
+            reason = self.compare(trials, expected)
         elif all(getattr(m, "_supports_sdpa", True) for m in self.model.modules()):
             reason = None  # what `sdpa` can compute, dense calls of ours are
         else:
@@ -310,8 +336,13 @@ class _Part:
                 self.why_not_packed[stack.name] = why
         stack_hooks.unwatch(self.model)  # the trials'
         if self.packed:
-            stack_hooks.watch(self.model, tuple(self.packed), self.guarded)
+            stack_hooks.watch(self.tree, self.model, tuple(self.packed), self.guarded)
         return None
+
+    def expected(self) -> tuple[_Part, list[Trial], list[dict[str, Any]]]:
+        """For `_check_whole`; no trials where it can not be tried by text alone."""
+        trials, expected, _ = self._expected()
+        return self, trials, expected
 
     def _expected(self) -> tuple[list[Trial], list[dict[str, Any]], str | None]:
         """What the model gives before, or why that is not known."""
@@ -323,7 +354,7 @@ class _Part:
         except Exception as error:
             return [], [], f"it could not be tried: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
-    def _compare(self, trials: Sequence[Trial], expected: Sequence[dict[str, Any]]) -> str | None:
+    def compare(self, trials: Sequence[Trial], expected: Sequence[dict[str, Any]]) -> str | None:
         try:
             for trial, reference in zip(trials, expected, strict=True):
                 with record(self.model) as log, paddings() as made:
@@ -358,26 +389,28 @@ class _Part:
             return f"a {mixing} in its layers mixes tokens"
         if any(hasattr(m, "expert_capacity") for m in layers.modules()):
             return "its experts take a number of tokens that depends on how many there are"
-        hooked = next((name for name, m in layers.named_modules() if has_hooks(m) and not _only_capturing(m)), None)
+        hooked = next((name for name, m in layers.named_modules() if not stack_hooks.only_waiting(m)), None)
         if hooked is not None and self.hooks == "leave":
             return f'layer {hooked} has hooks, which would see packed rows: allow it with hooks="packed"'
         return None
 
     def _pack(self, name: str, layers: nn.ModuleList, trials: list[Trial], expected: list[dict[str, Any]]) -> str | None:
         stack_hooks.install(layers, self.model.config)
-        stack_hooks.watch(self.model, guarded=self.guarded)
-        reason = self._compare(trials[:1], expected[:1])
+        stack_hooks.watch(self.tree, self.model, guarded=self.guarded)
+        reason = self.compare(trials[:1], expected[:1])
         if reason is None and not self._was_packed(name):
             reason = "its layers were not given a mask of padding alone"
+        # What is packed with padding on the left is a decoder's, whose padding sees nothing: its poolers must not see it either.
+        trials = [t._replace(full=True) for t in trials]
         others = [(t, e) for t, e in zip(trials[1:], expected[1:], strict=True) if not t.odd_ids]
         odd = [(t, e) for t, e in zip(trials, expected, strict=True) if t.odd_ids]
         if reason is None:
-            reason = self._compare(*zip(*others, strict=True))
-        if reason is None and not self.guarded and odd and self._compare(*zip(*odd, strict=True)) is not None:
+            reason = self.compare(*zip(*others, strict=True))
+        if reason is None and not self.guarded and odd and self.compare(*zip(*odd, strict=True)) is not None:
             self.guarded = True
             stack_hooks.unwatch(self.model)
-            stack_hooks.watch(self.model, guarded=True)
-            reason = self._compare(*zip(*odd, strict=True))
+            stack_hooks.watch(self.tree, self.model, guarded=True)
+            reason = self.compare(*zip(*odd, strict=True))
         if reason is not None:
             stack_hooks.remove(*layers)
         return reason
@@ -390,11 +423,3 @@ class _Part:
 # Across columns, or over all of a batch's positions.
 _MIXING = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.RNNBase)
 _ATTENTION_ONLY = 'level="attention" changes calls of attention only'
-
-
-def _only_capturing(module: nn.Module) -> bool:
-    """Ours, on models inside of others, and transformers' own, which wait for somebody to ask for hidden states."""
-    hooks = [h for name in ("_forward_hooks", "_forward_pre_hooks") for h in getattr(module, name).values()]
-    others = module._backward_hooks or module._backward_pre_hooks
-    known = (stack_hooks.is_ours(h) or getattr(h, "__qualname__", "").endswith("output_capturing_hook") for h in hooks)
-    return not others and all(known)
