@@ -174,3 +174,15 @@ def test_ids_at_padding_of_a_model_of_parts() -> None:
     expected = model(**inputs).logits
     enable(model)
     assert_close(model(**inputs).logits, expected, 1e-4)
+
+
+def test_the_forward_of_a_model_is_packed_too() -> None:
+    """sentence-transformers calls that, and not the model."""
+    model = build("Bert")
+    expected = model.forward(**batch()).last_hidden_state
+    enable(model)
+    with record() as log:
+        got = model.forward(**batch()).last_hidden_state
+    assert {call.rows for call in log} == {20}
+    real = batch()["attention_mask"].bool()
+    assert_close(got[real], expected[real])

@@ -115,8 +115,6 @@ class LayerHook:
             return f"asked for {', '.join(asked)} of every layer"
         if 0 in keys.lengths:
             return "a row without tokens, which a pooler may read"
-        if not meaning.forwards:
-            return "the forward of the model was called, and not the model"
         if keys.has_holes:  # windows count columns, and this layer does not know whether one after it has a window
             return "padding between tokens"
         if not meaning.pattern.causal and not keys.right_padded:  # encoders pool their first column, which must be what it was
