@@ -1,115 +1,67 @@
-"""Attention itself: packed, against `F.scaled_dot_product_attention` with a mask on the padded batch. 8 heads of 64.
+"""Attention itself, on a padded or a packed batch: ours by every backend that is here, and what else there is. 8 heads of 64.
 
-Each contestant is compared with float64 first, output and gradients, and nothing is reported of one that fails.
+The baseline is `F.scaled_dot_product_attention` with a bool mask. Each contestant is compared with float64 first, output and gradients,
+and nothing is reported of one that fails. One that takes more than four times as long as the baseline is timed once, outside of the
+turns, and marked so; one that can not run stands there with the reason.
+
+Beside every batch stands what the machine can do, measured in the same run: the rate of a large matrix product, and that of torch's flash
+kernel on one sequence of 4096 tokens. Useful work of a batch is ``4 * N * H * sum(L^2)`` forward, 3.5 times that with the backward.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varlen_attn import SeqLayout, padded_attention, varlen_attention
+from varlen_attn import SeqLayout, explain
 from varlen_attn.testing import assert_within_budget, reference_attention
 
-from .measure import interleave, ratio, save
+from .contestants import AUTO, MASKED, UNMASKED, WITH_PACKING, Case, Contestant, contestants, reasons_without_backward
+from .measure import DTYPES, PATIENCE, Timing, add_machine, facts, interleave, ratio, save, use_machine
 from .workloads import WORKLOADS, Workload
 
 HEADS, HEAD_DIM = 8, 64
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DIRECTIONS = ("forward", "forward+backward")
+AGAIN = "masked again"
+KEYS = ("threads", "dtype", "workload", "direction")
 GOALS = {
     ("float32", "forward"): {"w1": 3.5, "w2": 1.8, "w3": 3.5, "w4": 3.8, "w5": 0.97, "w6": 0.97},
     ("float32", "forward+backward"): {"w1": 3.8, "w2": 1.9, "w3": 5.0, "w4": 3.7, "w5": 0.97, "w6": 0.97},
 }
+ROOF_LENGTH, ROOF_GEMM = 4096, 2048
+BACKWARD = 3.5  # work of forward and backward / work of forward: five products where the forward has two
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """One way to compute the batch.
+# -------------------------------------------------------------------- verified
 
-    Attributes:
-        inputs: q, k, v as it wants them.
-        attend: the call.
-        rows: its result, as packed rows ``(T, N, H)``, to compare.
-        grad: the gradient of its result.
+
+def verify(found: dict[str, Contestant], layout: SeqLayout, tensors: Sequence[Tensor]) -> dict[str, str]:
+    """Compare outputs and gradients with float64: the error may be what eager attention may make. The reasons of those that fail.
+
+    Raises:
+        AssertionError: one of ours fails, or the baseline. There is nothing to report then.
     """
-
-    inputs: tuple[Tensor, Tensor, Tensor]
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    rows: Callable[[Tensor], Tensor]
-    grad: Tensor
-
-    def forward(self) -> Tensor:
-        with torch.no_grad():
-            return self.attend(*self.inputs)
-
-    def both(self) -> Sequence[Tensor]:
-        leaves = [x.detach().requires_grad_() for x in self.inputs]
-        out = self.attend(*leaves)
-        return (out, *torch.autograd.grad(out, leaves, self.grad))
-
-
-def build(workload: Workload, layout: SeqLayout, tensors: Sequence[Tensor]) -> dict[str, Contestant]:
-    """All contestants, on the same numbers: ``tensors`` are packed q, k, v and the gradient of the output."""
-    padded = [layout.unpack(x) for x in tensors]
-    *qkv_BSNH, grad_BSNH = padded
-    *qkv_BNSH, grad_BNSH = (x.transpose(1, 2).contiguous() for x in padded)
-    keep = ~workload.key_padding_mask[:, None, None]
-
-    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
-
-    def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        result: Tensor = varlen_attention(q, k, v, layout)
-        return result
-
-    def through_padding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        result: Tensor = padded_attention(q, k, v, layout=layout)
-        return result
-
-    def rows_of_heads(x: Tensor) -> Tensor:
-        return layout.pack(x.transpose(1, 2))
-
-    found = {
-        "masked": Contestant((qkv_BNSH[0], qkv_BNSH[1], qkv_BNSH[2]), masked, rows_of_heads, grad_BNSH),
-        "packed": Contestant((tensors[0], tensors[1], tensors[2]), packed, lambda x: x, tensors[3]),
-        "pack+unpack": Contestant((qkv_BSNH[0], qkv_BSNH[1], qkv_BSNH[2]), through_padding, layout.pack, grad_BSNH),
-    }
-    if layout.is_dense:
-        found["dense"] = Contestant(found["masked"].inputs, F.scaled_dot_product_attention, rows_of_heads, grad_BNSH)
-    return found
-
-
-def verify(contestants: dict[str, Contestant], layout: SeqLayout, tensors: Sequence[Tensor]) -> None:
-    """Raise AssertionError unless all outputs and gradients are as near to float64 as eager attention is; one head at a time."""
-    for name, contestant in contestants.items():
-        for got, want, plain in zip(_packed_results(contestant), *_expected(layout, tensors), strict=True):
-            assert_within_budget(got, want, plain, gradient=True, what=name)
-
-
-def _packed_results(contestant: Contestant) -> list[Tensor]:
-    return [contestant.rows(x.detach()) for x in contestant.both()]
-
-
-def _expected(layout: SeqLayout, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Output and gradients of q, k, v in float64, and by eager attention in the dtype of the tensors."""
-    key = (id(layout), tensors[0].dtype)
-    if key not in _known:
-        _known.clear()
-        _known[key] = tuple(_reference(layout, tensors, dtype) for dtype in (torch.float64, tensors[0].dtype))
-    truth, plain = _known[key]
-    return truth, plain
-
-
-_known: dict[tuple[int, torch.dtype], tuple[list[Tensor], ...]] = {}
+    truth, plain = (_reference(layout, tensors, dtype) for dtype in (torch.float64, tensors[0].dtype))
+    failed = {}
+    for name, contestant in found.items():
+        try:
+            results = contestant.results()
+            for got, want, naive in zip(results, truth[: len(results)], plain[: len(results)], strict=True):
+                assert_within_budget(got, want, naive, gradient=True, what=name)
+        except (AssertionError, RuntimeError, NotImplementedError) as error:
+            if name == MASKED or name.startswith((AUTO, WITH_PACKING)):
+                raise
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return failed
 
 
 def _reference(layout: SeqLayout, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients of q, k, v by the specification; one head at a time, for the memory."""
     heads = []
     for head in range(tensors[0].shape[1]):
         q, k, v, grad = (x[:, head : head + 1].to(dtype).requires_grad_() for x in tensors)
@@ -118,60 +70,91 @@ def _reference(layout: SeqLayout, tensors: Sequence[Tensor], dtype: torch.dtype)
     return [torch.cat(parts, dim=1) for parts in zip(*heads, strict=True)]
 
 
-def bench(workload: Workload, dtype: str, budget: float) -> list[dict[str, Any]]:
+# -------------------------------------------------------------------- the roof
+
+
+def roof(dtype: torch.dtype, device: str, budget: float = 3.0) -> dict[str, float]:
+    """GFLOP/s of a large matrix product, and of torch's flash kernel on a long sequence, in turns."""
+    a, b = (torch.randn(ROOF_GEMM, ROOF_GEMM).to(device, dtype) for _ in range(2))
+    q, k, v = (torch.randn(1, HEADS, ROOF_LENGTH, HEAD_DIM).to(device, dtype) for _ in range(3))
+    work = {"gemm": 2 * ROOF_GEMM**3, "flash": useful_flops((ROOF_LENGTH,))}
+    timings = interleave({"gemm": lambda: a @ b, "flash": lambda: F.scaled_dot_product_attention(q, k, v)}, budget=budget, device=device)
+    return {name: round(flops / timings[name].seconds / 1e9, 1) for name, flops in work.items()}
+
+
+def useful_flops(lengths: Sequence[int]) -> int:
+    """Of a forward: two products for each pair of tokens of a sequence."""
+    return 4 * HEADS * HEAD_DIM * sum(n * n for n in lengths)
+
+
+# -------------------------------------------------------------------- timed
+
+
+def bench(
+    case: Case, dtype: str, budget: float, attainable: dict[str, float], directions: Sequence[str] = DIRECTIONS
+) -> list[dict[str, Any]]:
     """One row for each direction."""
-    generator = torch.Generator().manual_seed(1)
-    layout = SeqLayout.from_lengths(workload.lengths, workload.padded_len)
-    shape = (layout.num_rows, HEADS, HEAD_DIM)
-    tensors = [torch.randn(shape, generator=generator).to(DTYPES[dtype]) for _ in range(4)]
-    contestants = build(workload, layout, tensors)
-    verify(contestants, layout, tensors)
+    found, absent = contestants(case)
+    failed = verify(found, case.layout, case.tensors)
+    found, absent = {name: c for name, c in found.items() if name not in failed}, absent | failed
     rows = []
-    for direction in ("forward", "forward+backward"):
-        calls = {name: c.forward if direction == "forward" else c.both for name, c in contestants.items()}
-        timings = interleave({**calls, "masked again": calls["masked"]}, budget=budget)
-        rows.append(
-            {
-                "threads": torch.get_num_threads(),
-                "dtype": dtype,
-                "workload": workload.name,
-                "direction": direction,
-                "batch": str(workload),
-                "milliseconds": {name: round(t.seconds * 1e3, 3) for name, t in timings.items()},
-                "spread": {name: round(t.spread, 3) for name, t in timings.items()},
-                "ratio": {name: round(ratio(timings["masked"], timings[name]), 3) for name in timings if name != "masked"},
-                "ratio_dense": round(ratio(timings["dense"], timings["packed"]), 3) if "dense" in timings else None,
-                "rounds": len(timings["masked"].rounds),
-                "foreign": round(timings["masked"].foreign, 3),
-                "goal": GOALS.get((dtype, direction), {}).get(workload.name) if torch.get_num_threads() == 2 else None,
-            }
-        )
-        print(
-            f"{dtype:9} {workload.name} {direction:17}",
-            rows[-1]["milliseconds"],
-            "ratios",
-            rows[-1]["ratio"],
-            "others",
-            rows[-1]["foreign"],
-            flush=True,
-        )
+    for direction in directions:
+        calls: dict[str, Callable[[], object]]
+        if direction == "forward":
+            reasons, calls = absent, {name: c.forward for name, c in found.items()}
+        else:
+            reasons, calls = absent | reasons_without_backward(found), {name: c.both for name, c in found.items() if c.grad is not None}
+        again = {AGAIN: calls[MASKED]}
+        timings = interleave({**calls, **again}, rounds=7, warm_up=1, budget=budget, patience=PATIENCE, device=case.device)
+        rows.append({**_row(case, dtype, direction, timings, attainable), "absent": reasons})
     return rows
 
 
+def _row(case: Case, dtype: str, direction: str, timings: dict[str, Timing], attainable: dict[str, float]) -> dict[str, Any]:
+    work = useful_flops(case.workload.lengths) * (1 if direction == "forward" else BACKWARD)
+    plan = explain(*case.tensors[:3], case.layout)
+    judged = torch.get_num_threads() == 2 and case.device == "cpu"
+    return {
+        "dtype": dtype,
+        "workload": case.workload.name,
+        "direction": direction,
+        "batch": str(case.workload),
+        **facts(timings, MASKED),
+        "ratio_dense": round(ratio(timings[UNMASKED], timings[AUTO]), 3) if UNMASKED in timings else None,
+        "backend": plan.backend,
+        "kernel": plan.kernel,
+        "gflops": round(work / timings[AUTO].seconds / 1e9, 1),
+        "attainable": attainable,
+        "goal": GOALS.get((dtype, direction), {}).get(case.workload.name) if judged else None,
+    }
+
+
+def chosen(names: Sequence[str]) -> list[Workload]:
+    return [w for w in WORKLOADS if w.name in names]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [w.name for w in WORKLOADS]
     parser.add_argument("--workload", nargs="+", choices=names, default=names)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--threads", type=int, default=2, help="1 is timed by CPU time, more by the wall clock")
-    parser.add_argument("--budget", type=float, default=15.0, help="seconds for one row; never fewer than 5 rounds")
+    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
+    parser.add_argument("--everything", action="store_true", help="also what takes minutes on a CPU: nested tensors, flex_attention")
+    add_machine(parser, budget=6.0)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    use_machine(options.device, options.threads)
     for dtype in options.dtype:
-        for workload in WORKLOADS:
-            if workload.name in options.workload:
-                path = save("attention", bench(workload, dtype, options.budget), ("threads", "dtype", "workload", "direction"))
-    print(f"written: benchmarks/results/{path.name}")
+        attainable = roof(DTYPES[dtype], options.device)
+        print(f"{dtype}: the machine does", attainable, "GFLOP/s", flush=True)
+        for workload in chosen(options.workload):
+            case = Case.of(workload, DTYPES[dtype], HEADS, HEAD_DIM, options.device, options.everything)
+            for row in bench(case, dtype, options.budget, attainable, options.direction):
+                path = save("attention", [row], KEYS, options.device)
+                print(
+                    f"{dtype:9} {workload.name:6} {row['direction']:17} {row['milliseconds']} ratios {row['ratio']} others {row['foreign']}"
+                )
+                print(f"{'':9} {row['backend']} at {row['gflops']} GFLOP/s; absent: {sorted(row['absent'])}", flush=True)
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

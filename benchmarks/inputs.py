@@ -17,18 +17,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from varlen_attn.demo import BATCH_SIZE, docstrings_in
 
-__all__ = ["RATE", "SPEECH", "Batch", "equal_lengths", "library", "minilm", "natural_order", "sentence_transformer", "speech", "waves"]
+from .lengths import SPEECH_MILLISECONDS
+
+__all__ = [
+    "RATE", "SPEECH", "Batch", "equal_lengths", "library", "minilm", "minilm_tokenizer", "natural_order", "sentence_transformer", "speech",
+    "waves",
+]  # fmt: skip
 
 MAX_TOKENS = 256  # where sentence-transformers cuts text for this model
 EQUAL_TOKENS = 128
 RATE = 16_000  # samples a second
 
-# Milliseconds of 32 spoken prompts: a random sample of the 561 recordings below 20 s in asterisk-core-sounds-en-wav (one voice; only their
-# durations are used). In batches, 60 to 75 % of such speech is padding.
-SPEECH = (
-    760, 1389, 1752, 1314, 2892, 6068, 1119, 607, 1872, 908, 710, 4751, 1096, 1258, 1239, 3237,
-    932, 2659, 820, 618, 3913, 1698, 1712, 852, 2424, 960, 1161, 908, 827, 780, 1859, 607,
-)  # fmt: skip
+SPEECH = SPEECH_MILLISECONDS  # of 32 spoken prompts
 
 
 class Batch(NamedTuple):
@@ -69,7 +69,7 @@ def library() -> list[str]:
 
 def natural_order(documents: Sequence[str], share: float) -> Batch:
     """Of all batches in natural order, sorted by their fill, the one with that share of them before it: 0.5 is the median."""
-    tokenizer = _tokenizer()
+    tokenizer = minilm_tokenizer()
     lengths = [len(ids) for ids in tokenizer(list(documents), truncation=True, max_length=MAX_TOKENS).input_ids]
     starts = range(0, len(documents) - BATCH_SIZE + 1, BATCH_SIZE)
     groups = [lengths[i : i + BATCH_SIZE] for i in starts]
@@ -80,7 +80,7 @@ def natural_order(documents: Sequence[str], share: float) -> Batch:
 
 def equal_lengths(documents: Sequence[str]) -> Batch:
     """Documents that are long enough, cut to one length: nothing is padded."""
-    tokenizer = _tokenizer()
+    tokenizer = minilm_tokenizer()
     ids = tokenizer(list(documents), truncation=True, max_length=EQUAL_TOKENS).input_ids
     long = [text for text, found in zip(documents, ids, strict=True) if len(found) == EQUAL_TOKENS]
     return _batch(tokenizer, long[:BATCH_SIZE], EQUAL_TOKENS)
@@ -91,7 +91,8 @@ def _batch(tokenizer: Any, documents: Sequence[str], cut: int) -> Batch:
     return Batch(inputs, inputs["attention_mask"].bool())
 
 
-def _tokenizer() -> Any:
+def minilm_tokenizer() -> Any:
+    """BERT's WordPiece, uncased."""
     return _quiet_transformers().AutoTokenizer.from_pretrained(_weights(), local_files_only=True)
 
 

@@ -1,123 +1,57 @@
-"""Interleaved timing, and the facts about a machine that a number needs beside it."""
+"""Timing, the facts about a machine that a number needs beside it, rows of results, and memory."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import json
-import os
 import platform
-import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 import varlen_attn
+from varlen_attn._timing import PATIENCE, QUIET, Timing, cpu_name, facts, interleave, kernel_ran, ratio
 
-__all__ = ["RESULTS", "Timing", "environment", "interleave", "peak_extra", "ratio", "save"]
+__all__ = [
+    "DTYPES", "PATIENCE", "QUIET", "RESULTS", "Absent", "Timing", "add_machine", "environment", "facts", "interleave", "kernel_ran", "ours",
+    "peak_extra", "ratio", "save", "use_machine",
+]  # fmt: skip
 
 RESULTS = Path(__file__).parent / "results"
-QUIET = 0.03
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one call, one number for each round.
-
-    Attributes:
-        rounds: in the order of the contest.
-        foreign: the largest share of the machine's time that other processes took in a round.
-    """
-
-    rounds: tuple[float, ...]
-    foreign: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return median(self.rounds)
-
-    @property
-    def spread(self) -> float:
-        """Half the distance between the quartiles, as a share of the median."""
-        ordered = sorted(self.rounds)
-        quarter = len(ordered) // 4
-        return (ordered[-1 - quarter] - ordered[quarter]) / 2 / self.seconds
+class Absent(Exception):
+    """A contestant that can not take part; its text is the reason, which stands in the results in place of a time."""
 
 
-def interleave(
-    contestants: Mapping[str, Callable[[], object]], *, rounds: int = 7, least: float = 0.02, warm_up: int = 2, budget: float = 25.0
-) -> dict[str, Timing]:
-    """Time contestants in turns, A B A B ..., so that a slower or busier minute meets all of them.
-
-    Many small parallel regions collapse when another process takes a core. So rounds in which others took more than
-    `QUIET` of the machine are run again while the budget lasts; what counts is that share, and never the times.
-
-    Args:
-        contestants: what to call, by name.
-        rounds: quiet turns wanted; the order is reversed every other time.
-        least: seconds of one turn: short calls are repeated. With 0 none is, and no call is spent on finding out.
-        warm_up: untimed calls before.
-        budget: stop after so many seconds, but not before 5 rounds.
-    """
-    # One thread: its own CPU time, which other processes hardly touch. More threads wait for each other: wall time.
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    repeats = {}
-    for name, call in contestants.items():
-        for _ in range(warm_up):
-            call()
-        repeats[name] = max(1, round(least / _seconds(call))) if least else 1
-    taken: list[tuple[float, dict[str, float]]] = []
-    began = time.perf_counter()
-    while True:
-        foreign = _ForeignLoad()
-        row = {}
-        for name in list(contestants)[:: 1 if len(taken) % 2 == 0 else -1]:
-            start = clock()
-            for _ in range(repeats[name]):
-                contestants[name]()
-            row[name] = (clock() - start) / repeats[name]
-        taken.append((0.0 if clock is time.process_time else foreign.share(), row))
-        quiet = sum(share <= QUIET for share, _ in taken)
-        if quiet >= rounds or (len(taken) >= 5 and time.perf_counter() - began > budget):
-            break
-    kept = sorted(taken, key=lambda entry: entry[0])[: max(5, min(quiet, rounds))]
-    return {name: Timing(tuple(row[name] for _, row in kept), kept[-1][0]) for name in contestants}
+def add_machine(parser: ArgumentParser, budget: float) -> None:
+    """The options that every benchmark has."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU: 1 is timed by CPU time, more by the wall clock")
+    parser.add_argument("--budget", type=float, default=budget, help="seconds for one row; never fewer than 5 rounds")
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return max(time.perf_counter() - start, 1e-7)
+def use_machine(device: str, threads: int) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU here")
+    torch.set_num_threads(threads)
 
 
-class _ForeignLoad:
-    """How much of the machine other processes take, from now on. Where there is no /proc/stat: nothing."""
-
-    def __init__(self) -> None:
-        self.began = self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        """Seconds: busy on all cores (stolen time included), of this process, of all cores."""
-        try:
-            user, nice, system, idle, wait, *rest = (int(x) / os.sysconf("SC_CLK_TCK") for x in Path("/proc/stat").read_text().split()[1:9])
-        except (OSError, ValueError):
-            return 0.0, 0.0, 1.0
-        busy = user + nice + system + sum(rest)
-        return busy, time.process_time(), busy + idle + wait
-
-    def share(self) -> float:
-        busy, own, everything = (now - then for now, then in zip(self._now(), self.began, strict=True))
-        return max(0.0, busy - own) / everything if everything > 0 else 0.0
+def ours(device: str) -> dict[str, str | None]:
+    """Our backends: None for those that are available for this device, else the reason against."""
+    rows = varlen_attn.backends()
+    return {row["name"]: None if row["available"] else row["reason"] for row in rows if _concerns(row, device)}
 
 
-def ratio(slow: Timing, fast: Timing) -> float:
-    """How many times faster ``fast`` is: the median over the rounds, so that a disturbed round counts once."""
-    return median(a / b for a, b in zip(slow.rounds, fast.rounds, strict=True))
+def _concerns(row: dict[str, Any], device: str) -> bool:
+    """A reason that says nothing but "wrong device" is no news in a table about another device."""
+    backend = next(b for b in varlen_attn.BACKENDS if b.name == row["name"])
+    return device in backend.capabilities.devices
 
 
 def peak_extra(call: Callable[[], object]) -> int:
@@ -139,33 +73,39 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """What a number depends on; no names of machines."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "varlen_attn": varlen_attn.__version__,
+        **gpu,
     }
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def save(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...]) -> Path:
-    """Write rows to ``results/name.json``. Rows of an earlier run that this one did not measure again stay."""
-    path = RESULTS / f"{name}.json"
-    fresh = {tuple(row[k] for k in keys) for row in rows}
-    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [row for row in earlier if tuple(row[k] for k in keys) not in fresh]
-    merged = sorted(kept + rows, key=lambda row: tuple(str(row[k]) for k in keys))
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), "rows": merged}, indent=1) + "\n")
+def save(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...], device: str = "cpu") -> Path:
+    """Write rows to ``results/name.json``, those of a GPU to ``results/cuda/name.json``. Rows of an earlier run that this one did not
+    measure again stay, if they are of this machine and this torch."""
+    path = (RESULTS / "cuda" if device == "cuda" else RESULTS) / f"{name}.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": []}
+    here = environment(device)
+    old = earlier["rows"] if same_setting(earlier["environment"], here) else []
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(json.dumps({"environment": here, "rows": merged(old, rows, keys)}, indent=1) + "\n")
     return path
+
+
+def same_setting(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether rows measured in these environments may stand in one table; threads are a column of their own."""
+    return all(one.get(key) == other.get(key) for key in ("cpu", "cpu_capability", "torch", "gpu"))
+
+
+def merged(earlier: list[dict[str, Any]], rows: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """``rows``, and those of ``earlier`` that differ from all of them in one of ``keys``."""
+    fresh = {tuple(row.get(k) for k in keys) for row in rows}
+    kept = [row for row in earlier if tuple(row.get(k) for k in keys) not in fresh]
+    return sorted(kept + rows, key=lambda row: tuple(str(row.get(k)) for k in keys))

@@ -1,4 +1,4 @@
-"""The batches that are timed: synthetic lengths of common shapes, from fixed seeds."""
+"""The batches that are timed: synthetic lengths of common shapes, from fixed seeds, and lengths of real text and speech."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["WORKLOADS", "Workload"]
+from .lengths import SPEECH_MILLISECONDS, frames, text_batch
+
+__all__ = ["REAL", "SYNTHETIC", "WORKLOADS", "Workload"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Workload:
     """A batch by its lengths.
 
     Attributes:
-        name: w1 to w6.
+        name: w1 to w6, text, speech.
         says: what it stands for.
         padded_len: S.
         lengths: real tokens of each row.
@@ -61,7 +63,7 @@ def _uniform(batch: int, padded_len: int) -> tuple[int, ...]:
     return tuple(lengths.tolist())
 
 
-WORKLOADS: tuple[Workload, ...] = (
+SYNTHETIC: tuple[Workload, ...] = (
     Workload("w1", "paragraphs", 512, _lognormal(32, 512, median=165, spread=0.55, least=8)),
     Workload("w2", "long documents", 2048, _uniform(8, 2048)),
     Workload("w3", "sentences", 128, _lognormal(128, 128, median=28, spread=0.5, least=4)),
@@ -69,3 +71,9 @@ WORKLOADS: tuple[Workload, ...] = (
     Workload("w5", "no padding", 512, (512,) * 16),
     Workload("w6", "very short sentences", 64, _lognormal(64, 64, median=26, spread=0.5, least=2)),
 )
+
+REAL: tuple[Workload, ...] = (
+    Workload("text", "docstrings, in the order of files", max(text_batch()), text_batch()),
+    Workload("speech", "frames of spoken prompts", frames(max(SPEECH_MILLISECONDS)), tuple(map(frames, SPEECH_MILLISECONDS))),
+)
+WORKLOADS = SYNTHETIC + REAL

@@ -17,7 +17,7 @@ import varlen_attn
 
 ROOT = Path(varlen_attn.__file__).parent
 RANKS = (
-    ("errors",),
+    ("errors", "_timing"),
     ("_gather", "_layout_checks"),
     ("_index",),
     ("layout",),
@@ -47,7 +47,7 @@ RANKS = (
     ("integrations._hf_stack",),
     ("integrations._hf_trial",),
     ("integrations.*",),
-    ("demo",),
+    ("demo", "bench"),
     ("", "__main__"),
 )
 OPTIONAL_PACKAGES_IN = ("backends.", "integrations.", "demo", "__main__", "testing.strategies")

@@ -1,4 +1,4 @@
-"""``python -m varlen_attn info | explain | demo``, each with ``--json``."""
+"""``python -m varlen_attn info | explain | demo | bench``, each with ``--json``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,15 +28,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m varlen_attn", description="Attention without computing padding, and which kernel runs it."
     )
-    commands = parser.add_subparsers(required=True, metavar="info | explain | demo")
+    commands = parser.add_subparsers(required=True, metavar="info | explain | demo | bench")
     for name, run, says in (
         ("info", _info, "this machine, and every backend with its reason"),
         ("explain", _explain, "which backend runs a call, here or on another machine, and why the others do not"),
         ("demo", _demo, "an encoder and an attention layer on real text, against torch's: same numbers, both times"),
+        ("bench", _bench, "an attention layer on this machine: torch's means and our backends, verified and timed in turns, in a minute"),
     ):
         command = commands.add_parser(name, help=says, description=says)
         command.set_defaults(run=run, parser=command)
-        command.add_argument("--json", action="store_true", help="the same facts as JSON")
+        if name == "bench":
+            _add_bench(command)
+        else:
+            command.add_argument("--json", action="store_true", help="the same facts as JSON")
         if name == "explain":
             _add_problem(command)
     return parser
@@ -74,6 +79,31 @@ def _add_problem(command: argparse.ArgumentParser) -> None:
     ):
         call.add_argument(flag, action="store_true", help=says)
     call.add_argument("--backend", default="auto", metavar="NAME", help="order a backend by name")
+
+
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quick", action="store_true", help="two batches, ten seconds")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one, unless stated")
+    command.add_argument("--dtype", choices=DTYPES[:3], help="float32 on a CPU, bfloat16 on a GPU, unless stated")
+    command.add_argument("--threads", type=_positive, metavar="N", help="as many as torch takes, unless stated")
+    command.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the same facts as JSON, to a file if one is named")
+    batch = command.add_mutually_exclusive_group()
+    batch.add_argument("--lengths", type=_lengths, metavar="7,512,80", help="one batch of these lengths, padded to the longest")
+    batch.add_argument("--fill", type=_share, metavar="0.4", help="one batch of 16 x 512 positions, this share of them tokens")
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(_positive(number.strip()) for number in text.split(","))
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, but is {text!r}")
+    return share
 
 
 def _capability(text: str) -> tuple[int, int]:
@@ -165,6 +195,31 @@ def _demo(options: argparse.Namespace) -> int:
 
     found = demo.facts()
     print(json.dumps(found, indent=1) if options.json else demo.text(found))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import torch
+
+    from . import bench
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        options.parser.error("--device must be one that is here, but torch sees no GPU")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    if options.lengths:
+        batches = [bench.Batch("yours", options.lengths, max(options.lengths))]
+    else:
+        batches = [bench.batch_of_fill(options.fill)] if options.fill else bench.some_batches(options.quick)
+    limits: dict[str, Any] = dict(rounds=5, budget=0.5) if options.quick else {}
+    quiet = options.json == "-"
+    found = bench.facts(batches, bench.Setting(device, dtype, **limits), (lambda line: None) if quiet else print)
+    if quiet:
+        print(json.dumps(found, indent=1))
+    elif options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 
