@@ -1,4 +1,5 @@
-"""From which fill on is the padded call faster? Packed (pack, attend, unpack) against masked attention on the padded batch, by fill.
+"""From which fill on is the padded call faster? Against masked attention on the padded batch, by fill: packed for the one call (pack,
+attend, unpack), and attention on rows that are packed already, as a model that packs once has them. 8 heads of 64, float32.
 
 `varlen_attn.route` goes by this table: dense only where nothing is padded.
 """
@@ -13,60 +14,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varlen_attn import SeqLayout, padded_attention
+from varlen_attn.bench import batch_of_fill
 
-from .measure import interleave, ratio, save
+from .bench_attention import DIRECTIONS, verify
+from .contestants import AUTO, MASKED, WITH_PACKING, Case, Contestant, our_backend, with_packing
+from .measure import add_machine, interleave, ratio, save, use_machine
+from .workloads import Workload
 
 HEADS, HEAD_DIM = 8, 64
 SHAPES = ((64, 64), (32, 128), (8, 512), (2, 2048))  # B, S: about as many positions each
-FILLS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+FILLS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+KEYS = ("threads", "batch", "padded_len", "fill", "direction")
 
 
-def lengths_of(batch: int, padded_len: int, fill: float) -> list[int]:
-    """Lengths spread evenly around ``fill``, one of them full."""
-    width = min(fill, 1 - fill)
-    lengths = [round(padded_len * (fill - width + 2 * width * (i + 0.5) / batch)) for i in range(batch)]
-    return [max(1, min(n, padded_len)) for n in (*lengths[:-1], padded_len)]
+def masked(case: Case) -> Contestant:
+    """On padded ``(B, S, N, H)``, as a model has it, and as pack and unpack have it."""
+    q, k, v, grad = case.padded(heads_first=False)
+    keep = case.keep
 
-
-def bench(batch: int, padded_len: int, fill: float, budget: float) -> list[dict[str, Any]]:
-    """One row for each direction. Both contestants read and write padded ``(B, S, N, H)``, as a model does."""
-    layout = SeqLayout.from_lengths(lengths_of(batch, padded_len, fill), padded_len)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = (torch.randn(batch, padded_len, HEADS, HEAD_DIM, generator=generator) for _ in range(4))
-    keep = layout.unpack(torch.ones(layout.num_rows)).bool()[:, None, None]
-
-    def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        result: Tensor = padded_attention(q, k, v, layout=layout)
-        return result
-
-    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keep).transpose(1, 2)
 
-    real = keep[:, 0, 0, :, None, None]
-    torch.testing.assert_close(packed(q, k, v), masked(q, k, v) * real)
+    return Contestant((q, k, v), attend, case.layout.pack, grad)
 
-    def forward(attend: Callable[..., Tensor]) -> Callable[[], object]:
-        return torch.no_grad()(lambda: attend(q, k, v))
 
-    def both(attend: Callable[..., Tensor]) -> Callable[[], object]:
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        return lambda: torch.autograd.grad(attend(*leaves), leaves, grad)
-
+def bench(batch: int, padded_len: int, fill: float, device: str, budget: float) -> list[dict[str, Any]]:
+    """One row for each direction."""
+    workload = Workload("fill", f"fill {fill}", padded_len, batch_of_fill(fill, batch, padded_len).lengths)
+    case = Case.of(workload, torch.float32, HEADS, HEAD_DIM, device)
+    found = {MASKED: masked(case), WITH_PACKING: with_packing(case), AUTO: our_backend(case, "auto")}
+    verify(found, case.layout, case.tensors)
     rows = []
-    for direction, calls in (("forward", forward), ("forward+backward", both)):
-        timings = interleave({"masked": calls(masked), "packed": calls(packed)}, budget=budget)
+    for direction in DIRECTIONS:
+        calls: dict[str, Callable[[], object]] = {n: c.forward if direction == "forward" else c.both for n, c in found.items()}
+        timings = interleave({**calls, "masked again": calls[MASKED]}, warm_up=1, budget=budget, device=device)
         rows.append(
             {
                 "threads": torch.get_num_threads(),
                 "batch": batch,
                 "padded_len": padded_len,
                 "fill": fill,
+                "real_fill": round(workload.fill, 3),
                 "direction": direction,
                 "milliseconds": {name: round(t.seconds * 1e3, 3) for name, t in timings.items()},
-                "ratio": round(ratio(timings["masked"], timings["packed"]), 3),
-                "foreign": round(timings["masked"].foreign, 3),
+                "ratio": round(ratio(timings[MASKED], timings[WITH_PACKING]), 3),
+                "ratio_rows": round(ratio(timings[MASKED], timings[AUTO]), 3),
+                "again": round(ratio(timings[MASKED], timings["masked again"]), 3),
+                "foreign": round(timings[MASKED].foreign, 3),
             }
         )
         print(rows[-1], flush=True)
@@ -74,13 +69,18 @@ def bench(batch: int, padded_len: int, fill: float, budget: float) -> list[dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="1 is timed by CPU time, more by the wall clock")
-    parser.add_argument("--budget", type=float, default=4.0, help="seconds for one row; never fewer than 5 rounds")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", nargs="+", type=int, choices=[s for _, s in SHAPES], default=[s for _, s in SHAPES], help="S")
+    parser.add_argument("--fill", nargs="+", type=float, default=list(FILLS))
+    add_machine(parser, budget=1.5)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    rows = [row for shape in SHAPES for fill in FILLS for row in bench(*shape, fill, options.budget)]
-    print(f"written: benchmarks/results/{save('route', rows, ('batch', 'padded_len', 'fill', 'direction')).name}")
+    use_machine(options.device, options.threads)
+    for batch, padded_len in SHAPES:
+        if padded_len in options.length:
+            for fill in (f for f in options.fill if f * batch >= 1):  # one row is full, which is a fill of its own
+                rows = bench(batch, padded_len, fill, options.device, options.budget)
+                path = save("route", rows, KEYS, options.device)
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

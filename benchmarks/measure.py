@@ -17,8 +17,8 @@ import varlen_attn
 from varlen_attn._timing import PATIENCE, QUIET, Timing, cpu_name, facts, interleave, kernel_ran, ratio
 
 __all__ = [
-    "DTYPES", "PATIENCE", "QUIET", "RESULTS", "Absent", "Timing", "add_machine", "environment", "facts", "interleave", "kernel_ran", "ours",
-    "peak_extra", "ratio", "save", "use_machine",
+    "DTYPES", "PATIENCE", "QUIET", "RESULTS", "Absent", "Timing", "add_machine", "environment", "facts", "interleave", "kernel_ran",
+    "limit_memory", "ours", "peak_extra", "ratio", "save", "use_machine",
 ]  # fmt: skip
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,21 +54,38 @@ def _concerns(row: dict[str, Any], device: str) -> bool:
     return device in backend.capabilities.devices
 
 
-def peak_extra(call: Callable[[], object]) -> int:
-    """Bytes of resident memory that ``call`` takes at most, beyond what stood before. Linux only.
+def peak_extra(call: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes that ``call`` takes at most, beyond what stood before: of resident memory (Linux only), on a GPU by torch's allocator.
 
     In a fresh process only: memory that was freed before, but not given back, would be used again without being seen.
     """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        standing = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - standing
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
-    before = _resident("VmRSS")
+    before = _status("VmRSS")
     call()
-    return _resident("VmHWM") - before
+    return _status("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def limit_memory(gigabytes: float, device: str = "cpu") -> None:
+    """Refuse this process more than so much beyond what it has now. Linux, or torch's allocator on a GPU."""
+    if device == "cuda":
+        _, everything = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + gigabytes * 1e9) / everything))
+        return
+    import resource
+
+    most = _status("VmData") + int(gigabytes * 1e9)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 

@@ -28,7 +28,7 @@ from .layout import SeqLayout
 from .modules import VarlenMultiheadAttention
 from .testing import assert_within_budget
 
-__all__ = ["BASE", "DIRECTIONS", "Batch", "Setting", "batch_of_fill", "facts", "rows", "some_batches", "text"]
+__all__ = ["BASE", "DIRECTIONS", "Batch", "ByHand", "Setting", "batch_of_fill", "facts", "named_kernel", "rows", "some_batches", "text"]
 
 BASE, UNMASKED, THEIRS, FAST, OURS, AGAIN = (
     "masked SDPA", "SDPA, no mask", "nn.MultiheadAttention", "nn.MultiheadAttention, fast path", "ours", "masked SDPA again",
@@ -99,7 +99,7 @@ class Setting:
 # -------------------------------------------------------------------- contestants
 
 
-class _ByHand(nn.MultiheadAttention):
+class ByHand(nn.MultiheadAttention):
     """The layer as people write it, with the weights of `nn.MultiheadAttention`."""
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:  # type: ignore[override]  # one signature for all
@@ -141,7 +141,7 @@ Call = Callable[[], Tensor]
 def _contestants(problem: _Problem, training: bool) -> tuple[dict[str, tuple[nn.Module, Call]], dict[str, str]]:
     """By name, the baseline first: whose parameters get gradients, and the call; and the reasons of who is not here."""
     x, mask = problem.x, problem.mask
-    by_hand, theirs = problem.layer(_ByHand).train(training), problem.layer(nn.MultiheadAttention).train(training)
+    by_hand, theirs = problem.layer(ByHand).train(training), problem.layer(nn.MultiheadAttention).train(training)
 
     def of_torch(fast_path: bool) -> Tensor:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -258,7 +258,7 @@ def _contest(problem: _Problem, training: bool, exact: Results, plain: Results) 
     calls, absent = _contestants(problem, training)
     _verify(calls, problem, training, exact, plain)
     steps: dict[str, Callable[[], object]] = {name: partial(_step, *pair, problem, training) for name, pair in calls.items()}
-    kernels = {name: _kernel(step) for name, step in steps.items()}
+    kernels = {name: named_kernel(step) for name, step in steps.items()}
     setting = problem.setting
     timings = interleave(
         {**steps, AGAIN: steps[BASE]}, rounds=setting.rounds, warm_up=1, budget=setting.budget, patience=PATIENCE, device=setting.device
@@ -266,7 +266,7 @@ def _contest(problem: _Problem, training: bool, exact: Results, plain: Results) 
     return {**contest_facts(timings, BASE), "kernel": kernels, "absent": absent}
 
 
-def _kernel(step: Callable[[], object]) -> str:
+def named_kernel(step: Callable[[], object]) -> str:
     """As the profiler saw it; of our own ops also which kernel they say that they called."""
     with record() as log:
         seen = kernel_ran(step)
