@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from varlen_attn._native import why_not
+
 # The tensors of the tests are tiny, and two threads that wait for each other on a busy machine make them 30 times slower.
 torch.set_num_threads(1)
 
@@ -20,6 +22,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the conformance suite puts its tensors: cpu or cuda")
+    parser.addoption("--native", action="store_true", help="with the compiled CPU kernel, which must have been built")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without --native the compiled kernel is left out, in every process: what is chosen must not depend on what a machine has built."""
+    if not config.getoption("--native"):
+        os.environ["VARLEN_ATTN_NATIVE"] = "0"
+    elif (reason := why_not()) is not None:
+        raise pytest.UsageError(f"--native: the compiled kernel {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -18,13 +18,14 @@ import varlen_attn
 ROOT = Path(varlen_attn.__file__).parent
 RANKS = (
     ("errors", "_timing"),
-    ("_gather", "_layout_checks"),
+    ("_gather", "_layout_checks", "_native"),
     ("_index",),
     ("layout",),
     ("companions", "_host_lengths"),
     ("problem",),
     ("backends.base",),
     ("backends._*",),  # maths that several backends share
+    ("backends._cpu_groups",),
     ("backends._cpu_plan",),
     ("backends.*",),
     ("backends",),
@@ -53,7 +54,9 @@ RANKS = (
 OPTIONAL_PACKAGES_IN = ("backends.", "integrations.", "demo", "__main__", "testing.strategies")
 MUTABLE = {
     "dispatch._plans", "problem._versions", "backends.base.state",  # one cache of choices, one of versions, the thread's stack
+    "backends._cpu_groups._plans",  # how batches of some lengths are cut, by value
     "integrations._hf_mask._thread",  # the last layout with the mask that it was made of; forwards under way
+    "_native._found", "_native._hashes",  # the compiled kernel or why there is none; what its name says of its sources
     "backends.flash2._probed", "backends.torch_varlen._parameters",  # what a package can do, asked once
 }  # fmt: skip
 

@@ -70,7 +70,7 @@ def test_every_optional_package_is_optional() -> None:
         with va.record() as log:
             out = va.varlen_mha(x, mask, num_heads=2)
             out.sum().backward()
-        assert x.grad is not None and log.calls[0].backend == "cpu"
+        assert x.grad is not None and log.calls[0].backend in ("cpu", "cpu_native")
         layout = va.SeqLayout.from_key_padding_mask(mask)
         q = layout.pack(x).unflatten(-1, (2, 4))
         plan = va.explain(q, q, q, layout)
@@ -78,12 +78,12 @@ def test_every_optional_package_is_optional() -> None:
             assert decision.accepted or decision.reasons, decision
         for row in va.backends():
             assert row["available"] or row["reason"], row
-        print(plan.backend, len(plan.decisions) == len(va.BACKENDS))
+        print(plan.backend.startswith("cpu"), len(plan.decisions) == len(va.BACKENDS))
         """),
         "-W",
         "error",
     )
-    assert out.split() == ["cpu", "True"]
+    assert out.split() == ["True", "True"]
 
 
 def test_an_impostor_is_not_imported() -> None:
@@ -104,7 +104,7 @@ def test_an_impostor_is_not_imported() -> None:
         print(log.calls[0].backend)
         """
     )
-    assert out.split() == ["cpu"]
+    assert out.strip() in ("cpu", "cpu_native")
 
 
 def test_import_patches_and_registers_nothing_elsewhere() -> None:

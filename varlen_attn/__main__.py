@@ -1,4 +1,4 @@
-"""``python -m varlen_attn info | explain | demo | bench``, each with ``--json``."""
+"""``python -m varlen_attn info | explain | demo | bench | build-native``, each but the last with ``--json``."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m varlen_attn", description="Attention without computing padding, and which kernel runs it."
     )
-    commands = parser.add_subparsers(required=True, metavar="info | explain | demo | bench")
+    commands = parser.add_subparsers(required=True, metavar="info | explain | demo | bench | build-native")
     for name, run, says in (
         ("info", _info, "this machine, and every backend with its reason"),
         ("explain", _explain, "which backend runs a call, here or on another machine, and why the others do not"),
         ("demo", _demo, "an encoder and an attention layer on real text, against torch's: same numbers, both times"),
         ("bench", _bench, "an attention layer on this machine: torch's means and our backends, verified and timed in turns, in a minute"),
+        ("build-native", _build_native, "compile the CPU kernel of this package with this machine's C++ compiler, in half a minute"),
     ):
         command = commands.add_parser(name, help=says, description=says)
         command.set_defaults(run=run, parser=command)
         if name == "bench":
             _add_bench(command)
+        elif name == "build-native":
+            command.add_argument("--sanitize", metavar="address,undefined", help="for tests: as of the compiler's -fsanitize")
         else:
             command.add_argument("--json", action="store_true", help="the same facts as JSON")
         if name == "explain":
@@ -220,6 +223,19 @@ def _bench(options: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
     elif options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def _build_native(options: argparse.Namespace) -> int:
+    from . import _native
+    from .errors import VarlenError
+
+    try:
+        path = _native.build(sanitize=options.sanitize)
+    except VarlenError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"built: {path}" if options.sanitize else f"built: {path} ({_native.library()})")
     return 0
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from varlen_attn import BACKENDS
+from varlen_attn._native import why_not
 from varlen_attn.backends.base import Backend
 from varlen_attn.dispatch import Plan, choose
 from varlen_attn.problem import Problem, Semantics
@@ -118,7 +119,8 @@ def test_rocm_never_drops_softcap() -> None:  # R-02
 
 def test_the_choice_without_a_gpu() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        assert choose(Problem(device_type="cpu", dtype=dtype)).backend == "cpu"
+        packed = "cpu" if why_not() or dtype == torch.float64 else "cpu_native"
+        assert choose(Problem(device_type="cpu", dtype=dtype)).backend == packed
     assert choose(Problem(device_type="mps")).backend == "sdpa_padded"
 
 
@@ -172,7 +174,8 @@ def test_a_semantic_never_lands_on_a_backend_without_it(options: dict[str, Any],
 def test_a_plan_names_every_backend_once() -> None:
     names = [b.name for b in BACKENDS]
     assert names == [
-        "flash3", "flash4", "torch_varlen", "flash2", "mem_efficient", "nested", "flex", "cpu", "sdpa_padded", "reference",
+        "flash3", "flash4", "torch_varlen", "flash2", "mem_efficient", "nested", "flex", "cpu_native", "cpu", "sdpa_padded",
+        "reference",
     ]  # fmt: skip
     for machine, options in itertools.product(MACHINES, OPTIONS):
         chosen = plan(**machine, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import Backend
 from .cpu import Cpu
+from .cpu_native import CpuNative
 from .flash2 import Flash2
 from .flash3 import Flash3
 from .flash4 import Flash4
@@ -24,7 +25,8 @@ BACKENDS: tuple[Backend, ...] = (
     MemEfficient(),  # packed for float32 and for GPUs before sm80; slower than flash
     Nested(),  # the same two kernels, with fewer options and more work on the host
     Flex(),  # fused for score biases, but its block mask costs time for every batch
-    Cpu(),  # the only packed path of a CPU
+    CpuNative(),  # faster than the next, where somebody has compiled it
+    Cpu(),  # the packed path that every CPU has
     SdpaPadded(),  # any device, any option: slow, never wrong
     Reference(),  # by name only
 )

@@ -16,12 +16,13 @@ from .._gather import is_tracing
 
 
 def register_flops() -> None:
-    """Tell the FLOP counter of this process, if there is one, about the ops of the CPU backend."""
+    """Tell the FLOP counter of this process, if there is one, about the ops of the CPU backends."""
     counter = sys.modules.get("torch.utils.flop_counter")
-    forward, backward = torch.ops.varlen_attn.cpu_forward, torch.ops.varlen_attn.cpu_backward
-    if counter is not None and forward not in counter.flop_registry:
-        counter.register_flop_formula(forward, get_raw=True)(_forward_flops)
-        counter.register_flop_formula(backward, get_raw=True)(_backward_flops)
+    for name in ("cpu", "cpu_native"):
+        forward, backward = (getattr(torch.ops.varlen_attn, f"{name}_{way}", None) for way in ("forward", "backward"))
+        if counter is not None and forward is not None and forward not in counter.flop_registry:
+            counter.register_flop_formula(forward, get_raw=True)(_forward_flops)
+            counter.register_flop_formula(backward, get_raw=True)(_backward_flops)
 
 
 def _pairs(cu_q: Tensor, cu_k: Tensor, rows_q: int, rows_k: int) -> int:

@@ -1,0 +1,240 @@
+"""The compiled CPU kernel of ``csrc/``: built by order only, found, loaded.
+
+A plain shared library without Python or torch headers: called through `ctypes`, which releases the GIL, and linked against libtorch for
+its matrix products. One build serves all CPUs of an architecture, because the instruction set is chosen when it is loaded; another torch
+needs another build. Nothing is ever compiled at import or by a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import VarlenError
+
+__all__ = ["Arguments", "Library", "build", "library", "why_not"]
+
+_SOURCES = Path(__file__).parent / "csrc"
+_OFF = "VARLEN_ATTN_NATIVE"  # 0: leave the kernel out, as if it had not been built
+_COMPILER_FLAGS = (
+    "-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+)  # fmt: skip
+_LEVELS = {  # by namespace; what is not x86 has its vector instructions in the baseline
+    "baseline": (),
+    "avx2": ("-march=x86-64-v3",),
+    "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+}
+
+_POINTERS = "q k v out lse grad dq dk dv dsinks cu_q cu_k slopes sinks"
+_STRIDES = "q_row q_head k_row k_head v_row v_head grad_row grad_head"
+_INTEGERS = "num_seqs rows_q rows_k heads kv_heads dim value_dim dtype low high bottom_right seed"
+_REALS = "scale softcap dropout_p"
+
+
+class Arguments(ctypes.Structure):
+    """`varlen::Args` of ``csrc/attention.h``, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
+        *((name, ctypes.c_int64) for name in (*_STRIDES.split(), *_INTEGERS.split())),
+        *((name, ctypes.c_double) for name in _REALS.split()),
+        ("level", ctypes.c_int64),
+        ("portable", ctypes.c_int64),
+    )
+
+
+class Library:
+    """The loaded kernel.
+
+    Attributes:
+        path: the file.
+        level: the instruction set that it uses here, a key of ``_LEVELS``.
+        products: what multiplies matrices: its own code, or libtorch's oneDNN, for float32 alone or for bfloat16 too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        loaded = ctypes.CDLL(str(path))
+        for name in ("varlen_args_size", "varlen_level", "varlen_products"):
+            getattr(loaded, name).restype = ctypes.c_int64
+        loaded.varlen_last_error.restype = ctypes.c_char_p
+        if loaded.varlen_args_size() != ctypes.sizeof(Arguments):
+            raise OSError(f"{path} was built from other sources")
+        self._loaded = loaded
+        self.level = list(_LEVELS)[loaded.varlen_level()]
+        self.products = {0: "its own products", 1: "oneDNN float32"}.get(loaded.varlen_products(), "oneDNN float32 and bfloat16")
+
+    def __str__(self) -> str:
+        return f"{self.level}, {self.products}"
+
+    def forward(self, arguments: Arguments) -> None:
+        self._run(self._loaded.varlen_forward, arguments)
+
+    def backward(self, arguments: Arguments) -> None:
+        self._run(self._loaded.varlen_backward, arguments)
+
+    def _run(self, function: Any, arguments: Arguments) -> None:
+        torch.get_num_threads()  # sets OpenMP's number of threads in a Python thread that has not asked yet
+        if function(ctypes.byref(arguments)):
+            raise RuntimeError(f"the compiled CPU kernel failed: {self._loaded.varlen_last_error().decode()}")
+
+
+# -------------------------------------------------------------------- finding
+
+
+_found: dict[str, Library | str] = {}
+
+
+def library() -> Library:
+    """The loaded kernel. Raises RuntimeError with `why_not` where there is none."""
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(f"the compiled CPU kernel {reason}")
+    found = _found[_name()]
+    assert isinstance(found, Library)
+    return found
+
+
+def why_not() -> str | None:
+    """A sentence without its subject if the kernel can not be used in this process, else None. Loads it the first time."""
+    if os.environ.get(_OFF, "") == "0":
+        return f"is left out: {_OFF}=0 is set"
+    name = _name()
+    if name not in _found:
+        _found[name] = _load(name)
+    found = _found[name]
+    return found if isinstance(found, str) else None
+
+
+def _load(name: str) -> Library | str:
+    path = next((folder / name for folder in _folders() if (folder / name).exists()), None)
+    if path is None:
+        return _why_not_built(name)
+    try:
+        return Library(path)
+    except (OSError, AttributeError) as error:
+        return f"was built, but does not load ({error})"
+
+
+def _why_not_built(name: str) -> str:
+    for folder in _folders():
+        note = (folder / name).with_suffix(".failed")
+        if note.exists():
+            return f"is not compiled: the last attempt failed ({note.read_text().strip().splitlines()[0]})"
+    others = sorted({file.name.split("-")[1] for folder in _folders() for file in folder.glob("native-*.so")})
+    here = f"is not compiled for torch {torch.__version__} and this version of the package"
+    return here + (f", only for torch {', '.join(others)}" if others else "")
+
+
+def _name() -> str:
+    """Of the file: what it was built from and for. Not the CPU, whose instruction set is chosen when it is loaded."""
+    return f"native-{torch.__version__}-{platform.machine()}-{_sources_hash()}.so"
+
+
+def _sources_hash() -> str:
+    if "hash" not in _hashes:
+        digest = hashlib.sha256(repr((_COMPILER_FLAGS, _LEVELS)).encode())
+        for file in sorted(_SOURCES.glob("*.*")):
+            digest.update(file.read_bytes())
+        _hashes["hash"] = digest.hexdigest()[:12]
+    return _hashes["hash"]
+
+
+_hashes: dict[str, str] = {}
+
+
+def _folders() -> Iterator[Path]:
+    """Where a build may lie: with its virtual environment, whose torch it is for, or in the user's cache."""
+    if sys.prefix != sys.base_prefix:
+        yield Path(sys.prefix) / "share" / "varlen_attn"
+    yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "varlen_attn"
+
+
+# -------------------------------------------------------------------- building
+
+
+def build(*, sanitize: str | None = None, folder: Path | None = None) -> Path:
+    """Compile the kernel with the C++ compiler of this machine, ``$CXX`` if that is set. Takes about 20 seconds; needs no network.
+
+    Args:
+        sanitize: as of ``-fsanitize``, for tests: ``"address,undefined"``.
+        folder: where to put it; with the virtual environment, else in the user's cache.
+
+    Raises:
+        VarlenError: not Linux, no compiler, or one that fails; the message says what and keeps its output.
+    """
+    folder = folder or next(f for f in _folders() if os.access(_existing_parent(f), os.W_OK))
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / _name()
+    note = target.with_suffix(".failed")
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = _compile(_compiler(), Path(scratch), sanitize)
+            os.replace(built, target)  # at once, so that no other process loads half a file
+    except VarlenError as error:
+        note.write_text(f"{error}\n")
+        raise
+    note.unlink(missing_ok=True)
+    _found.clear()
+    Library(target)
+    return target
+
+
+def _existing_parent(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+
+def _compiler() -> list[str]:
+    if sys.platform != "linux":
+        raise VarlenError(f"the CPU kernel is compiled on Linux only, and this is {sys.platform}")
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    for name in ("g++", "c++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise VarlenError("no C++ compiler was found (g++, c++ or clang++): install one, such as the Debian package g++, or set CXX")
+
+
+def _compile(compiler: list[str], scratch: Path, sanitize: str | None) -> Path:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    flags = [*_COMPILER_FLAGS, *([f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer"] if sanitize else [])]
+    levels = _LEVELS if x86 else {"baseline": ()}
+    jobs = [
+        [*compiler, *flags, *extra, f"-DVARLEN_LEVEL={name}", "-c", str(_SOURCES / "kernel.cpp"), "-o", str(scratch / f"{name}.o")]
+        for name, extra in levels.items()
+    ]
+    jobs.append([*compiler, *flags, *(["-DVARLEN_X86"] if x86 else []), "-c", str(_SOURCES / "entry.cpp"), "-o", str(scratch / "entry.o")])
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+        list(pool.map(_call, jobs))
+    libraries = Path(torch.__file__).parent / "lib"
+    # torch's own OpenMP, where it brings one: a second in one process would have threads of its own.
+    openmp = sorted(str(file) for file in libraries.glob("libgomp*.so*")) or ["-fopenmp"]
+    objects = [job[-1] for job in jobs]
+    linker = [*compiler, "-shared", *flags[-3:]] if sanitize else [*compiler, "-shared"]
+    target = scratch / "native.so"
+    _call([*linker, *objects, f"-L{libraries}", "-ltorch_cpu", *openmp, f"-Wl,-rpath,{libraries}", "-o", str(target)])
+    return target
+
+
+def _call(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise VarlenError(f"the compiler could not be started: {error}") from error
+    if done.returncode:
+        first = partial(next, (line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+        raise VarlenError(f"{first()}\n{shlex.join(command)}\n{done.stderr}")

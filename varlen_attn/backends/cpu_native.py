@@ -1,0 +1,221 @@
+"""The compiled kernel of ``csrc/``: one parallel region over all sequences, heads and blocks of queries, forward and backward.
+
+Optional: ``python -m varlen_attn build-native`` compiles it. Softcap, ALiBi, sinks, windows and dropout run inside the kernel; a score
+bias does not. float32 is computed in float32; bfloat16 by bfloat16 products with float32 sums where the CPU has instructions for them,
+else, like float16, in float32. A sequence's result is bitwise the same whatever else is in the batch.
+
+Its matrix products are those that libtorch exports from oneDNN (`at::native::cpublas::brgemm`, which uses AMX where there is one), or
+the kernel's own where libtorch has none for this CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .._gather import is_transformed
+from ..layout import SeqLayout
+from ..problem import Problem, Semantics
+from ._flops import register_flops
+from ._own_op import own_op
+from .base import HALF, Backend, Capabilities, Extras, Refusal, observe, pad_head_dim
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in attention.h
+_UNLIMITED = 1 << 40  # a side of a window that cuts nothing
+_MULTIPLE = 16  # of head dimensions: what a vector register holds
+
+
+@own_op("cpu_native_forward")
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    sides: list[int],
+    bottom_right: bool,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """``(T,N,H), (Tk,K,H), (Tk,K,Hv) -> (T,N,Hv)``, lse ``(N,T)``. Rows that see no key: 0 and -inf."""
+    observe("cpu_native", query.shape[0])
+    out = query.new_empty((*query.shape[:2], value.shape[2]))
+    lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+    call = _Call(query, key, value, cu_q, cu_k, slopes, sinks, seed, sides, bottom_right, scale, softcap, dropout_p)
+    call.point(out=out, lse=lse)
+    _native.library().forward(call.arguments)
+    return out, lse
+
+
+@torch.library.register_fake("varlen_attn::cpu_native_forward")  # type: ignore[untyped-decorator]
+def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    out = query.new_empty((*query.shape[:2], value.shape[2]))
+    return out, query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+
+
+@own_op("cpu_native_backward")
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    sides: list[int],
+    bottom_right: bool,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and, in parts ``(Q, N)`` to be added up, of the sinks; exactly 0 where nothing is seen."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
+    dsinks = lse.new_zeros((cu_q.shape[0] - 1 if sinks is not None else 0, query.shape[1]))
+    call = _Call(query, key, value, cu_q, cu_k, slopes, sinks, seed, sides, bottom_right, scale, softcap, dropout_p)
+    grad = _readable(grad)
+    call.point(out=out.contiguous(), lse=lse.contiguous(), grad=grad, dq=dq, dk=dk, dv=dv, dsinks=dsinks)
+    call.arguments.grad_row, call.arguments.grad_head, _ = grad.stride()
+    _native.library().backward(call.arguments)
+    return dq, dk, dv, dsinks
+
+
+@torch.library.register_fake("varlen_attn::cpu_native_backward")  # type: ignore[untyped-decorator]
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
+    slopes: Tensor | None, sinks: Tensor | None, *options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dsinks = lse.new_empty((cu_q.shape[0] - 1 if sinks is not None else 0, query.shape[1]))
+    return *(x.new_empty(x.shape) for x in (query, key, value)), dsinks
+
+
+class _Call:
+    """The arguments of a call, and the tensors that its pointers point into."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        slopes: Tensor | None,
+        sinks: Tensor | None,
+        seed: Tensor | None,
+        sides: list[int],
+        bottom_right: bool,
+        scale: float,
+        softcap: float,
+        dropout_p: float,
+    ) -> None:
+        query, key, value = (_readable(x) for x in (query, key, value))
+        (rows_q, heads, dim), (rows_k, kv_heads, value_dim) = query.shape, value.shape
+        low, high = sides
+        self.kept: list[Tensor] = []
+        self.arguments = _native.Arguments(
+            num_seqs=cu_q.shape[0] - 1, rows_q=rows_q, rows_k=rows_k, heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim,
+            dtype=_DTYPES[query.dtype], low=low, high=high, bottom_right=bottom_right, seed=0 if seed is None else int(seed),
+            scale=scale, softcap=softcap, dropout_p=dropout_p, level=-1,
+        )  # fmt: skip
+        for name, x in (("q", query), ("k", key), ("v", value)):
+            setattr(self.arguments, f"{name}_row", x.stride(0))
+            setattr(self.arguments, f"{name}_head", x.stride(1))
+        optional = {name: x.contiguous() for name, x in (("slopes", slopes), ("sinks", sinks)) if x is not None}
+        self.point(q=query, k=key, v=value, cu_q=cu_q.contiguous(), cu_k=cu_k.contiguous(), **optional)
+
+    def point(self, **tensors: Tensor) -> None:
+        """Set pointers; what they point into lives as long as this."""
+        for name, x in tensors.items():
+            self.kept.append(x)
+            setattr(self.arguments, name, x.data_ptr())
+
+
+def _readable(x: Tensor) -> Tensor:
+    """A head's numbers must be adjacent; rows and heads may stand anywhere."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, cu_q, cu_k, slopes, sinks, seed, *ctx.options = inputs
+    out, lse = output
+    # Without this the log-sum-exp would look differentiable and its gradient be dropped without a word.
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(query, key, value, out, lse, cu_q, cu_k, slopes, sinks, seed)
+
+
+def _autograd(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    sinks = ctx.saved_tensors[8]
+    *grads, dsinks = _backward(grad, *ctx.saved_tensors, *ctx.options)
+    return (*grads, None, None, None, None if sinks is None else dsinks.sum(0), *[None] * 6)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "the backward of backend 'cpu_native' is not differentiable: the compiled kernel has no second derivative. "
+        "Order backend='reference' for it."
+    )
+
+
+torch.library.register_autograd("varlen_attn::cpu_native_forward", _autograd, setup_context=_setup_context)
+torch.library.register_autograd("varlen_attn::cpu_native_backward", _no_second_derivative)
+register_flops()
+
+
+class CpuNative(Backend):
+    """The compiled CPU kernel over packed sequences."""
+
+    name = "cpu_native"
+    own_op = True
+    install = "compile it with `python -m varlen_attn build-native`"
+    capabilities = Capabilities(
+        devices=frozenset({"cpu"}), dtypes=HALF | {torch.float32}, score_bias=False, batch_invariant=True
+    )  # fmt: skip
+
+    def missing(self, problem: Problem) -> str | None:
+        if problem.torch_version != torch.__version__:
+            return None  # another machine's torch, which may have been built for
+        return _native.why_not()
+
+    def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
+        if problem.transformed:
+            yield Refusal("has a backward only, and this is torch.func or forward-mode AD", "order backend='cpu'")
+
+    def kernel(self, problem: Problem) -> str:
+        return "compiled kernel" if _native.why_not() else f"compiled kernel ({_native.library()})"
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout_q: SeqLayout,
+        layout_kv: SeqLayout,
+        semantics: Semantics,
+        extras: Extras,
+    ) -> tuple[Tensor, Tensor | None]:
+        assert not is_transformed()
+        if not torch.compiler.is_compiling():
+            register_flops()
+        value_dim = value.shape[-1]
+        query, key = pad_head_dim(_MULTIPLE, query, key)
+        (value,) = pad_head_dim(_MULTIPLE, value)
+        low, high = semantics.visible_range(0)
+        # Drawn outside of the op, which is a pure function of it: recomputation under checkpointing draws the same.
+        seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu") if semantics.dropout_p else None
+        out, lse = _forward(
+            query, key, value, layout_q.cu_seqlens, layout_kv.cu_seqlens, extras.alibi_slopes, extras.sinks, seed,
+            [-_UNLIMITED if low is None else low, _UNLIMITED if high is None else high], semantics.causal != "top_left",
+            semantics.factor, semantics.softcap or 0.0, semantics.dropout_p,
+        )  # fmt: skip
+        return out[..., :value_dim], lse if semantics.return_lse else None
