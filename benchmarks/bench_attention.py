@@ -91,10 +91,10 @@ def useful_flops(lengths: Sequence[int]) -> int:
 
 
 def bench(
-    case: Case, dtype: str, budget: float, attainable: dict[str, float], directions: Sequence[str] = DIRECTIONS
+    case: Case, dtype: str, budget: float, attainable: dict[str, float], directions: Sequence[str] = DIRECTIONS, *, others: bool = True
 ) -> list[dict[str, Any]]:
-    """One row for each direction."""
-    found, absent = contestants(case)
+    """One row for each direction; without ``others``, of the baseline and ours only."""
+    found, absent = contestants(case, others)
     failed = verify(found, case.layout, case.tensors)
     found, absent = {name: c for name, c in found.items() if name not in failed}, absent | failed
     rows = []

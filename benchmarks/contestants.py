@@ -227,14 +227,16 @@ def with_packing(case: Case) -> Contestant:
     return Contestant((q, k, v), partial(padded_attention, layout=case.layout), case.layout.pack, grad)
 
 
-def contestants(case: Case, makers: dict[str, Callable[[Case], Contestant]] | None = None) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """All that can run, the masked call first, and the reasons of the others."""
+def contestants(case: Case, others: bool = True) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """All that can run, the masked call first, and the reasons of those that can not; without ``others``, ours and the masked call only."""
     found: dict[str, Contestant] = {}
     absent: dict[str, str] = {}
     for name, reason in ours(case.device).items():
         if reason is not None:
             absent[f"{AUTO}, {name}"] = reason
-    for name, make in (makers or _makers(case)).items():
+    for name, make in _makers(case).items():
+        if not (others or name == MASKED or name.startswith((AUTO, WITH_PACKING))):
+            continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # prototypes say that they are

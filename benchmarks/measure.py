@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import platform
+import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -109,7 +110,8 @@ def save(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...], device: s
     measure again stay, if they are of this machine and this torch."""
     path = (RESULTS / "cuda" if device == "cuda" else RESULTS) / f"{name}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": []}
-    here = environment(device)
+    here, today = environment(device), time.strftime("%Y-%m-%d", time.gmtime())
+    rows = [{**row, "measured": today} for row in rows]
     old = earlier["rows"] if same_setting(earlier["environment"], here) else []
     path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text(json.dumps({"environment": here, "rows": merged(old, rows, keys)}, indent=1) + "\n")

@@ -9,25 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from . import bench_transformers as hf
+from . import plots, sections
 from .bench_encoder import AGAIN, MASKED, OFF, ON, OURS
+from .markdown import DISTURBED, NEAR, setting, table, threads_of, widest
 from .measure import RESULTS
 from .workloads import WORKLOADS
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks: begin (make bench writes this block) -->", "<!-- benchmarks: end -->"
-DISTURBED = 0.2  # share of the machine taken by others, above which two threads say nothing: left out of the README, no goal is judged
-NEAR = 0.95  # a goal is met when the median ratio reaches this share of it
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; all columns but the first are right-aligned."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def setting(environment: dict[str, Any]) -> str:
-    facts = environment
-    return f"{facts['cpu']} ({facts['cpu_capability']}), torch {facts['torch']}"
 
 
 def encoder(rows: list[dict[str, Any]]) -> str:
@@ -58,9 +47,9 @@ def encoder_summary(rows: list[dict[str, Any]]) -> str:
     """The headline of the README: times of torch with its fast path off / ours."""
     columns = [(d, way) for d in ("float32", "bfloat16") for way in ("eval", "training")]
     cells = {
-        (r["workload"], r["dtype"], r["direction"]): f"{r['ratio'][OURS]:.1f}" if r["foreign"] <= DISTURBED else "?" for r in _widest(rows)
+        (r["workload"], r["dtype"], r["direction"]): f"{r['ratio'][OURS]:.1f}" if r["foreign"] <= DISTURBED else "?" for r in widest(rows)
     }
-    return _by_workload(columns, cells, "-")
+    return _by_workload(columns, cells)
 
 
 def memory(rows: list[dict[str, Any]]) -> str:
@@ -112,7 +101,7 @@ def _transformers_goals(row: dict[str, Any]) -> str:
 def transformers_summary(rows: list[dict[str, Any]]) -> str:
     """The short table of the README: times before / after, and what they would be if all work were by token."""
     lines = []
-    for row in _in_order(_widest(rows)):
+    for row in _in_order(widest(rows)):
         if row["part"] == hf.AUDIO and not row["what"].startswith("wav2vec2, 12 layers"):
             continue  # HuBERT is as fast, and no published model is that shallow
         found = [f"{row['ratio'][level]:.1f}" if level in row["ratio"] else "-" for level in hf.LEVELS]
@@ -136,7 +125,7 @@ def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def attention(rows: list[dict[str, Any]], dtype: str) -> str:
     """Times and ratios of one dtype."""
     header = ["batch", "", "masked, ms", "packed, ms", "**ratio**", "with pack and unpack", "same against same", "others", "goal"]
-    order = {w.name: i for i, w in enumerate(WORKLOADS)}
+    order = {w.name: i for i, w in enumerate(WORKLOADS)}  # w1 to w6, and then the real ones
     chosen = [r for r in rows if r["dtype"] == dtype]
     lines = []
     for row in sorted(chosen, key=lambda r: (order[r["workload"]], r["direction"])):
@@ -165,13 +154,22 @@ def against_dense(rows: list[dict[str, Any]]) -> str:
     return table(["dtype", "", "unmasked SDPA, ms", "ours, ms", "ratio"], lines)
 
 
-def route(rows: list[dict[str, Any]]) -> str:
-    """Ratio by fill, a line for each batch shape and direction."""
+def route(rows: list[dict[str, Any]], which: str = "ratio") -> str:
+    """Ratio by fill, a line for each batch shape and direction, and from which fill on it is below 1."""
+    rows = [row for row in rows if row.get(which) is not None]
     fills = sorted({r["fill"] for r in rows})
-    cells = {(r["batch"], r["padded_len"], r["direction"], r["fill"]): r["ratio"] for r in rows}
-    groups = dict.fromkeys((r["batch"], r["padded_len"], r["direction"]) for r in sorted(rows, key=lambda r: r["padded_len"]))
-    lines = [[f"B {b}, S {s}, {d}", *[f"{cells.get((b, s, d, fill), float('nan')):.2f}" for fill in fills]] for b, s, d in groups]
-    return table(["masked / packed", *[f"fill {fill}" for fill in fills]], lines)
+    lines = []
+    for batch, columns, direction in dict.fromkeys((r["batch"], r["padded_len"], r["direction"]) for r in sorted(rows, key=_by_length)):
+        group = {r["fill"]: r for r in rows if (r["batch"], r["padded_len"], r["direction"]) == (batch, columns, direction)}
+        loses = plots.break_even([(r.get("real_fill", fill), r[which]) for fill, r in group.items()])
+        says = "never" if loses is None else f"{loses:.2f}" if loses else "everywhere measured"
+        cells = [f"{group[fill][which]:.2f}" if fill in group else "-" for fill in fills]
+        lines.append([f"B {batch}, S {columns}, {direction}", *cells, says])
+    return table(["masked / packed", *[f"fill {fill}" for fill in fills], "loses from fill"], lines)
+
+
+def _by_length(row: dict[str, Any]) -> int:
+    return int(row["padded_len"])
 
 
 def dispatch(rows: list[dict[str, Any]]) -> str:
@@ -190,21 +188,19 @@ def batches() -> str:
 def summary(rows: list[dict[str, Any]]) -> str:
     """The short table of the README: float32 and bfloat16 ratios, on two threads or whatever the most is."""
     columns = [(d, way) for d in ("float32", "bfloat16") for way in ("forward", "forward+backward")]
-    quiet = [r for r in _widest(rows) if r["foreign"] <= DISTURBED]
-    return _by_workload(columns, {(r["workload"], r["dtype"], r["direction"]): f"{r['ratio']['packed']:.1f}" for r in quiet}, "?")
+    cells = {
+        (r["workload"], r["dtype"], r["direction"]): f"{r['ratio']['packed']:.1f}" if r["foreign"] <= DISTURBED else "?"
+        for r in widest(rows)
+    }
+    return _by_workload(columns, cells)
 
 
-def _widest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with the most threads."""
-    most = max(r["threads"] for r in rows)
-    return [r for r in rows if r["threads"] == most]
-
-
-def _by_workload(columns: Sequence[tuple[str, str]], cells: dict[tuple[str, str, str], str], missing: str) -> str:
+def _by_workload(columns: Sequence[tuple[str, str]], cells: dict[tuple[str, str, str], str]) -> str:
+    """A line for each workload that was measured at all; a dash where it was not."""
     lines = [
         [f"{w.name}: {w.says}", f"B {len(w.lengths)}, S {w.padded_len}", f"{w.fill:.2f}",
-         *[cells.get((w.name, *c), missing) for c in columns]]
-        for w in WORKLOADS
+         *[cells.get((w.name, *c), "-") for c in columns]]
+        for w in WORKLOADS if any(name == w.name for name, *_ in cells)
     ]  # fmt: skip
     return table(["", "batch", "fill", *[f"{d} {way}" for d, way in columns]], lines)
 
@@ -221,7 +217,7 @@ def _encoder_parts(rows: list[dict[str, Any]]) -> list[str]:
             for direction in ("eval", "training"):
                 chosen = [r for r in rows if (r["threads"], r["dtype"], r["direction"]) == (threads, dtype, direction)]
                 if chosen:
-                    parts += [f"### {dtype}, {direction}, {_threads(threads)}", encoder(chosen)]
+                    parts += [f"### {dtype}, {direction}, {threads_of(threads)}", encoder(chosen)]
     return parts
 
 
@@ -241,8 +237,8 @@ def _attention_parts(rows: list[dict[str, Any]]) -> list[str]:
         chosen = [r for r in rows if r["threads"] == threads]
         for dtype in ("float32", "bfloat16"):
             if any(r["dtype"] == dtype for r in chosen):
-                parts += [f"## Attention, {dtype}, {_threads(threads)}", attention(chosen, dtype)]
-        parts += [f"## No padding (w5), against SDPA without a mask, {_threads(threads)}", against_dense(chosen)]
+                parts += [f"## Attention, {dtype}, {threads_of(threads)}", attention(chosen, dtype)]
+        parts += [f"## No padding (w5), against SDPA without a mask, {threads_of(threads)}", against_dense(chosen)]
     return parts
 
 
@@ -260,7 +256,7 @@ def _transformers_parts(rows: list[dict[str, Any]]) -> list[str]:
         for part, title in _PARTS.items():
             chosen = [r for r in rows if (r["threads"], r["part"]) == (threads, part)]
             if chosen:
-                parts += [f"### {title}, {_threads(threads)}", transformers(chosen)]
+                parts += [f"### {title}, {threads_of(threads)}", transformers(chosen)]
     return parts
 
 
@@ -279,19 +275,19 @@ def _libraries(rows: list[dict[str, Any]]) -> str:
 def _route_parts(rows: list[dict[str, Any]]) -> list[str]:
     parts = []
     for threads in sorted({r["threads"] for r in rows}, reverse=True):
-        title = f"## Route: pack, attend, unpack against the masked call, float32, {_threads(threads)}"
-        parts += [title, route([r for r in rows if r["threads"] == threads])]
+        chosen, says = [r for r in rows if r["threads"] == threads], f"float32, {threads_of(threads)}"
+        parts += [f"## Route: pack, attend, unpack against the masked call, {says}", route(chosen)]
+        if any("ratio_rows" in row for row in chosen):
+            parts += [f"## Route: rows that are packed already against the masked call, {says}", route(chosen, "ratio_rows")]
     return parts
 
 
-def _threads(number: int) -> str:
-    return "one thread" if number == 1 else f"{number} threads"
+NAMES = ("encoder", "memory", "transformers", "attention", "mha", "layout", "length", "route", "minitest", "dispatch")
 
 
-def load() -> dict[str, dict[str, Any]]:
+def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """What has been measured, by benchmark."""
-    names = ("encoder", "memory", "transformers", "attention", "route", "dispatch")
-    return {name: json.loads(path.read_text()) for name in names if (path := RESULTS / f"{name}.json").exists()}
+    return {name: json.loads(path.read_text()) for name in NAMES if (path := folder / f"{name}.json").exists()}
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:
@@ -299,57 +295,90 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     rows = {name: result["rows"] for name, result in results.items()}
     parts = [
         "# Results",
-        f"{setting(next(iter(results.values()))['environment'])}. Written by `python -m benchmarks.report`.",
+        f"{setting(next(iter(results.values()))['environment'])}. {_when(results)}Written by `python -m benchmarks.report`.",
         "Every ratio is the median over interleaved rounds of one run, each contestant verified against float64 before. "
         '"Masked" is `F.scaled_dot_product_attention` with a bool mask on `(B, N, S, H)`; 8 heads of 64; "same against same" is the masked '
         'call against itself, that is the noise; "others" is the share of the machine that other processes took, which disturbs '
         "two threads more than one. One thread is timed by its CPU time, two by the wall clock.",
         batches(),
+        sections.losses(results),
     ]
-    sections = {
-        "encoder": _encoder_parts,
-        "memory": _memory_parts,
-        "transformers": _transformers_parts,
-        "attention": _attention_parts,
-        "route": _route_parts,
-    }
-    parts += [part for name, section in sections.items() if name in rows for part in section(rows[name])]
+    for name, section in _SECTIONS:
+        if name in rows:
+            parts += section(rows[name])
     if "dispatch" in rows:
         parts += ["## What choosing costs", dispatch(rows["dispatch"])]
     return "\n\n".join(parts) + "\n"
 
 
+def _when(results: dict[str, dict[str, Any]]) -> str:
+    """Rows that a later run did not measure again stay, so that days may differ."""
+    days = sorted({row["measured"] for result in results.values() for row in result["rows"] if "measured" in row})
+    return "" if not days else f"Measured on {days[0]}. " if len(days) == 1 else f"Measured from {days[0]} to {days[-1]}. "
+
+
+_SECTIONS = (
+    ("minitest", sections.minitest),
+    ("encoder", _encoder_parts),
+    ("memory", _memory_parts),
+    ("transformers", _transformers_parts),
+    ("attention", _attention_parts),
+    ("attention", sections.contestants),
+    ("attention", sections.roof),
+    ("mha", sections.mha),
+    ("length", sections.length),
+    ("route", _route_parts),
+    ("layout", sections.layout),
+)
+_MINITEST = (
+    "The mini test, training of one attention layer (batch 32, 500 tokens, width 128, 4 heads): time of 100 steps, how many times that is "
+    'of the same layer with no option, and the kernel by `torch.profiler`; "scores" are written out, no fused kernel runs.'
+)
+_WHOLE = "A whole encoder of 6 layers, padded in and out: times of `nn.TransformerEncoder`, its fast path off / ours."
+_MODELS = (
+    "Models of transformers: times before, with attention by `sdpa` / after `enable`; beside it what that would be if all work were "
+    "by token."
+)
+_SUMMARIES = {
+    "minitest": (_MINITEST, sections.minitest_summary),
+    "encoder": (_WHOLE, encoder_summary),
+    "transformers": (_MODELS, transformers_summary),
+    "attention": ("Attention only: times of masked SDPA / ours.", summary),
+}
+_PICTURES = {
+    "route": (plots.FILL, "Times faster than masked attention, against fill: packing for one call, and rows that are packed already"),
+    "length": (plots.LENGTH, "Time and memory of one layer against length, padded and packed, up to 16384 columns"),
+}
+
+
 def block(results: dict[str, dict[str, Any]]) -> str:
-    """What stands between the markers of the README: the encoder first, because that is what people run."""
-    whole = "A whole encoder of 6 layers, padded in and out: times of `nn.TransformerEncoder`, its fast path off / ours."
-    models = (
-        "Models of transformers: times before, with attention by `sdpa` / after `enable`; beside it what that would be if all work were "
-        "by token."
-    )
-    says = {
-        "encoder": (whole, encoder_summary),
-        "transformers": (models, transformers_summary),
-        "attention": ("Attention only: times of masked SDPA / ours.", summary),
-    }
+    """What stands between the markers of the README."""
     parts = []
-    for name, (caption, short) in says.items():
+    for name, (caption, short) in _SUMMARIES.items():
         if name in results:
             rows, where = results[name]["rows"], setting(results[name]["environment"])
-            parts += [f"{caption} {where}, {_threads(max(r['threads'] for r in rows))}.", short(rows)]
-    dashes = {"encoder", "transformers"} & results.keys()
-    notes = "A question mark: other processes disturbed the measurement." + (" A dash: not measured." if dashes else "")
-    return "\n\n".join([*parts, notes])
+            parts += [f"{caption} {where}, {threads_of(max(r['threads'] for r in rows))}.", short(rows)]
+    parts += [f"![{says}](benchmarks/results/{name})" for source, (name, says) in _PICTURES.items() if source in results]
+    notes = "A question mark: other processes disturbed the measurement. A dash: not measured."
+    return "\n\n".join([*parts, sections.losses(results), notes])
+
+
+def readme(text: str, results: dict[str, dict[str, Any]]) -> str:
+    """The README with its block written anew."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{block(results)}\n{END}{rest.split(END)[1]}"
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    results = load()
-    (RESULTS / "tables.md").write_text(tables(results))
-    text = README.read_text()
-    if BEGIN in text:
-        before, rest = text.split(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{block(results)}\n{END}{rest.split(END)[1]}")
-    print("written: benchmarks/results/tables.md, and the block of README.md")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a folder of results; of another than the usual one, tables only")
+    options = parser.parse_args()
+    results = load(options.results)
+    (options.results / "tables.md").write_text(tables(results))
+    if options.results == RESULTS:
+        README.write_text(readme(README.read_text(), results))
+    drawn = plots.draw(results, options.results) if plots.available() else ["no pictures: matplotlib is not installed (`make bench` does)"]
+    print("written:", options.results / "tables.md", *drawn)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,265 @@
+"""The sections of ``tables.md`` about contestants, layers, packing, lengths and the mini test, and what of them stands in the README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from . import bench_minitest as mini
+from .bench_attention import BACKWARD, DIRECTIONS, useful_flops
+from .bench_layout import BASE, OURS
+from .bench_length import PACKED, PADDED, SCORES
+from .contestants import AUTO, MASKED, WITH_PACKING
+from .markdown import DISTURBED, table, threads_of, widest
+from .workloads import WORKLOADS
+
+__all__ = ["contestants", "layout", "length", "losses", "mha", "minitest", "minitest_summary", "roof"]
+
+Rows = list[dict[str, Any]]
+_ORDER = {w.name: (i, w) for i, w in enumerate(WORKLOADS)}
+
+
+def _groups(rows: Rows, *keys: str) -> dict[tuple[Any, ...], Rows]:
+    found: dict[tuple[Any, ...], Rows] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return found
+
+
+def _workloads(rows: Iterable[dict[str, Any]]) -> list[str]:
+    return sorted({row["workload"] for row in rows}, key=lambda name: _ORDER[name][0])
+
+
+def _matrix(rows: Rows, base: str, first: str) -> list[str]:
+    """Times of ``base`` / times of each contestant, a column for each workload, and the reasons of who is not there."""
+    parts = []
+    for (threads, dtype, direction), group in sorted(_groups(rows, "threads", "dtype", "direction").items(), reverse=True):
+        by_name = {row["workload"]: row for row in group}
+        names = _workloads(group)
+        contestants = list(dict.fromkeys(name for row in group for name in (*row["ratio"], *row.get("absent", {}))))
+        lines = [[_label(name, group), *[_cell(by_name[w], name) for w in names]] for name in contestants]
+        lines = [line for line in lines if set(line[1:]) != {"-"}]
+        parts += [f"### {dtype}, {direction}, {threads_of(threads)}", table([first, *names], [[base, *["1"] * len(names)], *lines])]
+    return [*parts, *_reasons(rows)]
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    if name not in row["ratio"]:
+        return "-"
+    found = f"{row['ratio'][name]:.2f}"
+    return f"?{found}" if row["foreign"] > DISTURBED else f"~{found}" if name in row.get("once", ()) else found
+
+
+def _label(name: str, rows: Rows) -> str:
+    """Ours with the backend that ran."""
+    ran = " or ".join(sorted({row["backend"] for row in rows if "backend" in row}))
+    return (
+        f"**ours, {ran}**"
+        if name == AUTO and ran
+        else name.replace(f"{AUTO}, ", "ours, ").replace(WITH_PACKING, "ours with pack and unpack")
+    )
+
+
+def _reasons(rows: Rows) -> list[str]:
+    """Who is not in a table, and why: one line for each reason."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        for name, reason in row.get("absent", {}).items():
+            found.setdefault((name, reason), set()).add(row["workload"])
+    if not found:
+        return []
+    everywhere = set(_workloads(rows))
+    lines = []
+    for (name, reason), where in found.items():
+        places = "" if where == everywhere else f" ({', '.join(sorted(where, key=lambda w: _ORDER[w][0]))})"
+        lines.append(f"- {name.replace(f'{AUTO}, ', 'ours, ')}{places}: {reason}")
+    return ["Not there:", "\n".join(lines)]
+
+
+def contestants(rows: Rows) -> list[str]:
+    """Attention alone, by everything that is installed."""
+    rows = [row for row in rows if "absent" in row]
+    if not rows:
+        return []
+    return [
+        "## Attention, by everything that there is",
+        f'Times of the masked call / times of each. "~": timed once, because it is too slow for the turns; "?": other processes disturbed '
+        f'the row; "masked again" is the noise. "{MASKED}" and "dense" are `F.scaled_dot_product_attention` with and without a bool mask.',
+        *_matrix(rows, MASKED, "masked / ..."),
+    ]
+
+
+def roof(rows: Rows) -> list[str]:
+    """Shares of what the machine can do."""
+    rows = [row for row in rows if row.get("attainable") and row["foreign"] <= DISTURBED]
+    if not rows:
+        return []
+    lines = []
+    for row in sorted(rows, key=lambda r: (-r["threads"], r["dtype"], r["direction"], _ORDER[r["workload"]][0])):
+        work = useful_flops(_ORDER[row["workload"]][1].lengths) * (1 if row["direction"] == DIRECTIONS[0] else BACKWARD)
+        rates = {name: work / row["milliseconds"][name] / 1e6 for name in (MASKED, AUTO)}
+        roofs = row["attainable"]
+        shares = [f"{rates[name] / roofs[kind]:.0%}" for kind in ("flash", "gemm") for name in (MASKED, AUTO)]
+        setting = [row["dtype"], row["direction"], threads_of(row["threads"]), row["workload"]]
+        lines.append([*setting, f"{rates[AUTO]:.0f}", f"{roofs['flash']:.0f}", f"{roofs['gemm']:.0f}", *shares])
+    header = [
+        "dtype",
+        "",
+        "",
+        "batch",
+        "ours, GFLOP/s",
+        "flash",
+        "gemm",
+        "masked / flash",
+        "**ours / flash**",
+        "masked / gemm",
+        "ours / gemm",
+    ]
+    return [
+        "## How near to what the machine can do",
+        "Useful work (`4 * N * H * sum(L^2)`, with the backward 3.5 times that) by time, and its share of two rates of the same run: "
+        '"flash" is torch\'s own kernel forward on one sequence of 4096 tokens without a mask, "gemm" a product of 2048 x 2048 matrices.',
+        table(header, lines),
+    ]
+
+
+def mha(rows: Rows) -> list[str]:
+    return [
+        "## One attention layer",
+        "Padded in, padded out, E 512, 8 heads, the same weights. Times of the layer by hand over `F.scaled_dot_product_attention` with "
+        "a bool mask / times of each; marks as above.",
+        *_matrix(rows, "masked SDPA", "by hand / ..."),
+    ]
+
+
+def layout(rows: Rows) -> list[str]:
+    parts = [
+        "## What packing costs",
+        "Rows of 512 numbers; microseconds. A layout is built once a batch, for all layers. It knows more than indices: lengths, "
+        "offsets, positions, flags; and it has checked the mask.",
+    ]
+    for (threads, dtype, what), group in sorted(_groups(rows, "threads", "dtype", "what").items(), reverse=True):
+        by_name = {row["workload"]: row for row in group}
+        names = [name for name in group[0]["milliseconds"] if name != "again"]
+        lines = [
+            [f"**{name}**" if name == OURS[what] else name, *[f"{by_name[w]['milliseconds'][name] * 1e3:.0f}" for w in _workloads(group)]]
+            for name in names
+        ]
+        parts += [f"### {what}, {dtype}, {threads_of(threads)}, against `{BASE[what]}`", table(["", *_workloads(group)], lines)]
+    return parts
+
+
+def length(rows: Rows) -> list[str]:
+    """Time of a forward and memory of a step of training."""
+    lines = []
+    for row in sorted(rows, key=lambda r: (-r["threads"], r["dtype"], r["length"])):
+        times, peaks = row["milliseconds"], row["megabytes"]
+        cells = [f"{times[name]:.1f}" if name in times else "-" for name in (SCORES, PADDED, PACKED)]
+        memory = ["does not fit" if peaks[name] is None else f"{peaks[name]:.0f}" for name in (SCORES, PADDED, PACKED)]
+        lines.append([row["length"], row["dtype"], threads_of(row["threads"]), *cells, f"**{row['ratio'][PACKED]:.2f}**", *memory])
+    header = ["S", "dtype", "", "scores, ms", "padded, ms", "packed, ms", "**padded / packed**", "scores, MB", "padded, MB", "packed, MB"]
+    return [
+        "## Against length",
+        'One layer, two rows, the second an eighth as long. "Scores" is `nn.MultiheadAttention` as its documentation calls it, which keeps '
+        '`(B, N, S, S)` scores; "padded" is masked SDPA by hand. Time of a forward; memory of a training step, in a process that may take'
+        f" {rows[0]['limit_gb']:g} GB beyond model and input: what needs more does not fit.",
+        table(header, lines),
+    ]
+
+
+# -------------------------------------------------------------------- the mini test
+
+
+def _mini_cell(row: dict[str, Any] | None) -> str:
+    if row is None or row.get("absent") is not None:
+        return "-"
+    mark = "?" if row["foreign"] > DISTURBED else ""
+    return f"{mark}{row['seconds'] / row['steps'] * 100:.1f} s, x{row['to_first_column']:.1f}, {kernel_word(row['kernel'])}"
+
+
+def kernel_word(kernel: str) -> str:
+    """One word for a kernel, for a table: fused ones by their name, and "scores" where they are written out."""
+    for word, signs in (
+        ("native", ("cpu_native",)),
+        ("scores", ("explicit", "math")),
+        ("flash", ("flash", "fmha")),
+        ("efficient", ("efficient",)),
+    ):
+        if any(sign in kernel for sign in signs):
+            return word
+    return kernel.rsplit("::", 1)[-1]
+
+
+def minitest_summary(rows: Rows) -> str:
+    """A line for each layer: time of 100 steps, that over its first column, and the kernel."""
+    rows = widest(rows)
+    columns = [str(column) for column in mini.COLUMNS]
+    dtype = max({row["dtype"] for row in rows})
+    cells = {(row["row"], row["column"]): row for row in rows if row["dtype"] == dtype}
+    names = list(dict.fromkeys(name for name, _ in cells))
+    names.sort(key=lambda name: (name.startswith(mini.OURS), [mini.WEIGHTS, mini.PLAIN, mini.BY_HAND, mini.FLASH].index(name) if name in
+                                 (mini.WEIGHTS, mini.PLAIN, mini.BY_HAND, mini.FLASH) else 9, name))  # fmt: skip
+    lines = [[f"**{name}**" if name == mini.OURS else name, *[_mini_cell(cells.get((name, c))) for c in columns]] for name in names]
+    return table(["", *columns], [line for line in lines if set(line[1:]) != {"-"}])
+
+
+def minitest(rows: Rows) -> list[str]:
+    measured = [row for row in rows if row.get("absent") is None]
+    steps = " or ".join(str(n) for n in sorted({row["steps"] for row in measured}))
+    kernels: dict[tuple[str, str], list[str]] = {}
+    for row in widest(measured):
+        kernels.setdefault((row["row"], row["kernel"]), []).append(row["column"])
+    reasons = list(dict.fromkeys((row["row"], row["absent"]) for row in rows if row.get("absent")))
+    return [
+        "## The mini test: what do a mask, causal attention and dropout cost?",
+        f"Training of one attention layer: batch 32, 500 tokens, width 128, 4 heads; time of 100 steps ({steps} timed), how many times "
+        "that is of the first column, and the kernel by `torch.profiler`. Columns without dropout were compared with float64.",
+        minitest_summary(rows),
+        "The kernels in full:",
+        "\n".join(f"- {row} ({', '.join(columns)}): `{kernel}`" for (row, kernel), columns in kernels.items()),
+        "Not there:",
+        "\n".join(f"- {row}: {reason}" for row, reason in reasons),
+    ]
+
+
+# -------------------------------------------------------------------- where we lose
+
+
+def losses(results: dict[str, dict[str, Any]]) -> str:
+    """Every measured case where ours is slower than the best of torch's, in one sentence; undisturbed rows with the most threads."""
+    found: list[str] = []
+    for row in _quiet(results, "attention"):
+        best = max([1.0, row["ratio"].get("dense", 0.0)])
+        if row["ratio"][AUTO] < 0.95 * best:
+            found.append(f"attention alone, {row['workload']} {row['dtype']} {row['direction']} ({row['ratio'][AUTO] / best:.2f})")
+    for row in _quiet(results, "mha"):
+        ours = max((x for name, x in row["ratio"].items() if name.startswith("ours")), default=1.0)
+        best = max(1.0, *(x for name, x in row["ratio"].items() if not name.startswith(("ours", "masked"))))
+        if ours < 0.95 * best:
+            found.append(f"a layer, {row['workload']} {row['dtype']} {row['direction']} ({ours / best:.2f})")
+    found += _minitest_losses(_quiet(results, "minitest"))
+    worst = [row for row in _quiet(results, "route") if row["ratio"] < 0.95]
+    if worst:
+        columns = ", ".join(str(s) for s in sorted({row["padded_len"] for row in worst}))
+        low = min(row["ratio"] for row in worst)
+        found.append(
+            f"packing for a single call in {len(worst)} of {len(_quiet(results, 'route'))} cases (at {columns} columns, down to {low:.2f})"
+        )
+    return (
+        ("Slower than the best of torch's: " + "; ".join(found) + ".") if found else "No case measured was slower than the best of torch's."
+    )
+
+
+def _minitest_losses(rows: Sequence[dict[str, Any]]) -> list[str]:
+    found = []
+    for (_, column), cells in _groups(list(rows), "dtype", "column").items():
+        ours = min((row["seconds"] for row in cells if row["row"] == mini.OURS), default=0.0)
+        theirs = min((row["seconds"] for row in cells if not row["row"].startswith(mini.OURS)), default=ours)
+        if ours > theirs / 0.95:
+            found.append(f"the mini test, {column} ({theirs / ours:.2f})")
+    return found
+
+
+def _quiet(results: dict[str, dict[str, Any]], name: str) -> Sequence[dict[str, Any]]:
+    rows = results[name]["rows"] if name in results else []
+    return [row for row in widest(rows) if row.get("foreign", 1.0) <= DISTURBED] if rows else []

@@ -1,0 +1,370 @@
+"""The benchmarks: who takes part, that all are compared before they are timed, what the tables say, and when a ratio has fallen.
+
+Nothing is timed here that anything depends on.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from varlen_attn import BACKENDS
+
+report = pytest.importorskip("benchmarks.report", reason="benchmarks are not in a source distribution")
+
+from benchmarks import bench_attention, bench_layout, bench_length, bench_minitest, check, contestants, lengths, measure, plots, sections  # noqa: E402  # noqa: E402
+from benchmarks.workloads import REAL, WORKLOADS, Workload  # noqa: E402
+
+ROOT = Path(report.__file__).parent.parent
+TINY = Workload("w3", "tiny", 12, (12, 5, 1))
+COMMITTED = report.load()
+
+
+# -------------------------------------------------------------------- what is committed
+
+
+def test_the_readme_is_what_the_results_say() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert report.readme(text, COMMITTED) == text, "run `python -m benchmarks.report`"
+
+
+def test_the_tables_are_what_the_results_say() -> None:
+    assert (report.RESULTS / "tables.md").read_text() == report.tables(COMMITTED), "run `python -m benchmarks.report`"
+
+
+def test_every_picture_is_there() -> None:
+    for source, (name, _) in report._PICTURES.items():
+        assert (report.RESULTS / name).exists() == (source in COMMITTED), "run `make bench`, which draws them"
+
+
+def test_auto_is_within_a_tenth_of_the_best_way() -> None:
+    """R-49, on the committed results: packed where there is padding, dense where there is none, against the masked and the dense call."""
+    for row in COMMITTED["attention"]["rows"]:
+        if row["foreign"] <= report.DISTURBED:
+            best = max(1.0, row["ratio"].get("dense", 0.0))
+            assert row["ratio"]["packed"] >= best / 1.1, (row["workload"], row["dtype"], row["direction"])
+
+
+@pytest.mark.skipif("length" not in COMMITTED, reason="not measured yet")
+def test_memory_grows_with_tokens() -> None:
+    """R-53, on the committed results: ours is linear up to 16384 columns; what keeps the scores stops fitting."""
+    rows = {row["length"]: row["megabytes"] for row in COMMITTED["length"]["rows"] if row["dtype"] == "float32"}
+    longest = max(rows)
+    assert longest == 16384
+    assert rows[longest]["packed"] <= 1.5 * rows[4096]["packed"] * longest / 4096
+    assert rows[longest]["packed"] < rows[longest]["padded"]
+    assert rows[longest]["scores"] is None
+
+
+# -------------------------------------------------------------------- inputs
+
+
+def test_real_lengths_are_those_of_the_tables() -> None:
+    text, speech = REAL
+    assert text.lengths in [tuple(batch) for batch in json.loads((lengths.DATA / "text.json").read_text())["batches"]]
+    assert lengths.frames(1000) == 49  # what Wav2Vec2 makes of a second
+    assert speech.lengths == tuple(map(lengths.frames, lengths.SPEECH_MILLISECONDS))
+    for workload in WORKLOADS:
+        assert max(workload.lengths) == workload.padded_len
+        assert min(workload.lengths) >= 1
+
+
+def test_tables_of_lengths_say_how_they_were_made() -> None:
+    for path in lengths.DATA.iterdir():
+        table = json.loads(path.read_text())
+        assert len(table.pop("made_by")) > 100
+        assert all(isinstance(x, int | list) for values in table.values() for x in values), "numbers only"
+
+
+# -------------------------------------------------------------------- contests
+
+
+@pytest.mark.filterwarnings("ignore")  # nested tensors say that they are a prototype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_everyone_is_there_or_has_a_reason(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contestants, "flex", lambda case: _absent("compiles for half a minute"))
+    case = contestants.Case.of(TINY, dtype, 2, 16)
+    found, absent = contestants.contestants(case)
+    assert not bench_attention.verify(found, case.layout, case.tensors)
+    assert all(absent.values())
+    named = {*found, *absent}
+    assert named >= {
+        "masked",
+        "packed",
+        "pack+unpack",
+        "dense",
+        "transformers, sdpa",
+        "nested tensors",
+        "flex_attention",
+        "xformers",
+        "flash-attn",
+    }
+    available = {name for name, reason in measure.ours("cpu").items() if reason is None}
+    assert {f"packed, {name}" for name in available} - named == {f"packed, {_chosen(case)}"}  # that one is "packed"
+
+
+def _absent(reason: str) -> contestants.Contestant:
+    raise measure.Absent(reason)
+
+
+def _chosen(case: contestants.Case) -> str:
+    rows = bench_attention.bench(case, "float32", 0.0, {}, ["forward"], others=False)
+    return str(rows[0]["backend"])
+
+
+def test_backends_of_other_devices_are_no_news() -> None:
+    on_cpu = measure.ours("cpu")
+    assert set(on_cpu) == {b.name for b in BACKENDS if "cpu" in b.capabilities.devices}
+    assert on_cpu["cpu"] is None
+
+
+def test_a_wrong_contestant_is_not_timed() -> None:
+    """R-12: one of ours ends the run, one of others is left out with the reason."""
+    case = contestants.Case.of(TINY, torch.float32, 2, 16)
+    right = contestants.our_backend(case, "auto")
+    wrong = contestants.Contestant(right.inputs, lambda q, k, v: right.attend(q, k, v) * 1.001, right.rows, right.grad)
+    assert not bench_attention.verify({"masked": contestants.masked(case), "packed": right}, case.layout, case.tensors)
+    with pytest.raises(AssertionError, match="packed: error"):
+        bench_attention.verify({"packed": wrong}, case.layout, case.tensors)
+    assert "is above the budget" in bench_attention.verify({"theirs": wrong}, case.layout, case.tensors)["theirs"]
+
+
+def test_a_row_says_who_and_what() -> None:
+    case = contestants.Case.of(TINY, torch.float32, 2, 16)
+    (row,) = bench_attention.bench(case, "float32", 0.0, {"gemm": 1.0, "flash": 1.0}, ["forward"], others=False)
+    assert row["backend"] in {b.name for b in BACKENDS}
+    assert row["ratio"].keys() >= {"packed", "pack+unpack", "masked again"}
+    assert row["rounds"] >= 5
+    assert bench_attention.useful_flops((3, 4)) == 4 * 8 * 64 * 25
+
+
+def _other(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return call() + 1
+
+
+def test_all_ways_to_pack_give_the_same_rows() -> None:
+    mask = TINY.key_padding_mask
+    x = torch.randn(*mask.shape, 4) * ~mask[..., None]
+    found = bench_layout.contests(mask, x)
+    for what, contest in found.items():
+        assert bench_layout.OURS[what] in contest
+        assert next(iter(contest)) == bench_layout.BASE[what]
+        bench_layout.verify(contest)
+        mutant = {**contest, "mutant": partial(_other, contest[bench_layout.BASE[what]])}
+        with pytest.raises(AssertionError, match="mutant gives other rows"):
+            bench_layout.verify(mutant)
+
+
+def test_layers_of_all_lengths_agree() -> None:
+    row = bench_length.bench(24, "float32", "cpu", 0.0)
+    assert row["milliseconds"].keys() == {"padded", "scores", "packed", "padded again"}
+    x, mask = bench_length.batch(24, torch.float32, "cpu")
+    with pytest.raises(AssertionError, match="mutant: error"):
+        bench_length.verify({"mutant": torch.zeros(int((~mask).sum()), bench_length.WIDTH)}, x, mask)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's here")
+def test_what_keeps_the_scores_stops_fitting() -> None:
+    """R-53: under one limit, in processes of their own."""
+    told = {}
+    for contestant in ("scores", "packed"):
+        command = [sys.executable, "-m", "benchmarks.bench_length", "--threads", "1", "--take", contestant, "2048", "float32", "0.1"]
+        told[contestant] = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    assert told["scores"] == "does not fit"
+    assert 0 < float(told["packed"]) < 100
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_cell_of_the_mini_test_has_a_kernel_or_a_reason() -> None:
+    inputs = bench_minitest.Inputs.of(torch.float32, "cpu", length=16, batch=3)
+    rows = list(bench_minitest.bench(inputs, "float32", "cpu", 5))
+    names = [*bench_minitest.makers("cpu")[0]]
+    assert {"nn.MultiheadAttention", "by hand over SDPA", "flash-attn's MHA", "ours"} <= set(names)
+    cells = {(row["row"], row["column"]): row for row in rows}
+    for name in names:
+        for column in bench_minitest.COLUMNS:
+            cell = cells[name, str(column)]
+            assert cell.get("absent") or (cell["kernel"] and cell["steps"] == 5 and cell["verified"] is not bool(column.dropout))
+    plain = cells["by hand over SDPA", "no option"]
+    assert plain["kernel"] == "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert plain["to_first_column"] == 1
+    assert cells["nn.MultiheadAttention", "mask"]["kernel"].startswith("explicit scores")
+    assert "| **ours** |" in sections.minitest_summary(rows)
+
+
+def test_the_mini_test_compares_before_it_times(monkeypatch: pytest.MonkeyPatch) -> None:  # R-12
+    right = bench_minitest._first
+    monkeypatch.setattr(bench_minitest, "_first", lambda found: right(found) * 1.01)
+    with pytest.raises(AssertionError, match="no option, output: error"):
+        bench_minitest.build(bench_minitest.Inputs.of(torch.float32, "cpu", length=9, batch=2), "cpu")
+
+
+# -------------------------------------------------------------------- results
+
+
+def attention_row(**changes: Any) -> dict[str, Any]:
+    row = {
+        "threads": 2, "dtype": "float32", "workload": "w1", "direction": "forward", "backend": "cpu",
+        "milliseconds": {"masked": 8.0, "packed": 2.0, "pack+unpack": 2.5},
+        "spread": {"masked": 0.01, "packed": 0.01, "pack+unpack": 0.01},
+        "ratio": {"packed": 4.0, "pack+unpack": 3.2, "masked again": 1.01, "slow": 0.1}, "ratio_dense": None, "goal": None, "rounds": 7,
+        "once": ["slow"], "absent": {"xformers": "is not installed"}, "foreign": 0.0, "attainable": {"gemm": 300.0, "flash": 200.0},
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def faster(row: dict[str, Any], factor: float) -> dict[str, Any]:
+    found = copy.deepcopy(row)
+    for name in ("packed", "pack+unpack"):
+        found["ratio"][name] *= factor
+    return found
+
+
+def test_a_fall_is_named() -> None:
+    verdicts = check.compare([attention_row()], [faster(attention_row(), 0.8)])
+    assert [v.fell for v in verdicts] == [True, True]
+    lines, status = check.told(verdicts, loose=False)
+    assert status == 1
+    assert lines[-1].startswith("2 of 2 ratios fell: float32 w1 forward, packed, cpu; ")
+    assert "4.00 committed, 3.20 now, 5% is noise: FELL" in lines[0]
+
+
+def test_noise_is_no_fall() -> None:
+    row = attention_row()
+    assert check.told(check.compare([row], [faster(row, 0.96)]), loose=False)[1] == 0
+    noisy = copy.deepcopy(row)
+    noisy["ratio"]["masked again"] = 0.85  # the same call against itself was 15 % off
+    assert check.told(check.compare([row], [faster(noisy, 0.87)]), loose=False)[1] == 0
+    assert check.told(check.compare([row], [faster(noisy, 0.5)]), loose=False)[1] == 1
+    spread = copy.deepcopy(row)
+    spread["spread"]["packed"] = spread["spread"]["pack+unpack"] = 0.2
+    assert check.told(check.compare([spread], [faster(row, 0.85)]), loose=False)[1] == 0
+
+
+def test_a_rise_is_no_fall() -> None:
+    assert check.told(check.compare([attention_row()], [faster(attention_row(), 3)]), loose=False)[1] == 0
+
+
+def test_another_machine_is_judged_loosely_and_said() -> None:
+    verdicts = check.compare([attention_row()], [faster(attention_row(), 0.6)], loose=True)
+    lines, status = check.told(verdicts, loose=True)
+    assert status == 0
+    assert "of another machine or torch" in "".join(lines)
+    assert check.told(check.compare([attention_row()], [faster(attention_row(), 0.4)], loose=True), loose=True)[1] == 1
+
+
+def test_disturbed_rows_are_not_judged() -> None:
+    verdicts = check.compare([attention_row()], [faster(attention_row(foreign=0.6), 0.1)])
+    assert not any(v.fell for v in verdicts)
+    assert "disturbed, not judged" in str(verdicts[0])
+
+
+def test_rows_are_compared_by_backend() -> None:
+    """A machine without a compiler runs another backend first: its ratio is compared with that one's, where it was measured."""
+    committed = attention_row(backend="cpu_native")
+    committed["ratio"]["packed, cpu"] = 3.0
+    (verdict,) = check.compare([committed], [faster(attention_row(), 0.75)])
+    assert (verdict.what, verdict.committed, verdict.found) == ("float32 w1 forward, packed, cpu", 3.0, 3.0)
+    lines, status = check.told(check.compare([attention_row(threads=1)], [attention_row()]), loose=False)
+    assert status == 0
+    assert lines[0].startswith("Nothing to compare")
+
+
+def test_kinds_of_machines() -> None:
+    here = measure.environment()
+    assert measure.same_setting(here, {**here, "threads": 1})
+    assert not measure.same_setting(here, {**here, "cpu": "another"})
+    assert not measure.same_setting(here, {**here, "gpu": "one"})
+
+
+def test_rows_that_were_not_measured_again_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    measure.save("some", [{"a": 1, "x": "old"}, {"a": 2, "x": "old"}], ("a",))
+    path = measure.save("some", [{"a": 2, "x": "new"}], ("a",))
+    assert [(row["a"], row["x"]) for row in json.loads(path.read_text())["rows"]] == [(1, "old"), (2, "new")]
+    monkeypatch.setattr(measure, "environment", lambda device: {"cpu": "another"})
+    measure.save("some", [{"a": 2, "x": "newer"}], ("a",))
+    assert [row["x"] for row in json.loads(path.read_text())["rows"]] == ["newer"]
+    assert measure.save("some", [], ("a",), "cuda").parent.name == "cuda"
+
+
+def test_tables_name_who_is_slow_absent_or_disturbed() -> None:
+    text = "\n".join(sections.contestants([attention_row(), attention_row(direction="forward+backward", foreign=0.5)]))
+    assert "| **ours, cpu** | 4.00 |" in text
+    assert "| slow | ~0.10 |" in text
+    assert "| **ours, cpu** | ?4.00 |" in text
+    assert "- xformers: is not installed" in text
+    assert not sections.contestants([{"ratio": {}}])
+
+
+def test_shares_of_the_roof() -> None:
+    """A quarter of a second for w5's work at 100 % of a roof of that rate."""
+    work = bench_attention.useful_flops(next(w for w in WORKLOADS if w.name == "w5").lengths)
+    row = attention_row(
+        workload="w5", milliseconds={"masked": 500.0, "packed": 250.0}, attainable={"gemm": work / 0.125e9, "flash": work / 0.25e9}
+    )
+    assert "| 50% | 100% | 25% | 50% |" in "\n".join(sections.roof([row]))
+
+
+def test_losses_are_said() -> None:
+    slow = attention_row(ratio={"packed": 0.8, "pack+unpack": 0.7, "masked again": 1.0})
+    route = {"threads": 2, "batch": 64, "padded_len": 64, "fill": 0.9, "direction": "forward", "ratio": 0.6, "foreign": 0.0}
+    cell = {"threads": 2, "dtype": "float32", "column": "mask", "foreign": 0.0}
+    mini = [{**cell, "row": "ours", "seconds": 2.0}, {**cell, "row": "by hand", "seconds": 1.0}]
+    said = sections.losses({"attention": {"rows": [slow]}, "route": {"rows": [route]}, "minitest": {"rows": mini}})
+    for part in ("w1 float32 forward (0.80)", "1 of 1 cases (at 64 columns, down to 0.60)", "the mini test, mask (0.50)"):
+        assert part in said
+    assert sections.losses({"attention": {"rows": [attention_row()]}}).startswith("No case measured")
+
+
+def test_words_for_kernels() -> None:
+    words = {
+        "aten::_scaled_dot_product_flash_attention_for_cpu": "flash",
+        "aten::_scaled_dot_product_attention_math": "scores",
+        "explicit scores, aten::_softmax": "scores",
+        "varlen_attn::cpu_native_forward: own kernel": "native",
+        "fmha_cutlassF_bf16_aligned_64x64_rf_sm80": "flash",
+        "aten::_native_multi_head_attention": "_native_multi_head_attention",
+    }
+    assert {kernel: sections.kernel_word(kernel) for kernel in words} == words
+
+
+def test_break_even() -> None:
+    assert plots.break_even([(0.5, 2.0), (0.9, 1.5)]) is None
+    assert plots.break_even([(0.5, 0.9), (0.9, 0.8)]) == 0
+    assert plots.break_even([(0.8, 1.2), (0.9, 0.8), (0.5, 2.0)]) == pytest.approx(0.85)
+    assert not plots.break_even([])
+
+
+def test_pictures_are_the_same_every_time(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    lengths_rows = [
+        {"threads": 2, "dtype": "float32", "length": s, "limit_gb": 8.0, "milliseconds": {"padded": s, "packed": s / 2},
+         "megabytes": {"scores": None, "padded": s / 10, "packed": s / 20}}
+        for s in (512, 1024)
+    ]  # fmt: skip
+    results = {"route": COMMITTED["route"], "length": {"rows": lengths_rows}}
+    assert plots.draw(results, tmp_path) == [plots.FILL, plots.LENGTH]
+    first = {name: (tmp_path / name).read_bytes() for name in (plots.FILL, plots.LENGTH)}
+    plots.draw(results, tmp_path)
+    assert first == {name: (tmp_path / name).read_bytes() for name in first}
+    assert all(len(drawn) < 100_000 for drawn in first.values())
+
+
+def test_every_script_says_what_it_does() -> None:
+    """``--help`` needs nothing that is optional."""
+    for path in sorted((ROOT / "benchmarks").glob("bench_*.py")):
+        done = subprocess.run(
+            [sys.executable, "-m", f"benchmarks.{path.stem}", "--help"], capture_output=True, text=True, check=False, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout) > 200
