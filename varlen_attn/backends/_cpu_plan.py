@@ -1,9 +1,8 @@
-"""How the CPU backend cuts a batch into kernel calls: groups of equal adjacent lengths, and tiles of rows and the keys they see."""
+"""How the CPU backend cuts a batch into kernel calls: groups of sequences, tiles of rows and the keys they see, and their tensors."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -12,21 +11,12 @@ from torch import Tensor
 
 from ..layout import SeqLayout
 from ..problem import Semantics
+from ._cpu_groups import Costs, Gather, Group, Run, Side, plan_for, runs
 from ._maths import alibi_bias, visible_mask
 from .base import wide_dtype
 
 _WINDOW_ROWS = 256  # query rows of one call under a window: enough to fill the kernel's blocks, few enough to skip keys
 _SCORES = 1 << 24  # score elements of one eager call: 64 MB in float32
-
-
-class Group(NamedTuple):
-    """``size`` adjacent sequences of equal lengths, by their first packed rows."""
-
-    q_start: int
-    k_start: int
-    size: int
-    len_q: int
-    len_k: int
 
 
 class Tile(NamedTuple):
@@ -36,27 +26,6 @@ class Tile(NamedTuple):
     r1: int
     k0: int
     k1: int
-
-
-def groups(cu_q: list[int], cu_k: list[int], single: bool) -> Iterator[Group]:
-    """Sequences without queries are left out; ``single`` keeps every sequence apart."""
-    run: Group | None = None
-    for (q0, q1), (k0, k1) in zip(itertools.pairwise(cu_q), itertools.pairwise(cu_k), strict=True):
-        len_q, len_k = q1 - q0, k1 - k0
-        if len_q == 0:
-            # Its keys, if any, lie between those of its neighbours: they must not share a call.
-            if len_k and run is not None:
-                yield run
-                run = None
-            continue
-        if run is not None and not single and (len_q, len_k) == (run.len_q, run.len_k):
-            run = run._replace(size=run.size + 1)
-            continue
-        if run is not None:
-            yield run
-        run = Group(q0, k0, 1, len_q, len_k)
-    if run is not None:
-        yield run
 
 
 def _tiles(group: Group, semantics: Semantics) -> Iterator[Tile]:
@@ -92,44 +61,68 @@ def _tile_mask(tile: Tile, group: Group, semantics: Semantics, slopes: Tensor | 
 
 
 class Call:
-    """What forward and backward share: groups, their tiles and their masks, and views of tensors by group."""
+    """What forward and backward share: groups, their tiles and masks, and the tensors of each group."""
 
-    def __init__(self, cu_q: Tensor, cu_k: Tensor, causal: str, window: list[int], slopes: Tensor | None, single: bool):
+    def __init__(
+        self, query: Tensor, key: Tensor, cu: tuple[Tensor, Tensor], causal: str, window: list[int], slopes: Tensor | None, single: bool
+    ):
         left, right = (None if side < 0 else side for side in window)
         sides = None if left is None and right is None else (left, right)
         self.semantics = Semantics(causal=causal or False, window=sides)  # type: ignore[arg-type]
         self.slopes = slopes
-        self.groups = [g for g in groups(cu_q.tolist(), cu_k.tolist(), single) if g.len_k]
+        offsets_q = tuple(cu[0].tolist())
+        offsets_k = offsets_q if cu[1] is cu[0] else tuple(cu[1].tolist())
+        # Under a causal mask nobody sees the padding of equally many queries and keys. Other masks know no padding.
+        unmasked = sides is None and slopes is None
+        near = unmasked and (not causal or offsets_q == offsets_k)
+        how = "single" if single else "near" if near else "equal"
+        self.plan = plan_for(offsets_q, offsets_k, (query.shape[0], key.shape[0]), how, Costs.of(query, torch.get_num_threads()))
+        self.groups = self.plan.groups
+        self.is_plain = near or (unmasked and all(g.len_q == g.len_k for g in self.groups))
 
     @cached_property
     def tiles(self) -> list[list[Tile]]:
         """Of each group; the usual case needs none."""
         return [list(_tiles(g, self.semantics)) for g in self.groups]
 
-    def covers(self, rows_q: int, rows_k: int) -> tuple[bool, bool]:
+    @property
+    def is_whole(self) -> bool:
+        """One group, a view of all rows: results of the kernel are results of the call."""
+        return len(self.groups) == 1 and self.groups[0].queries is None and self.plan.covers_q and self.plan.covers_k
+
+    def covers(self) -> tuple[bool, bool]:
         """Whether every query row, and every key row exactly once, is part of a tile: then nothing needs to be zeroed first."""
-        seen_q = sum(g.size * (t.r1 - t.r0) for g, tiles in zip(self.groups, self.tiles, strict=True) for t in tiles)
-        whole = all(
-            len(tiles) == 1 and (tiles[0].k0, tiles[0].k1) == (0, g.len_k) for g, tiles in zip(self.groups, self.tiles, strict=True)
-        )
-        return seen_q == rows_q, whole and sum(g.size * g.len_k for g in self.groups) == rows_k
+        if self.is_plain:
+            return self.plan.covers_q, self.plan.covers_k
+        each = [(group, tile) for group, tiles in zip(self.groups, self.tiles, strict=True) for tile in tiles]
+        rows = all(sum(t.r1 - t.r0 for t in tiles) == g.len_q for g, tiles in zip(self.groups, self.tiles, strict=True))
+        whole = len(each) == len(self.groups) and all((tile.k0, tile.k1) == (0, group.len_k) for group, tile in each)
+        return self.plan.covers_q and rows, self.plan.covers_k and whole
 
-    def is_plain(self, rows_q: int, rows_k: int) -> bool:
-        """Whether every group is one kernel call on all its rows and keys, without a mask."""
-        if not self.groups or self.semantics.window is not None or self.slopes is not None:
-            return False
-        square = not self.semantics.causal or all(g.len_q == g.len_k for g in self.groups)
-        return square and rows_q == sum(g.size * g.len_q for g in self.groups) and rows_k == sum(g.size * g.len_k for g in self.groups)
+    def queries(self, *tensors: Tensor, zeroed: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+        """For each group the ``(size, heads, len_q, dim)`` blocks of packed ``(T, heads, dim)`` tensors: views, or gathered into memory
+        that serves the next wave too. The padding of tensor number ``zeroed`` is 0."""
+        return _blocks(tensors, [(g.q_start, g.size, g.len_q) for g in self.groups], self.plan.waves_q, zeroed)
 
-    def queries(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-        """For each group the ``(size, heads, len_q, dim)`` views of packed ``(T, heads, dim)`` tensors, without copies."""
-        spans = [(g.q_start, g.size, g.len_q) for g in self.groups]
-        return list(zip(*(blocks(x, spans) for x in tensors), strict=True))
-
-    def keys(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    def keys(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The same of ``(Tk, heads, dim)`` tensors."""
-        spans = [(g.k_start, g.size, g.len_k) for g in self.groups]
-        return list(zip(*(blocks(x, spans) for x in tensors), strict=True))
+        return _blocks(tensors, [(g.k_start, g.size, g.len_k) for g in self.groups], self.plan.waves_k)
+
+    def query_target(self, x: Tensor) -> Target:
+        return Target(x, [((g.q_start, g.size, g.len_q), g.queries) for g in self.groups], self.plan.lengths_q)
+
+    def key_target(self, x: Tensor) -> Target:
+        return Target(x, [((g.k_start, g.size, g.len_k), g.keys) for g in self.groups], self.plan.lengths_k)
+
+    def lse(self, parts: list[Tensor], like: Tensor) -> Tensor:
+        """``(N, T)`` from ``(size, N, len_q)`` of each group, over memory in the kernel's own order, ``(T, N)``; -inf without a group."""
+        flat = [part.transpose(1, 2).flatten(0, 1) for part in parts]
+        if self.plan.order is not None:
+            flat.append(like.new_full((1, like.shape[1]), float("-inf"), dtype=wide_dtype(like.dtype)))
+            return torch.cat(flat).index_select(0, self.plan.order).t()
+        if len(flat) == 1:
+            return flat[0].contiguous().t()
+        return torch.cat(flat).t() if flat else like.new_empty(like.shape[:2], dtype=wide_dtype(like.dtype)).t()
 
     def masked_tiles(self, index: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
         """Rows, keys, whether causal, and the mask of each kernel call of a group."""
@@ -138,7 +131,57 @@ class Call:
             yield slice(tile.r0, tile.r1), slice(tile.k0, tile.k1), *_tile_mask(tile, group, self.semantics, self.slopes, dtype)
 
 
-def blocks(x: Tensor, spans: list[tuple[int, int, int]]) -> list[Tensor]:
+Span = tuple[int, int, int]  # first row, size and length of a group
+
+
+def _blocks(
+    tensors: Sequence[Tensor], spans: Sequence[Span], waves: Sequence[Gather], zeroed: int | None = None
+) -> Iterator[tuple[Tensor, ...]]:
+    num_views = len(spans) - sum(len(wave.sizes) for wave in waves)
+    yield from zip(*(blocks(x, spans[:num_views]) for x in tensors), strict=True)
+    most = max((len(wave.rows) for wave in waves), default=0)
+    buffers = [x.new_empty(most, *x.shape[1:]) for x in tensors if waves]
+    shapes = iter(spans[num_views:])
+    for wave in waves:
+        rows = [torch.index_select(x, 0, wave.rows, out=y[: len(wave.rows)]) for x, y in zip(tensors, buffers, strict=True)]
+        if zeroed is not None and len(wave.padding):
+            rows[zeroed].index_fill_(0, wave.padding, 0.0)
+        for parts in zip(*(x.split(wave.sizes) for x in rows), strict=True):
+            _, size, length = next(shapes)
+            yield tuple(x.view(size, length, *x.shape[1:]).transpose(1, 2) for x in parts)
+
+
+class Target:
+    """A packed ``(T, heads, dim)`` tensor that results of groups are written to."""
+
+    def __init__(self, x: Tensor, places: Sequence[tuple[Span, Side | None]], lengths: list[int]):
+        self.places = places
+        self.views = blocks(x, [span for span, side in places if side is None])
+        self.rows = x[: sum(lengths)].split(lengths) if len(self.views) < len(places) else ()
+        self.like = x
+
+    def block(self, index: int) -> Tensor:
+        """``(size, heads, length, dim)`` to write into piece by piece: the rows themselves, or zeros that `put` brings there."""
+        if index < len(self.views):
+            return self.views[index]
+        _, size, length = self.places[index][0]
+        return self.like.new_zeros(size, length, *self.like.shape[1:]).transpose(1, 2)
+
+    def put(self, index: int, block: Tensor) -> None:
+        """Write a whole block, without its padding."""
+        if index < len(self.views):
+            if block is not self.views[index]:
+                self.views[index].copy_(block)
+            return
+        side = self.places[index][1]
+        assert side is not None
+        parts = block.transpose(1, 2).flatten(0, 1).split(side.cuts)
+        if side.padded:
+            parts = parts[::2]
+        torch._foreach_copy_([self.rows[i] for i in side.sequences], parts)
+
+
+def blocks(x: Tensor, spans: Sequence[Span]) -> list[Tensor]:
     """``(size, heads, length, dim)`` views at ``(start, size, length)``. One split for all, because a slice of its own for each short
     sequence takes as long as its attention."""
     sizes = [size * length for _, size, length in spans]
@@ -155,15 +198,10 @@ def blocks(x: Tensor, spans: list[tuple[int, int, int]]) -> list[Tensor]:
     return views
 
 
-def chunks(layout_q: SeqLayout, layout_kv: SeqLayout, single: bool, num_heads: int) -> Iterator[Group]:
-    """Groups, cut so that the scores of one fit into memory."""
-    for group in groups(layout_q.cu_seqlens.tolist(), layout_kv.cu_seqlens.tolist(), single):
-        step = max(1, _SCORES // max(1, num_heads * group.len_q * group.len_k))
-        for first in range(0, group.size, step):
-            yield Group(
-                group.q_start + first * group.len_q,
-                group.k_start + first * group.len_k,
-                min(step, group.size - first),
-                group.len_q,
-                group.len_k,
-            )
+def chunks(layout_q: SeqLayout, layout_kv: SeqLayout, single: bool, num_heads: int) -> Iterator[Run]:
+    """Runs of equal adjacent lengths, cut so that the scores of one fit into memory."""
+    for run in runs(layout_q.cu_seqlens.tolist(), layout_kv.cu_seqlens.tolist(), single):
+        step = max(1, _SCORES // max(1, num_heads * run.len_q * run.len_k))
+        for first in range(0, run.size, step):
+            q_start, k_start = run.q_start + first * run.len_q, run.k_start + first * run.len_k
+            yield Run(q_start, k_start, min(step, run.size - first), run.len_q, run.len_k, run.first + first)

@@ -1,8 +1,9 @@
 """Packed sequences on ATen's CPU flash kernel, with a hand-written backward. The backend that every machine has.
 
-Equal adjacent lengths share one kernel call, without a mask and without a copy; no padding at all is one dense call. Causal masks
-and windows are cut to the rows and keys that see each other, so a window costs its width and not the length. What the kernel has no
-argument for (softcap, dropout, sinks, score bias) is exact eager maths, a group of sequences at a time.
+Equal lengths share one kernel call: without a copy where they are adjacent, gathered where they are not and short; near-equal short
+ones too, padded. No padding at all is one dense call. Causal masks and windows are cut to the rows and keys that see each other, so a
+window costs its width and not the length. What the kernel has no argument for (softcap, dropout, sinks, score bias) is exact eager
+maths, a group of sequences at a time.
 
 The kernel is private to torch (`aten::_scaled_dot_product_flash_attention_for_cpu`); known of it: empty sequences kill the
 process with SIGFPE; its log-sum-exp of a row without keys is 0; it has no dropout and needs Hv == H; its half-precision backward
@@ -20,7 +21,7 @@ from torch import Tensor
 from .._gather import is_transformed
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics
-from ._cpu_plan import Call, blocks, chunks
+from ._cpu_plan import Call, Target, blocks, chunks
 from ._flops import register_flops
 from ._maths import attend, needs_maths
 from .base import FLOATS, HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, observe, pad_head_dim, wide_dtype
@@ -46,11 +47,6 @@ def _own_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-def _empty_lse(query: Tensor) -> Tensor:
-    """``(N, T)`` over memory in the kernel's own order, ``(T, N)``: short rows are copied several times faster so."""
-    return query.new_empty(query.shape[:2], dtype=wide_dtype(query.dtype)).t()
-
-
 @_own_op("cpu_forward")
 def _forward(
     query: Tensor,
@@ -66,35 +62,39 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """``(T,N,H), (Tk,K,H), (Tk,K,H) -> (T,N,H)``, lse ``(N,T)``. Rows that see no key: 0 and -inf."""
     observe("cpu", query.shape[0])
-    call = Call(cu_q, cu_k, causal, window, slopes, single)
-    if call.is_plain(query.shape[0], key.shape[0]):
+    call = Call(query, key, (cu_q, cu_k), causal, window, slopes, single)
+    if call.is_plain:
         return _plain_forward(call, query, key, value, scale)
-    covered, _ = call.covers(query.shape[0], key.shape[0])
-    lse = _empty_lse(query).fill_(float("-inf"))
-    out = query.new_empty(query.shape) if covered else query.new_zeros(query.shape)
-    calls = zip(call.queries(query, out, lse.transpose(0, 1)[..., None]), call.keys(key, value), strict=True)
-    for index, ((q, o, logs), (k, v)) in enumerate(calls):
+    out = (query.new_empty if call.covers()[0] else query.new_zeros)(query.shape)
+    target, lses = call.query_target(out), []
+    for index, ((q,), (k, v)) in enumerate(zip(call.queries(query), call.keys(key, value), strict=True)):
+        o = target.block(index)
+        lse = query.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=wide_dtype(query.dtype)).transpose(1, 2)
         for rows, seen, is_causal, mask in call.masked_tiles(index, query.dtype):
             result, result_lse = _flash(q[:, :, rows], k[:, :, seen], v[:, :, seen], 0.0, is_causal, attn_mask=mask, scale=scale)
             o[:, :, rows].copy_(result)
-            logs[:, :, rows, 0].copy_(result_lse)
-    return out, lse
+            lse[:, :, rows].copy_(result_lse)
+        target.put(index, o)
+        lses.append(lse)
+    return out, call.lse(lses, query)
 
 
 def _plain_forward(call: Call, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The usual case in as few steps as can be: on short sequences each costs as much as a part of their attention."""
     causal = bool(call.semantics.causal)
-    if len(call.groups) == 1:  # the kernel's own output is the result, without a copy
-        (q,), (k, v) = call.queries(query)[0], call.keys(key, value)[0]
-        result, result_lse = _flash(q, k, v, 0.0, causal, scale=scale)
-        return result.transpose(1, 2).reshape(query.shape).contiguous(), result_lse.transpose(1, 2).flatten(0, 1).contiguous().t()
-    out = query.new_empty(query.shape)
-    lse = _empty_lse(query)
-    for (q, o, logs), (k, v) in zip(call.queries(query, out, lse.transpose(0, 1)[..., None]), call.keys(key, value), strict=True):
-        result, result_lse = _flash(q, k, v, 0.0, causal, scale=scale)
-        o.copy_(result)
-        logs.copy_(result_lse[..., None])
-    return out, lse
+    pairs = zip(call.groups, call.queries(query), call.keys(key, value), strict=True)
+    if call.is_whole:  # the kernel's own output is the result, without a copy
+        ((_, (q,), (k, v)),) = pairs
+        result, lse = _flash(q, k, v, 0.0, causal, scale=scale)
+        return result.transpose(1, 2).reshape(query.shape).contiguous(), call.lse([lse], query)
+    out = (query.new_empty if call.plan.covers_q else query.new_zeros)(query.shape)
+    target, lses = call.query_target(out), []
+    for index, (group, (q,), (k, v)) in enumerate(pairs):
+        mask = None if causal else group.key_mask(query.dtype)
+        result, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        target.put(index, result)
+        lses.append(lse)
+    return out, call.lse(lses, query)
 
 
 @torch.library.register_fake("varlen_attn::cpu_forward")  # type: ignore[untyped-decorator]
@@ -102,7 +102,7 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float, causal: str, window: list[int],
     slopes: Tensor | None, single: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return query.new_empty(query.shape), _empty_lse(query)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=wide_dtype(query.dtype)).t()
 
 
 @_own_op("cpu_backward")
@@ -122,43 +122,56 @@ def _backward(
     single: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; exactly 0 where nothing is seen."""
-    call = Call(cu_q, cu_k, causal, window, slopes, single)
-    if call.is_plain(query.shape[0], key.shape[0]):
+    call = Call(query, key, (cu_q, cu_k), causal, window, slopes, single)
+    if call.is_plain:
         return _plain_backward(call, grad, query, key, value, out, lse, scale)
     half = query.dtype in HALF
     # Under a window a key's gradient is a sum over tiles: half precision would round at every one.
     kv_dtype = torch.float32 if half and call.semantics.window is not None else key.dtype
-    covered_q, covered_k = call.covers(query.shape[0], key.shape[0])
+    covered_q, covered_k = call.covers()
     dq = query.new_empty(query.shape) if covered_q else query.new_zeros(query.shape)
     dk, dv = ((x.new_empty if covered_k else x.new_zeros)(x.shape, dtype=kv_dtype) for x in (key, value))
-    blocks_q = call.queries(query, grad, out, dq, lse.transpose(0, 1)[..., None])
-    for index, (block_q, block_k) in enumerate(zip(blocks_q, call.keys(key, value, dk, dv), strict=True)):
+    targets = call.query_target(dq), call.key_target(dk), call.key_target(dv)
+    blocks_q = call.queries(query, grad, out, lse.t()[..., None])
+    for index, (block_q, block_k) in enumerate(zip(blocks_q, call.keys(key, value), strict=True)):
         wide = half and (call.groups[index].len_q < _WIDE_BACKWARD_BELOW or kv_dtype == torch.float32)
+        to_q, *to_kv = (target.block(index) for target in targets)
         for rows, seen, is_causal, mask in call.masked_tiles(index, query.dtype):
-            q, g, o, to_q, logs = (x[:, :, rows] for x in block_q)
-            k, v, to_k, to_v = (x[:, :, seen] for x in block_k)
+            q, g, o, logs = (x[:, :, rows] for x in block_q)
+            k, v = (x[:, :, seen] for x in block_k)
             if wide:
                 q, g, o, k, v = (x.float() for x in (q, g, o, k, v))
             parts = _flash_backward(g, q, k, v, o, logs[..., 0], 0.0, is_causal, attn_mask=mask, scale=scale)
-            to_q.copy_(parts[0])
-            for total, part in ((to_k, parts[1]), (to_v, parts[2])):
-                total.copy_(part) if covered_k else total.add_(part)
+            to_q[:, :, rows].copy_(parts[0])
+            for to, part in zip(to_kv, parts[1:], strict=True):
+                to[:, :, seen].copy_(part) if covered_k else to[:, :, seen].add_(part)
+        for target, block in zip(targets, (to_q, *to_kv), strict=True):
+            target.put(index, block)
     return dq, dk.to(key.dtype), dv.to(value.dtype)
 
 
 def _plain_backward(
     call: Call, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    causal, half = bool(call.semantics.causal), query.dtype in HALF
-    grads = dq, dk, dv = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-    blocks_q = call.queries(query, grad, out, lse.transpose(0, 1)[..., None], dq)
-    for (q, g, o, logs, *to_q), (k, v, *to_kv) in zip(blocks_q, call.keys(key, value, dk, dv), strict=True):
-        if half and q.shape[2] < _WIDE_BACKWARD_BELOW:
+    causal, inputs = bool(call.semantics.causal), (query, key, value)
+    grads: list[Tensor] = []
+    targets: list[Target] = []
+    if not call.is_whole:
+        covered = call.plan.covers_q, call.plan.covers_k, call.plan.covers_k
+        grads = [(x.new_empty if c else x.new_zeros)(x.shape) for x, c in zip(inputs, covered, strict=True)]
+        targets = [call.query_target(grads[0]), call.key_target(grads[1]), call.key_target(grads[2])]
+    # At padding, which repeats a token, the gradient of the output is 0: it must not add to its keys' gradients.
+    blocks_q = call.queries(query, grad, out, lse.t()[..., None], zeroed=1)
+    for index, (group, (q, g, o, logs), (k, v)) in enumerate(zip(call.groups, blocks_q, call.keys(key, value), strict=True)):
+        mask = None if causal else group.key_mask(query.dtype)
+        if query.dtype in HALF and group.len_q < _WIDE_BACKWARD_BELOW:
             q, g, o, k, v = (x.float() for x in (q, g, o, k, v))
-        parts = _flash_backward(g, q, k, v, o, logs.squeeze(-1), 0.0, causal, scale=scale)
-        for to, part in zip((*to_q, *to_kv), parts, strict=True):
-            to.copy_(part)
-    return grads
+        parts = _flash_backward(g, q, k, v, o, logs.squeeze(-1), 0.0, causal, attn_mask=mask, scale=scale)
+        if call.is_whole:
+            grads = [part.transpose(1, 2).reshape(x.shape).to(x.dtype).contiguous() for part, x in zip(parts, inputs, strict=True)]
+        for target, part in zip(targets, parts, strict=False):
+            target.put(index, part)
+    return grads[0], grads[1], grads[2]
 
 
 @torch.library.register_fake("varlen_attn::cpu_backward")  # type: ignore[untyped-decorator]
