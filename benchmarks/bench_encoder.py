@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from varlen_attn import VarlenMultiheadAttention, VarlenTransformerEncoder
 from varlen_attn.testing import assert_within_budget
 
-from .measure import interleave, peak_extra, ratio, save
+from .measure import DTYPES, add_machine, interleave, peak_extra, ratio, save, use_machine
 from .workloads import WORKLOADS, Workload
 
 LAYERS, WIDTH, HEADS, FEED_FORWARD = 6, 512, 8, 2048
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DIRECTIONS = ("eval", "training")
 TRAINED = ("w1", "w3", "w5", "w6")  # by default: a row of w2 or w4 takes minutes in training, and says what w1 says
 OFF, ON, OURS, AGAIN = "fast path off", "as torch comes", "ours", "fast path off again"
@@ -60,13 +59,14 @@ class Batch(NamedTuple):
     grad: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor, dtype: torch.dtype) -> Batch:
+    def of(cls, mask: Tensor, dtype: torch.dtype, device: str = "cpu") -> Batch:
         generator = torch.Generator().manual_seed(1)
-        x, grad = (torch.randn(*mask.shape, WIDTH, generator=generator).to(dtype) for _ in range(2))
+        x, grad = (torch.randn(*mask.shape, WIDTH, generator=generator).to(device, dtype) for _ in range(2))
+        mask = mask.to(device)
         return cls(x.requires_grad_(), mask, grad.masked_fill_(mask[..., None], 0))
 
 
-def encoders(dtype: torch.dtype) -> tuple[nn.TransformerEncoder, VarlenTransformerEncoder]:
+def encoders(dtype: torch.dtype, device: str = "cpu") -> tuple[nn.TransformerEncoder, VarlenTransformerEncoder]:
     """torch's and ours, with the same weights."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, FEED_FORWARD, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
@@ -77,7 +77,7 @@ def encoders(dtype: torch.dtype) -> tuple[nn.TransformerEncoder, VarlenTransform
         for weight in theirs.parameters():  # layers start as copies, with biases of 0: mistakes could hide
             weight.add_(torch.randn_like(weight), alpha=0.02)
     ours.load_state_dict(theirs.state_dict())
-    return theirs.to(dtype), ours.to(dtype)
+    return theirs.to(device, dtype), ours.to(device, dtype)
 
 
 def step(model: nn.Module, batch: Batch, *, fast_path: bool, training: bool) -> Tensor:
@@ -155,18 +155,18 @@ def verify(
 # -------------------------------------------------------------------- timed
 
 
-def bench(workload: Workload, dtype: str, directions: list[str], budget: float) -> Iterator[dict[str, Any]]:
+def bench(workload: Workload, dtype: str, directions: list[str], budget: float, device: str = "cpu") -> Iterator[dict[str, Any]]:
     """One row for each direction, as soon as it is there."""
-    batch = Batch.of(workload.key_padding_mask, DTYPES[dtype])
-    theirs, ours = encoders(DTYPES[dtype])
+    batch = Batch.of(workload.key_padding_mask, DTYPES[dtype], device)
+    theirs, ours = encoders(DTYPES[dtype], device)
     truth = reference(theirs, batch, training="training" in directions)  # without dropout, evaluation has the same outputs
     for direction in directions:
         training = direction == "training"
         calls = contestants(theirs.train(training), ours.train(training), training)
         errors = verify(calls, truth, batch, training)
         timed: dict[str, Callable[[], object]] = {name: partial(call, batch) for name, (_, call) in calls.items()}
-        timings = interleave({**timed, AGAIN: timed[OFF]}, warm_up=0, least=0, budget=budget)
-        judged = torch.get_num_threads() == 2
+        timings = interleave({**timed, AGAIN: timed[OFF]}, warm_up=0, least=0, budget=budget, device=device)
+        judged = torch.get_num_threads() == 2 and device == "cpu"
         yield {
             "threads": torch.get_num_threads(),
             "dtype": dtype,
@@ -245,8 +245,8 @@ def _times(options: argparse.Namespace) -> None:
     for dtype in options.dtype:
         for workload in WORKLOADS:
             directions = [d for d in options.direction if workload.name in names[d]]
-            for row in bench(workload, dtype, directions, options.budget) if directions else ():
-                save("encoder", [row], ("threads", "dtype", "workload", "direction"))
+            for row in bench(workload, dtype, directions, options.budget, options.device) if directions else ():
+                save("encoder", [row], ("threads", "dtype", "workload", "direction"), options.device)
                 shown = (row["milliseconds"], "ratios", row["ratio"], "others", row["foreign"], "rounds", row["rounds"])
                 print(f"{dtype:9} {workload.name} {row['direction']:9}", *shown, flush=True)
     print("written: benchmarks/results/encoder.json")
@@ -269,11 +269,12 @@ def main() -> None:
     parser.add_argument("--workload", nargs="+", choices=names, help=f"all in evaluation, {', '.join(TRAINED)} in training, unless named")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
-    parser.add_argument("--threads", type=int, default=2, help="1 is timed by CPU time, more by the wall clock")
-    parser.add_argument("--budget", type=float, default=30.0, help="seconds for one row; never fewer than 5 rounds")
+    add_machine(parser, budget=30.0)
     parser.add_argument("--take", nargs=4, help=argparse.SUPPRESS)  # one contestant of the memory table, in a process of its own
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    use_machine(options.device, options.threads)
+    if options.device == "cuda":
+        options.part = ["times"]  # memory of a GPU is in bench_length
     if options.take:
         print(take_memory(*options.take))
         return
