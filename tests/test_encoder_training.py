@@ -233,7 +233,7 @@ def test_attention_masks_while_tracing(mask: Tensor) -> None:
     with record() as log:
         hinted = compiled(x, mask, padding, is_causal=True)
     torch.testing.assert_close(hinted, model(x, CAUSAL, padding))
-    assert [c.backend for c in log.calls] == ["cpu"]
+    assert [c.backend for c in log.calls] in (["cpu"], ["cpu_native"])
 
 
 @dynamo_warns

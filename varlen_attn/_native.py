@@ -29,7 +29,7 @@ from .errors import VarlenError
 __all__ = ["Arguments", "Library", "build", "library", "why_not"]
 
 _SOURCES = Path(__file__).parent / "csrc"
-_OFF = "VARLEN_ATTN_NATIVE"  # 0: leave the kernel out, as if it had not been built
+_VARIABLE = "VARLEN_ATTN_NATIVE"  # 0: leave the kernel out, as if it had not been built; else the folder where it lies
 _COMPILER_FLAGS = (
     "-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
 )  # fmt: skip
@@ -111,8 +111,8 @@ def library() -> Library:
 
 def why_not() -> str | None:
     """A sentence without its subject if the kernel can not be used in this process, else None. Loads it the first time."""
-    if os.environ.get(_OFF, "") == "0":
-        return f"is left out: {_OFF}=0 is set"
+    if os.environ.get(_VARIABLE) == "0":
+        return f"is left out: {_VARIABLE}=0 is set"
     name = _name()
     if name not in _found:
         _found[name] = _load(name)
@@ -158,7 +158,10 @@ _hashes: dict[str, str] = {}
 
 
 def _folders() -> Iterator[Path]:
-    """Where a build may lie: with its virtual environment, whose torch it is for, or in the user's cache."""
+    """Where a build may lie: where the user says, with its virtual environment, whose torch it is for, or in the user's cache."""
+    if os.environ.get(_VARIABLE, "0") != "0":
+        yield Path(os.environ[_VARIABLE])
+        return
     if sys.prefix != sys.base_prefix:
         yield Path(sys.prefix) / "share" / "varlen_attn"
     yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "varlen_attn"
@@ -172,7 +175,7 @@ def build(*, sanitize: str | None = None, folder: Path | None = None) -> Path:
 
     Args:
         sanitize: as of ``-fsanitize``, for tests: ``"address,undefined"``.
-        folder: where to put it; with the virtual environment, else in the user's cache.
+        folder: where to put it, unless with the virtual environment, else in the user's cache.
 
     Raises:
         VarlenError: not Linux, no compiler, or one that fails; the message says what and keeps its output.
@@ -211,7 +214,8 @@ def _compiler() -> list[str]:
 
 def _compile(compiler: list[str], scratch: Path, sanitize: str | None) -> Path:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    flags = [*_COMPILER_FLAGS, *([f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer"] if sanitize else [])]
+    checks = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-g"] if sanitize else []
+    flags = [*_COMPILER_FLAGS, *checks]
     levels = _LEVELS if x86 else {"baseline": ()}
     jobs = [
         [*compiler, *flags, *extra, f"-DVARLEN_LEVEL={name}", "-c", str(_SOURCES / "kernel.cpp"), "-o", str(scratch / f"{name}.o")]
@@ -224,9 +228,8 @@ def _compile(compiler: list[str], scratch: Path, sanitize: str | None) -> Path:
     # torch's own OpenMP, where it brings one: a second in one process would have threads of its own.
     openmp = sorted(str(file) for file in libraries.glob("libgomp*.so*")) or ["-fopenmp"]
     objects = [job[-1] for job in jobs]
-    linker = [*compiler, "-shared", *flags[-3:]] if sanitize else [*compiler, "-shared"]
     target = scratch / "native.so"
-    _call([*linker, *objects, f"-L{libraries}", "-ltorch_cpu", *openmp, f"-Wl,-rpath,{libraries}", "-o", str(target)])
+    _call([*compiler, "-shared", *checks, *objects, f"-L{libraries}", "-ltorch_cpu", *openmp, f"-Wl,-rpath,{libraries}", "-o", str(target)])
     return target
 
 

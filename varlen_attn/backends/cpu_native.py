@@ -142,8 +142,9 @@ class _Call:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """A head's numbers must be adjacent; rows and heads may stand anywhere."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """A head's numbers must be adjacent; rows and heads may stand anywhere, but pairs of bfloat16 are moved as 32 bits."""
+    even = x.dtype != torch.bfloat16 or (x.stride(0) | x.stride(1) | x.data_ptr() >> 1) % 2 == 0
+    return x if x.stride(-1) == 1 and even else x.clone(memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -155,9 +156,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    sinks = ctx.saved_tensors[8]
-    *grads, dsinks = _backward(grad, *ctx.saved_tensors, *ctx.options)
-    return (*grads, None, None, None, None if sinks is None else dsinks.sum(0), *[None] * 6)
+    saved = ctx.saved_tensors  # read once: under checkpointing a second time is an error
+    *grads, dsinks = _backward(grad, *saved, *ctx.options)
+    has_sinks = saved[8] is not None
+    return (*grads, None, None, None, dsinks.sum(0) if has_sinks else None, *[None] * 6)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:

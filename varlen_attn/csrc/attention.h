@@ -15,7 +15,7 @@ constexpr int64_t kUnlimited = int64_t{1} << 40;  // a window side that cuts not
 
 // One call, forward or backward. Mirrored field by field by a ctypes.Structure; every field is 8 bytes wide.
 // Rows of packed tensors are `*_row` elements apart, heads `*_head`; a head's numbers are adjacent. Heads are padded by the caller
-// to a multiple of 16. `out`, gradients that are written and `lse` are contiguous.
+// to a multiple of 16; of bfloat16, strides and addresses are multiples of two numbers. `out`, gradients that are written and `lse` are contiguous.
 struct Args {
   const void *q, *k, *v;
   void* out;        // (rows_q, heads, value_dim); read in backward

@@ -25,6 +25,9 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "attention.h"
 
@@ -38,6 +41,12 @@ constexpr float kPlusInf = std::numeric_limits<float>::infinity();
 // Backward: kKeysBack keys meet kRowsBack queries.
 constexpr int64_t kRows = 64, kKeys = 256, kChunk = 512;
 constexpr int64_t kKeysBack = 64, kRowsBack = 256;
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kGap = 64;
+#else
+constexpr size_t kGap = 0;
+#endif
 
 // Scheduling. A sequence with at most kSmall pairs of query and key may take several heads in one task.
 constexpr int64_t kTasksPerThread = 8, kSmall = 160 * 160;
@@ -314,11 +323,13 @@ class Scratch {
  public:
   template <class T>
   T* take(int64_t count) {
-    const size_t start = used_;
-    used_ += round_up(std::max<int64_t>(count, 1) * sizeof(T), 64);
+    const size_t start = used_, end = start + std::max<int64_t>(count, 1) * sizeof(T);
+    used_ = round_up(end, 64) + kGap;
+#if defined(__SANITIZE_ADDRESS__)
+    if (base_) __asan_poison_memory_region(base_ + end, used_ - end);  // or it could not see one part run into the next
+#endif
     return reinterpret_cast<T*>(base_ + start);  // before `allocate`: only counted
   }
-  size_t used() const { return used_; }
   void allocate() {
     memory_.reset(static_cast<char*>(std::aligned_alloc(64, round_up(used_ + 64, 64))));
     if (!memory_) throw std::bad_alloc();
@@ -834,11 +845,7 @@ void backward_as(const Args& a, const Gemm& gemm, const Products& products) {
 }
 
 
-bool in_bf16(const Args& a, const Gemm& gemm) {
-  // Pairs of bfloat16 are moved as 32 bits.
-  const bool even = (a.q_row | a.q_head | a.k_row | a.k_head | a.v_row | a.v_head | a.grad_row | a.grad_head) % 2 == 0;
-  return gemm.bf16 && !a.portable && even;
-}
+bool in_bf16(const Args& a, const Gemm& gemm) { return gemm.bf16 && !a.portable; }
 
 Products products_of(const Args& a, const Gemm& given) { return {given.f32 && !a.portable ? given.f32 : gemm, given.bf16}; }
 

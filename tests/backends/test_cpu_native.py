@@ -1,0 +1,307 @@
+"""What is particular to the compiled kernel; the conformance suite holds it to the reference like every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from varlen_attn import SeqLayout, _native, explain, padded_attention, record, varlen_attention
+from varlen_attn.testing import assert_within_budget, reference_attention
+from varlen_attn.testing.strategies import AttentionCase, attention_cases
+
+pytestmark = pytest.mark.native
+
+LENGTHS = [3, 0, 300, 17, 64, 1, 600]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    dict(causal=True),
+    dict(window=(100, 30)),
+    dict(softcap=2.0),
+    dict(alibi_slopes=torch.tensor([0.5, 0.1])),
+    dict(sinks=torch.tensor([1.0, -2.0])),
+]
+each_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: next(iter(o), "plain"))
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def tensors(total: int, dtype: torch.dtype = torch.float32, heads: int = 2, dim: int = 32, seed: int = 0) -> list[Tensor]:
+    """Query, key, value and the gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    *qkv, grad = (torch.randn(total, heads, dim, generator=generator).to(dtype) for _ in range(4))
+    return [*(x.requires_grad_() for x in qkv), grad]
+
+
+def run(qkvg: list[Tensor], layout: SeqLayout, **options: Any) -> list[Tensor]:
+    *qkv, grad = qkvg
+    out = varlen_attention(*qkv, layout, backend="cpu_native", **options)
+    return [out.detach(), *torch.autograd.grad(out, qkv, grad)]
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set that this CPU has, with the kernel's own matrix products."""
+    wanted, best = (list(_native._LEVELS).index(name) for name in (request.param, _native.library().level))
+    if wanted > best:
+        pytest.skip(f"this CPU has no {request.param}")
+    force(monkeypatch, wanted)
+    return str(request.param)
+
+
+def force(monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+    for name in ("forward", "backward"):
+        inner = getattr(_native.Library, name)
+
+        def forced(self: _native.Library, arguments: Any, inner: Any = inner) -> None:
+            arguments.level, arguments.portable = level, 1
+            inner(self, arguments)
+
+        monkeypatch.setattr(_native.Library, name, forced)
+
+
+@each_dtype
+@each_option
+def test_every_instruction_set_and_our_own_products_are_exact(level: str, options: dict[str, Any], dtype: torch.dtype) -> None:  # R-12
+    layout = SeqLayout.from_lengths(LENGTHS)
+    qkvg = tensors(layout.num_rows, dtype)
+    check(qkvg, layout, options)
+
+
+def check(qkvg: list[Tensor], layout: SeqLayout, options: dict[str, Any]) -> None:
+    *qkv, grad = qkvg
+    wanted = []
+    for dtype in (torch.float64, grad.dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
+        out = reference_attention(*leaves, layout, dtype=dtype, **options)
+        wanted.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))])
+    for got, truth, plain in zip(run(qkvg, layout, **options), *wanted, strict=True):
+        assert_within_budget(got, truth, plain, gradient=True)
+
+
+@pytest.mark.parametrize("heads", [1, 8])
+def test_blocks_meet_at_every_edge(heads: int) -> None:  # R-12
+    """Lengths around the sizes of blocks, where a query, a key or a whole block could be lost."""
+    edges = sorted({max(1, edge + shift) for edge in (8, 16, 64, 256, 512, 1024) for shift in (-1, 0, 1)})
+    layout = SeqLayout.from_lengths(edges)
+    check(tensors(layout.num_rows, heads=heads, dim=16), layout, dict(causal=True))
+
+
+def test_absolute_errors_stay_below_what_is_promised() -> None:
+    """float32: 2e-6 in outputs, 4e-6 in gradients."""
+    layout = SeqLayout.from_lengths([300, 20, 700])
+    qkvg = tensors(layout.num_rows, dim=64)
+    leaves = [x.detach().double().requires_grad_() for x in qkvg[:3]]
+    out = reference_attention(*leaves, layout)
+    truth = [out.detach(), *torch.autograd.grad(out, leaves, qkvg[3].double())]
+    for got, want, most in zip(run(qkvg, layout), truth, (2e-6, 4e-6, 4e-6, 4e-6), strict=True):
+        assert (got.double() - want).abs().max() < most
+
+
+@each_dtype
+@each_option
+def test_a_sequence_is_bitwise_the_same_whatever_its_batch_mates(options: dict[str, Any], dtype: torch.dtype) -> None:  # R-20
+    layout = SeqLayout.from_lengths(LENGTHS)
+    qkvg = tensors(layout.num_rows, dtype)
+    together = run(qkvg, layout, batch_invariant=True, **options)
+    start = 0
+    for length in LENGTHS:
+        rows = slice(start, start + length)
+        alone = run([x.detach()[rows].requires_grad_() for x in qkvg], SeqLayout.from_lengths([length]), batch_invariant=True, **options)
+        for a, b in zip(alone, together, strict=True):
+            assert torch.equal(a, b[rows])
+        start += length
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@each_dtype
+def test_threads_change_nothing(two_threads: None, dtype: torch.dtype) -> None:
+    layout = SeqLayout.from_lengths(LENGTHS)
+    qkvg = tensors(layout.num_rows, dtype)
+    many = run(qkvg, layout)
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(many, run(qkvg, layout), strict=True))
+
+
+def test_rows_and_heads_may_stand_anywhere() -> None:
+    """Views of one projection, heads before rows, odd strides: as their copies."""
+    layout = SeqLayout.from_lengths([5, 70, 2])
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        fused = torch.randn(77, 3, 2, 16, generator=generator).to(dtype)
+        turned = torch.randn(2, 77, 33, generator=generator).to(dtype)[..., 1:17].transpose(0, 1)
+        apart = torch.randn(77, 2, 32, generator=generator).to(dtype)[..., ::2]
+        for views in (fused.unbind(1), (turned, turned, turned), (apart, apart, turned), (turned[:1].expand(77, 2, 16), apart, apart)):
+            want = varlen_attention(*(x.contiguous() for x in views), layout, backend="cpu_native")
+            assert torch.equal(varlen_attention(*views, layout, backend="cpu_native"), want)
+
+
+# -------------------------------------------------------------------- dropout
+
+
+def weights_after_dropout(qkv: list[Tensor], layout: SeqLayout, p: float, seed: int) -> Tensor:
+    """``(T, N, longest)``: with the identity as values, a row of the output is its weights."""
+    query, key, _ = qkv
+    value = torch.cat([torch.eye(n, layout.max_seqlen) for n in layout.lengths or ()])[:, None].expand(-1, key.shape[1], -1)
+    torch.manual_seed(seed)
+    result: Tensor = varlen_attention(query, key, value, layout, dropout_p=p, backend="cpu_native")
+    return result
+
+
+def test_dropout_drops_its_share_and_scales_the_rest() -> None:  # R-26
+    layout = SeqLayout.from_lengths([160, 0, 144])
+    qkv = tensors(layout.num_rows)[:3]
+    full = weights_after_dropout(qkv, layout, 0.0, 0)
+    some = weights_after_dropout(qkv, layout, 0.25, 0)
+    real = full > 0
+    kept = some[real] > 0
+    torch.testing.assert_close(some[real][kept], full[real][kept] / 0.75)
+    count = kept.numel()
+    assert abs(kept.double().mean() - 0.75) < 4 * (0.25 * 0.75 / count) ** 0.5, "four standard deviations"
+    assert torch.equal(some, weights_after_dropout(qkv, layout, 0.25, 0)), "the same seed"
+    other = weights_after_dropout(qkv, layout, 0.25, 1)[real] > 0
+    agreement = (kept == other).double().mean()
+    assert abs(agreement - (0.75**2 + 0.25**2)) < 0.01, "another seed is independent"
+    heads = (some > 0)[:160, 0, :160] == (some > 0)[:160, 1, :160]
+    assert abs(heads.double().mean() - 0.625) < 0.02, "and so are heads"
+    neighbours = (some > 0)[:159, 0, :160] == (some > 0)[1:160, 0, :160]
+    assert abs(neighbours.double().mean() - 0.625) < 0.02, "and rows"
+
+
+def test_dropout_has_the_gradient_of_what_it_drew() -> None:  # R-26
+    layout = SeqLayout.from_lengths([40, 70])
+    query, key, value, grad = tensors(layout.num_rows)
+    kept = (weights_after_dropout([query, key, value], layout, 0.3, 5) > 0).detach()
+    torch.manual_seed(5)
+    out = varlen_attention(query, key, value, layout, dropout_p=0.3, softcap=5.0, backend="cpu_native")
+    got = [out.detach(), *torch.autograd.grad(out, (query, key, value), grad)]
+    wide = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    parts, start = [], 0
+    for length in (40, 70):
+        q, k, v = (x[start : start + length].transpose(0, 1) for x in wide)
+        scores = 5.0 * torch.tanh(q @ k.transpose(1, 2) * 32**-0.5 / 5.0)
+        mask = kept[start : start + length, :, :length].transpose(0, 1)
+        parts.append((scores.softmax(-1) * mask / 0.7 @ v).transpose(0, 1))
+        start += length
+    want = torch.cat(parts)
+    for a, b in zip(got, [want.detach(), *torch.autograd.grad(want, wide, grad.double())], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=5e-6)
+
+
+def test_dropping_everything_gives_zeros_and_no_gradient() -> None:
+    layout = SeqLayout.from_lengths([4, 9])
+    for x in run(tensors(13), layout, dropout_p=1.0):
+        assert not x.any()
+
+
+# -------------------------------------------------------------------- around the kernel
+
+
+def test_the_plan_says_what_multiplies_matrices() -> None:  # R-11
+    layout = SeqLayout.from_lengths([2, 1])
+    x = torch.randn(3, 1, 16)
+    plan = explain(x, x, x, layout)
+    assert plan.backend == "cpu_native"
+    assert plan.kernel == f"compiled kernel ({_native.library().level}, {_native.library().products})"
+    bias = explain(x, x, x, layout, score_bias=torch.zeros(1, 2, 2))
+    assert bias.backend == "cpu"
+    with record() as log:
+        varlen_attention(x.double(), x.double(), x.double(), layout)
+        varlen_attention(x, x, x, layout)
+    assert [c.backend for c in log.calls] == ["cpu", "cpu_native"]
+
+
+@pytest.mark.parametrize(("offsets", "says"), [([0, 2, 9], "beyond the packed rows"), ([1, 3], "start at 0"), ([0, 3, 2], "not decrease")])
+def test_offsets_beyond_the_rows_are_refused_and_read_nothing(offsets: list[int], says: str) -> None:
+    x, good = torch.randn(3, 1, 16), torch.tensor([0] * (len(offsets) - 1) + [3], dtype=torch.int32)
+    bad = torch.tensor(offsets, dtype=torch.int32)
+    for pair in ((bad, good), (good, bad)):
+        with pytest.raises(RuntimeError, match=says):
+            torch.ops.varlen_attn.cpu_native_forward(x, x, x, *pair, None, None, None, [-9, 9], True, 1.0, 0.0, 0.0)
+
+
+@given(case=attention_cases((torch.float32, torch.bfloat16)))
+def test_our_ops_pass_opcheck(case: AttentionCase) -> None:
+    ops = torch.ops.varlen_attn
+    layout, layout_kv = case.layout, case.layout_kv or case.layout
+    q, k, v, grad = (x.detach() for x in case.tensors("cpu"))
+    if k.shape[2] % 16 or v.shape[2] % 16:
+        q, k, v, grad = (torch.nn.functional.pad(x, (0, -x.shape[2] % 16)) for x in (q, k, v, grad))
+    sinks = torch.zeros(q.shape[1])
+    rest = (layout.cu_seqlens, layout_kv.cu_seqlens, None, sinks, torch.tensor(7), [-3, 1 << 40], True, 0.25, 0.0, 0.1)
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.cpu_native_forward.default, (q, k, v, *rest), test_utils=utils)
+    out, lse = ops.cpu_native_forward(q, k, v, *rest)
+    torch.library.opcheck(ops.cpu_native_backward.default, (grad, q, k, v, out, lse, *rest), test_utils=utils)
+
+
+def test_no_second_derivative_without_an_error() -> None:
+    query, key, value, _ = tensors(5)
+    out = varlen_attention(query, key, value, SeqLayout.from_lengths([5]), backend="cpu_native")
+    (first,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"backend 'cpu_native' is not differentiable.*backend='reference'"):
+        first.sum().backward()
+
+
+def test_forward_mode_goes_elsewhere_and_says_so() -> None:  # R-55
+    layout = SeqLayout.from_lengths([3, 2])
+    q = torch.randn(5, 1, 16)
+    with record() as log:
+        torch.func.grad(lambda x: varlen_attention(x, x, x, layout).sum())(q)
+    assert log.calls[0].backend == "cpu"
+    assert "forward-mode AD" in " ".join(str(r) for d in log.calls[0].plan.decisions if d.backend == "cpu_native" for r in d.reasons)
+
+
+def test_nothing_of_the_size_of_scores_is_allocated() -> None:  # R-53
+    """The largest tensor that forward and backward make is as large as an input."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            for x in torch.utils._pytree.tree_leaves(result):
+                if isinstance(x, Tensor):
+                    self.numel = max(self.numel, x.numel())
+            return result
+
+    layout = SeqLayout.from_lengths([1000, 24])
+    qkvg = tensors(1024, heads=2, dim=16)
+    with Largest() as mode:
+        run(qkvg, layout, causal=True, dropout_p=0.1)
+    assert mode.numel == 1024 * 2 * 16
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_one_graph_with_dropout_and_sinks_whatever_the_lengths() -> None:  # R-18, R-19
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x, layout, sinks: padded_attention(x, x, x, layout=layout, sinks=sinks, dropout_p=0.5), fullgraph=True, backend=counting
+    )
+    sinks = torch.zeros(1, requires_grad=True)
+    for lengths in ([3, 4], [0, 0], [1, 0], [0, 9], [10, 2]):
+        x = torch.randn(2, 10, 1, 16, requires_grad=True)
+        with record() as log:
+            compiled(x, SeqLayout.from_lengths(lengths, 10), sinks).sum().backward()
+        assert log.calls[-1].backend == "cpu_native"
+        assert (x.grad is not None) and x.grad.any() == any(lengths)
+    assert len(graphs) <= 2
+    torch._dynamo.reset()
