@@ -5,7 +5,7 @@ are compared, and what the baseline against itself was off 1. A ratio has fallen
 noise of both runs together, and by more than 5 %. Exit status 1 if one has.
 
 On another class of CPU, another torch or another number of threads the committed ratios are no measure: they are judged loosely then, and
-this is said. Rows during which other processes took too much of the machine are not judged.
+this is said. Rows during which other processes took too much of the machine are not judged; exit status 2 if nothing was.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ def told(verdicts: Sequence[Verdict], loose: bool) -> tuple[list[str], int]:
     if not verdicts:
         lines.append("Nothing to compare: the committed results have none of these rows (threads, dtype, workload, direction).")
     fallen = [verdict.what for verdict in verdicts if verdict.fell]
-    lines.append(f"{len(fallen)} of {len(verdicts)} ratios fell" + (": " + "; ".join(fallen) if fallen else "."))
-    return lines, 1 if fallen else 0
+    judged = sum(verdict.judged for verdict in verdicts)
+    lines.append(f"{len(fallen)} of {judged} ratios fell" + (": " + "; ".join(fallen) if fallen else "."))
+    return lines, 1 if fallen else 0 if judged else 2
 
 
 def main() -> int:

@@ -118,7 +118,7 @@ def roof(rows: Rows) -> list[str]:
     return [
         "## How near to what the machine can do",
         "Useful work (`4 * N * H * sum(L^2)`, with the backward 3.5 times that) by time, and its share of two rates of the same run: "
-        '"flash" is torch\'s own kernel forward on one sequence of 4096 tokens without a mask, "gemm" a product of 2048 x 2048 matrices.',
+        '"flash" is torch\'s own kernel forward on one sequence of 4096 tokens without a mask, "gemm" a product of large square matrices.',
         table(header, lines),
     ]
 

@@ -265,6 +265,7 @@ def test_another_machine_is_judged_loosely_and_said() -> None:
 def test_disturbed_rows_are_not_judged() -> None:
     verdicts = check.compare([attention_row()], [faster(attention_row(foreign=0.6), 0.1)])
     assert not any(v.fell for v in verdicts)
+    assert check.told(verdicts, loose=False)[1] == 2
     assert "disturbed, not judged" in str(verdicts[0])
 
 
@@ -275,7 +276,7 @@ def test_rows_are_compared_by_backend() -> None:
     (verdict,) = check.compare([committed], [faster(attention_row(), 0.75)])
     assert (verdict.what, verdict.committed, verdict.found) == ("float32 w1 forward, packed, cpu", 3.0, 3.0)
     lines, status = check.told(check.compare([attention_row(threads=1)], [attention_row()]), loose=False)
-    assert status == 0
+    assert status == 2
     assert lines[0].startswith("Nothing to compare")
 
 

@@ -261,7 +261,7 @@ def _contest(problem: _Problem, training: bool, exact: Results, plain: Results) 
     kernels = {name: named_kernel(step) for name, step in steps.items()}
     setting = problem.setting
     timings = interleave(
-        {**steps, AGAIN: steps[BASE]}, rounds=setting.rounds, warm_up=1, budget=setting.budget, patience=PATIENCE, device=setting.device
+        {**steps, AGAIN: steps[BASE]}, rounds=setting.rounds, warm_up=0, budget=setting.budget, patience=PATIENCE, device=setting.device
     )
     return {**contest_facts(timings, BASE), "kernel": kernels, "absent": absent}
 
