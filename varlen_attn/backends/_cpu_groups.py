@@ -5,7 +5,7 @@ wave, where the padding of a shorter sequence holds copies of its own last token
 
 With several threads every operation on more than a few rows is a parallel region, in which threads wait for each other. Where another
 process is busy, that takes a time slice of the scheduler: milliseconds, for work of microseconds. Few regions matter more than anything
-else then, so there calls count for more than they cost on a quiet machine, and waves are long. One thread wants waves that fit its cache.
+else then, so there a call counts for more than it costs on a quiet machine. One thread has nobody to wait for, and groups little.
 
 Plans are pure functions of lengths and costs, kept by value: layers, forward and backward share one, and offsets that change in place
 can not meet an old one. Costs are constants of a class of machine and not measured at run time, because they decide the shape of
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_WAVE_BYTES = (1 << 19, 1 << 22)  # of one gathered tensor, for one thread and for several
+_WAVE_BYTES = (1 << 19, 1 << 20)  # of one gathered tensor, for one thread and for several: larger ones are fresh memory, to fault in
 _NOWHERE = -(1 << 62)
 _KEPT = 8  # plans: one for each pair of layouts of a step, with a reserve
 
@@ -57,9 +57,9 @@ class Costs(NamedTuple):
         elif query.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
             pair *= 0.3
         share = width / 512 / min(threads, 8)  # beyond, short sequences hardly get faster
-        call = 20.0 if threads == 1 else 60 + 6 * math.log2(threads)
+        call = 10.0 if threads == 1 else 60 + 6 * math.log2(threads)
         wave = _WAVE_BYTES[threads > 1] // max(1, width * max(4, query.itemsize))
-        return cls(call, 0.4 * share, pair * share, 0.04 * query.itemsize * share, wave)
+        return cls(call, 0.4 * share, pair * share, 0.06 * query.itemsize * share, wave)
 
     def kernel(self, len_q: int, len_k: int) -> float:
         return (self.token + self.pair * len_k) * len_q
