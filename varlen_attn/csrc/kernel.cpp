@@ -488,14 +488,17 @@ struct Forward {
       const Right values = pack_rows(v + n * a.v_row, a.v_row, keys, a.value_dim, s.values, padded);
       for (int64_t i = 0; i < rows; i += kRows) {
         const int64_t block = std::min(kRows, rows - i), i0 = first + i;
-        if (i0 + block - 1 + a.high + span.shift < n || i0 + a.low + span.shift >= n + keys) continue;
+        // The columns that some row of the block sees, in whole vectors.
+        const int64_t left = clamp(i0 + a.low + span.shift - n, 0, keys) / 16 * 16;
+        const int64_t right = clamp(i0 + block + a.high + span.shift - n, 0, keys), width = round_up(right - left, 16);
+        if (left >= right) continue;
         const int64_t padded_block = round_up(block, 8);
-        product(padded_block, padded, a.dim, queries.ld, padded, padded, false, queries.data + i * queries.ld, s.keys, s.scores);
-        softmax(s, span, seq, head, first + i, i, block, n, keys, padded, touched[i / kRows]);
+        product(padded_block, width, a.dim, queries.ld, padded, width, false, queries.data + i * queries.ld, s.keys + left, s.scores);
+        softmax(s, span, seq, head, i0, i, block, n + left, right - left, width, touched[i / kRows]);
         const T* weights;
         if constexpr (kInPlace) weights = s.scores; else weights = s.weights;
-        product(padded_block, a.value_dim, padded, padded, values.ld, a.value_dim, touched[i / kRows], weights,
-                static_cast<const T*>(values.data), s.sums + i * a.value_dim);
+        product(padded_block, a.value_dim, width, width, values.ld, a.value_dim, touched[i / kRows], weights,
+                static_cast<const T*>(values.data) + left * values.ld, s.sums + i * a.value_dim);
         touched[i / kRows] = true;
       }
     }
@@ -683,18 +686,21 @@ struct Backward {
         const Left<In, T> left_v(v + j * a.v_row, a.v_row, keys, a.value_dim, s.values, padded, a.rows_k - span.k0 - j);
         plain_transposed(k + j * a.k_row, a.k_row, keys, a.dim, s.keys_t, padded, s.room);
         for (int64_t i = from / kRowsBack * kRowsBack; i < to; i += kRowsBack) {
-          const int64_t width = round_up(std::min(kRowsBack, span.len_q - i), 16);
+          const int64_t rows = round_up(std::min(kRowsBack, span.len_q - i), 16);
+          // The queries of the block that see some of the keys, in whole vectors.
+          const int64_t left = clamp(from - i, 0, rows) / 16 * 16, width = round_up(clamp(to - i, 0, rows), 16) - left;
           const Block& block = blocks[i / kRowsBack];
-          product(padded, width, a.dim, left_k.ld, width, width, false, left_k.data, s.queries_t + i * a.dim, s.scores);
-          product(padded, width, a.value_dim, left_v.ld, width, width, false, left_v.data, s.grads_t + i * a.value_dim, s.dweights);
-          derive(s, span, head, dropout, i, width, j, keys, padded);
+          product(padded, width, a.dim, left_k.ld, rows, width, false, left_k.data, s.queries_t + i * a.dim + left, s.scores);
+          product(padded, width, a.value_dim, left_v.ld, rows, width, false, left_v.data, s.grads_t + i * a.value_dim + left, s.dweights);
+          derive(s, span, head, dropout, i + left, width, j, keys, padded);
           const T *weights, *dscores, *pairs;
           if constexpr (kInPlace) weights = s.scores, dscores = s.dweights, pairs = s.dweights;
           else weights = s.weights, dscores = s.dscores, pairs = s.dscores_pairs;
-          // Rows beyond `keys` hold zeros, and land in rows that are not read.
-          product(keys, a.value_dim, width, width, block.grads.ld, a.value_dim, true, weights, static_cast<const T*>(block.grads.data), dv);
-          product(keys, a.dim, width, width, block.queries.ld, a.dim, true, dscores, static_cast<const T*>(block.queries.data), dk);
-          product(a.dim, width, padded, padded, width, width, true, s.keys_t, pairs, s.dq_t + i * a.dim);
+          const T *grads = static_cast<const T*>(block.grads.data) + left * block.grads.ld;
+          const T *queries = static_cast<const T*>(block.queries.data) + left * block.queries.ld;
+          product(keys, a.value_dim, width, width, block.grads.ld, a.value_dim, true, weights, grads, dv);
+          product(keys, a.dim, width, width, block.queries.ld, a.dim, true, dscores, queries, dk);
+          product(a.dim, width, padded, padded, width, rows, true, s.keys_t, pairs, s.dq_t + i * a.dim + left);
         }
       }
       if (member == group - 1) write_keys(span, kv_head, j, keys, dk, dv);
@@ -748,7 +754,7 @@ struct Backward {
     const float *lse = s.lse + i, *delta = s.delta + i;
     const int32_t columns = static_cast<int32_t>(width);
     for (int64_t r = 0; r < padded; r++) {
-      float *x = s.scores + r * width, *dx = s.dweights + r * width;
+      float *__restrict x = s.scores + r * width, *__restrict dx = s.dweights + r * width;
       if (r >= keys) {
         std::fill(x, x + width, 0.0f), std::fill(dx, dx + width, 0.0f);
       } else {
@@ -756,12 +762,15 @@ struct Backward {
         const int32_t low = static_cast<int32_t>(clamp(key - a.high - span.shift - i, 0, width));
         const int32_t high = static_cast<int32_t>(clamp(std::min(key - a.low - span.shift + 1, span.len_q) - i, low, width));
         if (cap > 0 || a.slopes || a.dropout_p > 0) {
-          derive_changed(s, span, head, dropout, i, columns, key, low, high, x, dx, scale, cap);
+          // A loop for each kind: one loop for all would compute all of them.
+          const auto changed = cap > 0 ? (a.dropout_p > 0 ? &Backward::derive_changed<true, true> : &Backward::derive_changed<true, false>)
+                                       : (a.dropout_p > 0 ? &Backward::derive_changed<false, true> : &Backward::derive_changed<false, false>);
+          (this->*changed)(s, span, head, dropout, i, columns, key, low, high, x, dx, scale, cap);
         } else {
           for (int32_t c = 0; c < columns; c++) {
-            const float p = c >= low && c < high ? exp_of(x[c] * scale - lse[c]) : 0.0f;
-            x[c] = p;
-            dx[c] = c >= low && c < high ? p * (dx[c] - delta[c]) * scale : 0.0f;
+            const float e = exp_of(x[c] * scale - lse[c]), d = e * (dx[c] - delta[c]) * scale;
+            x[c] = c >= low && c < high ? e : 0.0f;
+            dx[c] = c >= low && c < high ? d : 0.0f;
           }
         }
       }
@@ -774,24 +783,29 @@ struct Backward {
     if constexpr (!kInPlace) pack_rows(s.dscores, width, padded, width, s.dscores_pairs, padded);
   }
 
+  template <bool Capped, bool Drops>
   void derive_changed(State& s, const Span& span, int64_t head, const Dropout& dropout, int64_t i, int32_t columns, int64_t key, int32_t low,
-                      int32_t high, float* x, float* dx, float scale, float cap) const {
+                      int32_t high, float* __restrict x, float* __restrict dx, float scale, float cap) const {
     const float slope = a.slopes ? a.slopes[head] : 0.0f;
     const int32_t origin = static_cast<int32_t>(key - (span.len_k - span.len_q) - i);
-    const uint32_t drop_key = Dropout::key(key);
-    const bool drops = a.dropout_p > 0;
+    const uint32_t drop_key = Dropout::key(key), threshold = dropout.threshold;
+    const float drop_scale = dropout.scale;
+    const float *lse = s.lse + i, *delta = s.delta + i;
+    const uint32_t* drop_queries = s.drop_queries + i;
     for (int32_t c = 0; c < columns; c++) {
       float score = x[c] * scale, steep = scale;
-      if (cap > 0) {
+      if constexpr (Capped) {
         const float t = tanh_of(score / cap);
         score = cap * t, steep = scale * (1.0f - t * t);
       }
       score -= slope * static_cast<float>(std::abs(c - origin));
       const bool seen = c >= low && c < high;
-      const float p = seen ? exp_of(score - s.lse[i + c]) : 0.0f;
-      const float kept = drops ? dropout.factor(s.drop_queries[i + c], drop_key) : 1.0f;
+      const float e = exp_of(score - lse[c]);
+      const float p = seen ? e : 0.0f;
+      const float kept = !Drops ? 1.0f : mix(drop_queries[c] + drop_key) >= threshold ? drop_scale : 0.0f;
+      const float d = p * (dx[c] * kept - delta[c]) * steep;
       x[c] = p * kept;
-      dx[c] = seen ? p * (dx[c] * kept - s.delta[i + c]) * steep : 0.0f;
+      dx[c] = seen ? d : 0.0f;
     }
   }
 
