@@ -12,7 +12,7 @@ accumulates in half precision, which below 192 tokens is both slower and less ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ..problem import Problem, Semantics
 from ._cpu_plan import Call, Target, blocks, chunks
 from ._flops import register_flops
 from ._maths import attend, needs_maths
+from ._own_op import own_op
 from .base import FLOATS, HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, observe, pad_head_dim, wide_dtype
 
 # Overloads, because looking one up at every call costs microseconds. None in a torch that has dropped these private ops.
@@ -34,20 +35,7 @@ _flash_backward: Any = getattr(getattr(torch.ops.aten, _KERNEL + "_backward", No
 _WIDE_BACKWARD_BELOW = 192  # tokens: half-precision backward in float32 is 2 to 5 times faster below, measured with AMX
 
 
-def _own_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register an op of ours. What `torch.library.custom_op` does, except that its wrapper imports dynamo at the first call, which
-    takes a second."""
-
-    def register(function: Callable[..., Any]) -> Any:
-        schema = torch.library.infer_schema(function, mutates_args=())
-        torch.library.define(f"varlen_attn::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(f"varlen_attn::{name}", "cpu", function)
-        return getattr(torch.ops.varlen_attn, name).default
-
-    return register
-
-
-@_own_op("cpu_forward")
+@own_op("cpu_forward")
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -105,7 +93,7 @@ def _(
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=wide_dtype(query.dtype)).t()
 
 
-@_own_op("cpu_backward")
+@own_op("cpu_backward")
 def _backward(
     grad: Tensor,
     query: Tensor,
