@@ -206,10 +206,10 @@ def _compiler() -> list[str]:
         raise VarlenError(f"the CPU kernel is compiled on Linux only, and this is {sys.platform}")
     if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
-    for name in ("g++", "c++", "clang++"):
+    for name in ("g++", "c++"):  # whose OpenMP is that of torch
         if shutil.which(name):
             return [name]
-    raise VarlenError("no C++ compiler was found (g++, c++ or clang++): install one, such as the Debian package g++, or set CXX")
+    raise VarlenError("no C++ compiler was found (g++ or c++): install one, such as the Debian package g++, or set CXX")
 
 
 def _compile(compiler: list[str], scratch: Path, sanitize: str | None) -> Path:

@@ -60,12 +60,19 @@ struct BF16 {
   uint16_t bits;
 };
 struct F16 {
-  _Float16 value;
+  uint16_t bits;
 };
 
 inline float widen(float x) { return x; }
 inline float widen(BF16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
-inline float widen(F16 x) { return static_cast<float>(x.value); }
+// By integers, because not every compiler has a type for it. The exponent is rebiased by a product, which also serves numbers below the
+// smallest normal one, infinities and NaN.
+inline float widen(F16 x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+  const float scaled = std::bit_cast<float>(rest << 13) * std::bit_cast<float>(0x77800000u);  // 2^112
+  const uint32_t magnitude = rest >= 0x7c00u ? 0x7f800000u | (rest & 0x3ffu) << 13 : std::bit_cast<uint32_t>(scaled);
+  return std::bit_cast<float>(sign | magnitude);
+}
 
 template <class T>
 inline T narrow(float x);
@@ -80,8 +87,14 @@ inline BF16 narrow<BF16>(float x) {  // to nearest, ties to even
   return {static_cast<uint16_t>(x == x ? rounded : 0x7fc0u)};
 }
 template <>
-inline F16 narrow<F16>(float x) {
-  return {static_cast<_Float16>(x)};
+inline F16 narrow<F16>(float x) {  // to nearest, ties to even: a sum with a large number leaves the bits that stay
+  const uint32_t u = std::bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000u, magnitude = u & 0x7fffffffu;
+  const uint32_t low = magnitude < 0x38800000u ? 0x38800000u : magnitude & 0x7f800000u;  // the exponent, at least that of 2^-14
+  const float big = std::bit_cast<float>(low + (13u << 23));  // one unit in its last place is one of the result's
+  const uint32_t kept = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + big) - std::bit_cast<uint32_t>(big);
+  const uint32_t normal = ((low - 0x38800000u) >> 13) + kept;
+  const uint32_t finite = magnitude >= 0x477ff000u ? 0x7c00u : normal;
+  return {static_cast<uint16_t>(sign | (magnitude > 0x7f800000u ? 0x7e00u : finite))};
 }
 
 // exp to about one unit in the last place: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients).
