@@ -135,3 +135,29 @@ def test_no_option_is_dropped(backend: Backend, how: str, device: str) -> None:
     got = padded_attention(x, x, x, full if how != "mask" else mask, backend=backend.name, **options)
     without = padded_attention(x, x, x, full, backend=backend.name)
     assert (got - without).abs().max() > 1e-3
+
+
+@each_backend
+@pytest.mark.parametrize("how", ["fused projection", "heads first", "every other", "one for all rows"])
+def test_views_are_as_their_copies(backend: Backend, how: str, device: str) -> None:
+    """R-12: query, key and value as models make them: parts of one projection, transposed, strided, expanded; forward and backward."""
+    torch.manual_seed(0)
+    layout = SeqLayout.from_lengths([5, 9, 2], device=device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    views = {
+        "fused projection": lambda: torch.randn(16, 3, 2, 16).unbind(1),
+        "heads first": lambda: torch.randn(3, 2, 16, 16).transpose(1, 2).unbind(0),
+        "every other": lambda: torch.randn(3, 16, 2, 32)[..., ::2].unbind(0),
+        "one for all rows": lambda: torch.randn(3, 1, 2, 16).expand(3, 16, 2, 16).unbind(0),
+    }[how]()
+    views = tuple(x.to(device, dtype) for x in views)  # keeps strides, except of expanded ones on another device
+    grad = torch.randn(16, 2, 16).to(device, dtype)
+    results = []
+    for inputs in (views, tuple(x.contiguous() for x in views)):
+        leaves = tuple(x.detach().requires_grad_() for x in inputs)
+        if is_refused(lambda: varlen_attention(*leaves, layout, backend=backend.name), backend):  # noqa: B023
+            return
+        out = varlen_attention(*leaves, layout, backend=backend.name)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)

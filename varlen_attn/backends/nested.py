@@ -92,10 +92,12 @@ class Nested(Backend):
 
 
 def _jagged(layout: SeqLayout, *tensors_TNH: Tensor) -> list[Tensor]:
-    """``(T, N, H) -> (Q, N, j, H)`` each, sharing one offsets tensor, with the bounds that would else be read back."""
+    """``(T, N, H) -> (Q, N, j, H)`` each, sharing one offsets tensor, with the bounds that would else be read back. torch has no kernel for
+    rows that are parts of something wider, such as a fused projection."""
     assert layout.lengths is not None  # refused otherwise: an empty sequence could hide
     offsets = layout.cu_seqlens.to(torch.int64)
     low, high = min(layout.lengths), max(layout.lengths)
     return [
-        torch.nested.nested_tensor_from_jagged(x, offsets=offsets, min_seqlen=low, max_seqlen=high).transpose(1, 2) for x in tensors_TNH
+        torch.nested.nested_tensor_from_jagged(x.contiguous(), offsets=offsets, min_seqlen=low, max_seqlen=high).transpose(1, 2)
+        for x in tensors_TNH
     ]
