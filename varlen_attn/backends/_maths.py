@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._gather import is_tracing, is_transformed
 from ..problem import Semantics
 from .base import Extras, ScoreBias, repeat_kv, wide_dtype
 
@@ -53,8 +54,9 @@ def attend(
     *,
     offset: int | Tensor = 0,
     key_real: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``query (B,N,Lq,H)``, ``key (B,K,Lk,H)``, ``value (B,K,Lk,Hv)`` -> ``out (B,N,Lq,Hv)``, ``lse (B,N,Lq)``, detached.
+) -> tuple[Tensor, Tensor | None]:
+    """``query (B,N,Lq,H)``, ``key (B,K,Lk,H)``, ``value (B,K,Lk,Hv)`` -> ``out (B,N,Lq,Hv)``, ``lse (B,N,Lq)``, detached, if it is
+    asked for.
 
     ``offset`` is ``Lk - Lq`` of the true lengths, an int or ``(B,1,1,1)``; ``key_real (B,1,1,Lk)`` marks keys that exist.
     Half precision is computed in float32.
@@ -66,7 +68,7 @@ def attend(
     rows = torch.arange(len_q, device=query.device)[:, None]
     columns = torch.arange(len_k, device=query.device)
 
-    scores = query @ key.transpose(-1, -2) * semantics.factor
+    scores = (query * semantics.factor) @ key.transpose(-1, -2)
     if semantics.softcap is not None:
         scores = semantics.softcap * torch.tanh(scores / semantics.softcap)
     if extras.alibi_slopes is not None:
@@ -78,16 +80,30 @@ def attend(
         visible = key_real if visible is None else visible & key_real
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
-    lse = scores.detach().logsumexp(-1)
-    weights = safe_softmax(scores, torch.isneginf(lse)[..., None], extras.sinks)
+    lse = scores.detach().logsumexp(-1) if semantics.return_lse or extras.score_bias is not None else None
+    if extras.score_bias is not None and lse is not None:  # which may be -inf itself
+        blind: Tensor | None = torch.isneginf(lse)[..., None]
+    else:
+        blind = None if visible is None else _blind_rows(visible)
+    weights = safe_softmax(scores, blind, extras.sinks)
     out = F.dropout(weights, semantics.dropout_p) @ value
     return out.to(dtype), lse
 
 
-def safe_softmax(scores: Tensor, blind: Tensor, sinks_N: Tensor | None = None) -> Tensor:
+def _blind_rows(visible: Tensor) -> Tensor | None:
+    """``(..., Lq, 1)`` rows that see no key; None where the host knows that there are none, which saves passes over the scores."""
+    blind = ~visible.any(-1, keepdim=True)
+    known = blind.device.type == "cpu" and not is_tracing(blind) and not is_transformed()
+    return None if known and not bool(blind.any()) else blind
+
+
+def safe_softmax(scores: Tensor, blind: Tensor | None, sinks_N: Tensor | None = None) -> Tensor:
     """Softmax in which a ``blind`` row, which is -inf throughout, is 0, with gradient 0 (a plain one gives NaN for both)."""
-    scores = scores.masked_fill(blind, 0.0)
+    if blind is not None:
+        scores = scores.masked_fill(blind, 0.0)
     if sinks_N is None:
-        return scores.softmax(-1).masked_fill(blind, 0.0)
-    sink = sinks_N.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
-    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1].masked_fill(blind, 0.0)
+        weights = scores.softmax(-1)
+    else:
+        sink = sinks_N.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    return weights if blind is None else weights.masked_fill(blind, 0.0)

@@ -260,7 +260,8 @@ def _run_maths(
     for group, q, k, v in zip(groups, blocks(query, spans_q), blocks(key, spans_k), blocks(value, spans_k), strict=True):
         out, lse = attend(q, k, v, semantics, extras, offset=group.len_k - group.len_q)
         results.append(out.transpose(1, 2).flatten(0, 1))
-        lses.append(lse.transpose(0, 1).flatten(1))
+        if lse is not None:
+            lses.append(lse.transpose(0, 1).flatten(1))
     rest = query.shape[0] - sum(g.size * g.len_q for g in groups)
     results.append(connected_zeros((rest, query.shape[1], value.shape[2]), query, key, value))
     lses.append(query.new_full((query.shape[1], rest), float("-inf"), dtype=wide_dtype(query.dtype)))

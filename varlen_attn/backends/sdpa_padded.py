@@ -44,13 +44,13 @@ class SdpaPadded(Backend):
 
         if 0 in (*q.shape[:3], *k.shape[:3]):
             out = connected_zeros((*q.shape[:3], value.shape[2]), query, key, value)
-            lse = q.new_full(q.shape[:3], float("-inf"), dtype=wide_dtype(q.dtype))
+            lse: Tensor | None = q.new_full(q.shape[:3], float("-inf"), dtype=wide_dtype(q.dtype))
         elif not needs_maths(semantics) and masked_kernel_name(q.device.type, q.dtype) != EAGER:
             visible = _visible(semantics, q.shape[2], columns, offset, key_real)
             out, lse = masked_attention(q, k, v, visible, _bias(extras, q.shape[2], columns, offset), semantics.factor)
         else:
             out, lse = attend(q, k, v, semantics, extras, offset=offset, key_real=key_real)
-        packed_lse = dense_q.pack(lse.transpose(1, 2)).transpose(0, 1) if semantics.return_lse else None
+        packed_lse = dense_q.pack(lse.transpose(1, 2)).transpose(0, 1) if semantics.return_lse and lse is not None else None
         if packed_lse is not None and layout_q.has_slack:
             packed_lse = torch.where(layout_q.valid_rows(), packed_lse, float("-inf"))
         return dense_q.pack(out.transpose(1, 2)), packed_lse
