@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from varlen_attn._native import why_not
+from varlen_attn import _native
 
 # The tensors of the tests are tiny, and two threads that wait for each other on a busy machine make them 30 times slower.
 torch.set_num_threads(1)
@@ -28,8 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Without --native the compiled kernel is left out, in every process: what is chosen must not depend on what a machine has built."""
     if not config.getoption("--native"):
-        os.environ["VARLEN_ATTN_NATIVE"] = "0"
-    elif (reason := why_not()) is not None:
+        os.environ["VARLEN_ATTN_NATIVE"] = _native.setting = "0"
+    elif (reason := _native.why_not()) is not None:
         raise pytest.UsageError(f"--native: the compiled kernel {reason}")
 
 

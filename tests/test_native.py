@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from varlen_attn.errors import VarlenError
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty place for builds, and a process that has not looked yet."""
-    monkeypatch.setenv("VARLEN_ATTN_NATIVE", str(tmp_path))
+    monkeypatch.setattr(_native, "setting", str(tmp_path))
     monkeypatch.setattr(_native, "_found", {})
     monkeypatch.setattr(dispatch, "_plans", {})
     return tmp_path
@@ -51,21 +50,22 @@ def test_a_build_for_another_torch_is_named(folder: Path) -> None:
 
 
 def test_it_can_be_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VARLEN_ATTN_NATIVE", "0")
+    monkeypatch.setattr(_native, "setting", "0")
     assert "is left out: VARLEN_ATTN_NATIVE=0 is set" in reasons()
 
 
 def test_no_compiler_is_an_error_that_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(folder))
-    with pytest.raises(VarlenError, match=r"no C\+\+ compiler was found.*Debian package g\+\+, or set CXX"):
+    assert main(["build-native"]) == 3, "not 1: nothing went wrong"
+    with pytest.raises(_native.NoCompiler, match=r"no C\+\+ compiler was found.*Debian package g\+\+, or set CXX"):
         _native.build()
     assert "the last attempt failed (no C++ compiler was found" in reasons()
 
 
 def test_another_system_than_linux_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native.sys, "platform", "darwin")
-    with pytest.raises(VarlenError, match="compiled on Linux only, and this is darwin"):
+    with pytest.raises(_native.NoCompiler, match="compiled on Linux only, and this is darwin"):
         _native.build()
 
 
@@ -92,10 +92,54 @@ def test_a_file_that_does_not_load_is_refused_with_its_error(folder: Path, monke
     assert "was built, but does not load" in reasons()
 
 
-def test_a_broken_result_of_the_compiler_raises_where_it_is_built(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_does_not_load_leaves_the_old_build_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / _native._name()).write_bytes(b"the old one")
     compiler(folder, 'while [ $# -gt 1 ]; do shift; done; echo nothing >"$1"', monkeypatch)
-    with pytest.raises(OSError, match="native-"):
+    assert main(["build-native"]) == 1
+    assert "what was built does not load" in capsys.readouterr().err
+    assert (folder / _native._name()).read_bytes() == b"the old one"
+
+
+def test_looking_for_it_never_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders that can not be read, no home directory, a note that is empty or no text: `cpu` runs in all of them."""
+    note = (folder / _native._name()).with_suffix(".failed")
+    for content in (b"", b"\xff\xfe"):
+        note.write_bytes(content)
+        _native._found.clear()
+        dispatch._plans.clear()
+        assert "the last attempt failed" in reasons()
+    note.unlink()
+
+    def refused(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "glob", refused)
+    monkeypatch.setattr(Path, "exists", refused)
+    _native._found.clear()
+    dispatch._plans.clear()
+    assert "is not compiled" in reasons()
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(_native, "setting", "")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert [f.name for f in _native._folders()] in ([], ["varlen_attn"])
+
+
+def test_no_folder_to_write_to_is_an_error_that_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "setting", "/proc/nowhere")
+    with pytest.raises(VarlenError, match=r"no folder to build in can be written: /proc/nowhere\. Set VARLEN_ATTN_NATIVE"):
         _native.build()
+
+
+def test_a_sanitized_build_needs_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "setting", "")
+    with pytest.raises(VarlenError, match="set VARLEN_ATTN_NATIVE to a folder of its own"):
+        _native.build(sanitize="address")
 
 
 def test_the_name_tells_torch_architecture_and_sources(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -111,16 +155,10 @@ def test_the_name_tells_torch_architecture_and_sources(folder: Path, monkeypatch
 
 
 def test_builds_lie_with_the_environment_or_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("VARLEN_ATTN_NATIVE", raising=False)
+    monkeypatch.setattr(_native, "setting", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(_native.sys, "prefix", str(tmp_path / "venv"))
     assert list(_native._folders()) == [tmp_path / "venv" / "share" / "varlen_attn", tmp_path / "varlen_attn"]
     monkeypatch.setattr(_native.sys, "prefix", _native.sys.base_prefix)
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert list(_native._folders()) == [Path.home() / ".cache" / "varlen_attn"]
-
-
-def test_the_sources_travel_with_the_package() -> None:
-    names = {file.name for file in _native._SOURCES.iterdir()}
-    assert {"attention.h", "kernel.cpp", "entry.cpp"} <= names
-    assert os.path.commonpath([_native._SOURCES, Path(_native.__file__).parent]) == str(Path(_native.__file__).parent)

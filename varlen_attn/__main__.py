@@ -18,7 +18,8 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 where an ordered backend refuses, 2 where a value is wrong."""
+    """Run the command line; returns the exit status: 0, 1 where an ordered backend refuses or a build fails, 2 where a value is wrong,
+    3 where there is no compiler."""
     options = _parser().parse_args(arguments)
     status: int = options.run(options)
     return status
@@ -34,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         ("explain", _explain, "which backend runs a call, here or on another machine, and why the others do not"),
         ("demo", _demo, "an encoder and an attention layer on real text, against torch's: same numbers, both times"),
         ("bench", _bench, "an attention layer on this machine: torch's means and our backends, verified and timed in turns, in a minute"),
-        ("build-native", _build_native, "compile the CPU kernel of this package with this machine's C++ compiler, in half a minute"),
+        ("build-native", _build_native, "compile the CPU kernel of this package with this machine's C++ compiler, in about 20 seconds"),
     ):
         command = commands.add_parser(name, help=says, description=says)
         command.set_defaults(run=run, parser=command)
@@ -227,6 +228,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _build_native(options: argparse.Namespace) -> int:
+    """0, 1 where it fails, 3 where there is nothing to build with."""
     from . import _native
     from .errors import VarlenError
 
@@ -234,8 +236,8 @@ def _build_native(options: argparse.Namespace) -> int:
         path = _native.build(sanitize=options.sanitize)
     except VarlenError as error:
         print(error, file=sys.stderr)
-        return 1
-    print(f"built: {path}" if options.sanitize else f"built: {path} ({_native.library()})")
+        return 3 if isinstance(error, _native.NoCompiler) else 1
+    print(f"built: {path}" if _native.setting == "0" else f"built: {path} ({_native.library()})")
     return 0
 
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,22 @@ import torch
 
 from .errors import VarlenError
 
-__all__ = ["Arguments", "Library", "build", "library", "why_not"]
+__all__ = ["Arguments", "Library", "NoCompiler", "build", "library", "why_not"]
 
 _SOURCES = Path(__file__).parent / "csrc"
 _VARIABLE = "VARLEN_ATTN_NATIVE"  # 0: leave the kernel out, as if it had not been built; else the folder where it lies
+setting = os.environ.get(_VARIABLE, "")  # read once, because plans are kept
 _COMPILER_FLAGS = (
     "-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-strict-aliasing",  # numbers are moved as integers of their size
 )  # fmt: skip
 _LEVELS = {  # by namespace; what is not x86 has its vector instructions in the baseline
     "baseline": (),
     "avx2": ("-march=x86-64-v3",),
     "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
 }
+
+_LINKER_FLAGS = ("-shared", "-Wl,--no-as-needed")  # libtorch stays linked, although nothing in it must be there
 
 _POINTERS = "q k v out lse grad dq dk dv dsinks cu_q cu_k slopes sinks"
 _STRIDES = "q_row q_head k_row k_head v_row v_head grad_row grad_head"
@@ -111,7 +116,7 @@ def library() -> Library:
 
 def why_not() -> str | None:
     """A sentence without its subject if the kernel can not be used in this process, else None. Loads it the first time."""
-    if os.environ.get(_VARIABLE) == "0":
+    if setting == "0":
         return f"is left out: {_VARIABLE}=0 is set"
     name = _name()
     if name not in _found:
@@ -121,7 +126,7 @@ def why_not() -> str | None:
 
 
 def _load(name: str) -> Library | str:
-    path = next((folder / name for folder in _folders() if (folder / name).exists()), None)
+    path = next((folder / name for folder in _folders() if os.path.exists(folder / name)), None)
     if path is None:
         return _why_not_built(name)
     try:
@@ -131,13 +136,19 @@ def _load(name: str) -> Library | str:
 
 
 def _why_not_built(name: str) -> str:
+    """Looking for an optional kernel must never fail, whatever the folders are like."""
+    others = set()
     for folder in _folders():
-        note = (folder / name).with_suffix(".failed")
-        if note.exists():
-            return f"is not compiled: the last attempt failed ({note.read_text().strip().splitlines()[0]})"
-    others = sorted({file.name.split("-")[1] for folder in _folders() for file in folder.glob("native-*.so")})
+        try:
+            note = (folder / name).with_suffix(".failed")
+            if os.path.exists(note):
+                lines = note.read_text(encoding="utf-8", errors="replace").split("\n")
+                return f"is not compiled: the last attempt failed ({lines[0]})"
+            others |= {file.name.split("-")[1] for file in folder.glob("native-*.so")}
+        except OSError:
+            continue
     here = f"is not compiled for torch {torch.__version__} and this version of the package"
-    return here + (f", only for torch {', '.join(others)}" if others else "")
+    return here + (f", only for torch {', '.join(sorted(others))}" if others else "")
 
 
 def _name() -> str:
@@ -147,7 +158,7 @@ def _name() -> str:
 
 def _sources_hash() -> str:
     if "hash" not in _hashes:
-        digest = hashlib.sha256(repr((_COMPILER_FLAGS, _LEVELS)).encode())
+        digest = hashlib.sha256(repr((_COMPILER_FLAGS, _LINKER_FLAGS, _LEVELS)).encode())
         for file in sorted(_SOURCES.glob("*.*")):
             digest.update(file.read_bytes())
         _hashes["hash"] = digest.hexdigest()[:12]
@@ -159,57 +170,72 @@ _hashes: dict[str, str] = {}
 
 def _folders() -> Iterator[Path]:
     """Where a build may lie: where the user says, with its virtual environment, whose torch it is for, or in the user's cache."""
-    if os.environ.get(_VARIABLE, "0") != "0":
-        yield Path(os.environ[_VARIABLE])
+    if setting not in ("", "0"):
+        yield Path(setting).absolute()
         return
     if sys.prefix != sys.base_prefix:
         yield Path(sys.prefix) / "share" / "varlen_attn"
-    yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "varlen_attn"
+    with suppress(RuntimeError):  # no home directory
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "varlen_attn"
 
 
 # -------------------------------------------------------------------- building
 
 
-def build(*, sanitize: str | None = None, folder: Path | None = None) -> Path:
+class NoCompiler(VarlenError):
+    """There is nothing to build with: no fault, where the kernel is optional."""
+
+
+def build(*, sanitize: str | None = None) -> Path:
     """Compile the kernel with the C++ compiler of this machine, ``$CXX`` if that is set. Takes about 20 seconds; needs no network.
 
     Args:
-        sanitize: as of ``-fsanitize``, for tests: ``"address,undefined"``.
-        folder: where to put it, unless with the virtual environment, else in the user's cache.
+        sanitize: as of ``-fsanitize``, for tests: ``"address,undefined"``. Only with a folder of its own.
 
     Raises:
-        VarlenError: not Linux, no compiler, or one that fails; the message says what and keeps its output.
+        VarlenError: no folder to write to, a compiler that fails, or a result that does not load; the message says what, and is kept.
+        NoCompiler: not Linux, or no compiler.
     """
-    folder = folder or next(f for f in _folders() if os.access(_existing_parent(f), os.W_OK))
-    folder.mkdir(parents=True, exist_ok=True)
+    if sanitize and setting in ("", "0"):
+        raise VarlenError(f"a sanitized build takes the place of the normal one: set {_VARIABLE} to a folder of its own")
+    folder = _writable_folder()
     target = folder / _name()
     note = target.with_suffix(".failed")
     try:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = _compile(_compiler(), Path(scratch), sanitize)
+            Library(built)
             os.replace(built, target)  # at once, so that no other process loads half a file
-    except VarlenError as error:
-        note.write_text(f"{error}\n")
-        raise
+    except (VarlenError, OSError) as error:
+        with suppress(OSError):
+            note.write_text(f"{error}\n", encoding="utf-8", errors="replace")
+        if isinstance(error, VarlenError):
+            raise
+        raise VarlenError(f"what was built does not load: {error}") from error
     note.unlink(missing_ok=True)
     _found.clear()
-    Library(target)
     return target
 
 
-def _existing_parent(folder: Path) -> Path:
-    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+def _writable_folder() -> Path:
+    folders = list(_folders())
+    for folder in folders:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    raise VarlenError(f"no folder to build in can be written: {', '.join(map(str, folders))}. Set {_VARIABLE} to one that can")
 
 
 def _compiler() -> list[str]:
     if sys.platform != "linux":
-        raise VarlenError(f"the CPU kernel is compiled on Linux only, and this is {sys.platform}")
+        raise NoCompiler(f"the CPU kernel is compiled on Linux only, and this is {sys.platform}")
     if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
     for name in ("g++", "c++"):  # whose OpenMP is that of torch
         if shutil.which(name):
             return [name]
-    raise VarlenError("no C++ compiler was found (g++ or c++): install one, such as the Debian package g++, or set CXX")
+    raise NoCompiler("no C++ compiler was found (g++ or c++): install one, such as the Debian package g++, or set CXX")
 
 
 def _compile(compiler: list[str], scratch: Path, sanitize: str | None) -> Path:
@@ -229,13 +255,26 @@ def _compile(compiler: list[str], scratch: Path, sanitize: str | None) -> Path:
     openmp = sorted(str(file) for file in libraries.glob("libgomp*.so*")) or ["-fopenmp"]
     objects = [job[-1] for job in jobs]
     target = scratch / "native.so"
-    _call([*compiler, "-shared", *checks, *objects, f"-L{libraries}", "-ltorch_cpu", *openmp, f"-Wl,-rpath,{libraries}", "-o", str(target)])
+    _call(
+        [
+            *compiler,
+            *_LINKER_FLAGS,
+            *checks,
+            *objects,
+            f"-L{libraries}",
+            "-ltorch_cpu",
+            *openmp,
+            f"-Wl,-rpath,{libraries}",
+            "-o",
+            str(target),
+        ]
+    )
     return target
 
 
 def _call(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
         raise VarlenError(f"the compiler could not be started: {error}") from error
     if done.returncode:

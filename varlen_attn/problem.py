@@ -25,6 +25,8 @@ __all__ = ["Problem", "Semantics"]
 Causal = Literal[False, "bottom_right", "top_left"]
 Window = tuple[int | None, int | None]
 
+_UNLIMITED = 1 << 40  # from here on, a side of a window cuts nothing, and positions added to it would overflow
+
 _versions: dict[str, str | None] = {}
 
 
@@ -151,7 +153,8 @@ def _normal_window(window: Sequence[int | None] | None) -> Window | None:
             f"`window` must be None or (left, right), each None (unlimited) or an integer of at least 0, but is {window!r}: "
             "it counts the other tokens visible on each side."
         )
-    return None if sides == (None, None) else (sides[0], sides[1])
+    left, right = (None if side is None or side >= _UNLIMITED else side for side in sides)
+    return None if left is None and right is None else (left, right)
 
 
 def _machine_device() -> str:

@@ -2,7 +2,8 @@
 
 Optional: ``python -m varlen_attn build-native`` compiles it. Softcap, ALiBi, sinks, windows and dropout run inside the kernel; a score
 bias does not. float32 is computed in float32; bfloat16 by bfloat16 products with float32 sums where the CPU has instructions for them,
-else, like float16, in float32. A sequence's result is bitwise the same whatever else is in the batch.
+else, like float16, in float32. A sequence's result is bitwise the same whatever else is in the batch, but for dropout, which is drawn by
+the place in the batch.
 
 Its matrix products are those that libtorch exports from oneDNN (`at::native::cpublas::brgemm`, which uses AMX where there is one), or
 the kernel's own where libtorch has none for this CPU.
@@ -26,7 +27,7 @@ from .base import HALF, Backend, Capabilities, Extras, Refusal, observe, pad_hea
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in attention.h
 _UNLIMITED = 1 << 40  # a side of a window that cuts nothing
-_MULTIPLE = 16  # of head dimensions: what a vector register holds
+_MULTIPLE = 16  # of head dimensions: whole vectors of every instruction set
 
 
 @own_op("cpu_native_forward")
@@ -121,12 +122,14 @@ class _Call:
     ) -> None:
         query, key, value = (_readable(x) for x in (query, key, value))
         (rows_q, heads, dim), (rows_k, kv_heads, value_dim) = query.shape, value.shape
+        if (rows_k, cu_k.numel(), cu_q.dtype, cu_k.dtype) != (key.shape[0], cu_q.numel(), torch.int32, torch.int32):
+            raise RuntimeError("offsets must be int32, as many for keys as for queries, and there must be as many keys as values")
         low, high = sides
         self.kept: list[Tensor] = []
         self.arguments = _native.Arguments(
             num_seqs=cu_q.shape[0] - 1, rows_q=rows_q, rows_k=rows_k, heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim,
             dtype=_DTYPES[query.dtype], low=low, high=high, bottom_right=bottom_right, seed=0 if seed is None else int(seed),
-            scale=scale, softcap=softcap, dropout_p=dropout_p, level=-1,
+            scale=scale, softcap=softcap, dropout_p=dropout_p, level=-1, portable=not torch.backends.mkldnn.enabled,
         )  # fmt: skip
         for name, x in (("q", query), ("k", key), ("v", value)):
             setattr(self.arguments, f"{name}_row", x.stride(0))
@@ -190,6 +193,8 @@ class CpuNative(Backend):
         return _native.why_not()
 
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
+        if 0 in (problem.head_dim, problem.value_head_dim):
+            yield Refusal("needs head dimensions of at least 1", "order backend='cpu'")
         if problem.transformed:
             yield Refusal("has a backward only, and this is torch.func or forward-mode AD", "order backend='cpu'")
 

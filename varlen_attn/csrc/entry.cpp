@@ -9,7 +9,7 @@
 #include "attention.h"
 
 // oneDNN's blocked products as libtorch exports them (ATen/native/CPUBlas.h). Declared here and not included, because that header needs
-// all of ATen; weak, so that a libtorch without them is found out by a null pointer.
+// all of ATen; weak, so that a libtorch without them is found out by a null pointer (libtorch is linked whether or not it is needed).
 namespace c10 {
 struct BFloat16;
 }
@@ -73,7 +73,9 @@ struct Choice {
   Choice() {
 #if defined(VARLEN_X86)
     levels[1] = &avx2::level, levels[2] = &avx512::level;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = 1;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt") && __builtin_cpu_supports("movbe"))
+      best = 1;
     if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
       best = 2;

@@ -5,7 +5,8 @@
 // the left operand of the products for dK and dV, and the right one of that for dQ, which comes out transposed.
 //
 // Compiled once for each instruction set with VARLEN_LEVEL as its namespace: plain loops that the compiler turns into vector code.
-// A block's shape depends on its own sequence alone, so a result is bitwise the same whatever else is in the batch.
+// A block's shape depends on its own sequence alone, so a result is bitwise the same whatever else is in the batch (but for dropout, which is
+// drawn by the place in the batch).
 
 #include <algorithm>
 #include <atomic>
@@ -36,6 +37,10 @@ namespace {
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 constexpr float kPlusInf = std::numeric_limits<float>::infinity();
+
+// Right operands that are packed transposed are addressed by column, and in bfloat16 a column of a pair of rows is two numbers.
+template <class T>
+constexpr int64_t kColumn = sizeof(T) == 2 ? 2 : 1;
 
 // Blocks. Forward: kRows queries meet kKeys keys at a time, and one task is kChunk queries, for which keys are packed once.
 // Backward: kKeysBack keys meet kRowsBack queries.
@@ -260,34 +265,40 @@ void pack_transposed(const In* src, int64_t ld, int64_t rows, int64_t dim, float
 }
 
 // The right operand (padded, dim) from (rows, dim), and its row stride; rows beyond are 0. Whole blocks of float32 are used in place.
+// `lse`, if there is one, tells rows that see no key: they are 0 too, because their weights are, and 0 times what stands there may be NaN.
 struct Right {
   const void* data;
   int64_t ld;
 };
-Right pack_rows(const float* src, int64_t ld, int64_t rows, int64_t dim, float* dst, int64_t padded) {
-  if (rows == padded) return {src, ld};
-  for (int64_t r = 0; r < rows; r++) std::memcpy(dst + r * dim, src + r * ld, dim * sizeof(float));
-  std::fill(dst + rows * dim, dst + padded * dim, 0.0f);
-  return {dst, dim};
-}
-Right pack_rows(const BF16* src, int64_t ld, int64_t rows, int64_t dim, BF16* dst, int64_t padded) {
-  uint32_t* pairs = reinterpret_cast<uint32_t*>(dst);
-  for (int64_t r = 0; r < padded; r += 2) {
-    const BF16 *one = src + r * ld, *two = one + ld;
-    uint32_t* to = pairs + r / 2 * dim;
-    if (r + 1 < rows)
-      for (int64_t c = 0; c < dim; c++) to[c] = one[c].bits | uint32_t{two[c].bits} << 16;
-    else if (r < rows)
-      for (int64_t c = 0; c < dim; c++) to[c] = one[c].bits;
+bool is_blind(const float* lse, int64_t r) { return lse && lse[r] == kMinusInf; }
+
+template <class In>
+Right copy_rows(const In* src, int64_t ld, int64_t rows, int64_t dim, float* dst, int64_t padded, const float* lse) {
+  for (int64_t r = 0; r < padded; r++) {
+    if (r < rows && !is_blind(lse, r))
+      for (int64_t c = 0; c < dim; c++) dst[r * dim + c] = widen(src[r * ld + c]);
     else
-      std::fill(to, to + dim, 0u);
+      std::fill(dst + r * dim, dst + (r + 1) * dim, 0.0f);
   }
   return {dst, dim};
 }
 template <class In>
-Right pack_rows(const In* src, int64_t ld, int64_t rows, int64_t dim, float* dst, int64_t padded) {
-  widen_rows(src, ld, rows, dim, dst);
-  std::fill(dst + rows * dim, dst + padded * dim, 0.0f);
+Right pack_rows(const In* src, int64_t ld, int64_t rows, int64_t dim, float* dst, int64_t padded, const float* lse = nullptr) {
+  if constexpr (std::is_same_v<In, float>)
+    if (rows == padded && !(lse && std::any_of(lse, lse + rows, [](float x) { return x == kMinusInf; }))) return {src, ld};
+  return copy_rows(src, ld, rows, dim, dst, padded, lse);
+}
+Right pack_rows(const BF16* src, int64_t ld, int64_t rows, int64_t dim, BF16* dst, int64_t padded, const float* lse = nullptr) {
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(dst);
+  for (int64_t r = 0; r < padded; r += 2) {
+    const BF16 *one = src + r * ld, *two = one + ld;
+    uint32_t* to = pairs + r / 2 * dim;
+    const bool first = r < rows && !is_blind(lse, r), second = r + 1 < rows && !is_blind(lse, r + 1);
+    if (first && second)
+      for (int64_t c = 0; c < dim; c++) to[c] = one[c].bits | uint32_t{two[c].bits} << 16;
+    else
+      for (int64_t c = 0; c < dim; c++) to[c] = (first ? one[c].bits : 0u) | (second ? uint32_t{two[c].bits} << 16 : 0u);
+  }
   return {dst, dim};
 }
 
@@ -506,7 +517,7 @@ struct Forward {
         const int64_t right = clamp(i0 + block + a.high + span.shift - n, 0, keys), width = round_up(right - left, 16);
         if (left >= right) continue;
         const int64_t padded_block = round_up(block, 8);
-        product(padded_block, width, a.dim, queries.ld, padded, width, false, queries.data + i * queries.ld, s.keys + left, s.scores);
+        product(padded_block, width, a.dim, queries.ld, padded, width, false, queries.data + i * queries.ld, s.keys + left * kColumn<T>, s.scores);
         softmax(s, span, seq, head, i0, i, block, n + left, right - left, width, touched[i / kRows]);
         const T* weights;
         if constexpr (kInPlace) weights = s.scores; else weights = s.weights;
@@ -518,12 +529,16 @@ struct Forward {
     finish(s, span, head, first, rows, touched);
   }
 
+  // Whether scores are more than products times a positive number; then they are made first, and their unit is 1.
+  bool is_changed() const { return a.softcap > 0 || a.slopes || !(a.scale > 0); }
+  float unit() const { return is_changed() ? 1.0f : static_cast<float>(a.scale); }
+
   // Scores of one block become weights; sums of the rows so far are scaled to the new maximum.
   void softmax(State& s, const Span& span, int64_t seq, int64_t head, int64_t i0, int64_t i, int64_t block, int64_t n, int64_t keys, int64_t padded,
                bool rescale) const {
     const float slope = a.slopes ? a.slopes[head] : 0.0f;
-    const bool changed = a.softcap > 0 || a.slopes;
-    const float scale = changed ? 1.0f : static_cast<float>(a.scale);
+    const bool changed = is_changed();
+    const float scale = unit();
     const bool drops = a.dropout_p > 0;
     const Dropout dropout(a, seq, head);
     if (drops)
@@ -537,26 +552,27 @@ struct Forward {
       float most = kMinusInf;
       if (low == 0 && high == padded) {
 #pragma omp simd reduction(max : most)
-        for (int32_t c = 0; c < static_cast<int32_t>(padded); c++) most = std::max(most, x[c] * scale);
+        for (int32_t c = 0; c < static_cast<int32_t>(padded); c++) most = std::max(most, x[c]);
       } else {
 #pragma omp simd reduction(max : most)
-        for (int32_t c = 0; c < static_cast<int32_t>(padded); c++) most = std::max(most, c >= low && c < high ? x[c] * scale : kMinusInf);
+        for (int32_t c = 0; c < static_cast<int32_t>(padded); c++) most = std::max(most, c >= low && c < high ? x[c] : kMinusInf);
       }
       float &most_so_far = s.most[i + r], &total = s.total[i + r];
       const float before = most_so_far;
       if (most > before) most_so_far = most;
-      if (most_so_far == kMinusInf) {  // nothing seen yet: weights 0, not exp(-inf + inf)
+      if (most_so_far == kMinusInf) {  // nothing seen yet, or nothing but NaN, which no maximum shows: weights 0, not exp(-inf + inf)
+        for (int32_t c = low; c < high; c++) total += x[c] != x[c] ? x[c] : 0.0f;
         std::fill(x, x + padded, 0.0f);
       } else {
         const float base = most_so_far;
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
         for (int32_t c = 0; c < static_cast<int32_t>(padded); c++) {
-          const float e = exp_of(x[c] * scale - base);
+          const float e = exp_of((x[c] - base) * scale);  // the largest is exactly exp(0), however large it is
           x[c] = c >= low && c < high ? e : 0.0f;
           sum += x[c];
         }
-        const float fade = before == kMinusInf ? 0.0f : std::exp(before - base);
+        const float fade = before == kMinusInf ? 0.0f : std::exp((before - base) * scale);
         total = total * fade + sum;
         if (rescale && fade != 1.0f) {
           float* sums = s.sums + (i + r) * a.value_dim;
@@ -592,15 +608,16 @@ struct Forward {
     for (int64_t r = 0; r < rows; r++) {
       const int64_t row = span.q0 + first + r;
       In* out = static_cast<In*>(a.out) + (row * a.heads + head) * a.value_dim;
-      const float total = s.total[r], most = s.most[r];
-      a.lse[head * a.rows_q + row] = total > 0 ? most + std::log(total) : kMinusInf;
-      const float* sums = s.sums + r * a.value_dim;
-      const float all = sinks && total > 0 ? total + std::exp(sinks[head] - most) : total;
-      const float factor = total > 0 && touched[r / kRows] ? 1.0f / all : 0.0f;
-      if (factor > 0)
-        for (int64_t c = 0; c < a.value_dim; c++) out[c] = narrow<In>(sums[c] * factor);
-      else
+      const float total = s.total[r], most = s.most[r] * unit();
+      const bool blind = total == 0;  // and not NaN
+      a.lse[head * a.rows_q + row] = blind ? kMinusInf : most + std::log(total);
+      if (blind || !touched[r / kRows]) {
         for (int64_t c = 0; c < a.value_dim; c++) out[c] = narrow<In>(0.0f);
+        continue;
+      }
+      const float factor = 1.0f / (sinks ? total + std::exp(sinks[head] - most) : total);
+      const float* sums = s.sums + r * a.value_dim;
+      for (int64_t c = 0; c < a.value_dim; c++) out[c] = narrow<In>(sums[c] * factor);
     }
   }
 };
@@ -703,8 +720,8 @@ struct Backward {
           // The queries of the block that see some of the keys, in whole vectors.
           const int64_t left = clamp(from - i, 0, rows) / 16 * 16, width = round_up(clamp(to - i, 0, rows), 16) - left;
           const Block& block = blocks[i / kRowsBack];
-          product(padded, width, a.dim, left_k.ld, rows, width, false, left_k.data, s.queries_t + i * a.dim + left, s.scores);
-          product(padded, width, a.value_dim, left_v.ld, rows, width, false, left_v.data, s.grads_t + i * a.value_dim + left, s.dweights);
+          product(padded, width, a.dim, left_k.ld, rows, width, false, left_k.data, s.queries_t + i * a.dim + left * kColumn<T>, s.scores);
+          product(padded, width, a.value_dim, left_v.ld, rows, width, false, left_v.data, s.grads_t + i * a.value_dim + left * kColumn<T>, s.dweights);
           derive(s, span, head, dropout, i + left, width, j, keys, padded);
           const T *weights, *dscores, *pairs;
           if constexpr (kInPlace) weights = s.scores, dscores = s.dweights, pairs = s.dweights;
@@ -733,7 +750,7 @@ struct Backward {
       for (int64_t c = 0; c < a.value_dim; c++) sum += widen(g[c]) * widen(o[c]);
       s.delta[r] = sum;
       const float lse = a.lse[head * a.rows_q + span.q0 + r];
-      s.lse[r] = a.sinks && lse > kMinusInf ? log_add(lse, a.sinks[head]) : lse;
+      s.lse[r] = a.sinks && lse != kMinusInf ? log_add(lse, a.sinks[head]) : lse;
     }
     const int64_t padded_rows = round_up(span.len_q, 16);
     std::fill(s.delta + span.len_q, s.delta + padded_rows, 0.0f);
@@ -743,8 +760,9 @@ struct Backward {
       const int64_t rows = std::min(kRowsBack, span.len_q - i), width = round_up(rows, 16);
       pack_transposed(q + i * a.q_row, a.q_row, rows, a.dim, s.queries_t + i * a.dim, width, s.room);
       pack_transposed(grad + i * a.grad_row, a.grad_row, rows, a.value_dim, s.grads_t + i * a.value_dim, width, s.room);
-      blocks.push_back({pack_rows(q + i * a.q_row, a.q_row, rows, a.dim, s.queries + i * a.dim, width),
-                        pack_rows(grad + i * a.grad_row, a.grad_row, rows, a.value_dim, s.grads + i * a.value_dim, width)});
+      const float* lse_of_rows = s.lse + i;
+      blocks.push_back({pack_rows(q + i * a.q_row, a.q_row, rows, a.dim, s.queries + i * a.dim, width, lse_of_rows),
+                        pack_rows(grad + i * a.grad_row, a.grad_row, rows, a.value_dim, s.grads + i * a.value_dim, width, lse_of_rows)});
     }
     return blocks;
   }
@@ -757,7 +775,7 @@ struct Backward {
   void sink_gradient(State& s, const Span& span, int64_t seq, int64_t head) const {
     double sum = 0.0;
     for (int64_t r = 0; r < span.len_q; r++)
-      if (s.lse[r] > kMinusInf) sum -= std::exp(a.sinks[head] - s.lse[r]) * s.delta[r];
+      if (s.lse[r] != kMinusInf) sum -= std::exp(a.sinks[head] - s.lse[r]) * s.delta[r];
     a.dsinks[seq * a.heads + head] = static_cast<float>(sum);
   }
 
@@ -781,7 +799,7 @@ struct Backward {
           (this->*changed)(s, span, head, dropout, i, columns, key, low, high, x, dx, scale, cap);
         } else {
           for (int32_t c = 0; c < columns; c++) {
-            const float e = exp_of(x[c] * scale - lse[c]), d = e * (dx[c] - delta[c]) * scale;
+            const float e = exp_of(std::min(x[c] * scale - lse[c], 0.0f)), d = e * (dx[c] - delta[c]) * scale;
             x[c] = c >= low && c < high ? e : 0.0f;
             dx[c] = c >= low && c < high ? d : 0.0f;
           }
@@ -813,7 +831,7 @@ struct Backward {
       }
       score -= slope * static_cast<float>(std::abs(c - origin));
       const bool seen = c >= low && c < high;
-      const float e = exp_of(score - lse[c]);
+      const float e = exp_of(std::min(score - lse[c], 0.0f));
       const float p = seen ? e : 0.0f;
       const float kept = !Drops ? 1.0f : mix(drop_queries[c] + drop_key) >= threshold ? drop_scale : 0.0f;
       const float d = p * (dx[c] * kept - delta[c]) * steep;
