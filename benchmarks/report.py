@@ -10,6 +10,7 @@ from typing import Any
 
 from . import bench_transformers as hf
 from . import plots, sections
+from .bench_attention import GOALS
 from .bench_encoder import AGAIN, MASKED, OFF, ON, OURS
 from .markdown import DISTURBED, NEAR, setting, table, threads_of, widest
 from .measure import RESULTS
@@ -123,25 +124,32 @@ def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def attention(rows: list[dict[str, Any]], dtype: str) -> str:
-    """Times and ratios of one dtype."""
-    header = ["batch", "", "masked, ms", "packed, ms", "**ratio**", "with pack and unpack", "same against same", "others", "goal"]
+    """Times and ratios of one dtype: of the backend that runs by itself, and of `cpu`, which everybody has."""
+    header = [
+        "batch", "", "masked, ms", "ours, ms", "**ratio**", "goal", "with pack and unpack", "`cpu`, ms", "**ratio of `cpu`**", "goal",
+        "same against same", "others",
+    ]  # fmt: skip
     order = {w.name: i for i, w in enumerate(WORKLOADS)}  # w1 to w6, and then the real ones
     chosen = [r for r in rows if r["dtype"] == dtype]
     lines = []
     for row in sorted(chosen, key=lambda r: (order[r["workload"]], r["direction"])):
-        times, ratios, goal = row["milliseconds"], row["ratio"], row["goal"]
-        met = (
-            "disturbed"
-            if row["foreign"] > DISTURBED
-            else ""
-            if goal is None
-            else f"{goal} " + ("met" if ratios["packed"] >= NEAR * goal else "**missed**")
-        )
+        times, ratios = row["milliseconds"], row["ratio"]
+        alone = "packed, cpu" if "packed, cpu" in times else "packed"
         lines.append(
             [row["workload"], row["direction"], f"{times['masked']:.1f}", f"{times['packed']:.1f}", f"**{ratios['packed']:.2f}**",
-             f"{ratios['pack+unpack']:.2f}", f"{ratios['masked again']:.2f}", f"{row['foreign']:.0%}", met]
+             _attention_goal(row, row["backend"], "packed"), f"{ratios['pack+unpack']:.2f}", f"{times[alone]:.1f}",
+             f"**{ratios[alone]:.2f}**", _attention_goal(row, "cpu", alone), f"{ratios['masked again']:.2f}", f"{row['foreign']:.0%}"]
         )  # fmt: skip
     return table(header, lines)
+
+
+def _attention_goal(row: dict[str, Any], backend: str, name: str) -> str:
+    goal = GOALS.get(backend, {}).get((row["dtype"], row["direction"]), {}).get(row["workload"])
+    if goal is None or row["threads"] != 2:
+        return ""
+    if row["foreign"] > DISTURBED:
+        return "disturbed"
+    return f"{goal} " + ("met" if row["ratio"][name] >= NEAR * goal else "**missed**")
 
 
 def against_dense(rows: list[dict[str, Any]]) -> str:
@@ -186,12 +194,13 @@ def batches() -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """The short table of the README: float32 and bfloat16 ratios, on two threads or whatever the most is."""
+    """The short table of the README: float32 and bfloat16 ratios, on two threads or whatever the most is. Of the backend that ran by
+    itself, and where that was another than `cpu`, of `cpu`, which needs no compiler."""
     columns = [(d, way) for d in ("float32", "bfloat16") for way in ("forward", "forward+backward")]
-    cells = {
-        (r["workload"], r["dtype"], r["direction"]): f"{r['ratio']['packed']:.1f}" if r["foreign"] <= DISTURBED else "?"
-        for r in widest(rows)
-    }
+    cells = {}
+    for row in widest(rows):
+        found = [f"{row['ratio'][name]:.1f}" for name in ("packed", "packed, cpu") if name in row["ratio"]]
+        cells[(row["workload"], row["dtype"], row["direction"])] = " / ".join(found) if row["foreign"] <= DISTURBED else "?"
     return _by_workload(columns, cells)
 
 
@@ -226,7 +235,7 @@ def _memory_parts(rows: list[dict[str, Any]]) -> list[str]:
         "## Memory",
         "Peak of resident memory during one call on w4 beyond what stood before (model, inputs, gradients of the step before), each in a "
         'process of its own. "Masked" is, for one layer, linear, `F.scaled_dot_product_attention` with a bool mask, linear; for the '
-        "encoder, torch's with its fast path off.",
+        "encoder, torch's with its fast path off. Ours is the backend `cpu` here.",
         memory(rows),
     ]
 
@@ -344,7 +353,11 @@ _SUMMARIES = {
     "minitest": (_MINITEST, sections.minitest_summary),
     "encoder": (_WHOLE, encoder_summary),
     "transformers": (_MODELS, transformers_summary),
-    "attention": ("Attention only: times of masked SDPA / ours.", summary),
+    "attention": (
+        "Attention only: times of masked SDPA / ours. Of two numbers the first is the compiled kernel's and the second of `cpu`, which "
+        "needs no compiler.",
+        summary,
+    ),
 }
 _PICTURES = {
     "route": (plots.FILL, "Times faster than masked attention, against fill: packing for one call, and rows that are packed already"),

@@ -216,10 +216,20 @@ def attention_row(**changes: Any) -> dict[str, Any]:
         "threads": 2, "dtype": "float32", "workload": "w1", "direction": "forward", "backend": "cpu",
         "milliseconds": {"masked": 8.0, "packed": 2.0, "pack+unpack": 2.5},
         "spread": {"masked": 0.01, "packed": 0.01, "pack+unpack": 0.01},
-        "ratio": {"packed": 4.0, "pack+unpack": 3.2, "masked again": 1.01, "slow": 0.1}, "ratio_dense": None, "goal": None, "rounds": 7,
+        "ratio": {"packed": 4.0, "pack+unpack": 3.2, "masked again": 1.01, "slow": 0.1}, "ratio_dense": None, "rounds": 7,
         "once": ["slow"], "absent": {"xformers": "is not installed"}, "foreign": 0.0, "attainable": {"gemm": 300.0, "flash": 200.0},
     }  # fmt: skip
     return {**row, **changes}
+
+
+def test_goals_are_those_of_the_backend_that_ran() -> None:
+    row = attention_row(direction="forward+backward", backend="cpu_native")
+    row["ratio"]["packed, cpu"] = row["milliseconds"]["packed, cpu"] = 3.9
+    line = report.attention([row], "float32").splitlines()[-1]
+    assert "| 5.0 **missed** |" in line, "4.0 of the compiled kernel"
+    assert "| 4.0 met |" in line, "3.9 of `cpu`"
+    assert "**missed**" not in report.attention([{**row, "threads": 1}], "float32")
+    assert "disturbed" in report.attention([{**row, "foreign": 0.5}], "float32")
 
 
 def faster(row: dict[str, Any], factor: float) -> dict[str, Any]:
