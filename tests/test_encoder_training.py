@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -279,6 +280,10 @@ def _train(rank: int, folder: str) -> None:
         model.zero_grad()
         _loss(model, rank, step).backward()
         torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}-{step}.pt")
+    # No process leaves, and none tears down what its model still holds, while the other is at work: gloo's threads abort then.
+    torch.distributed.barrier()
+    del model
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 
