@@ -36,17 +36,18 @@ _FOREIGN = ("encoder", "cross", "memory", "bias", "cu_seq", "visual", "image", "
 class LayerHook:
     """Before and after one layer: packs its arguments, and unpacks its result if it is the last.
 
-    An object and not a function, so that deep copies and pickles of a model keep it.
+    An object and not a function, so that deep copies and pickles of a model keep it, with the copied configuration.
 
     Attributes:
         names: the positional parameters of the layer's ``forward``.
         last: whether the tokens are put back after this layer.
+        config: of the model: layers that are skipped at random in training can not hand on rows.
     """
 
-    def __init__(self, layer: nn.Module, last: bool) -> None:
+    def __init__(self, layer: nn.Module, last: bool, config: Any) -> None:
         parameters = inspect.signature(type(layer).forward).parameters.values()
         self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
-        self.last = last
+        self.last, self.config = last, config
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         named = [*zip(self.names, args, strict=False), *kwargs.items()]
@@ -285,10 +286,10 @@ def watch(tree: Tree, model: Any, stacks: tuple[str, ...] = (), guarded: bool = 
 # -------------------------------------------------------------------- hooks on layers
 
 
-def install(layers: nn.ModuleList) -> None:
+def install(layers: nn.ModuleList, config: Any) -> None:
     """Let a stack run packed."""
     for i, layer in enumerate(layers):
-        hook = LayerHook(layer, i == len(layers) - 1)
+        hook = LayerHook(layer, i == len(layers) - 1, config)
         # Before hooks of others, which then see what the layer sees.
         layer.register_forward_pre_hook(hook.before, with_kwargs=True, prepend=True)
         layer.register_forward_hook(hook.after, with_kwargs=True, prepend=True)
