@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._gather import is_tracing, is_transformed
 from ..problem import Semantics
 from .base import Extras, ScoreBias, repeat_kv, wide_dtype
 
@@ -84,17 +83,19 @@ def attend(
     if extras.score_bias is not None and lse is not None:  # which may be -inf itself
         blind: Tensor | None = torch.isneginf(lse)[..., None]
     else:
-        blind = None if visible is None else _blind_rows(visible)
+        unsure = key_real is not None or _may_be_blind(semantics, offset, len_q, len_k)
+        blind = ~visible.any(-1, keepdim=True) if visible is not None and unsure else None
     weights = safe_softmax(scores, blind, extras.sinks)
     out = F.dropout(weights, semantics.dropout_p) @ value
     return out.to(dtype), lse
 
 
-def _blind_rows(visible: Tensor) -> Tensor | None:
-    """``(..., Lq, 1)`` rows that see no key; None where the host knows that there are none, which saves passes over the scores."""
-    blind = ~visible.any(-1, keepdim=True)
-    known = blind.device.type == "cpu" and not is_tracing(blind) and not is_transformed()
-    return None if known and not bool(blind.any()) else blind
+def _may_be_blind(semantics: Semantics, offset: int | Tensor, len_q: int, len_k: int) -> bool:
+    """Whether a query may see no key: what the host knows saves passes over the scores."""
+    if isinstance(offset, Tensor):
+        return True
+    low, high = semantics.visible_range(offset)
+    return (high is not None and high < 0) or (low is not None and len_q + low > len_k)
 
 
 def safe_softmax(scores: Tensor, blind: Tensor | None, sinks_N: Tensor | None = None) -> Tensor:
