@@ -17,7 +17,7 @@ import varlen_attn
 
 ROOT = Path(varlen_attn.__file__).parent
 RANKS = (
-    ("errors", "_timing"),
+    ("errors", "_profile", "_timing"),
     ("_gather", "_layout_checks", "_native"),
     ("_index",),
     ("layout",),
@@ -30,6 +30,7 @@ RANKS = (
     ("backends.*",),
     ("backends",),
     ("dispatch",),
+    ("records",),
     ("_call_checks",),
     ("functional",),
     ("explain",),

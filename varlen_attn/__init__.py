@@ -9,7 +9,7 @@ from .backends.base import Backend, Capabilities, Extras, Refusal
 from .companions import apply_rotary, varlen_conv1d
 from .convert import ModuleReport, Report, disable, enable, enabled
 from .data import VarlenCollator
-from .dispatch import Call, Decision, Plan, Record, Route, backends, choose, record, route, use_backend
+from .dispatch import Decision, Plan, Route, backends, choose, route, use_backend
 from .encoder import VarlenTransformerDecoder, VarlenTransformerDecoderLayer, VarlenTransformerEncoder, VarlenTransformerEncoderLayer
 from .errors import (
     ArgumentError,
@@ -26,6 +26,7 @@ from .functional import padded_attention, varlen_attention, varlen_mha
 from .layout import SeqLayout
 from .modules import VarlenMultiheadAttention
 from .problem import Problem, Semantics
+from .records import Call, Record, record
 
 __version__ = "0.1.0"
 

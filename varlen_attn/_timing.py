@@ -1,15 +1,11 @@
-"""Interleaved timing, and the name of the attention kernel that a call runs: what `python -m varlen_attn bench` and the project's own
-benchmarks share."""
+"""Interleaved timing: what `python -m varlen_attn bench` and the project's own benchmarks share."""
 
 from __future__ import annotations
 
 import os
 import platform
-import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["PATIENCE", "QUIET", "Timing", "cpu_name", "facts", "interleave", "kernel_ran", "ratio"]
+__all__ = ["PATIENCE", "QUIET", "Timing", "cpu_name", "facts", "interleave", "ratio"]
 
 PATIENCE = 4.0  # a contestant that takes so many times longer than the baseline is timed once
 QUIET = 0.03  # share of the machine taken by others, up to which a round counts as quiet
@@ -162,57 +158,3 @@ def cpu_name() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-# What to look for in a profile, the most telling first. Ops that only choose a kernel (`aten::scaled_dot_product_attention`) are not here.
-_OPS = (
-    r"varlen_attn::\w+forward",
-    r"aten::_scaled_dot_product_\w+",
-    r"aten::_(flash|efficient|cudnn)_attention_forward",
-    r"aten::_native_multi_head_attention",
-    r"flash_attn\w*::\w+forward",
-    r"aten::_(safe_)?softmax",
-)
-_CUDA_KERNELS = (r"flash|fmha|mha_|attention", r"softmax")
-_EXPLICIT = re.compile(r"softmax", re.IGNORECASE)
-
-
-def kernel_ran(call: Callable[[], object]) -> str:
-    """The attention kernel that ``call`` runs, by `torch.profiler`: a CUDA kernel if one runs, else the op of torch or of ours.
-
-    Scores written out, then a softmax, is what runs where no kernel is fused; that is said.
-    """
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    call()  # what is set up at a first call is not of interest
-    with _without_stderr(), profile(activities=activities, acc_events=True) as seen:
-        call()
-    events = seen.key_averages()
-    on_device = [e for e in events if e.device_type.name == "CUDA"]
-    names = [e.key for e in sorted(on_device, key=lambda e: -e.self_device_time_total)] or [e.key for e in events]
-    return pick_kernel(names, _CUDA_KERNELS if on_device else _OPS)
-
-
-@contextmanager
-def _without_stderr() -> Iterator[None]:
-    """The profiler's C++ writes two lines there for each profile, whatever its log level; Python's own errors come later."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def pick_kernel(names: list[str], patterns: tuple[str, ...] = _OPS) -> str:
-    """The first of ``names`` that the first matching pattern matches, without template arguments."""
-    for pattern in patterns:
-        for name in names:
-            if re.search(pattern, name) and "backward" not in name:
-                short = name.removeprefix("void ").split("<")[0].split("(")[0]
-                return f"explicit scores, {short}" if _EXPLICIT.search(short) else short
-    return "none known"

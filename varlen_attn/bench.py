@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._timing import PATIENCE, cpu_name, interleave, kernel_ran
+from ._profile import kernel_ran
+from ._timing import PATIENCE, cpu_name, interleave
 from ._timing import facts as contest_facts
-from .dispatch import backends, record
+from .dispatch import backends
 from .explain import environment
 from .functional import varlen_mha
 from .layout import SeqLayout
 from .modules import VarlenMultiheadAttention
+from .records import record
 from .testing import assert_within_budget
 
 __all__ = ["BASE", "DIRECTIONS", "Batch", "ByHand", "Setting", "batch_of_fill", "facts", "named_kernel", "rows", "some_batches", "text"]

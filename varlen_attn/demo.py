@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from .convert import enable
-from .dispatch import choose, record
+from .dispatch import choose
 from .explain import environment
 from .modules import VarlenMultiheadAttention
+from .records import record
 
 __all__ = ["batches", "docstrings", "docstrings_in", "facts", "text", "tokenise"]
 

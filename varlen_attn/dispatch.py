@@ -1,4 +1,4 @@
-"""`choose` a backend for a `Problem`, with the reasons against the others; `use_backend` and `record` around calls.
+"""`choose` a backend for a `Problem`, with the reasons against the others; `use_backend` around calls.
 
 ::
 
@@ -11,11 +11,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from .backends import BACKENDS
 from .backends.base import Backend, Refusal, constant_while_tracing, state
@@ -23,7 +22,7 @@ from .errors import ArgumentError, BackendRefused, NoBackend
 from .layout import SeqLayout
 from .problem import Problem, Semantics
 
-__all__ = ["Call", "Decision", "Plan", "Record", "Route", "backends", "choose", "record", "route", "use_backend"]
+__all__ = ["Decision", "Plan", "Route", "backends", "choose", "route", "use_backend"]
 
 _ENVIRONMENT = "VARLEN_ATTN_BACKEND"
 _environment_order = os.environ.get(_ENVIRONMENT) or "auto"  # read once: a changed environment must not change a running model
@@ -230,134 +229,6 @@ def use_backend(name: str | Backend) -> Iterator[None]:
         yield
     finally:
         state.override = before
-
-
-# -------------------------------------------------------------------- what ran
-
-
-@dataclass(frozen=True)
-class Call:
-    """One attention call. Facts that only a device or a trace knows are None.
-
-    Attributes:
-        backend, kernel: what ran; backend "dense" is a module that computed padding too.
-        plan: with the reasons; None where compiled code launched the kernel.
-        module: its name in the model that `record` was given, else its class.
-        rows: T.  slots: B*S.
-        traced: seen once while tracing, and not at each run.
-        reason: why a module went the dense way, or why a stack of layers did not run packed.
-    """
-
-    backend: str
-    kernel: str
-    plan: Plan | None = None
-    module: str | None = None
-    rows: int | None = None
-    slots: int | None = None
-    traced: bool = False
-    reason: str | None = None
-
-    @property
-    def padding(self) -> float | None:
-        """Share of the padded batch that is padding."""
-        return 1 - self.rows / self.slots if self.rows is not None and self.slots else None
-
-
-class Record:
-    """The attention calls made inside `record`, in order; prints as a table with totals."""
-
-    def __init__(self, names: dict[int, str] | None = None) -> None:
-        self.calls: list[Call] = []
-        self._names = names or {}
-
-    def add(self, call: Call, module: object | None) -> None:
-        """Write a call, with the name of the module that made it."""
-        known = None if module is None else self._names.get(id(module), type(module).__name__)
-        self.calls.append(replace(call, module=known))
-
-    def __iter__(self) -> Iterator[Call]:
-        return iter(self.calls)
-
-    def __len__(self) -> int:
-        return len(self.calls)
-
-    def observe(self, backend: str, rows: int) -> None:
-        """A kernel that our own op launched (``rows >= 0``), or a choice made while tracing."""
-        kernel = "in compiled code"
-        self.calls.append(Call(backend, kernel, rows=rows) if rows >= 0 else Call(backend, kernel, traced=True))
-
-    def __str__(self) -> str:
-        rows = [("#", "module", "backend", "T", "B*S", "padding", "kernel")]
-        for i, call in enumerate(self.calls):
-            padding = "-" if call.padding is None else f"{call.padding:.0%}"
-            kernel = call.kernel + (" (traced)" if call.traced else "") + (f"; {call.reason}" if call.reason else "")
-            rows.append((str(i), call.module or "-", call.backend, _text(call.rows), _text(call.slots), padding, kernel))
-        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        counts = {name: sum(c.backend == name for c in self.calls) for name in dict.fromkeys(c.backend for c in self.calls)}
-        known = [c for c in self.calls if c.rows is not None and c.slots]
-        packed, padded = sum(c.rows or 0 for c in known), sum(c.slots or 0 for c in known)
-        saved = f"; {packed} of {padded} positions computed, {1 - packed / padded:.0%} padding left out" if padded else ""
-        lines.append(f"{len(self.calls)} calls: " + ", ".join(f"{n} x {b}" for b, n in counts.items()) + saved)
-        return "\n".join(lines)
-
-
-def _text(number: int | None) -> str:
-    return "-" if number is None else str(number)
-
-
-@contextmanager
-def record(model: torch.nn.Module | None = None) -> Iterator[Record]:
-    """Record every attention call of this thread made inside: ``with record() as log: ...; print(log)``.
-
-    Args:
-        model: calls by its modules are recorded under their qualified names, others under their class.
-
-    Compiled code is seen where it runs if the backend launches an op of ours (`cpu`), else once, when it is traced.
-    """
-    log = Record({} if model is None else {id(module): name for name, module in model.named_modules() if name})
-    state.records.append(log)
-    try:
-        yield log
-    finally:
-        state.records.remove(log)
-
-
-@contextmanager
-def announced(plan: Plan, layout: SeqLayout, module: object | None, reason: str | None = None) -> Iterator[None]:
-    """Write one call into the open records, and keep the op that it launches silent."""
-    rows = layout.total if layout.lengths is not None else layout.num_rows
-    _write(Call(plan.backend, plan.kernel, plan, None, rows, layout.batch_size * layout.padded_len, reason=reason), module)
-    before, state.announced = state.announced, True
-    try:
-        yield
-    finally:
-        state.announced = before
-
-
-def note_dense(module: object, query: Tensor, key: Tensor, value: Tensor, kernel: str, reason: str) -> None:
-    """Write a call that a module computed the dense way, on ``(B, S, N, H)`` tensors, into the open records.
-
-    Everything padded is computed: T is B*S. Its plan is that of the packed call, which did not run, with the reason.
-    """
-    problem = Problem(
-        device_type=query.device.type,
-        dtype=query.dtype,
-        num_heads=query.shape[2],
-        num_kv_heads=key.shape[2],
-        head_dim=query.shape[3],
-        value_head_dim=value.shape[3],
-        needs_grad=torch.is_grad_enabled() and query.requires_grad,
-    )
-    plan = replace(choose(problem, thorough=True), backend="dense", kernel=kernel, route="dense", route_reason=reason)
-    slots = query.shape[0] * query.shape[1]
-    _write(Call("dense", kernel, plan, None, slots, slots, reason=reason), module)
-
-
-def _write(call: Call, module: object | None) -> None:
-    for log in state.records:
-        assert isinstance(log, Record)
-        log.add(call, module)
 
 
 def backends() -> list[dict[str, Any]]:

@@ -17,10 +17,11 @@ from torch import Tensor
 from ._call_checks import autocasts, check_extras, check_holes, check_layouts, check_mask, check_projections, check_shapes, common_dtype
 from .backends import BACKENDS
 from .backends.base import Backend, Extras, ScoreBias, connected_zeros, state, wide_dtype
-from .dispatch import Plan, announced, choose, choose_while_tracing, requested_backend, route
+from .dispatch import Plan, choose, choose_while_tracing, requested_backend, route
 from .errors import ArgumentError, LayoutError
 from .layout import SeqLayout, is_tracing
 from .problem import Problem, Semantics, check_dropout
+from .records import announced
 
 __all__ = ["padded_attention", "plan_attention", "varlen_attention", "varlen_mha"]
 

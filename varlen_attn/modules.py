@@ -7,6 +7,7 @@ Same constructor, `state_dict`, forward arguments and results. Padded input is p
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +23,12 @@ from ._streams import nested_like, nested_rows
 from .backends._maths import visible_mask
 from .backends.base import Backend, state
 from .dense import additive_mask, dense_attention, dense_kernel_name
-from .dispatch import note_dense, requested_backend
+from .dispatch import requested_backend
 from .errors import ArgumentError, BackendRefused, LayoutError
 from .functional import attend_for, full_layout, pack_rows, unpack_rows, without_slack
 from .layout import SeqLayout, is_tracing
 from .problem import Semantics
+from .records import announced_dense
 
 __all__ = ["VarlenMultiheadAttention"]
 
@@ -359,9 +361,11 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             extra += 1
         bias = None if bias is None else F.pad(bias.to(q.dtype), (0, extra))
         dropout_p = self.dropout if self.training else 0.0
+        note: AbstractContextManager[object] = nullcontext()
         if state.records and not is_tracing(q):
-            note_dense(self, q, k, v, dense_kernel_name(q, bias, dropout_p, need_weights), why)
-        out, weights = dense_attention(q, k, v, bias, dropout_p=dropout_p, need_weights=need_weights)
+            note = announced_dense(self, q, k, v, dense_kernel_name(q, bias, dropout_p, need_weights), why)
+        with note:
+            out, weights = dense_attention(q, k, v, bias, dropout_p=dropout_p, need_weights=need_weights)
         out = self._project_out(rearrange(out, "b l n h -> b l (n h)"))
         out = layout_q.pack(out) if inputs.packed else _without_padding(layout_q, out)
         if weights is not None and not layout_q.is_dense:

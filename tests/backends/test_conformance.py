@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from varlen_attn import BACKENDS, BackendRefused, SeqLayout, explain, padded_attention, varlen_attention
+from varlen_attn import BACKENDS, BackendRefused, SeqLayout, explain, padded_attention, record, varlen_attention
 from varlen_attn.backends.base import Backend
 from varlen_attn.testing import assert_within_budget, poison
 from varlen_attn.testing.strategies import AttentionCase, Batch, attention_cases, batches, head_shapes, semantics
@@ -161,3 +161,19 @@ def test_views_are_as_their_copies(backend: Backend, how: str, device: str) -> N
         results.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@each_backend
+def test_the_profiler_sees_what_is_claimed(backend: Backend, device: str) -> None:
+    """R-01, R-11: the kernel that a plan names is the kernel that runs; which one did I really get?"""
+    layout = SeqLayout.from_lengths([70, 130, 0, 3], device=device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = torch.randn(3, 203, 2, 64).to(device, dtype).unbind(0)
+    if is_refused(lambda: varlen_attention(q, k, v, layout, backend=backend.name), backend):
+        return
+    with record(kernels=True) as log:
+        varlen_attention(q, k, v, layout, backend=backend.name)
+    (call,) = log
+    assert call.plan is not None
+    assert call.kernels
+    assert call.confirmed is (True if backend.seen_as(call.plan.problem) else None), log

@@ -141,6 +141,13 @@ class Backend(ABC):
     def kernel(self, problem: Problem) -> str:
         """The kernel that `run` calls for this problem, by the name its library gives it."""
 
+    def seen_as(self, problem: Problem) -> str:
+        """A regular expression for the name under which a profiler shows that kernel; empty where nothing can be claimed.
+
+        Names of device kernels; for tensors on a CPU, of torch's and our ops.
+        """
+        return ""
+
     @abstractmethod
     def run(
         self,

@@ -218,6 +218,9 @@ class Cpu(Backend):
             return "eager matmul, softmax, matmul for each group of equal lengths"
         return f"aten::{_KERNEL}"
 
+    def seen_as(self, problem: Problem) -> str:
+        return "softmax" if needs_maths(problem.semantics) or problem.transformed else f"aten::{_KERNEL}"
+
     def run(
         self,
         query: Tensor,

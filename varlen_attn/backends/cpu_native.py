@@ -201,6 +201,9 @@ class CpuNative(Backend):
     def kernel(self, problem: Problem) -> str:
         return "compiled kernel" if _native.why_not() else f"compiled kernel ({_native.library()})"
 
+    def seen_as(self, problem: Problem) -> str:
+        return "varlen_attn::cpu_native_forward"
+
     def run(
         self,
         query: Tensor,

@@ -142,6 +142,11 @@ class Flash2(Backend):
     def kernel(self, problem: Problem) -> str:
         return "flash_attn_varlen_func (Triton build)" if _is_triton_build(problem) else "flash_attn_varlen_func (flash_fwd_kernel)"
 
+    def seen_as(self, problem: Problem) -> str:
+        if _is_triton_build(problem):
+            return "flash_attn::_flash_attn_varlen_forward" if problem.device_type == "cpu" else "attn_fwd"
+        return "" if problem.rocm else "flash_fwd_(kernel|splitkv)"
+
     def run(
         self,
         query: Tensor,

@@ -58,6 +58,9 @@ class MemEfficient(Backend):
     def kernel(self, problem: Problem) -> str:
         return "aten::_efficient_attention_forward with cu_seqlens (fmha_cutlassF)"
 
+    def seen_as(self, problem: Problem) -> str:
+        return "fmha_cutlassF"
+
     def run(
         self,
         query: Tensor,

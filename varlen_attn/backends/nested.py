@@ -65,6 +65,9 @@ class Nested(Backend):
             return "F.scaled_dot_product_attention on jagged tensors (eager matmul, softmax, matmul)"
         return "F.scaled_dot_product_attention on jagged tensors (torch picks flash or memory-efficient)"
 
+    def seen_as(self, problem: Problem) -> str:
+        return "softmax|_math" if problem.device_type == "cpu" else "flash_fwd_(kernel|splitkv)|fmha_cutlassF"
+
     def run(
         self,
         query: Tensor,

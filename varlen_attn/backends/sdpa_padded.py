@@ -23,6 +23,11 @@ class SdpaPadded(Backend):
             return EAGER
         return masked_kernel_name(problem.device_type, problem.dtype)
 
+    def seen_as(self, problem: Problem) -> str:
+        if self.kernel(problem) == EAGER:
+            return "(?i)softmax"
+        return "fmha_cutlassF" if problem.device_type == "cuda" else "aten::_scaled_dot_product_flash_attention_for_cpu"
+
     def run(
         self,
         query: Tensor,

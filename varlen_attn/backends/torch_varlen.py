@@ -91,6 +91,9 @@ class TorchVarlen(Backend):
             return "aten::_flash_attention_forward with cu_seqlens (flash_fwd_kernel)"
         return "torch_attn::_varlen_attn (flash_fwd_kernel)"
 
+    def seen_as(self, problem: Problem) -> str:
+        return "flash_fwd_(kernel|splitkv)"
+
     def run(
         self,
         query: Tensor,

@@ -7,6 +7,7 @@ goes to transformers' own function for ``sdpa``, or, where that lacks an option 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from .._host_lengths import HostLengths
 from ..backends._maths import safe_softmax
 from ..backends.base import Extras, repeat_kv, state, wide_dtype
-from ..dispatch import note_dense
 from ..errors import ArgumentError, LayoutError
 from ..functional import attend_for, pack_rows, unpack_rows
 from ..layout import SeqLayout
+from ..records import announced_dense
 from ._hf_mask import Packing, VarlenMask
 
 __all__ = ["NotPackable", "captured", "collected", "varlen_attention_forward"]
@@ -257,18 +258,20 @@ def _dense(
     fused = options.softcap is None and options.sinks is None and not options.weights
     if options.bias is not None and "position_bias" not in sdpa_attention.sdpa_attention_forward.__code__.co_varnames:
         fused = False  # an earlier one would take it among its other keywords, and leave it out
+    note: AbstractContextManager[object] = nullcontext()
     if state.records:
         kernel = "F.scaled_dot_product_attention" if fused else EAGER
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        note_dense(module, q, k, v, kernel, reason)
-    if not fused:
-        return _eager(module, query, key, value, mask, is_causal, options)
+        note = announced_dense(module, q, k, v, kernel, reason)
     given = {k: v for k, v in kwargs.items() if k not in ("cu_seq_lens_q", "cu_seq_lens_k")}
     if options.bias is not None:
         given["position_bias"] = options.bias
-    out: tuple[Tensor, None] = sdpa_attention.sdpa_attention_forward(
-        module, query, key, value, mask, dropout=options.dropout, scaling=options.scaling, is_causal=is_causal, **given
-    )
+    with note:
+        if not fused:
+            return _eager(module, query, key, value, mask, is_causal, options)
+        out: tuple[Tensor, None] = sdpa_attention.sdpa_attention_forward(
+            module, query, key, value, mask, dropout=options.dropout, scaling=options.scaling, is_causal=is_causal, **given
+        )
     return out
 
 

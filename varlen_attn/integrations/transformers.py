@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from ..dispatch import Record, record
 from ..errors import ArgumentError
+from ..records import Record, record
 from . import _hf_stack as stack_hooks
 from ._hf_attention import NotPackable, varlen_attention_forward
 from ._hf_mask import paddings, varlen_mask

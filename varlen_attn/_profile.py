@@ -1,0 +1,124 @@
+"""Which kernels ran, by `torch.profiler`: for `record(kernels=True)` and for benchmarks."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# What to look for in a profile, the most telling first. Ops that only choose a kernel (`aten::scaled_dot_product_attention`) are not here.
+_OPS = (
+    r"varlen_attn::\w+forward",
+    r"aten::_scaled_dot_product_\w+",
+    r"aten::_(flash|efficient|cudnn)_attention_forward",
+    r"aten::_native_multi_head_attention",
+    r"flash_attn\w*::\w+forward",
+    r"aten::_(safe_)?softmax",
+)
+_CUDA_KERNELS = (r"flash|fmha|mha_|attention", r"softmax")
+_EXPLICIT = re.compile(r"softmax", re.IGNORECASE)
+_NOT_KERNELS = re.compile(r"^(Memcpy|Memset|varlen_attn )")  # copies and fills, and a range of ours as the device's timeline shows it
+
+
+@dataclass
+class Profile:
+    """What a profiler saw. Filled in when `profiled` ends.
+
+    Attributes:
+        kernels: the kernels that a device ran, by name, each once, in order; without a device, torch's and our attention ops.
+        by_range: the same for each range (`torch.profiler.record_function`) of ours, by its label.
+    """
+
+    kernels: tuple[str, ...] = ()
+    by_range: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@contextmanager
+def profiled(prefix: str) -> Iterator[Profile]:
+    """Profile what runs inside, backward passes included; ranges whose label starts with ``prefix`` are kept apart.
+
+    Kernels launched by a backward pass belong to no range: autograd launches them later, and on a GPU from a thread of its own.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    on_cuda = torch.cuda.is_available()
+    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])], acc_events=True)
+    found = Profile()
+    with _without_stderr():
+        profiler.start()
+    try:
+        yield found
+    finally:
+        if on_cuda:
+            torch.cuda.synchronize()  # kernels are launched without waiting, and those that end later are not seen
+        with _without_stderr():
+            profiler.stop()
+        events = profiler.events() or []
+        found.kernels = _kernels([e for e in events if e.device_type.name == "CUDA"], [e.name for e in events])
+        ranges = [e for e in events if e.device_type.name == "CPU" and e.name.startswith(prefix)]
+        found.by_range = {e.name: _kernels_below(e) for e in ranges}
+
+
+def _kernels_below(event: Any) -> tuple[str, ...]:
+    below = [event]
+    for inner in below:  # grows while it is read
+        below += inner.cpu_children
+    return _kernels([kernel for inner in below for kernel in inner.kernels], [inner.name for inner in below])
+
+
+def _kernels(on_device: Sequence[Any], ops: Sequence[str]) -> tuple[str, ...]:
+    names = [kernel.name for kernel in on_device if not _NOT_KERNELS.match(kernel.name)]
+    names = names or [name for name in ops if any(re.match(pattern, name) for pattern in _OPS)]
+    return tuple(dict.fromkeys(names))
+
+
+def short_name(kernel: str) -> str:
+    """Without what C++ adds: result type, template and function arguments."""
+    return kernel.removeprefix("void ").split("<")[0].split("(")[0]
+
+
+def kernel_ran(call: Callable[[], object]) -> str:
+    """The attention kernel that ``call`` runs, by `torch.profiler`: a CUDA kernel if one runs, else the op of torch or of ours.
+
+    Scores written out, then a softmax, is what runs where no kernel is fused; that is said.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    call()  # what is set up at a first call is not of interest
+    with _without_stderr(), profile(activities=activities, acc_events=True) as seen:
+        call()
+    events = seen.key_averages()
+    on_device = [e for e in events if e.device_type.name == "CUDA"]
+    names = [e.key for e in sorted(on_device, key=lambda e: -e.self_device_time_total)] or [e.key for e in events]
+    return pick_kernel(names, _CUDA_KERNELS if on_device else _OPS)
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """The profiler's C++ writes two lines there for each profile, whatever its log level; Python's own errors come later."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def pick_kernel(names: Sequence[str], patterns: Sequence[str] = _OPS) -> str:
+    """The first of ``names`` that the first matching pattern matches, without template arguments."""
+    for pattern in patterns:
+        for name in names:
+            if re.search(pattern, name) and "backward" not in name:
+                short = short_name(name)
+                return f"explicit scores, {short}" if _EXPLICIT.search(short) else short
+    return "none known"
