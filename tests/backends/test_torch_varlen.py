@@ -78,6 +78,23 @@ def test_rows_that_the_kernel_leaves_unwritten_are_zero(dropout_p: float) -> Non
     assert bool(lse[:, 6:].isneginf().all())
 
 
+def test_capacity_costs_no_copy_before_the_kernel() -> None:
+    """Rows that the kernel never reads need no zeros; only their gradients do."""
+    seen: list[int] = []
+
+    class Looking(type(HERE)):  # type: ignore[misc]
+        def run(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Any:
+            seen.extend(x.data_ptr() for x in (query, key, value))
+            return query * key * value, None
+
+    layout = SeqLayout.from_key_padding_mask(torch.tensor([[False, False, True]]), capacity=3)
+    qkv = tensors([3], [3], (2, 2), (8, 8))
+    out = varlen_attention(*qkv, layout, backend=Looking())
+    assert seen == [x.data_ptr() for x in qkv]
+    grads = torch.autograd.grad(out, qkv, torch.full_like(out, float("nan")))
+    assert all(not x[2:].any() and bool(x[:2].isnan().all()) for x in grads)
+
+
 @pytest.mark.usefixtures("kernel")
 def test_dropout_reaches_the_kernel_and_its_backward() -> None:  # R-25
     layout = SeqLayout.from_lengths([6])

@@ -116,7 +116,7 @@ class Capabilities:
     grad: bool = True
     tracing: bool = True
     empty_sequences: bool = True  # False: removed before the call where lengths are on the host, else refused
-    slack_rows: bool = True  # False: rows beyond cu_seqlens[-1] are left unwritten, and the caller zeroes them
+    slack_rows: bool = True  # False: rows beyond cu_seqlens[-1] are neither read nor written, and the caller zeroes them
     by_name_only: str = ""  # why it runs by order only, or where nothing else does
 
 
@@ -274,6 +274,26 @@ class _ContiguousGrad(torch.autograd.Function):
 def contiguous_grad(x: Tensor) -> Tensor:
     """``x``, with a contiguous gradient for whatever kernel produced it."""
     result: Tensor = _ContiguousGrad.apply(x)
+    return result
+
+
+class _GradOfRealRows(torch.autograd.Function):
+    """Identity; its gradient is 0 in the rows that are not ``real``, whatever a kernel left there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, real: Tensor) -> Tensor:
+        ctx.save_for_backward(real)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (real,) = ctx.saved_tensors
+        return torch.where(real, grad, 0), None
+
+
+def grad_of_real_rows(x: Tensor, real: Tensor) -> Tensor:
+    """``x``, for a kernel that neither reads nor writes some rows, of ``x`` and of its gradient: without a copy of ``x``."""
+    result: Tensor = _GradOfRealRows.apply(x, real)
     return result
 
 
