@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._call_checks import autocasts, check_extras, check_holes, check_layouts, check_mask, check_projections, check_shapes, common_dtype
 from .backends import BACKENDS
-from .backends.base import Backend, Extras, ScoreBias, connected_zeros, grad_of_real_rows, state, wide_dtype
+from .backends.base import Backend, Extras, ScoreBias, connected_zeros, grad_of_real_rows, state, wide_dtype, zero_unless
 from .dispatch import Plan, choose, choose_while_tracing, requested_backend, route
 from .errors import ArgumentError, LayoutError
 from .layout import SeqLayout, is_tracing
@@ -226,14 +226,15 @@ class _Call:
             return backend.run(self.query, self.key, self.value, self.layout_q, self.layout_kv, self.semantics, self.extras)
 
     def _launch_without_slack(self, backend: Backend) -> tuple[Tensor, Tensor | None]:
-        """For kernels that neither read rows beyond ``cu_seqlens[-1]`` nor write them: zero them in results and gradients."""
+        """For kernels that leave rows beyond ``cu_seqlens[-1]`` unwritten: zero them in results and gradients."""
         valid_q, valid_k = (x.valid_rows()[:, None, None] for x in (self.layout_q, self.layout_kv))
-        query = grad_of_real_rows(self.query, valid_q)
-        key, value = (grad_of_real_rows(x, valid_k) for x in (self.key, self.value))
+        only_real = zero_unless if backend.capabilities.reads_slack else grad_of_real_rows
+        query = only_real(self.query, valid_q)
+        key, value = (only_real(x, valid_k) for x in (self.key, self.value))
         out, lse = backend.run(query, key, value, self.layout_q, self.layout_kv, self.semantics, self.extras)
         if lse is not None:
             lse = torch.where(valid_q[:, 0, 0], lse, float("-inf"))
-        return torch.where(valid_q, out, 0), lse
+        return zero_unless(out, valid_q), lse
 
     def _launch_without_empties(self, backend: Backend) -> tuple[Tensor, Tensor | None]:
         """For kernels that mishandle empty sequences: leave them out; their queries, if any, get 0 and -inf."""

@@ -116,7 +116,8 @@ class Capabilities:
     grad: bool = True
     tracing: bool = True
     empty_sequences: bool = True  # False: removed before the call where lengths are on the host, else refused
-    slack_rows: bool = True  # False: rows beyond cu_seqlens[-1] are neither read nor written, and the caller zeroes them
+    slack_rows: bool = True  # False: rows beyond cu_seqlens[-1] are left unwritten, and the caller zeroes them
+    reads_slack: bool = True  # False: such rows of query, key and value are not read either, and may hold anything
     by_name_only: str = ""  # why it runs by order only, or where nothing else does
 
 
@@ -289,6 +290,11 @@ class _GradOfRealRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (real,) = ctx.saved_tensors
         return torch.where(real, grad, 0), None
+
+
+def zero_unless(x: Tensor, real: Tensor) -> Tensor:
+    """0 in the rows that are not ``real``, whatever stands there; so is its gradient."""
+    return torch.where(real, x, 0)
 
 
 def grad_of_real_rows(x: Tensor, real: Tensor) -> Tensor:

@@ -111,6 +111,7 @@ class Flash2(Backend):
         score_bias=False,
         sinks=False,
         slack_rows=False,
+        reads_slack=False,
     )
 
     def missing(self, problem: Problem) -> str | None:

@@ -58,6 +58,7 @@ class TorchVarlen(Backend):
         score_bias=False,
         sinks=False,
         slack_rows=False,
+        reads_slack=False,
     )
 
     def missing(self, problem: Problem) -> str | None:
