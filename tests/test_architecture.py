@@ -31,7 +31,7 @@ RANKS = (
     ("backends",),
     ("dispatch",),
     ("records",),
-    ("_call_checks",),
+    ("_call_checks", "_static"),
     ("functional",),
     ("explain",),
     ("testing._batch", "_token_wise"),

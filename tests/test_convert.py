@@ -1533,16 +1533,18 @@ def test_a_decoders_activation_is_tried_as_it_is() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
-def test_jit_trace_is_refused_with_the_way_out() -> None:
-    """R-56: a trace would keep one batch's number of tokens."""
+@pytest.mark.parametrize("level", ["attention", "model"])
+def test_traces_and_exports_of_enabled_models_serve_other_masks(level: Any) -> None:
+    """R-56: a trace that packed would keep one batch's number of tokens."""
     model = stack().eval()
-    x, mask = torch.randn(3, 5, D, dtype=torch.float64), PADDING
-    enable(model)
-    with pytest.raises(ArgumentError, match=r"call varlen_attn.disable\(model\) before it"):
-        torch.jit.trace(lambda x, mask: model(x, src_key_padding_mask=mask), (x, mask))
-    lone = VarlenMultiheadAttention(D, N, batch_first=True, dtype=torch.float64)
-    with pytest.raises(ArgumentError, match=r"torch\.jit\.trace can not record packing"):
-        torch.jit.trace(lambda x, mask: lone(x, key_padding_mask=mask)[0], (x, mask))
+    enable(model, level=level)
+    x, full = torch.randn(3, 5, D, dtype=torch.float64), torch.zeros(3, 5, dtype=torch.bool)
+    traced = torch.jit.trace(model, example_kwarg_inputs={"src": x, "src_key_padding_mask": full})
+    exported = torch.export.export(model, (), {"src": x, "src_key_padding_mask": full}).module()
+    for graph in (traced, exported):
+        for mask in (PADDING, PADDING.flip(1), full):
+            got, want = (m(src=x, src_key_padding_mask=mask) for m in (graph, model))
+            torch.testing.assert_close(got[~mask], want[~mask])
 
 
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>")

@@ -7,6 +7,7 @@ slot: NaN there can not leak.
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -16,8 +17,17 @@ from torch.autograd import forward_ad
 
 
 def is_tracing(*tensors: Tensor) -> bool:
-    """Whether values must not be read: under `torch.compile` or `torch.export`, or on fake tensors."""
-    return torch.compiler.is_compiling() or any(isinstance(t, FakeTensor) for t in tensors)
+    """Whether values must not be read: under `torch.compile`, `torch.export` or `torch.jit.trace`, or on fake tensors."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    return any(isinstance(t, FakeTensor) for t in tensors)
+
+
+def trace_quietly() -> None:
+    """Under `torch.jit.trace` sizes are tensors, and each check of a shape would warn that it is no part of the graph. torch ignores such
+    warnings of its own files likewise, and for the whole process."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"(varlen_attn|einops)\b")  # type: ignore[attr-defined]
 
 
 def mark_unbacked(tensor: Tensor) -> None:
@@ -77,6 +87,11 @@ def scatter_rows(x: Tensor, gather_indices: Tensor, pad_value: float) -> Tensor:
     # The padding row stands first, so that its index (0) does not depend on T, which is data.
     padding_row = x.new_full((1, *x.shape[1:]), pad_value)
     return torch.cat([padding_row, x]).index_select(0, gather_indices)
+
+
+def needs_plain_gathers() -> bool:
+    """Where our two functions would be in the way: under `torch.func`, and under `torch.jit.trace`, which could not save them."""
+    return is_transformed() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def is_transformed() -> bool:

@@ -60,7 +60,7 @@ def index_of_mask(
     """From a mask that is True at tokens; reads from the device at most once. ``bad_BS`` marks illegal values of ``mask``."""
     if bad_BS is not None and (capacity is not None or is_tracing(mask)):
         # Nothing is read here, so the device itself refuses.
-        _assert_on_device(~bad_BS.any(), "`mask` must hold 0 (or 1, for a mask of tokens), -inf or at most -1e4, but has other values.")
+        refuse_bad_values(bad_BS)
         bad_BS = None
     if capacity is not None:
         return with_capacity(real_BS, capacity)
@@ -124,6 +124,11 @@ def index_of_frames(lengths_B: Tensor, padded_len: int, capacity: int | None) ->
     if capacity is not None:
         return with_capacity(real_BS, capacity)
     return exact(real_BS, lengths_B, None, has_holes=False, right_padded=True)
+
+
+def refuse_bad_values(bad_BS: Tensor) -> None:
+    """Illegal values of a mask, where only the device knows."""
+    _assert_on_device(~bad_BS.any(), "`mask` must hold 0 (or 1, for a mask of tokens), -inf or at most -1e4, but has other values.")
 
 
 def refuse_shifted(real_BS: Tensor, message: str) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._static import PaddedRows, here, static_graph
 from .functional import to_device_of
 from .layout import SeqLayout, is_tracing, layout_and_flags
 
@@ -42,9 +43,12 @@ def read_masks(x: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | N
         questions["additive"] = ((key_padding_mask != 0) & ~torch.isneginf(key_padding_mask)).any()
     if attn_mask is not None and compare:
         questions["not causal"] = _is_not_causal(attn_mask)
-    layout = None
+    layout: SeqLayout | None = None
     answers: dict[str, bool] = {}
-    if key_padding_mask is not None:
+    if key_padding_mask is not None and static_graph():
+        hidden = torch.isneginf(key_padding_mask) if key_padding_mask.is_floating_point() else key_padding_mask
+        layout = PaddedRows.of(x, here(hidden, x))
+    elif key_padding_mask is not None:
         real = ~torch.isneginf(key_padding_mask) if key_padding_mask.is_floating_point() else ~key_padding_mask
         layout, values = layout_and_flags(real, [q.to(key_padding_mask.device) for q in questions.values()])
         layout = to_device_of(layout, x)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import ArgumentError, DtypeError
+from .errors import DtypeError
 from .layout import SeqLayout
 
 
@@ -16,15 +16,6 @@ def mha_shape_check(*args: Any) -> None:
     """torch's own check of ranks. Private, but its words are part of the drop-in's contract; looked up late, so that a torch without it
     breaks the drop-in only."""
     F._mha_shape_check(*args)  # type: ignore[attr-defined]
-
-
-def refuse_jit_trace() -> None:
-    """`torch.jit.trace` would keep this batch's number of tokens and lose tokens of the next batch without a word."""
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        raise ArgumentError(
-            "torch.jit.trace can not record packing, where the number of tokens is data: call varlen_attn.disable(model) before it, or use "
-            "torch.export."
-        )
 
 
 def check_inputs(

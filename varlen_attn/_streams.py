@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ._call_checks import check_layouts
+from ._gather import trace_quietly
 from ._masks import read_masks
-from ._mha_checks import check_inputs, refuse_jit_trace
+from ._mha_checks import check_inputs
+from ._static import static_layouts
 from .dense import additive_mask
 from .errors import ArgumentError, LayoutError
 from .functional import full_layout, pack_rows, unpack_rows, without_slack
@@ -112,7 +114,7 @@ def enter(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Stream |
         check_layouts(masks.layout, None)
     else:
         check_layouts(None, masks.layout)
-    refuse_jit_trace()
+    trace_quietly()
     form = _form(attn, x, masks.layout)
     if masks.layout is not None and masks.key_padding is not None:
         raise ArgumentError("pass a key padding mask or a layout, not both: nothing says which one counts.")
@@ -127,6 +129,8 @@ def enter(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Stream |
         x, padding = x[None], None if padding is None else padding[None]
     elif form == "sequence first":
         x = x.transpose(0, 1)
+    if form in ("batch first", "sequence first"):
+        own, _ = static_layouts(x, own, x, None)
     facts = read_masks(x, padding, masks.attn, hint=masks.is_causal, compare=masks.compare)
     layout = facts.layout or own or full_layout(x)
     rows = without_slack(layout, x) if form in ("packed", "nested") else pack_rows(layout, x, name)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ._static import static_graph
 from .backends._masked import EAGER, masked_attention, masked_kernel_name
 from .backends._maths import safe_softmax
 
@@ -28,7 +29,7 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def dense_kernel_name(query: Tensor, bias: Tensor | None, dropout_p: float, need_weights: bool) -> str:
     """The kernel that `dense_attention` calls."""
-    if need_weights or dropout_p > 0 or (bias is not None and bias.requires_grad):
+    if need_weights or dropout_p > 0 or (bias is not None and bias.requires_grad) or static_graph():
         return EAGER
     return masked_kernel_name(query.device.type, query.dtype)
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._call_checks import autocasts, check_extras, check_holes, check_layouts, check_mask, check_projections, check_shapes, common_dtype
+from ._gather import trace_quietly
+from ._static import PaddedRows, note_static, refuse_order, static_attention, static_graph, static_layout, static_layouts
 from .backends import BACKENDS
 from .backends.base import Backend, Extras, ScoreBias, connected_zeros, grad_of_real_rows, state, wide_dtype, zero_unless
 from .dispatch import Plan, choose, choose_while_tracing, requested_backend, route
@@ -171,6 +173,8 @@ class _Call:
         return replace(plan, route=way.name, route_reason=way.reason) if thorough or state.records else plan
 
     def run(self, module: torch.nn.Module | None, reason: str | None = None) -> Any:
+        if isinstance(self.layout_q, PaddedRows) and isinstance(self.layout_kv, PaddedRows):
+            return self._run_static(self.layout_q, self.layout_kv, module)
         if torch.compiler.is_compiling():
             out, lse = self._launch(self._backend_while_tracing())
             return (out, lse) if self.semantics.return_lse else out
@@ -184,10 +188,28 @@ class _Call:
             out, lse = self._launch(plan.implementation)
         return (out, lse) if self.semantics.return_lse else out
 
+    def _run_static(self, layout_q: PaddedRows, layout_kv: PaddedRows, module: torch.nn.Module | None) -> Any:
+        """Padded rows in a graph that may not depend on data: no backend is chosen."""
+        refuse_order(self.backend)
+        slots = self.query.shape[0] if isinstance(self.query.shape[0], int) else None
+        note_static(*self._fields(), slots, None if torch.compiler.is_dynamo_compiling() else module)
+        device_type = self.query.device.type
+        with torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext():
+            out, lse = static_attention(self.query, self.key, self.value, layout_q, layout_kv, self.semantics, self.extras)
+        return (out, lse) if self.semantics.return_lse else out
+
     def _backend_while_tracing(self) -> Backend:
         """The choice as a constant of the graph; guarded by what it depends on, the override included."""
         if isinstance(self.backend, Backend):
             return self.backend
+        name = choose_while_tracing(*self._fields())
+        for candidate in BACKENDS:
+            if candidate.name == name:
+                return candidate
+        raise AssertionError(name)
+
+    def _fields(self) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]:
+        """Of the `Problem` and of its `Semantics`, as plain values."""
         device, semantics = self.query.device, self.semantics
         problem = (
             ("device_type", device.type),
@@ -200,7 +222,7 @@ class _Call:
             ("needs_grad", self._needs_grad()),
             ("tracing", True),
             ("host_lengths", False),
-            ("requested", self.backend),
+            ("requested", self.backend if isinstance(self.backend, str) else self.backend.name),
         )
         fields = (
             ("causal", semantics.causal), ("window", semantics.window), ("scale", semantics.scale), ("softcap", semantics.softcap),
@@ -208,11 +230,7 @@ class _Call:
             ("sinks", semantics.sinks), ("return_lse", semantics.return_lse), ("deterministic", semantics.deterministic),
             ("batch_invariant", semantics.batch_invariant),
         )  # fmt: skip
-        name = choose_while_tracing(problem, fields)
-        for candidate in BACKENDS:
-            if candidate.name == name:
-                return candidate
-        raise AssertionError(name)
+        return problem, fields
 
     def _launch(self, backend: Backend) -> tuple[Tensor, Tensor | None]:
         # The dtype is settled: eager maths inside a backend must not be cast once more.
@@ -310,6 +328,7 @@ def padded_attention(
 
         F.scaled_dot_product_attention(q, k, v, attn_mask=~key_padding_mask[:, None, None]) * ~query_padding_mask[:, None, :, None]
     """
+    trace_quietly()
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             raise LayoutError(f"`{name}` must have shape (B, S, heads, head_dim), but has shape {tuple(x.shape)}.")
@@ -337,6 +356,7 @@ def _layouts(
         if key_padding_mask is not None or query_padding_mask is not None:
             raise ArgumentError("pass masks or `layout`/`layout_kv`, not both: nothing says which one counts.")
         check_layouts(layout, layout_kv)
+        layout, layout_kv = static_layouts(query, layout, key, layout_kv)
         layout = full_layout(query) if layout is None else layout
         return layout, layout if layout_kv is None else layout_kv
     layout_k = _layout_for(key, key_padding_mask, "key_padding_mask", "key")
@@ -354,12 +374,16 @@ def _layouts(
 
 
 def full_layout(x: Tensor) -> SeqLayout:
+    if static_graph():
+        return static_layout(x, None)
     return SeqLayout.from_lengths([x.shape[1]] * x.shape[0], x.shape[1], device=x.device)
 
 
 def _layout_for(x: Tensor, mask: Tensor | None, name: str = "key_padding_mask", owner: str = "x") -> SeqLayout:
     """The layout of ``x (B, S, ...)`` by its mask; without one, nothing is padded."""
     check_mask(mask, x, name, owner)
+    if static_graph():
+        return static_layout(x, mask)
     return full_layout(x) if mask is None else to_device_of(SeqLayout.from_key_padding_mask(mask), x)
 
 
@@ -432,6 +456,7 @@ def varlen_mha(
     In plain PyTorch: ``F.multi_head_attention_forward`` on ``x.transpose(0, 1)`` with ``need_weights=False``, times
     ``~key_padding_mask[..., None]``.
     """
+    trace_quietly()
     check_dropout(dropout_p)
     if dropout_p > 0 and training is None:
         raise ArgumentError(f"`training` must be True or False where dropout_p > 0, but is None (dropout_p is {dropout_p}).")
@@ -456,7 +481,8 @@ def varlen_mha(
     check_projections(width, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
 
     if x.dim() == 3:
-        layout = _layout_for(x, key_padding_mask) if layout is None else layout
+        layout = _layout_for(x, key_padding_mask) if layout is None else static_layouts(x, layout, x, None)[0]
+        assert layout is not None
         rows = pack_rows(layout, x)
     else:
         assert layout is not None
@@ -481,7 +507,8 @@ def _stacked(
         raise ArgumentError("stacked q, k, v are projected already: pass no in_proj or out_proj weights.")
     if layout is not None and mask is not None:
         raise ArgumentError("pass `key_padding_mask` or `layout`, not both: nothing says which one counts.")
-    layout = _layout_for(x, mask) if layout is None else layout
+    layout = _layout_for(x, mask) if layout is None else static_layouts(x, layout, x, None)[0]
+    assert layout is not None
     query, key, value = pack_rows(layout, x).unbind(1)
     out: Tensor = varlen_attention(query, key, value, layout, **options)
     return unpack_rows(layout, out)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._gather import Pack, Unpack, gather_rows, is_tracing, is_transformed, mark_unbacked, scatter_rows
+from ._gather import Pack, Unpack, gather_rows, is_tracing, mark_unbacked, needs_plain_gathers, scatter_rows, trace_quietly
 from ._index import Index, Step, exact, index_and_flags, index_of_documents, index_of_frames, index_of_mask, refuse_shifted, to_device
 from ._layout_checks import (
     CONVENTIONS,
@@ -38,7 +38,7 @@ from ._layout_checks import (
 )
 from .errors import ArgumentError, DtypeError, LayoutError
 
-__all__ = ["SeqLayout", "is_tracing", "layout_and_flags"]
+__all__ = ["SeqLayout", "is_tracing", "layout_and_flags", "padding_of"]
 
 Pooling = Literal["mean", "max", "sum", "first", "last"]
 P = ParamSpec("P")
@@ -52,6 +52,7 @@ def _constructor(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def build(*args: P.args, **kwargs: P.kwargs) -> R:
+        trace_quietly()
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             return function(*args, **kwargs)
         with torch.inference_mode(False):
@@ -125,17 +126,8 @@ class SeqLayout:
             DtypeError: the mask is neither bool nor float.
             LayoutError: it is not 2-D, or a float mask has other values.
         """
-        check_rank(mask, "mask")
-        if mask.dtype == torch.bool:
-            return cls._of(index_of_mask(~mask, None, mask, capacity, validate), mask.shape, holes)
-        if not mask.is_floating_point():
-            raise DtypeError(
-                f"`mask` must be bool or float, but is {mask.dtype}: only bool and floating types of "
-                f"key_padding_mask are supported. {CONVENTIONS}; for a 0/1 mask of tokens call "
-                "SeqLayout.from_attention_mask(mask), for one of padding pass mask.bool()."
-            )
-        padding = mask <= _PADDING_THRESHOLD
-        return cls._of(index_of_mask(~padding, ~(padding | (mask == 0)), mask, capacity, validate), mask.shape, holes)
+        padding, bad = padding_of(mask)
+        return cls._of(index_of_mask(~padding, bad, mask, capacity, validate), mask.shape, holes)
 
     @classmethod
     @_constructor
@@ -365,7 +357,7 @@ class SeqLayout:
         self._check(x, (self.batch_size, self.padded_len), "x")
         flat = x.reshape(self.batch_size * self.padded_len, *x.shape[2:])
         valid_T = self.valid_rows() if self.has_slack else None
-        if is_transformed():
+        if needs_plain_gathers():
             return gather_rows(flat, self.token_indices, valid_T)
         packed: Tensor = Pack.apply(flat, self.token_indices, self.gather_indices, valid_T)
         mark_unbacked(packed)
@@ -381,7 +373,7 @@ class SeqLayout:
         if not (x.is_floating_point() or x.is_complex()) and pad_value != int(pad_value):
             raise ArgumentError(f"`pad_value` must be an integer for a tensor of {x.dtype}, but is {pad_value}.")
         value = pad_value if x.is_floating_point() or x.is_complex() else int(pad_value)
-        if is_transformed():
+        if needs_plain_gathers():
             padded = scatter_rows(x, self.gather_indices, value)
         else:
             valid_T = self.valid_rows() if self.has_slack else None
@@ -594,6 +586,21 @@ class SeqLayout:
                 "without `capacity`."
             )
         return self.lengths
+
+
+def padding_of(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where a ``key_padding_mask (B, S)`` says padding, and where it holds what no mask of padding may; None where that can not be."""
+    check_rank(mask, "mask")
+    if mask.dtype == torch.bool:
+        return mask, None
+    if not mask.is_floating_point():
+        raise DtypeError(
+            f"`mask` must be bool or float, but is {mask.dtype}: only bool and floating types of "
+            f"key_padding_mask are supported. {CONVENTIONS}; for a 0/1 mask of tokens call "
+            "SeqLayout.from_attention_mask(mask), for one of padding pass mask.bool()."
+        )
+    padding = mask <= _PADDING_THRESHOLD
+    return padding, ~(padding | (mask == 0))
 
 
 def layout_and_flags(real_BS: Tensor, flags: Sequence[Tensor] = ()) -> tuple[SeqLayout, tuple[bool, ...]]:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ._call_checks import check_holes, check_layouts
+from ._gather import trace_quietly
 from ._masks import read_masks
-from ._mha_checks import check_inputs, mha_shape_check, refuse_jit_trace
+from ._mha_checks import check_inputs, mha_shape_check
+from ._static import static_layouts
 from ._streams import nested_like, nested_rows
 from .backends._maths import visible_mask
 from .backends.base import Backend, state
@@ -152,7 +154,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             ArgumentError, LayoutError: layouts that do not fit.
             BackendRefused: the ordered backend can not run the call.
         """
-        refuse_jit_trace()
+        trace_quietly()
         key = query if key is None else key
         value = key if value is None else value
         order = requested_backend(self.backend if backend is None else backend)
@@ -179,6 +181,8 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         else:
             inputs = _Inputs.of(query, key, value, lambda x: x.transpose(0, 1))
 
+        if not packed:
+            layout, layout_kv = static_layouts(inputs.query, layout, inputs.key, layout_kv)
         masks = key_padding_mask, attn_mask
         layouts, causal, why_dense = self._plan(inputs, masks, need_weights, is_causal, window is not None, layout, layout_kv)
         if why_dense is None:

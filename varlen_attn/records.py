@@ -17,7 +17,7 @@ from .errors import ArgumentError
 from .layout import SeqLayout
 from .problem import Problem
 
-__all__ = ["Call", "Record", "announced", "announced_dense", "record"]
+__all__ = ["Call", "Record", "announced", "announced_dense", "record", "write"]
 
 _RANGE = "varlen_attn call "  # with the number of a call: the range in which a profiler finds its kernels
 
@@ -191,12 +191,18 @@ def announced_dense(module: object, query: Tensor, key: Tensor, value: Tensor, k
     return _written(Call("dense", kernel, plan, None, slots, slots, reason=reason), module)
 
 
+def write(call: Call, module: object | None) -> None:
+    """Into every open record."""
+    for log in state.records:
+        assert isinstance(log, Record)
+        log.add(call, module)
+
+
 def _written(call: Call, module: object | None) -> AbstractContextManager[object]:
     """The call stands in all open records; the range finds its kernels, where one of them looks for kernels."""
     where: AbstractContextManager[object] = nullcontext()
     for log in state.records:
-        assert isinstance(log, Record)
-        if log.profiles:
+        if isinstance(log, Record) and log.profiles:
             where = torch.profiler.record_function(f"{_RANGE}{len(log)}")
-        log.add(call, module)
+    write(call, module)
     return where

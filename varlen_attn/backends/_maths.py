@@ -44,6 +44,13 @@ def score_bias_block(bias: ScoreBias, num_heads: int, len_q: int, len_k: int, de
     return bias(head, rows, columns)
 
 
+def score_bias_at(bias: ScoreBias, num_heads: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """``(B, N, Lq, Lk)`` of a score bias at positions ``(B,1,Lq,1)`` and ``(B,1,1,Lk)``; -1, before the first token, counts as 0."""
+    head = torch.arange(num_heads, device=rows.device)[:, None, None]
+    rows, columns = rows.clamp(min=0), columns.clamp(min=0)
+    return bias[head, rows, columns] if isinstance(bias, Tensor) else bias(head, rows, columns)
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -53,19 +60,20 @@ def attend(
     *,
     offset: int | Tensor = 0,
     key_real: Tensor | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``query (B,N,Lq,H)``, ``key (B,K,Lk,H)``, ``value (B,K,Lk,Hv)`` -> ``out (B,N,Lq,Hv)``, ``lse (B,N,Lq)``, detached, if it is
     asked for.
 
-    ``offset`` is ``Lk - Lq`` of the true lengths, an int or ``(B,1,1,1)``; ``key_real (B,1,1,Lk)`` marks keys that exist.
+    ``offset`` is ``Lk - Lq`` of the true lengths, an int or ``(B,1,1,1)``; ``key_real (B,1,1,Lk)`` marks keys that exist. ``positions``,
+    ``(B,1,Lq,1)`` and ``(B,1,1,Lk)``, are where queries and keys stand in their sequences, if not in their columns.
     Half precision is computed in float32.
     """
     dtype = query.dtype
     wide = wide_dtype(dtype)
-    num_heads, len_q, len_k = query.shape[1], query.shape[2], key.shape[2]
+    num_heads, len_q, len_k = int(query.shape[1]), query.shape[2], key.shape[2]
     query, key, value = query.to(wide), *repeat_kv(num_heads, key.to(wide), value.to(wide))
-    rows = torch.arange(len_q, device=query.device)[:, None]
-    columns = torch.arange(len_k, device=query.device)
+    rows, columns = positions or (torch.arange(len_q, device=query.device)[:, None], torch.arange(len_k, device=query.device))
 
     scores = (query * semantics.factor) @ key.transpose(-1, -2)
     if semantics.softcap is not None:
@@ -73,7 +81,11 @@ def attend(
     if extras.alibi_slopes is not None:
         scores = scores + alibi_bias(extras.alibi_slopes, rows, columns, offset)
     if extras.score_bias is not None:
-        scores = scores + score_bias_block(extras.score_bias, num_heads, len_q, len_k, query.device).to(wide)
+        if positions is None:
+            bias = score_bias_block(extras.score_bias, num_heads, len_q, len_k, query.device)
+        else:
+            bias = score_bias_at(extras.score_bias, num_heads, rows, columns)
+        scores = scores + bias.to(wide)
     visible = visible_mask(semantics, rows, columns, offset)
     if key_real is not None:
         visible = key_real if visible is None else visible & key_real

@@ -313,7 +313,7 @@ def pad_head_dim(multiple: int, *tensors: Tensor, least: int = 0) -> tuple[Tenso
 def repeat_kv(num_heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Key/value heads repeated to ``num_heads`` (dimension 1), for kernels without grouped heads. Copies: kernels
     have returned wrong results on broadcast (stride 0) heads."""
-    return tuple(t if t.shape[1] == num_heads else t.repeat_interleave(num_heads // t.shape[1], dim=1) for t in tensors)
+    return tuple(t if t.shape[1] == num_heads else t.repeat_interleave(num_heads // int(t.shape[1]), dim=1) for t in tensors)
 
 
 def connected_zeros(shape: Sequence[int], *tensors: Tensor) -> Tensor:

@@ -1,0 +1,208 @@
+"""Graphs that must not depend on data: `torch.export`, ONNX and `torch.jit.trace` record padded attention with a mask.
+
+While one of them records, calls on padded tensors get a `PaddedRows` in place of a packing layout. Its rows are the padded ones, zeroed
+at padding, so that all that happens between packing and unpacking stays as it is written; attention hides padding by a mask. The graph
+holds aten ops only, runs where this package is not installed, and serves every mask of its shape (of all shapes that are declared dynamic).
+Packing that is written out, ``layout.pack(x)`` and `varlen_attention`, is exported as it stands, with a number of rows that is data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._index import refuse_bad_values
+from .backends._maths import attend, needs_maths, visible_mask
+from .backends.base import Backend, Extras, constant_while_tracing, repeat_kv, state
+from .dispatch import choose
+from .errors import BackendRefused, LayoutError
+from .layout import SeqLayout, padding_of
+from .problem import Problem, Semantics
+from .records import Call, write
+
+__all__ = ["PaddedRows", "here", "static_attention", "static_graph", "static_kernel", "static_layout", "static_layouts"]
+
+REASON = "exported: static control flow"
+FUSED = "aten::scaled_dot_product_attention with a mask"
+EAGER = "eager matmul, softmax, matmul on the padded batch"
+
+Fields = tuple[tuple[str, Any], ...]
+
+
+@constant_while_tracing  # because dynamo of torch 2.11 takes `is_exporting` for True in every compiled function
+def static_graph() -> bool:
+    """Whether what runs now is recorded as a graph that may not depend on data."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+# -------------------------------------------------------------------- the layout
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PaddedRows(SeqLayout):
+    """A layout whose T = B*S rows are the padded ones, in their order. ``padding (B, S)`` is True where a row is none; None: nowhere."""
+
+    padding: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, padding: Tensor | None) -> PaddedRows:
+        """For ``x (B, S, ...)``."""
+        batch_size, padded_len = x.shape[0], x.shape[1]
+        rows = torch.arange(batch_size * padded_len, device=x.device)
+        return cls(
+            batch_size=batch_size,
+            padded_len=padded_len,
+            max_seqlen=padded_len,
+            cu_seqlens=torch.arange(batch_size + 1, device=x.device, dtype=torch.int32) * padded_len,
+            token_indices=rows,
+            gather_indices=rows + 1 if padding is None else torch.where(padding.flatten(), 0, rows + 1),
+            lengths=None,
+            has_holes=None,
+            right_padded=True if padding is None else None,
+            padding=padding,
+        )
+
+    @property
+    def is_dense(self) -> bool:
+        return self.padding is None
+
+    @property
+    def positions(self) -> Tensor:
+        return self.counts().clamp(min=0).flatten()
+
+    def counts(self) -> Tensor:
+        """``(B, S)``: the position of each token in its sequence; of padding that of the token before, or -1."""
+        if self.padding is None:
+            return torch.arange(self.padded_len, device=self.device).expand(self.batch_size, self.padded_len)
+        return (~self.padding).to(torch.int64).cumsum(1) - 1
+
+    def token_counts(self) -> Tensor:
+        """``(B,)``: the length of each sequence."""
+        return self.counts()[:, -1] + 1
+
+    def padding_mask(self) -> Tensor:
+        if self.padding is None:
+            return torch.zeros(self.batch_size, self.padded_len, dtype=torch.bool, device=self.device)
+        return self.padding
+
+    def valid_rows(self) -> Tensor:
+        return ~self.padding_mask().flatten()
+
+    def pack(self, x: Tensor) -> Tensor:
+        return self._filled(x, 0.0).flatten(0, 1)
+
+    def unpack(self, x: Tensor, pad_value: float = 0.0) -> Tensor:
+        return self._filled(x.reshape(self.batch_size, self.padded_len, *x.shape[1:]), pad_value)
+
+    def _filled(self, x: Tensor, value: float) -> Tensor:
+        return x if self.padding is None else x.masked_fill(self.padding.view(*self.padding.shape, *[1] * (x.dim() - 2)), value)
+
+    def _not_here(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise LayoutError(
+            "while exporting, modules see padded rows, which have no offsets of sequences: use `pack`, `unpack`, `positions`, `valid_rows` "
+            "and `varlen_attention`, or build a SeqLayout from the mask."
+        )
+
+    pool = split = to_nested = compact = downsample = update_ = _not_here
+
+
+def static_layout(x: Tensor, mask: Tensor | None) -> PaddedRows:
+    """For ``x (B, S, ...)`` and its ``key_padding_mask``; without one nothing is padded."""
+    if mask is None:
+        return PaddedRows.of(x, None)
+    padding, bad = padding_of(here(mask, x))
+    if bad is not None:
+        refuse_bad_values(bad)
+    return PaddedRows.of(x, padding)
+
+
+def here(mask: Tensor, x: Tensor) -> Tensor:
+    """``mask`` where ``x`` is; a move that is none would stand in the graph, with a device that may not be there where it runs."""
+    return mask if mask.device == x.device else mask.to(x.device)
+
+
+def static_layouts(
+    x: Tensor, layout: SeqLayout | None, y: Tensor, layout_kv: SeqLayout | None
+) -> tuple[SeqLayout | None, SeqLayout | None]:
+    """What callers built for padded ``x`` and ``y``, as `PaddedRows` where a graph must be static. Several documents a row stay packed."""
+    given = [a for a in (layout, layout_kv) if a is not None]
+    if not static_graph() or any(a.row_ids is not None or isinstance(a, PaddedRows) for a in given):
+        return layout, layout_kv
+    own = None if layout is None else PaddedRows.of(x, None if layout.is_dense else layout.padding_mask())
+    if layout_kv is None or layout_kv is layout:
+        return own, None if layout_kv is None else own
+    return own, PaddedRows.of(y, None if layout_kv.is_dense else layout_kv.padding_mask())
+
+
+# -------------------------------------------------------------------- attention
+
+
+def static_kernel(semantics: Semantics) -> str:
+    """What `static_attention` calls."""
+    return EAGER if needs_maths(semantics) or semantics.alibi or semantics.return_lse else FUSED
+
+
+def static_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout_q: PaddedRows, layout_kv: PaddedRows, semantics: Semantics, extras: Extras
+) -> tuple[Tensor, Tensor | None]:
+    """``query (B*Sq,N,H)``, ``key (B*Sk,K,H)``, ``value (B*Sk,K,Hv)`` -> ``(B*Sq,N,Hv)``, 0 at padding, and lse ``(N, B*Sq)`` or None.
+
+    Distances count tokens, as the packed way does, whatever the side of the padding and with holes too.
+    """
+    q = layout_q.unpack(query).transpose(1, 2)
+    k, v = (layout_kv.unpack(x).transpose(1, 2) for x in (key, value))
+    visible = key_real = None if layout_kv.padding is None else ~layout_kv.padding[:, None, None, :]
+    positions: tuple[Tensor, Tensor] | None = None
+    offset: int | Tensor = 0
+    if semantics.causal or semantics.window or semantics.alibi or semantics.score_bias:
+        positions = layout_q.counts()[:, None, :, None], layout_kv.counts()[:, None, None, :]
+        if layout_q is not layout_kv:
+            offset = (layout_kv.token_counts() - layout_q.token_counts())[:, None, None, None]
+    lse = None
+    if static_kernel(semantics) == EAGER:
+        out, lse = attend(q, k, v, semantics, extras, offset=offset, key_real=key_real, positions=positions)
+    else:
+        if positions is not None:
+            near = visible_mask(semantics, *positions, offset)
+            visible = near if key_real is None or near is None else near & key_real
+        k, v = repeat_kv(int(query.shape[1]), k, v)
+        out = _fused(q, k, v, visible, semantics.factor)
+    packed_lse = layout_q.pack(lse.transpose(1, 2)).transpose(0, 1) if lse is not None and semantics.return_lse else None
+    return layout_q.pack(out.transpose(1, 2)), packed_lse
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    """Rows that see nothing give 0 wherever the graph runs: some kernels, and ONNX, make NaN of them, so they see all and are zeroed."""
+    if visible is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    blind = ~visible.any(-1, keepdim=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible | blind, scale=scale).masked_fill(blind, 0.0)
+
+
+# -------------------------------------------------------------------- what is recorded
+
+
+def refuse_order(order: str | Backend) -> None:
+    """An order is an order: a graph of aten ops runs no backend by name."""
+    name = order if isinstance(order, str) else order.name
+    if name not in ("auto", "sdpa_padded"):
+        raise BackendRefused(
+            f"backend {name!r} was ordered, but this call is exported, and only padded attention has static control flow. "
+            "Fix: export with backend='auto', or write the packing out (layout.pack, varlen_attention, layout.unpack) and use torch.export."
+        )
+
+
+@constant_while_tracing
+def note_static(problem: Fields, semantics: Fields, slots: int | None, module: torch.nn.Module | None) -> None:
+    """Write the call into the open records: everything padded is computed, and its plan is that of the packed call, which did not run."""
+    if not state.records:
+        return
+    wanted = Semantics(**dict(semantics))
+    plan = choose(Problem(semantics=wanted, **dict(problem)), thorough=True)
+    kernel = static_kernel(wanted)
+    plan = replace(plan, backend="dense", kernel=kernel, route="dense", route_reason=REASON)
+    write(Call("dense", kernel, plan, None, slots, slots, traced=True, reason=REASON), module)
