@@ -16,9 +16,9 @@ from .._gather import is_tracing
 
 
 def register_flops() -> None:
-    """Tell the FLOP counter of this process, if there is one, about the ops of the CPU backends."""
+    """Tell the FLOP counter of this process, if there is one, about our own ops."""
     counter = sys.modules.get("torch.utils.flop_counter")
-    for name in ("cpu", "cpu_native"):
+    for name in ("cpu", "cpu_native", "flash3", "flash4"):
         forward, backward = (getattr(torch.ops.varlen_attn, f"{name}_{way}", None) for way in ("forward", "backward"))
         if counter is not None and forward is not None and forward not in counter.flop_registry:
             counter.register_flop_formula(forward, get_raw=True)(_forward_flops)

@@ -1,0 +1,211 @@
+"""What the adapters of flash-attn 3 and 4 share: a pair of custom ops around a library's two functions, and what the libraries lack.
+
+The ops trace (a fake kernel each), record themselves where they run, and have their own autograd: neither library's is used. Inside,
+where tensors are real, they do what differs between versions of the libraries or is missing there:
+
+- Sinks. The kernel computes attention without them. With ``joined = log(exp(lse) + exp(sink))`` the output is the kernel's times
+  ``exp(lse - joined)``; the backward kernel, given that output and ``joined``, computes the gradients with sinks, because it takes the
+  weights as ``exp(score - lse)``. The sink's own gradient is ``-sum_i exp(sink - joined_i) * (dO_i . O_i)``.
+- No queries at all, or no keys at all: nothing to launch.
+- Addresses and strides of 16 bytes, which the tensor memory accelerator wants, and none that are 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import SeqLayout
+from ..problem import Problem, Semantics
+from ._flops import register_flops
+from ._own_op import own_op
+from .base import Extras, Refusal, connected_zeros, observe, pad_head_dim
+
+_TILE = 128  # rows of a kernel's block
+
+
+class Call(NamedTuple):
+    """The arguments of a kernel that are no tensors: a side of the window that is -1 is unlimited, a softcap of 0 is none."""
+
+    max_q: int
+    max_k: int
+    scale: float
+    causal: bool
+    window: list[int]
+    softcap: float
+    deterministic: bool
+
+
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor]]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor, Tensor]]
+
+
+def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Any:
+    """Register ``varlen_attn::{name}_forward`` and ``_backward`` around a library; returns the first.
+
+    ``forward(query, key, value, cu_q, cu_k, call) -> out, lse (N,T)``, ``backward(grad, query, key, value, out, lse, cu_q, cu_k, call)
+    -> dq, dk, dv``. What the log-sum-exp of a row without keys is, the library may decide; it gets back what it gave.
+    """
+
+    @own_op(f"{name}_forward", "default")
+    def forward_op(
+        query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, sinks: Tensor | None, max_q: int, max_k: int,
+        scale: float, causal: bool, window: list[int], softcap: float, deterministic: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        observe(name, query.shape[0])
+        if 0 in (query.shape[0], key.shape[0]):
+            blind = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
+            return query.new_zeros(query.shape), blind
+        query, key, value = (_aligned(x) for x in (query, key, value))
+        call = Call(max_q, max_k, scale, causal, window, softcap, deterministic)
+        out, lse = forward(query, key, value, cu_q, cu_k, call)
+        return (out if sinks is None else _with_sinks(out, lse, sinks)), lse
+
+    @own_op(f"{name}_backward", "default")
+    def backward_op(
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
+        sinks: Tensor | None, max_q: int, max_k: int, scale: float, causal: bool, window: list[int], softcap: float, deterministic: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        dsinks = grad.new_zeros((query.shape[1] if sinks is not None else 0,), dtype=torch.float32)
+        if 0 in (query.shape[0], key.shape[0]):
+            return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape), dsinks
+        query, key, value = (_aligned(x) for x in (query, key, value))
+        grad = grad.contiguous()  # a broadcast one is read by its strides, and those of a slice overflow 32 bits (flash-attention#2611)
+        if sinks is not None:
+            lse = _joined(lse, sinks)
+            dsinks = _sinks_gradient(grad, out, lse, sinks)
+        call = Call(max_q, max_k, scale, causal, window, softcap, deterministic)
+        dq, dk, dv = backward(grad, query, key, value, out, lse, cu_q, cu_k, call)
+        return dq, dk, dv, dsinks
+
+    _register_fakes(name)
+    _register_autograd(name, backward_op)
+    register_flops()
+    return forward_op
+
+
+def _register_fakes(name: str) -> None:
+    @torch.library.register_fake(f"varlen_attn::{name}_forward")  # type: ignore[untyped-decorator]
+    def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return query.new_empty(query.shape), query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+
+    @torch.library.register_fake(f"varlen_attn::{name}_backward")  # type: ignore[untyped-decorator]
+    def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sinks = rest[4]
+        dsinks = grad.new_empty((query.shape[1] if sinks is not None else 0,), dtype=torch.float32)
+        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), dsinks
+
+
+def _register_autograd(name: str, backward_op: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, cu_q, cu_k, sinks, *ctx.options = inputs
+        out, lse = output
+        # Without this the log-sum-exp would look differentiable and its gradient be dropped without a word.
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(query, key, value, out, lse, cu_q, cu_k, sinks)
+
+    def autograd(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: under checkpointing a second time is an error
+        dq, dk, dv, dsinks = backward_op(grad, *saved, *ctx.options)
+        return (dq, dk, dv, None, None, None if saved[-1] is None else dsinks, *[None] * len(ctx.options))
+
+    def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"the backward of backend {name!r} is not differentiable: the kernel has no second derivative. Order backend='reference' for it."
+        )
+
+    torch.library.register_autograd(f"varlen_attn::{name}_forward", autograd, setup_context=setup_context)
+    torch.library.register_autograd(f"varlen_attn::{name}_backward", no_second_derivative)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy if the kernels' loads could not read it: they want 16 bytes, and were wrong on heads with a stride of 0."""
+    unit = 16 // x.element_size()
+    *strides, last = x.stride()
+    fits = last == 1 and x.storage_offset() % unit == 0 and all(s and s % unit == 0 for s in strides)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _joined(lse: Tensor, sinks: Tensor) -> Tensor:
+    """The log-sum-exp with sinks, ``(N, T)``; finite, also for rows without keys (whose own is -inf or +inf)."""
+    return torch.logaddexp(no_keys(lse), sinks[:, None])
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    share_TN = torch.sigmoid(no_keys(lse) - sinks[:, None]).t()
+    return (out * share_TN[..., None]).to(out.dtype)
+
+
+def _sinks_gradient(grad: Tensor, out: Tensor, joined: Tensor, sinks: Tensor) -> Tensor:
+    delta_NT = (grad.float() * out.float()).sum(-1).t()
+    return -((sinks[:, None] - joined).exp() * delta_NT).sum(1)
+
+
+def no_keys(lse: Tensor) -> Tensor:
+    """-inf for rows without keys, whatever the library writes there."""
+    return lse.masked_fill(torch.isposinf(lse), float("-inf"))
+
+
+def covering_offsets(layout_q: SeqLayout, layout_kv: SeqLayout) -> tuple[Tensor, Tensor, int, int]:
+    """Offsets of queries and keys, and bounds of their lengths, such that every row belongs to a sequence.
+
+    In capacity mode rows follow the last sequence. flash-attn 3 accepts them and can corrupt that sequence's last block
+    (sgl-flash-attn#47, read there; not reproduced here). So they become sequences of at most 128 rows of their own: as many offsets as
+    the largest tail would need, computed from ``cu_seqlens[-1]`` on the device, those too many empty. The caller has zeroed these rows
+    and drops their results. Each of them meets at most 128 keys.
+    """
+    max_q, max_k = max(1, layout_q.max_seqlen), max(1, layout_kv.max_seqlen)
+    if not (layout_q.has_slack or layout_kv.has_slack):
+        return layout_q.cu_seqlens, layout_kv.cu_seqlens, max_q, max_k
+    pieces = -(-max(layout_q.num_rows, layout_kv.num_rows) // _TILE)
+    cu_q = _cover(layout_q, pieces)
+    cu_k = cu_q if layout_kv is layout_q else _cover(layout_kv, pieces)
+    return cu_q, cu_k, max(_TILE, max_q), max(_TILE, max_k)
+
+
+def _cover(layout: SeqLayout, pieces: int) -> Tensor:
+    cu = layout.cu_seqlens
+    ends = cu[-1:] + _TILE * torch.arange(1, pieces + 1, device=cu.device, dtype=cu.dtype)
+    return torch.cat([cu, ends.clamp(max=layout.num_rows)])
+
+
+def run_flash_op(
+    op: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout_q: SeqLayout,
+    layout_kv: SeqLayout,
+    semantics: Semantics,
+    extras: Extras,
+) -> tuple[Tensor, Tensor | None]:
+    """`Backend.run` of both: heads padded to one width of 8 columns, the true scale, the value's own width back."""
+    value_dim = value.shape[-1]
+    if layout_q.num_seqs == 0:
+        sinks = [] if extras.sinks is None else [extras.sinks]
+        out = connected_zeros((*query.shape[:2], value_dim), query, key, value, *sinks)
+        lse = out.new_zeros((out.shape[1], out.shape[0]), dtype=torch.float32)
+        return out, lse if semantics.return_lse else None
+    if not torch.compiler.is_compiling():
+        register_flops()
+    query, key, value = pad_head_dim(8, query, key, value, least=8)
+    cu_q, cu_k, max_q, max_k = covering_offsets(layout_q, layout_kv)
+    left, right = (-1 if side is None else side for side in semantics.window or (None, None))
+    out, lse = op(
+        query, key, value, cu_q, cu_k, extras.sinks, max_q, max_k, semantics.factor, bool(semantics.causal),
+        [left, 0 if semantics.causal else right], semantics.softcap or 0.0, semantics.deterministic,
+    )  # fmt: skip
+    return out[..., :value_dim], no_keys(lse) if semantics.return_lse else None
+
+
+def common_refusals(problem: Problem) -> Iterable[Refusal]:
+    """What neither library's kernels do, beyond what `Capabilities` says."""
+    if problem.transformed:
+        yield Refusal("has a backward only, and this is torch.func or forward-mode AD", "order backend='sdpa_padded'")
+    scale = problem.semantics.scale
+    if scale is not None and scale <= 0:
+        yield Refusal("needs a scale above 0: its softmax takes the maximum before it scales", "multiply the query by it")
+
