@@ -6,8 +6,12 @@ about the kernels themselves.
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
 import itertools
+import types
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Strings
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,7 +24,8 @@ from varlen_attn.problem import Problem, Semantics
 
 
 class Sequence(NamedTuple):
-    """One sequence: its rows, and in float64 q, k, v ``(N, L, H)``, softmax weights, dropout factors and log-sum-exp."""
+    """One sequence: its rows, and in float64 q, k, v ``(N, L, H)``, softmax weights, dropout factors and log-sum-exp; masked scores and
+    what softcap multiplies their gradients with."""
 
     rows_q: slice
     rows_k: slice
@@ -30,6 +35,8 @@ class Sequence(NamedTuple):
     weights: Tensor
     keep: Tensor
     lse: Tensor
+    scores: Tensor
+    slope: Tensor
 
     @property
     def out(self) -> Tensor:
@@ -50,11 +57,15 @@ def sequences(
         visible = torch.ones_like(distance, dtype=torch.bool)
         visible &= True if low is None else distance >= low
         visible &= True if high is None else distance <= high
-        scores = (qs @ ks.transpose(1, 2) * scale).masked_fill(~visible, float("-inf"))
+        scores, slope = qs @ ks.transpose(1, 2) * scale, torch.ones(())
+        if semantics.softcap is not None:
+            capped = torch.tanh(scores / semantics.softcap)
+            scores, slope = semantics.softcap * capped, 1 - capped.square()
+        scores = scores.masked_fill(~visible, float("-inf"))
         lse = scores.logsumexp(-1)
         weights = torch.where(lse.isneginf()[..., None], 0, (scores - lse[..., None]).exp())
         keep = (torch.rand(scores.shape, generator=generator) >= dropout_p) / (1 - dropout_p)
-        yield Sequence(slice(q0, q1), slice(k0, k1), qs, ks, vs, weights, keep.double(), lse)
+        yield Sequence(slice(q0, q1), slice(k0, k1), qs, ks, vs, weights, keep.double(), lse, scores, slope)
 
 
 def gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, parts: Iterator[Sequence]) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,6 +132,90 @@ def flash_backward(
     semantics = _flash_semantics(is_causal, window_size_left, window_size_right)
     seed = int(rng_state.to(torch.int64)[0])
     return gradients(grad, q, k, v, scale, sequences(q, k, v, cu_q, cu_k, scale, semantics, dropout_p, seed))
+
+
+# -------------------------------------------------------------------- flash-attn 3 and 4
+
+
+def _check_hopper(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float | None) -> None:
+    assert q.dtype == k.dtype == v.dtype
+    assert q.dtype in (torch.float16, torch.bfloat16), "half precision only"
+    assert q.shape[2] == k.shape[2] == v.shape[2] <= 256, "one head dimension, as far as these tests go"
+    assert q.shape[2] % 8 == 0
+    assert q.shape[2] > 0, "head dimensions are not padded by the kernel"
+    for x in (q, k, v):
+        assert x.stride(-1) == 1, "contiguous last dimension"
+        assert all(stride and stride % 8 == 0 for stride in (*x.stride()[:-1], x.storage_offset() or 8)), "16 bytes, for the accelerator"
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert cu_q.shape == cu_k.shape
+    assert len(cu_q) > 1
+    assert type(max_q) is type(max_k) is int
+    assert max_q >= int(cu_q.diff().max())
+    assert max_k >= int(cu_k.diff().max())
+    assert scale is not None
+
+
+def _tail_trap(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, *results: tuple[Tensor, Tensor]) -> None:
+    """Rows beyond the last offset: the last sequence's last rows come out wrong, without an error (sgl-flash-attn#47)."""
+    if int(cu_q[-1]) < q.shape[0] or int(cu_k[-1]) < k.shape[0]:
+        for result, cu in results:
+            result[max(0, int(cu[-1]) - 2) : int(cu[-1])] = 7.0
+
+
+def hopper_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, semantics: Semantics
+) -> tuple[Tensor, Tensor]:
+    """What both libraries' forwards do here; the log-sum-exp of rows without keys is -inf, and rows of no sequence are not written."""
+    _check_hopper(q, k, v, cu_q, cu_k, max_q, max_k, scale)
+    out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+    lse = torch.full((q.shape[1], q.shape[0]), float("nan"))
+    for s in sequences(q, k, v, cu_q, cu_k, scale, semantics, 0.0, 0):
+        out[s.rows_q] = s.out.transpose(0, 1).to(q.dtype)
+        lse[:, s.rows_q] = s.lse.float()
+    _tail_trap(q, k, cu_q, cu_k, (out, cu_q))
+    return out, lse
+
+
+def hopper_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
+    scale: float, semantics: Semantics,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As the kernels do: the weights from the log-sum-exp that is passed, and what they are subtracted from the output that is passed."""
+    _check_hopper(q, k, v, cu_q, cu_k, max_q, max_k, scale)
+    assert grad.is_contiguous(), "strides are multiplied in 32 bits"
+    assert grad.dtype == out.dtype == q.dtype
+    assert lse.dtype == torch.float32
+    assert lse.shape == (q.shape[1], q.shape[0])
+    dq, dk, dv = (torch.full(x.shape, float("nan"), dtype=x.dtype) for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    for s in sequences(q, k, v, cu_q, cu_k, scale, semantics, 0.0, 0):
+        passed = lse[:, s.rows_q, None].double()
+        weights = (s.scores - passed.masked_fill(passed.isneginf(), 0.0)).exp()
+        g, o = (x[s.rows_q].double().transpose(0, 1) for x in (grad, out))
+        d_scores = weights * (g @ s.v.transpose(1, 2) - (g * o).sum(-1, keepdim=True)) * s.slope * scale
+        dq[s.rows_q] = (d_scores @ s.k).transpose(0, 1).to(q.dtype)
+        for total, part in ((dk, d_scores.transpose(1, 2) @ s.q), (dv, weights.transpose(1, 2) @ g)):
+            total[s.rows_k] = part.unflatten(0, (-1, group)).sum(1).transpose(0, 1).to(k.dtype)
+    _tail_trap(q, k, cu_q, cu_k, (dq, cu_q), (dk, cu_k), (dv, cu_k))
+    return dq, dk, dv
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Packages whose import does as told: all modules below the names given."""
+
+    def __init__(self, execute: Callable[[types.ModuleType], None], *roots: str) -> None:
+        self.execute, self.roots = execute, roots
+
+    def find_spec(self, name: str, path: Strings[str] | None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] not in self.roots:
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        self.execute(module)
 
 
 # -------------------------------------------------------------------- memory-efficient
@@ -192,3 +287,92 @@ def for_cpu(backend: type[Backend]) -> Backend:
 
     here: Backend = Here()
     return here
+
+
+# -------------------------------------------------------------------- the ops of flash-attn 3
+
+FA3_FORWARD = (
+    "fwd(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new=None, Tensor(v_new!)? v_new=None, Tensor? q_v=None, Tensor(out!)? out=None, "
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? cu_seqlens_k_new=None, Tensor? seqused_q=None, Tensor? seqused_k=None, "
+    "int? max_seqlen_q=None, int? max_seqlen_k=None, Tensor? page_table=None, Tensor? kv_batch_idx=None, Tensor? leftpad_k=None, "
+    "Tensor? rotary_cos=None, Tensor? rotary_sin=None, Tensor? seqlens_rotary=None, Tensor? q_descale=None, Tensor? k_descale=None, "
+    "Tensor? v_descale=None, float? softmax_scale=None, bool is_causal=False, int window_size_left=-1, int window_size_right=-1, "
+    "int attention_chunk=0, float softcap=0.0, bool is_rotary_interleaved=False, Tensor? scheduler_metadata=None, int num_splits=0, "
+    "bool? pack_gqa=None, int sm_margin=0) -> (Tensor(out!), Tensor, Tensor, Tensor)"
+)
+FA3_BACKWARD = (
+    "bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(dq!)? dq=None, Tensor(dk!)? dk=None, "
+    "Tensor(dv!)? dv=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_q=None, Tensor? seqused_k=None, "
+    "int? max_seqlen_q=None, int? max_seqlen_k=None, float? softmax_scale=None, bool is_causal=False, int window_size_left=-1, "
+    "int window_size_right=-1, float softcap=0.0, bool deterministic=False, int sm_margin=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+class FA3Ops:
+    """``torch.ops.{namespace}.fwd`` and ``bwd`` for CPU tensors, by the schema of some build, with what it was ``compiled_without``."""
+
+    def __init__(self, namespace: str, forward: str, backward: str | None, compiled_without: Strings[str]) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.without = compiled_without
+        self.library = torch.library.Library(namespace, "FRAGMENT")
+        for schema, kernel in ((forward, self._forward), (backward, self._backward)):
+            if schema is not None:
+                self.library.define(schema)
+                names = [argument.name for argument in torch._C.parse_schema(f"{namespace}::{schema}").arguments]
+                count = schema.split("->")[1].count("Tensor")
+                self.library.impl(schema.partition("(")[0], self._bound(kernel, names, count), "CPU")
+
+    def _bound(self, kernel: Callable[..., tuple[Tensor, ...]], names: list[str], count: int) -> Callable[..., tuple[Tensor, ...]]:
+        def run(*args: Any) -> tuple[Tensor, ...]:
+            given = dict(zip(names, args, strict=False))  # the dispatcher leaves trailing defaults out
+            self.calls.append({k: v for k, v in given.items() if not isinstance(v, Tensor)})
+            results = kernel(**{k: v for k, v in given.items() if v is not None})
+            return (*results, *(torch.empty(0) for _ in range(count - len(results))))
+
+        return run
+
+    def _checked(self, softcap: float, left: int, right: int, causal: bool) -> Semantics:
+        right = 0 if causal else right
+        assert "softcap" not in self.without or softcap == 0.0, "This flash attention build does not support tanh softcapping."
+        is_local = left >= 0 or right > 0 or (right == 0 and not causal)
+        assert "window" not in self.without or not is_local, "This flash attention build does not support local attention."
+        return replace(_flash_semantics(causal, left, right), softcap=softcap or None)
+
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+        softmax_scale: float, is_causal: bool = False, window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
+        attention_chunk: int = 0, num_splits: int = 0, **unused: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        assert not any(unused.values()), unused
+        semantics = self._checked(softcap, window_size_left, window_size_right, is_causal)
+        return hopper_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, semantics)
+
+    def _backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+        cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, is_causal: bool = False,
+        window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0, deterministic: bool = False, **unused: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        assert "backward" not in self.without, "This flash attention build does not support backward."
+        assert not any(unused.values()), unused
+        semantics = self._checked(softcap, window_size_left, window_size_right, is_causal)
+        grads = hopper_backward(
+            dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, semantics
+        )
+        for target, grad in zip((dq, dk, dv), grads, strict=True):
+            assert target.is_contiguous()
+            target.copy_(grad)
+        return (torch.empty(0),)
+
+
+@contextmanager
+def fa3_ops(
+    namespace: str = "flash_attn_3",
+    forward: str = FA3_FORWARD,
+    backward: str | None = FA3_BACKWARD,
+    compiled_without: Strings[str] = (),
+) -> Iterator[FA3Ops]:
+    ops = FA3Ops(namespace, forward, backward, compiled_without)
+    try:
+        yield ops
+    finally:
+        ops.library._destroy()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +18,7 @@ from varlen_attn.backends.flash2 import Flash2
 from varlen_attn.problem import Problem, Semantics
 from varlen_attn.testing import assert_within_budget, reference_attention
 
-from .stand_ins import for_cpu, sequences
+from .stand_ins import Finder, for_cpu, sequences
 
 Install = Callable[..., None]
 
@@ -33,30 +31,12 @@ def reasons(**fields: Any) -> str:
     return "; ".join(str(r) for r in Flash2().refusals(gpu(**fields)))
 
 
-class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """A package flash_attn whose import does as told."""
-
-    def __init__(self, execute: Callable[[types.ModuleType], None]) -> None:
-        self.execute = execute
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] != "flash_attn":
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=name == "flash_attn")
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        return None
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        self.execute(module)
-
-
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     def put(version: str | None, execute: Callable[[types.ModuleType], None]) -> None:
         monkeypatch.setitem(problem._versions, "flash-attn", version)
         monkeypatch.setattr(flash2, "_probed", {})
-        monkeypatch.setattr(sys, "meta_path", [Finder(execute), *sys.meta_path])
+        monkeypatch.setattr(sys, "meta_path", [Finder(execute, "flash_attn"), *sys.meta_path])
         for name in [n for n in sys.modules if n.partition(".")[0] == "flash_attn"]:
             monkeypatch.delitem(sys.modules, name)
         for name in ("flash_attn", "flash_attn.flash_attn_interface"):
