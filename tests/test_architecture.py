@@ -25,7 +25,7 @@ RANKS = (
     ("problem",),
     ("backends.base",),
     ("backends._*",),  # maths that several backends share
-    ("backends._cpu_groups",),
+    ("backends._cpu_groups", "backends._flash_op"),
     ("backends._cpu_plan",),
     ("backends.*",),
     ("backends",),
@@ -58,7 +58,8 @@ MUTABLE = {
     "backends._cpu_groups._plans",  # how batches of some lengths are cut, by value
     "integrations._hf_mask._thread",  # the last layout with the mask that it was made of; forwards under way
     "_native._found", "_native._hashes",  # the compiled kernel or why there is none; what its name says of its sources
-    "backends.flash2._probed", "backends.torch_varlen._parameters",  # what a package can do, asked once
+    "backends.flash2._probed", "backends.flash3._probed", "backends.flash4._probed",  # what a package can do, asked once
+    "backends.torch_varlen._parameters",
 }  # fmt: skip
 
 

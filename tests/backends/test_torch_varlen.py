@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -171,6 +172,17 @@ def varlen_attn_2_12(  # type: ignore[no-untyped-def]
     return torch.zeros_like(query), query.new_zeros(query.shape[1], query.shape[0])
 
 
+def varlen_attn_2_15(  # type: ignore[no-untyped-def]
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False,
+    seqused_k=None, block_table=None, num_splits=None,
+):  # fmt: skip
+    """The signature is that of 2.12; a scale is checked, and cuDNN's causal mask, aligned top-left, is for one tensor of offsets."""
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be greater than 0, got {scale}")
+    CALLS.append(dict(scale=scale, window_size=window_size, enable_gqa=enable_gqa, cudnn_causal=cu_seq_q is cu_seq_k))
+    return torch.zeros_like(query), query.new_zeros(query.shape[1], query.shape[0])
+
+
 CALLS: list[dict[str, Any]] = []
 
 
@@ -195,9 +207,10 @@ def machine(**fields: Any) -> Problem:
     ("function", "expected"),
     [
         (varlen_attn_2_11, dict(scale=0.1, window_size=(-1, 0))),
-        (varlen_attn_2_12, dict(scale=0.1, window_size=(-1, 0), enable_gqa=True)),
+        (varlen_attn_2_12, dict(scale=0.1, window_size=(-1, 0), enable_gqa=True)),  # 2.13 and 2.14 too
+        (varlen_attn_2_15, dict(scale=0.1, window_size=(-1, 0), enable_gqa=True, cudnn_causal=True)),
     ],
-    ids=["2.11", "2.12"],
+    ids=["2.11", "2.12", "2.15"],
 )
 def test_grouped_heads_are_announced_where_torch_wants_it(fake_torch: Any, function: Any, expected: Any) -> None:  # R-38
     fake_torch(function)
@@ -207,6 +220,50 @@ def test_grouped_heads_are_announced_where_torch_wants_it(fake_torch: Any, funct
     TorchVarlen().run(query, key, key, layout, layout, Semantics(causal="bottom_right", scale=0.1), Extras())
     assert [expected] == CALLS
     assert isinstance(CALLS[0]["window_size"], tuple), "a list compares unequal to (-1, 0), and causal would be lost"
+
+
+def test_unequal_lengths_never_share_their_offsets(fake_torch: Any) -> None:  # R-27
+    """What torch 2.15 tells by the tensor's identity: cuDNN would align the causal mask at the first key."""
+    fake_torch(varlen_attn_2_15)
+    x = torch.zeros(5, 2, 8, dtype=torch.float16)
+    layouts = [SeqLayout.from_lengths(lengths) for lengths in ([5, 0], [1, 4])]
+    TorchVarlen().run(x, x, x, *layouts, Semantics(causal="bottom_right", scale=0.1), Extras())
+    assert CALLS[0]["cudnn_causal"] is False
+
+
+@pytest.mark.parametrize("torch_version", ["2.13.0", "2.15.0"])
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_a_scale_of_0_or_below_is_refused(torch_version: str, scale: float) -> None:  # R-38
+    """torch 2.15 raises; before that, the kernel would overflow or give NaN."""
+    (refusal,) = TorchVarlen().refusals(machine(torch_version=torch_version, semantics=Semantics(scale=scale)))
+    assert "needs a scale above 0" in refusal.reason
+    assert not TorchVarlen().refusals(machine(torch_version=torch_version, semantics=Semantics(scale=0.5)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "since"),
+    [
+        ({}, "2.14"),
+        (dict(capability=(10, 0)), "2.14"),
+        (dict(self_attention=False), "2.14"),
+        (dict(num_kv_heads=2), "2.15"),
+        (dict(semantics=Semantics(causal="bottom_right")), "2.15"),
+        (dict(semantics=Semantics(causal="bottom_right"), self_attention=False), "never"),
+        (dict(semantics=Semantics(window=(3, 3))), "never"),
+        (dict(semantics=Semantics(dropout_p=0.1)), "never"),
+        (dict(capability=(8, 0)), "never"),
+        (dict(capability=(12, 0)), "never"),
+    ],
+    ids=str,
+)
+def test_where_torch_may_run_cudnn_the_plan_says_so(fields: dict[str, Any], since: str) -> None:  # R-38, R-42
+    for version in ("2.13", "2.14", "2.15"):
+        may = since != "never" and version >= since
+        problem = machine(torch_version=f"{version}.0", **fields)
+        assert ("cuDNN" in TorchVarlen().kernel(problem)) == may
+        semantics = replace(problem.semantics, deterministic=True)
+        strict = replace(problem, semantics=semantics, needs_grad=True, deterministic_mode=True)
+        assert ("may run cuDNN's kernel" in "; ".join(r.reason for r in TorchVarlen().refusals(strict))) == may
 
 
 def test_torch_2_10_is_refused(fake_torch: Any) -> None:  # R-38

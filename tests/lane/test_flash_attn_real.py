@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from varlen_attn import BackendRefused, SeqLayout, padded_attention, record, varlen_attention
+from varlen_attn.backends.base import Extras
+from varlen_attn.backends.flash2 import Flash2
+from varlen_attn.problem import Semantics
 from varlen_attn.testing import assert_within_budget, poison, reference_attention
 
 if os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE") != "TRUE" or os.environ.get("TRITON_INTERPRET") != "1":
@@ -175,6 +179,24 @@ def test_bfloat16_is_refused_in_the_interpreter() -> None:
     qkv = tensors([6], [6], (2, 2), (16, 16), torch.bfloat16)
     with pytest.raises(BackendRefused, match="wrong for bfloat16"):
         varlen_attention(*qkv, SeqLayout.from_lengths([6]), backend="flash2")
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_traces_forward_and_backward_without_running_the_kernel(device: str) -> None:  # R-38
+    """On meta tensors, and on fake ones, by the package's own ops and their fake kernels."""
+
+    def call(query: Tensor, key: Tensor, value: Tensor, layout: SeqLayout) -> Any:
+        out, lse = Flash2().run(query, key, value, layout, layout, Semantics(scale=0.1, return_lse=True), Extras())
+        assert out.shape == (12, 4, 20)
+        assert lse is not None
+        return out, torch.autograd.grad(out.sum(), (query, key, value))
+
+    layout = SeqLayout.from_lengths([5, 7]).to(device)
+    qkv = [torch.empty(12, n, 20, dtype=torch.float16, device=device, requires_grad=True) for n in (4, 2, 2)]
+    graph = make_fx(call, tracing_mode="real" if device == "meta" else "fake")(*qkv, layout).graph
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert targets.count("flash_attn._flash_attn_varlen_forward.default") == 1
+    assert targets.count("flash_attn._flash_attn_varlen_backward.default") == 1
 
 
 # -------------------------------------------------------------------- controls: the package itself, without our refusals

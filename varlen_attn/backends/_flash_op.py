@@ -22,7 +22,7 @@ from ..layout import SeqLayout
 from ..problem import Problem, Semantics
 from ._flops import register_flops
 from ._own_op import own_op
-from .base import Extras, Refusal, connected_zeros, observe, pad_head_dim
+from .base import Extras, Refusal, connected_zeros, observe, pad_head_dim, scale_refusals
 
 _TILE = 128  # rows of a kernel's block
 
@@ -114,7 +114,8 @@ def _register_autograd(name: str, backward_op: Any) -> None:
 
     def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
-            f"the backward of backend {name!r} is not differentiable: the kernel has no second derivative. Order backend='reference' for it."
+            f"the backward of backend {name!r} is not differentiable: the kernel has no second derivative. "
+            "Order backend='reference' for it."
         )
 
     torch.library.register_autograd(f"varlen_attn::{name}_forward", autograd, setup_context=setup_context)
@@ -205,7 +206,4 @@ def common_refusals(problem: Problem) -> Iterable[Refusal]:
     """What neither library's kernels do, beyond what `Capabilities` says."""
     if problem.transformed:
         yield Refusal("has a backward only, and this is torch.func or forward-mode AD", "order backend='sdpa_padded'")
-    scale = problem.semantics.scale
-    if scale is not None and scale <= 0:
-        yield Refusal("needs a scale above 0: its softmax takes the maximum before it scales", "multiply the query by it")
-
+    yield from scale_refusals(problem)

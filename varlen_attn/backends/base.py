@@ -259,6 +259,14 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def scale_refusals(problem: Problem) -> Iterator[Refusal]:
+    """For flash kernels, read in their source: scores are subtracted from their maximum and scaled after that, so that a negative scale
+    overflows, and 0 times the -inf of a masked score is NaN."""
+    scale = problem.semantics.scale
+    if scale is not None and scale <= 0:
+        yield Refusal("needs a scale above 0: its softmax takes the maximum before it scales", "multiply the query by it")
+
+
 class _ContiguousGrad(torch.autograd.Function):
     """Identity; its gradient is contiguous. Kernels read ``dout`` by 32-bit strides, and a broadcast one
     (``out.sum().backward()``) or a slice of a ``cat`` corrupts the gradient or is refused."""

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics, version_tuple
 from ._blind import without_blind_queries
-from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim
+from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim, scale_refusals
 
 _INTERFACE = "flash_attn.flash_attn_interface"
 _CORE = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "softmax_scale", "causal", "return_attn_probs")
@@ -129,6 +129,7 @@ class Flash2(Backend):
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
         yield from _device_refusals(problem)
         yield from _version_refusals(problem)
+        yield from scale_refusals(problem)
         want = problem.semantics
         widest = max(problem.head_dim, problem.value_head_dim or 0)
         if want.softcap is not None and want.dropout_p:

@@ -1,6 +1,6 @@
 """Torch's own variable-length flash kernel: `torch.nn.attention.varlen.varlen_attn`, compiled by every caller without a graph break.
 
-Read in torch's source (2.10 to 2.13) and traced on meta tensors here; what the CUDA kernel does was not run on a GPU:
+Read in torch's source (2.10 to 2.13; of 2.14 and 2.15 what changed) and traced on meta tensors here; not run on a GPU:
 
 - 2.10 takes ``is_causal`` and no scale; 2.11 has scale and ``window_size``, 2.12 wants ``enable_gqa`` for grouped heads.
 - Causal is the window ``(-1, 0)`` as a tuple: a list compares unequal. It is aligned bottom-right.
@@ -10,6 +10,9 @@ Read in torch's source (2.10 to 2.13) and traced on meta tensors here; what the 
 - ``max_q == 1`` with grouped heads takes a decoding shortcut, which wants one query in every sequence: so 2 is passed.
 - It has no dropout. The aten op below it has (with a formula for autograd, so that the mask is drawn once and kept).
 - Its backward is deterministic where `torch.use_deterministic_algorithms(True)` says so; there is no argument for it.
+- From 2.14 on, torch prefers cuDNN's kernel on Hopper and Blackwell (cuDNN 9.18, more than 128 queries, no window, as many key heads as
+  query heads); from 2.15 on also for causal attention with one tensor of offsets, and for grouped heads. Whether that kernel is
+  deterministic its source does not say, so where it may run deterministic gradients are refused.
 """
 
 from __future__ import annotations
@@ -22,8 +25,19 @@ import torch
 from torch import Tensor
 
 from ..layout import SeqLayout
-from ..problem import Problem, Semantics
-from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, constant_while_tracing, contiguous_grad, pad_head_dim
+from ..problem import Problem, Semantics, version_tuple
+from .base import (
+    HALF,
+    Backend,
+    Capabilities,
+    Extras,
+    Refusal,
+    connected_zeros,
+    constant_while_tracing,
+    contiguous_grad,
+    pad_head_dim,
+    scale_refusals,
+)
 
 _DROPOUT_BACKWARD_IS_WRONG = {(8, 6), (8, 9), (12, 0)}  # with head dimensions above 192: refused by torch's own checks too
 
@@ -75,6 +89,7 @@ class TorchVarlen(Backend):
         return None
 
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
+        yield from scale_refusals(problem)  # torch 2.15 raises
         want = problem.semantics
         widest = max(problem.head_dim, problem.value_head_dim or 0)
         if want.dropout_p and problem.needs_grad and widest > 192 and problem.capability in _DROPOUT_BACKWARD_IS_WRONG:
@@ -86,11 +101,16 @@ class TorchVarlen(Backend):
                 "is deterministic only where torch.use_deterministic_algorithms(True) is set: the kernel has no argument for it",
                 "set it, or pass deterministic=False",
             )
+        elif want.deterministic and problem.needs_grad and _may_be_cudnn(problem):
+            yield Refusal(
+                f"may run cuDNN's kernel in torch {problem.torch_version}, which does not say whether its gradients are deterministic",
+                "pass deterministic=False",
+            )
 
     def kernel(self, problem: Problem) -> str:
         if problem.semantics.dropout_p:
             return "aten::_flash_attention_forward with cu_seqlens (flash_fwd_kernel)"
-        return "torch_attn::_varlen_attn (flash_fwd_kernel)"
+        return f"torch_attn::_varlen_attn ({'flash_fwd_kernel or cuDNN' if _may_be_cudnn(problem) else 'flash_fwd_kernel'})"
 
     def seen_as(self, problem: Problem) -> str:
         return "flash_fwd_(kernel|splitkv)"
@@ -116,6 +136,14 @@ class TorchVarlen(Backend):
         out, lse = run(query, key, value, layout_q, layout_kv, semantics)
         out = contiguous_grad(out)[..., :value_dim]
         return out, lse.detach().masked_fill(torch.isposinf(lse), float("-inf")) if semantics.return_lse else None
+
+
+def _may_be_cudnn(problem: Problem) -> bool:
+    """Whether torch may choose cuDNN's kernel: it decides by lengths and by cuDNN's version too, which no problem knows."""
+    want = problem.semantics
+    fits = want.window is None and not want.dropout_p and (not want.causal or problem.self_attention)
+    since = (2, 15) if want.causal or problem.num_heads != problem.num_kv_heads else (2, 14)
+    return fits and (problem.capability or (0, 0))[0] in (9, 10) and version_tuple(problem.torch_version) >= since
 
 
 def _window(semantics: Semantics) -> tuple[int, int]:
