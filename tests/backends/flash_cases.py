@@ -26,7 +26,7 @@ CASES: dict[str, Case] = {
     "cross, causal, blind queries": ([5, 0, 4, 3], [2, 4, 0, 6], (2, 2), (8, 8), dict(causal=True)),
     "one query each, grouped heads": ([1, 0, 1], [3, 2, 4], (4, 2), (8, 8), {}),
     "sinks": ([5, 7, 1], None, (2, 2), (16, 16), dict(sinks=True)),
-    "sinks, causal, cross, blind queries, softcap": ([5, 0, 4, 3], [2, 4, 0, 6], (4, 2), (8, 8), dict(causal=True, sinks=True, softcap=2.0)),
+    "sinks, softcap, blind queries": ([5, 0, 4, 3], [2, 4, 0, 6], (4, 2), (8, 8), dict(causal=True, sinks=True, softcap=2.0)),
     "no keys at all": ([2, 1], [0, 0], (2, 2), (8, 8), {}),
     "no queries at all": ([0, 0], [2, 1], (2, 2), (8, 8), {}),
     "no tokens": ([0, 0], None, (2, 2), (8, 8), {}),

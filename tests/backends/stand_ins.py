@@ -149,6 +149,7 @@ def _check_hopper(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, m
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert cu_q.shape == cu_k.shape
     assert len(cu_q) > 1
+    assert min(q.shape[0], k.shape[0]) > 0, "early betas of flash-attn 4 have no rule for a backward of nothing"
     assert type(max_q) is type(max_k) is int
     assert max_q >= int(cu_q.diff().max())
     assert max_k >= int(cu_k.diff().max())

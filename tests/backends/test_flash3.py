@@ -26,8 +26,8 @@ OPS = torch.ops.varlen_attn
 # Its ops as they were in May 2025: no defaults up to the scale, and a backward that returns its gradients.
 OLD_FORWARD = FA3_FORWARD.replace("=None", "", 21).replace("=False", "", 1).replace("float? softmax_scale", "float softmax_scale")
 OLD_BACKWARD = (
-    FA3_BACKWARD.replace("=None", "").replace("float? softmax_scale", "float softmax_scale").replace("bool is_causal=False", "bool is_causal")
-    .partition(" -> ")[0] + " -> (Tensor(dq!), Tensor(dk!), Tensor(dv!), Tensor, Tensor, Tensor, Tensor, Tensor)"
+    FA3_BACKWARD.partition(" -> ")[0].replace("=None", "").replace("=False", "", 1).replace("float? softmax_scale", "float softmax_scale")
+    + " -> (Tensor(dq!), Tensor(dk!), Tensor(dv!), Tensor, Tensor, Tensor, Tensor, Tensor)"
 )  # fmt: skip
 WINDOW = "int window_size_left=-1, int window_size_right=-1, "
 

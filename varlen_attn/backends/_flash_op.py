@@ -47,7 +47,7 @@ def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Any:
     """Register ``varlen_attn::{name}_forward`` and ``_backward`` around a library; returns the first.
 
     ``forward(query, key, value, cu_q, cu_k, call) -> out, lse (N,T)``, ``backward(grad, query, key, value, out, lse, cu_q, cu_k, call)
-    -> dq, dk, dv``. What the log-sum-exp of a row without keys is, the library may decide; it gets back what it gave.
+    -> dq, dk, dv``. The log-sum-exp of a row without keys is -inf.
     """
 
     @own_op(f"{name}_forward", "default")
@@ -131,23 +131,18 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _joined(lse: Tensor, sinks: Tensor) -> Tensor:
-    """The log-sum-exp with sinks, ``(N, T)``; finite, also for rows without keys (whose own is -inf or +inf)."""
-    return torch.logaddexp(no_keys(lse), sinks[:, None])
+    """The log-sum-exp with sinks, ``(N, T)``; finite, also for rows without keys, whose own is -inf."""
+    return torch.logaddexp(lse, sinks[:, None])
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    share_TN = torch.sigmoid(no_keys(lse) - sinks[:, None]).t()
+    share_TN = torch.sigmoid(lse - sinks[:, None]).t()
     return (out * share_TN[..., None]).to(out.dtype)
 
 
 def _sinks_gradient(grad: Tensor, out: Tensor, joined: Tensor, sinks: Tensor) -> Tensor:
     delta_NT = (grad.float() * out.float()).sum(-1).t()
     return -((sinks[:, None] - joined).exp() * delta_NT).sum(1)
-
-
-def no_keys(lse: Tensor) -> Tensor:
-    """-inf for rows without keys, whatever the library writes there."""
-    return lse.masked_fill(torch.isposinf(lse), float("-inf"))
 
 
 def covering_offsets(layout_q: SeqLayout, layout_kv: SeqLayout) -> tuple[Tensor, Tensor, int, int]:
@@ -199,7 +194,7 @@ def run_flash_op(
         query, key, value, cu_q, cu_k, extras.sinks, max_q, max_k, semantics.factor, bool(semantics.causal),
         [left, 0 if semantics.causal else right], semantics.softcap or 0.0, semantics.deterministic,
     )  # fmt: skip
-    return out[..., :value_dim], no_keys(lse) if semantics.return_lse else None
+    return out[..., :value_dim], lse if semantics.return_lse else None
 
 
 def common_refusals(problem: Problem) -> Iterable[Refusal]:
