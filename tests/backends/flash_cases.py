@@ -17,6 +17,7 @@ CASES: dict[str, Case] = {
     "self": ([5, 7, 1], None, (2, 2), (16, 16), {}),
     "causal, grouped heads, odd dimensions": ([5, 7, 1], None, (4, 2), (17, 9), dict(causal=True)),
     "wide values": ([5, 7, 1], None, (2, 1), (9, 17), {}),
+    "no columns": ([5, 2], None, (2, 2), (0, 0), {}),
     "window": ([9, 4], None, (2, 2), (8, 8), dict(window=(2, 1))),
     "window, one side": ([9, 4], None, (2, 2), (8, 8), dict(window=(None, 1))),
     "window of the token itself": ([9, 4], None, (2, 2), (8, 8), dict(window=(0, 0))),

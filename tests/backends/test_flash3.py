@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import sys
 import types
@@ -182,6 +183,18 @@ def test_it_records_itself_once() -> None:
     assert [(c.backend, c.rows) for c in log.calls] == [("flash3", 5)]
 
 
+@pytest.mark.usefixtures("ops")
+def test_its_flops_are_counted() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.randn(6, 2, 8, dtype=torch.float16, requires_grad=True)
+    layout = SeqLayout.from_lengths([4, 2])
+    varlen_attention(x, x, x, layout, backend=HERE)  # the formulas are there from the first call on
+    with FlopCounterMode(display=False) as counter:
+        varlen_attention(x, x, x, layout, backend=HERE).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * (4 * 4 + 2 * 2) * 2 * 8
+
+
 # -------------------------------------------------------------------- builds
 
 
@@ -332,6 +345,14 @@ def test_a_package_that_says_nothing_of_softcap(install: Install) -> None:
     assert "softcap, or does not say that it has it" in reasons(semantics=Semantics(softcap=4.0))
 
 
+def test_what_others_have_imported_is_asked_too(install: Install) -> None:
+    """Its ops are loaded then, and the module beside them still says what they lack."""
+    install("flash-attn-3", without=("BACKWARD",))
+    importlib.import_module("flash_attn_interface")
+    assert not reasons(semantics=Semantics(softcap=4.0))
+    assert "compiled without a backward pass" in reasons(needs_grad=True)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -424,6 +445,7 @@ def test_what_the_kernel_lacks_is_refused(fields: dict[str, Any], reason: str) -
     packages = (("flash-attn-3", "3.0.0b1"),)
     assert reason in reasons(packages=packages, **fields)
     assert not reasons(packages=packages)
+    assert not reasons(packages=packages, semantics=Semantics(deterministic=True), head_dim=200), "there are no gradients then"
 
 
 def test_packages_of_another_machine_are_known_by_name(install: Install) -> None:

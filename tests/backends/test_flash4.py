@@ -213,7 +213,7 @@ def test_options_reach_the_kernel(kernel: Kernel) -> None:  # R-02
     assert kernel.calls == [
         dict(causal=False, softcap=5.0, window=(None, 2)),
         dict(causal=False, softcap=5.0, window=(None, 2), deterministic=True),
-        dict(causal=True, softcap=None, window=(None, 0)),
+        dict(causal=True, softcap=0.0, window=(None, 0)),
     ]
 
 

@@ -6,7 +6,7 @@ Read in its source (``flash_attn/cute/interface.py`` of 4.0.0b4, b12, b16, b20, 
 - b4 has no varlen backward on Hopper; softcap has none with varlen before a version between b20 and b28. So b12 is asked for, and b28
   for softcap with gradients.
 - Positions changed (the fourth argument was ``cu_seqlens_q`` and is ``qv``), and the forward returns 2 tensors, 4 since b20, 5 in b36:
-  everything is passed by keyword, and two are taken. No window is None, not -1. The log-sum-exp has to be asked for.
+  everything is passed by keyword, and two are taken. No window is None, not -1; no softcap is 0. The log-sum-exp has to be asked for.
 - It registers no ops. Ours are around it, so it traces.
 - Head dimensions are a multiple of 8: up to 256 on Hopper, up to 128 after it (other pairs there have kernels with fewer options).
 - On compute capability 12 it has no deterministic gradients, and none for softcap.
@@ -79,8 +79,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    softcap = call.softcap or None
-    out, lse, *_ = _function("_flash_attn_fwd")(q=query, k=key, v=value, softcap=softcap, return_lse=True, **_common(cu_q, cu_k, call))
+    out, lse, *_ = _function("_flash_attn_fwd")(q=query, k=key, v=value, return_lse=True, **_common(cu_q, cu_k, call))
     return out, lse
 
 
@@ -88,9 +87,8 @@ def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv, *_ = _function("_flash_attn_bwd")(
-        q=query, k=key, v=value, out=out, dout=grad, lse=lse, softcap=call.softcap, deterministic=call.deterministic,
-        **_common(cu_q, cu_k, call),
-    )  # fmt: skip
+        q=query, k=key, v=value, out=out, dout=grad, lse=lse, deterministic=call.deterministic, **_common(cu_q, cu_k, call)
+    )
     return dq, dk, dv
 
 
@@ -98,7 +96,7 @@ def _common(cu_q: Tensor, cu_k: Tensor, call: Call) -> dict[str, Any]:
     left, right = (None if side < 0 else side for side in call.window)
     return dict(
         cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=call.max_q, max_seqlen_k=call.max_k, softmax_scale=call.scale,
-        causal=call.causal, window_size_left=left, window_size_right=right,
+        causal=call.causal, window_size_left=left, window_size_right=right, softcap=call.softcap,
     )  # fmt: skip
 
 
