@@ -251,6 +251,9 @@ class Flash3(Backend):
     def kernel(self, problem: Problem) -> str:
         return "flash_attn_3::fwd (FlashAttnFwdSm90)"
 
+    def seen_as(self, problem: Problem) -> str:
+        return "FlashAttnFwdSm90"
+
     def run(
         self,
         query: Tensor,
