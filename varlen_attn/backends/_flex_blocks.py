@@ -78,13 +78,15 @@ def visible_pairs(layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantic
 
 
 def _versions(layout_q: SeqLayout, layout_kv: SeqLayout) -> tuple[int, int] | None:
-    """How often the offsets were written to, or None where that is unknown or must not matter."""
+    """How often the offsets were written to, or None where nothing may be kept."""
     offsets = layout_q.cu_seqlens, layout_kv.cu_seqlens
-    if is_tracing(*offsets) or any(x.is_inference() for x in offsets):
-        return None
-    if offsets[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_tracing(*offsets) or _is_captured(offsets[0]) or any(x.is_inference() for x in offsets):
         return None
     return offsets[0]._version, offsets[1]._version
+
+
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _build(layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics) -> Visible:

@@ -1,20 +1,20 @@
 """`torch.nn.attention.flex_attention` over packed rows, sequences kept apart by a block mask: the one fused kernel for score biases.
 
-Read in torch's source (2.11 and 2.13); run on a CPU only, through dynamo and torch's dense stand-in for the kernel (forward and backward),
-and through Inductor's CPU kernel (forward). The Triton kernels were not run:
+Read in torch's source (2.11 and 2.13). Run on a CPU only, through dynamo and torch's dense stand-in for the kernel, forward and backward;
+the Triton kernels and their lowering were not run:
 
 - It must be compiled: otherwise it computes all ``T x Tk`` scores. So it is compiled here, once for each kind of call (dtype, heads, head
-  dimensions, options); the number of rows is dynamic, except that up to 128 rows, which are one block, are another kind. The first
-  call of a kind waits for Inductor and Triton; how long on a GPU was not measured. A process that may not compile computes the scores.
+  dimensions, options); the number of rows is dynamic, except that up to 128 rows, which are one block, are another kind, and so is one
+  row. The first call of a kind waits for Inductor and Triton; how long on a GPU was not measured.
+- A callable bias becomes part of the kernel: it must be elementwise. Tensors that it indexes get gradients, added up in float32 by
+  atomic adds; one that wants a gradient and is indexed twice is refused by torch.
 - The number of rows is data while somebody else's graph is traced, and the lowering asks how large it is: refused there.
 - Head dimensions below 16 are refused by the lowering, so they are padded; others need not be powers of 2. Value heads may differ.
 - Pairs that are hidden inside of a visited block have weight 0, and 0 times NaN is NaN: a NaN of one sequence reaches its neighbours in
   a block of 128 rows. Slack rows are zeroed before the call for that reason.
 - Its products are TF32 where `torch.set_float32_matmul_precision` allows that, and exact float32 by default.
-- Its backward has no atomic adds, except for the gradient of tensors that a score bias indexes; deterministic gradients are refused.
-- The gradient of a score bias is what the kernel adds up for "captured" tensors, in float32. One such tensor indexed twice in one
-  callable is refused by torch (``NotImplementedError``).
-- No dropout. Sinks are exact by the log-sum-exp: ``out * sigmoid(lse - sink)``, whose gradient the kernel has.
+- No dropout. Gradients of q, k, v are added up without atomics, but nobody has compared runs: deterministic gradients are refused.
+- Sinks are exact by the log-sum-exp, ``out * sigmoid(lse - sink)``, for which the kernel has a gradient.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics, installed_version
 from ._flex_blocks import BLOCK, Visible, visible_pairs
@@ -79,9 +80,9 @@ class Flex(Backend):
     ) -> tuple[Tensor, Tensor | None]:
         value_dim = value.shape[-1]
         if 0 in (query.shape[0], key.shape[0]):  # the kernel refuses both
-            out = connected_zeros((*query.shape[:2], value_dim), query, key, value)
-            lse = out.new_full((out.shape[1], out.shape[0]), float("-inf"), dtype=torch.float32)
-            return out, lse if semantics.return_lse else None
+            nothing = connected_zeros((*query.shape[:2], value_dim), query, key, value)
+            blind = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
+            return nothing, blind if semantics.return_lse else None
         query, key = pad_head_dim(1, query, key, least=16)
         (value,) = pad_head_dim(1, value, least=16)
         visible = visible_pairs(layout_q, layout_kv, semantics)
@@ -121,8 +122,23 @@ def _call(
         if isinstance(bias, Tensor):
             bias = bias.view_as(bias)
         _mark_sizes(q, k, v, visible, bias)
-        out, lse = _kernel(kind)(q, k, v, visible, options, slopes_N, bias)
+        out, lse = _compiled(kind, q, k, v, visible, options, slopes_N, bias)
     return out[0].transpose(0, 1), None if lse is None else lse[0]
+
+
+def _compiled(kind: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        return _kernel(kind)(*arguments)
+    except TorchDynamoException as error:
+        bias = arguments[-1]
+        if bias is None or isinstance(bias, Tensor):
+            raise
+        raise ArgumentError(
+            "`score_bias` must be elementwise to become part of a kernel, one number for a head and two positions, without modules and "
+            f"without reading values, but {bias!r} could not be compiled: pass a tensor (N, Sq, Sk), or backend='sdpa_padded'."
+        ) from error
 
 
 def _kernel(kind: tuple[Any, ...]) -> Callable[..., tuple[Tensor, Tensor | None]]:
