@@ -85,6 +85,12 @@ def test_pairs_and_blocks_against_a_loop(data: st.DataObject, causal: Any, windo
         check_blocks(visible, expected)
 
 
+def test_queries_far_beyond_the_last_key_are_in_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_flex_blocks, "BLOCK", 2)
+    layouts, semantics = (SeqLayout.from_lengths([14, 3]), SeqLayout.from_lengths([1, 2])), Semantics.of(causal="top_left", window=(0, 0))
+    check_blocks(visible_pairs(*layouts, semantics), brute_force(*layouts, semantics))
+
+
 @settings(max_examples=5)
 @given(tokens=st.lists(st.sampled_from((0, 1, 60, 127, 128, 129, 300)), min_size=1, max_size=4), causal=causal_masks)
 def test_blocks_of_the_real_size(tokens: list[int], causal: Any) -> None:
