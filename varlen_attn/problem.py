@@ -252,6 +252,11 @@ class Problem:
             requested=requested,
         )
 
+    @property
+    def machine(self) -> str:
+        """The device type, and ``"rocm"`` for CUDA devices of a ROCm build: their kernels are others."""
+        return "rocm" if self.device_type == "cuda" and self.rocm else self.device_type
+
     def version(self, distribution: str) -> str | None:
         """The version of a package: stated, or installed here."""
         if self.packages is None:

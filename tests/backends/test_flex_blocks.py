@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ def brute_force(layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics)
     visible = torch.zeros(layout_q.num_rows, layout_kv.num_rows, dtype=torch.bool)
     cu_q, cu_k = layout_q.cu_seqlens.tolist(), layout_kv.cu_seqlens.tolist()
     left, right = semantics.window or (None, None)
-    for (q0, q1), (k0, k1) in zip(zip(cu_q, cu_q[1:], strict=False), zip(cu_k, cu_k[1:], strict=False), strict=True):
+    for (q0, q1), (k0, k1) in zip(itertools.pairwise(cu_q), itertools.pairwise(cu_k), strict=True):
         for i in range(q1 - q0):
             at = i if semantics.causal == "top_left" else i + (k1 - k0) - (q1 - q0)
             for j in range(k1 - k0):

@@ -12,14 +12,17 @@ from torch import Tensor
 
 from .base import HALF, pad_head_dim, repeat_kv, wide_dtype
 
+_ROCM = torch.version.hip is not None
+
 EAGER = "eager matmul, softmax, matmul on the padded batch"
 
 
-def masked_kernel_name(device_type: str, dtype: torch.dtype) -> str:
-    """The kernel that `masked_attention` calls, or `EAGER` where there is none for the device or dtype."""
+def masked_kernel_name(device_type: str, dtype: torch.dtype, rocm: bool = _ROCM) -> str:
+    """The kernel that `masked_attention` calls, or `EAGER` where there is none for the device or dtype. What ROCm, Intel GPUs and MPS have
+    of the kind was not read: eager maths is right there too."""
     if device_type == "cpu":
         return "aten::_scaled_dot_product_flash_attention_for_cpu with a mask"
-    if device_type == "cuda" and dtype != torch.float64:
+    if device_type == "cuda" and dtype != torch.float64 and not rocm:
         return "aten::_scaled_dot_product_efficient_attention with a mask"
     return EAGER
 

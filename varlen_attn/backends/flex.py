@@ -47,7 +47,7 @@ class Flex(Backend):
         dtypes=HALF | {torch.float32},
         min_capability=(8, 0),
         min_torch=(2, 11),
-        rocm=False,
+        untried=frozenset({"rocm"}),
         max_head_dim=256,
         dropout=False,
         deterministic=False,

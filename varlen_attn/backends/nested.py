@@ -32,6 +32,7 @@ class Nested(Backend):
         devices=frozenset({"cpu", "cuda"}),
         dtypes=FLOATS,
         min_capability=(5, 0),
+        untried=frozenset({"rocm"}),
         max_head_dim=256,
         gqa=False,
         causal_top_left=False,

@@ -21,7 +21,7 @@ class SdpaPadded(Backend):
     def kernel(self, problem: Problem) -> str:
         if needs_maths(problem.semantics):
             return EAGER
-        return masked_kernel_name(problem.device_type, problem.dtype)
+        return masked_kernel_name(problem.device_type, problem.dtype, problem.rocm)
 
     def seen_as(self, problem: Problem) -> str:
         if self.kernel(problem) == EAGER:

@@ -9,6 +9,9 @@ Read in torch's source (2.10 to 2.13; of 2.14 and 2.15 what changed) and traced 
 - A row without keys has a log-sum-exp of +inf, and the log-sum-exp is ``(N, T)`` although the documentation says ``(T, N)``.
 - ``max_q == 1`` with grouped heads takes a decoding shortcut, which wants one query in every sequence: so 2 is passed.
 - It has no dropout. The aten op below it has (with a formula for autograd, so that the mask is drawn once and kept).
+- On ROCm and on Intel GPUs (XPU) the op of that name is another kernel. Its source was not read: there it runs by order only, and only
+  what the function promises by itself, no window (XPU has none), no dropout (XPU has none), no causal attention of unequal lengths and
+  no log-sum-exp.
 - Its backward is deterministic where `torch.use_deterministic_algorithms(True)` says so; there is no argument for it.
 - From 2.14 on, torch prefers cuDNN's kernel on Hopper and Blackwell (cuDNN 9.18, more than 128 queries, no window, as many key heads as
   query heads); from 2.15 on also for causal attention with one tensor of offsets, and for grouped heads. Whether that kernel is
@@ -60,11 +63,11 @@ class TorchVarlen(Backend):
     name = "torch_varlen"
     install = "pip install 'torch>=2.11' for CUDA"
     capabilities = Capabilities(
-        devices=frozenset({"cuda"}),
+        devices=frozenset({"cuda", "xpu"}),
         dtypes=HALF,
         min_capability=(8, 0),
         min_torch=(2, 11),
-        rocm=False,
+        untried=frozenset({"rocm", "xpu"}),
         max_head_dim=256,
         causal_top_left=False,
         softcap=False,
@@ -94,6 +97,8 @@ class TorchVarlen(Backend):
         widest = max(problem.head_dim, problem.value_head_dim or 0)
         if want.dropout_p and problem.needs_grad and widest > 192 and problem.capability in _DROPOUT_BACKWARD_IS_WRONG:
             yield Refusal("has no dropout with head dimensions above 192 on this GPU", "pass dropout_p=0, or use more heads")
+        if problem.machine in self.capabilities.untried:
+            yield from _elsewhere_refusals(problem)
         if want.dropout_p == 1.0:
             yield Refusal("needs dropout_p below 1", "pass less")
         if want.deterministic and problem.needs_grad and not problem.deterministic_mode:
@@ -144,6 +149,20 @@ def _may_be_cudnn(problem: Problem) -> bool:
     fits = want.window is None and not want.dropout_p and (not want.causal or problem.self_attention)
     since = (2, 15) if want.causal or problem.num_heads != problem.num_kv_heads else (2, 14)
     return fits and (problem.capability or (0, 0))[0] in (9, 10) and version_tuple(problem.torch_version) >= since
+
+
+def _elsewhere_refusals(problem: Problem) -> Iterable[Refusal]:
+    """What another vendor's kernel may do otherwise, where its source was not read."""
+    want = problem.semantics
+    asked = (
+        (want.window is not None, "windows", "drop `window`"),
+        (want.dropout_p > 0, "dropout", "pass dropout_p=0"),
+        (want.causal and not problem.self_attention, "causal attention of unequal lengths", "use one layout for queries and keys"),
+        (want.return_lse, "the log-sum-exp", "drop `return_lse`"),
+    )
+    for wanted, what, fix in asked:
+        if wanted:
+            yield Refusal(f"has a kernel of another vendor here, and what that does for {what} is not known", fix, "machine")
 
 
 def _window(semantics: Semantics) -> tuple[int, int]:
