@@ -5,6 +5,7 @@ The stand-in knows the function of pairs and not the blocks; those are tested in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -56,9 +57,11 @@ def tensors(lengths_q: list[int], lengths_k: list[int], heads: tuple[int, int], 
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def check(qkv: list[Tensor], layouts: tuple[SeqLayout, SeqLayout | None], more: tuple[Tensor, ...] = (), **options: Any) -> None:
+def check(
+    qkv: list[Tensor], layouts: tuple[SeqLayout, SeqLayout | None], more: tuple[Tensor, ...] = (), backend: Any = HERE, **options: Any
+) -> None:
     """Output, log-sum-exp and all gradients (of ``more`` too) against the specification."""
-    out, lse = varlen_attention(*qkv, *layouts, backend=HERE, return_lse=True, **options)
+    out, lse = varlen_attention(*qkv, *layouts, backend=backend, return_lse=True, **options)
     ref, ref_lse = reference_attention(*qkv, *layouts, return_lse=True, **options)
     naive, naive_lse = reference_attention(*qkv, *layouts, return_lse=True, dtype=qkv[0].dtype, **options)
     assert not lse.requires_grad
@@ -67,7 +70,7 @@ def check(qkv: list[Tensor], layouts: tuple[SeqLayout, SeqLayout | None], more: 
     assert_within_budget(lse, ref_lse, naive_lse, what="lse")
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     wanted = (*qkv, *more)
-    grads, ref_grads, naive_grads = (torch.autograd.grad(x, wanted, grad.to(x.dtype)) for x in (out, ref, naive))
+    grads, ref_grads, naive_grads = (torch.autograd.grad(x, wanted, grad.to(x)) for x in (out, ref, naive))
     for got, want, eager in zip(grads, ref_grads, naive_grads, strict=True):
         assert_within_budget(got, want.double(), eager, gradient=True)
     blind = torch.isneginf(ref_lse).T
@@ -279,6 +282,15 @@ def test_more_kinds_than_dynamo_compiles_of_one_code() -> None:
     """It gives up after eight and then computes all scores, or raises; each kind has code of its own."""
     assert torch._dynamo.config.recompile_limit < 12
     assert [compiled([3, 4], heads=heads, softcap=9.0) for heads in range(1, 13)] == [1] * 12
+
+
+def test_sizes_of_one_and_of_one_block_do_not_add_up_to_too_many() -> None:
+    """One row, one block or more, of queries and of keys: nine graphs, which one code may not have."""
+    sizes = (1, 5, 200)
+    for rows, keys in itertools.product(sizes, sizes):
+        layouts = SeqLayout.from_lengths([rows]), SeqLayout.from_lengths([keys])
+        q, k, v = tensors([rows], [keys], (2, 2), (16, 16), torch.float32)
+        varlen_attention(q, k, v, *layouts, softcap=7.25, backend=HERE)
 
 
 def test_sizes_marked_as_data_do_not_reach_the_kernel() -> None:

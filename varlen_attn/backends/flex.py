@@ -5,7 +5,8 @@ the Triton kernels and their lowering were not run:
 
 - It must be compiled: otherwise it computes all ``T x Tk`` scores. So it is compiled here, once for each kind of call (dtype, heads, head
   dimensions, options); the number of rows is dynamic, except that up to 128 rows, which are one block, are another kind, and so is one
-  row. The first call of a kind waits for Inductor and Triton; how long on a GPU was not measured.
+  row. The first call of a kind waits for Inductor and Triton; how long on a GPU was not measured. In a CUDA graph nothing can be
+  compiled: call it once before; whether it can be captured then was not tried.
 - A callable bias becomes part of the kernel: it must be elementwise. Tensors that it indexes get gradients, added up in float32 by
   atomic adds; one that wants a gradient and is indexed twice is refused by torch.
 - The number of rows is data while somebody else's graph is traced, and the lowering asks how large it is: refused there.
