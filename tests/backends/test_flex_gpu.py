@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varlen_attn import SeqLayout, varlen_attention
+from varlen_attn.testing import reference_attention
 
 from .test_flex import CASES, check, relative, t5, tensors
 
@@ -40,7 +41,14 @@ def test_biases_and_their_gradients(make: Any, shape: tuple[int, ...]) -> None: 
     lengths = [400, 3, 700]
     qkv = on_gpu(tensors(lengths, lengths, (2, 2), (32, 32), torch.float32))
     given = bias if make is None else make(bias)
-    check(qkv, (SeqLayout.from_lengths(lengths, device="cuda"), None), (bias,), backend="flex", score_bias=given)
+    layout = SeqLayout.from_lengths(lengths, device="cuda")
+    check(qkv, (layout, None), backend="flex", score_bias=given)
+    grads = [
+        torch.autograd.grad(call(*qkv, layout, score_bias=given, **how).square().sum(), bias)[0]
+        for call, how in ((varlen_attention, dict(backend="flex")), (reference_attention, {}))
+    ]
+    # Each entry of a table is the sum of up to half a million terms, added one by one: not what a budget of rounding steps is for.
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-3 * float(grads[1].abs().max()))
 
 
 def test_slack_rows_and_other_lengths_in_place() -> None:
