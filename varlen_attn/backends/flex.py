@@ -69,6 +69,9 @@ class Flex(Backend):
     def kernel(self, problem: Problem) -> str:
         return "flex_attention (triton_tem_fused_flex_attention)"
 
+    def seen_as(self, problem: Problem) -> str:
+        return "flex_attention"
+
     def run(
         self,
         query: Tensor,
