@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._gather import is_tracing, mark_unbacked
-from ._layout_checks import CONVENTIONS, raise_bad_value
+from ._layout_checks import CONVENTIONS, is_integer, raise_bad_value
 from .errors import ArgumentError, LayoutError, LayoutWarning, warn
 
 
@@ -118,6 +118,13 @@ def exact(
     )
 
 
+def index_of_all(batch_size: int, padded_len: int, device: torch.device) -> Index:
+    """Where nothing is padded, from sizes alone: in a graph with dynamic shapes these are no numbers that a list could hold."""
+    rows = torch.arange(batch_size * padded_len, device=device)
+    offsets = torch.arange(batch_size + 1, device=device, dtype=torch.int32) * padded_len
+    return Index(offsets, rows, rows + 1, lengths=None, has_holes=False, right_padded=True)
+
+
 def index_of_frames(lengths_B: Tensor, padded_len: int, capacity: int | None) -> Index:
     """From lengths that only the device knows, padding on the right; with ``capacity`` shapes are static."""
     real_BS = torch.arange(padded_len, device=lengths_B.device) < lengths_B[:, None]
@@ -138,7 +145,7 @@ def refuse_shifted(real_BS: Tensor, message: str) -> None:
 
 def with_capacity(real_BS: Tensor, capacity: int) -> Index:
     """T is ``capacity``; nothing is read from the device."""
-    if isinstance(capacity, bool) or not hasattr(capacity, "__index__") or capacity < 0:
+    if not is_integer(capacity) or capacity < 0:
         raise ArgumentError(f"`capacity` must be an integer of at least 0, but is {capacity!r}.")
     flat, lengths_B = real_BS.reshape(-1), real_BS.sum(1)
     rank = flat.cumsum(0)  # packed row + 1, at tokens
@@ -214,7 +221,9 @@ def _forms(real_BS: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _refuse_overflow(count: Tensor, bound: int, name: str, what: str) -> None:
-    _assert_on_device(count <= bound, f"{name} must hold all {what}, but there are more than {bound}: raise it.")
+    # A size in a message would be a constant of the graph: traced, there is one message for all.
+    more = "more" if is_tracing(count) else f"more than {bound}"
+    _assert_on_device(count <= bound, f"{name} must hold all {what}, but there are {more}: raise it.")
 
 
 def _assert_on_device(holds: Tensor, message: str) -> None:

@@ -56,12 +56,17 @@ def check_integer_vector(values: Tensor, name: str) -> None:
         raise LayoutError(f"`{name}` must be 1-D, but has shape {tuple(values.shape)}.")
 
 
+def is_integer(value: Any) -> bool:
+    """An integer of any package, but no bool. A size of a graph with dynamic shapes is an int to dynamo, which has no attributes to ask for."""
+    return not isinstance(value, bool) and (isinstance(value, int) or hasattr(value, "__index__"))
+
+
 def host_lengths(lengths: Iterable[Any] | Tensor) -> tuple[int, ...]:
     if not isinstance(lengths, Tensor | Iterable):
         raise DtypeError(f"`lengths` must be a list, tuple or 1-D tensor of integers, but is {describe(lengths)}.")
     values = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
     for i, value in enumerate(values):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
+        if not is_integer(value):
             raise DtypeError(f"`lengths[{i}]` must be an integer, but is {value!r}.")
         if value < 0:
             raise LayoutError(f"`lengths[{i}]` must be at least 0, but is {value}.")

@@ -8,7 +8,7 @@ Packing that is written out, ``layout.pack(x)`` and `varlen_attention`, is expor
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
 import torch
@@ -20,7 +20,7 @@ from .backends._maths import attend, needs_maths, visible_mask
 from .backends.base import Backend, Extras, constant_while_tracing, repeat_kv, state
 from .dispatch import choose
 from .errors import BackendRefused, LayoutError
-from .layout import SeqLayout, padding_of
+from .layout import SeqLayout, layout_of_all, padding_of
 from .problem import Problem, Semantics
 from .records import Call, write
 
@@ -51,20 +51,11 @@ class PaddedRows(SeqLayout):
     @classmethod
     def of(cls, x: Tensor, padding: Tensor | None) -> PaddedRows:
         """For ``x (B, S, ...)``."""
-        batch_size, padded_len = x.shape[0], x.shape[1]
-        rows = torch.arange(batch_size * padded_len, device=x.device)
-        return cls(
-            batch_size=batch_size,
-            padded_len=padded_len,
-            max_seqlen=padded_len,
-            cu_seqlens=torch.arange(batch_size + 1, device=x.device, dtype=torch.int32) * padded_len,
-            token_indices=rows,
-            gather_indices=rows + 1 if padding is None else torch.where(padding.flatten(), 0, rows + 1),
-            lengths=None,
-            has_holes=None,
-            right_padded=True if padding is None else None,
-            padding=padding,
-        )
+        every = layout_of_all(x.shape[0], x.shape[1], x.device)
+        known = {f.name: getattr(every, f.name) for f in fields(every)}
+        if padding is not None:
+            known |= {"gather_indices": torch.where(padding.flatten(), 0, every.gather_indices), "has_holes": None, "right_padded": None}
+        return cls(**known, padding=padding)
 
     @property
     def is_dense(self) -> bool:

@@ -21,7 +21,7 @@ from .backends import BACKENDS
 from .backends.base import Backend, Extras, ScoreBias, connected_zeros, grad_of_real_rows, state, wide_dtype, zero_unless
 from .dispatch import Plan, choose, choose_while_tracing, requested_backend, route
 from .errors import ArgumentError, LayoutError
-from .layout import SeqLayout, is_tracing
+from .layout import SeqLayout, is_tracing, layout_of_all
 from .problem import Problem, Semantics, check_dropout
 from .records import announced
 
@@ -376,6 +376,8 @@ def _layouts(
 def full_layout(x: Tensor) -> SeqLayout:
     if static_graph():
         return static_layout(x, None)
+    if is_tracing(x):
+        return layout_of_all(x.shape[0], x.shape[1], x.device)
     return SeqLayout.from_lengths([x.shape[1]] * x.shape[0], x.shape[1], device=x.device)
 
 

@@ -24,7 +24,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._gather import Pack, Unpack, gather_rows, is_tracing, mark_unbacked, needs_plain_gathers, scatter_rows, trace_quietly
-from ._index import Index, Step, exact, index_and_flags, index_of_documents, index_of_frames, index_of_mask, refuse_shifted, to_device
+from ._index import (
+    Index,
+    Step,
+    exact,
+    index_and_flags,
+    index_of_all,
+    index_of_documents,
+    index_of_frames,
+    index_of_mask,
+    refuse_shifted,
+    to_device,
+)
 from ._layout_checks import (
     CONVENTIONS,
     check_at_least,
@@ -38,7 +49,7 @@ from ._layout_checks import (
 )
 from .errors import ArgumentError, DtypeError, LayoutError
 
-__all__ = ["SeqLayout", "is_tracing", "layout_and_flags", "padding_of"]
+__all__ = ["SeqLayout", "is_tracing", "layout_and_flags", "layout_of_all", "padding_of"]
 
 Pooling = Literal["mean", "max", "sum", "first", "last"]
 P = ParamSpec("P")
@@ -317,8 +328,8 @@ class SeqLayout:
 
     @property
     def is_dense(self) -> bool:
-        """Known on the host to have no padding: then packed is ``x.reshape(B*S, ...)``."""
-        return self.lengths is not None and self.lengths == (self.padded_len,) * self.batch_size
+        """Known on the host to have no padding: then packed is ``x.reshape(B*S, ...)``. Never in a graph, which is for all lengths."""
+        return not is_tracing(self.cu_seqlens) and self.lengths is not None and self.lengths == (self.padded_len,) * self.batch_size
 
     @property
     def seq_ids(self) -> Tensor:
@@ -430,7 +441,8 @@ class SeqLayout:
         For dense kernels: whatever the padding side, holes or documents of this layout, ``compact().unpack(x_TNH)`` is a
         right-padded ``(Q, max_seqlen, N, H)``. Reads nothing from a device.
         """
-        size = self.max_seqlen if self.lengths is None else max(self.lengths, default=0)
+        known = self.lengths is not None and not is_tracing(self.cu_seqlens)
+        size = max(self.lengths or (), default=0) if known else self.max_seqlen
         offsets = self.cu_seqlens.to(torch.int64)
         columns_S = torch.arange(size, device=self.device)
         real_QS = columns_S < offsets.diff()[:, None]
@@ -601,6 +613,11 @@ def padding_of(mask: Tensor) -> tuple[Tensor, Tensor | None]:
         )
     padding = mask <= _PADDING_THRESHOLD
     return padding, ~(padding | (mask == 0))
+
+
+def layout_of_all(batch_size: int, padded_len: int, device: torch.device) -> SeqLayout:
+    """Nothing is padded, and nothing is known on the host: for graphs."""
+    return SeqLayout._of(index_of_all(batch_size, padded_len, device), (batch_size, padded_len))
 
 
 def layout_and_flags(real_BS: Tensor, flags: Sequence[Tensor] = ()) -> tuple[SeqLayout, tuple[bool, ...]]:
