@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from varlen_attn import ArgumentError, DtypeError, LayoutError, LayoutWarning, SeqLayout, varlen_attention, varlen_mha
+from varlen_attn._gather import scatter_rows
 from varlen_attn.testing import poison
 from varlen_attn.testing.strategies import Batch, batches, lengths, mask_dtypes, masks
 
@@ -190,6 +191,51 @@ def test_any_dtype_and_stride(dtype: torch.dtype) -> None:
     assert torch.equal(layout.pack(torch.ones(3, 1, dtype=dtype).expand(3, 3)), torch.ones(4, dtype=dtype))
     labels = layout.unpack(torch.arange(4), -100)
     assert torch.equal(labels, torch.tensor([[0, -100, 1], [-100] * 3, [2, 3, -100]]))
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.flatten().view(torch.uint8)
+
+
+@pytest.mark.parametrize("width", [0, 1, 3, 8, 16], ids=lambda n: f"{n} numbers")
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.complex64, torch.complex128])
+def test_copies_change_no_bit(dtype: torch.dtype, width: int) -> None:
+    """R-10: whatever the bits are, NaNs with a payload among them, rows of 16 bytes or not, at any address and stride; slack or not."""
+    mask = torch.tensor([[False, True, False], [True, True, True], [False, False, True]])
+    size = torch.empty((), dtype=dtype).element_size()
+    memory = torch.randint(0, 2 if dtype == torch.bool else 256, (10 * (width + 1) * size,), dtype=torch.uint8)
+    everything = memory.view(dtype).view(10, width + 1)
+    shifted = memory.view(dtype)[1 : 1 + 9 * width].view(9, width)
+    for x in (everything[:9, :width].contiguous(), everything[:9, :width], everything[1:, 1:], shifted, shifted.t().contiguous().t()):
+        for layout in (of_mask(mask), of_mask(mask, capacity=4), of_mask(mask, capacity=6)):
+            packed = layout.pack(x.view(3, 3, width))
+            assert torch.equal(bits(packed[:4]), bits(x[~mask.flatten()]))
+            assert not bits(packed[4:]).any()
+            want = torch.zeros(9, width, dtype=dtype)
+            want[~mask.flatten()] = packed[:4]
+            filled = torch.cat([packed[:4], torch.ones_like(packed[4:])])
+            odd, even = (torch.ones(len(packed), 2 * width + extra, dtype=dtype) for extra in (3, 16))
+            moved = torch.ones(1 + packed.numel(), dtype=dtype)[1:].view(packed.shape)
+            for rows in (filled, moved, odd[:, :width], even[:, :width], even[:, 1 : width + 1], even[:, : 2 * width : 2]):
+                rows.copy_(filled)
+                assert torch.equal(bits(layout.unpack(rows)), bits(want)), "slack rows arrive nowhere"
+                assert torch.equal(bits(scatter_rows(rows, layout.gather_indices, 0)), bits(want))
+
+
+@pytest.mark.parametrize("capacity", [None, 4, 6])
+def test_conjugates_are_packed_and_results_can_be_changed_in_place(capacity: int | None) -> None:
+    mask = torch.tensor([[False, True, False], [True, True, True], [False, False, True]])
+    layout = of_mask(mask, capacity=capacity)
+    x = torch.randn(3, 3, 4, dtype=torch.complex64).conj()
+    assert x.is_conj()
+    rows = layout.pack(x)
+    assert torch.equal(rows[:4], x[~mask])
+    assert torch.equal(layout.unpack(rows.conj()), x.conj().masked_fill(mask[..., None], 0))
+    leaf = torch.randn(layout.num_rows, 4, requires_grad=True)
+    for y in (layout.unpack(leaf), layout.pack(layout.unpack(leaf))):
+        y.mul_(2).sum().backward()
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad[:4], torch.full((4, 4), 4.0))
 
 
 @given(batch=batches(max_batch=3, max_len=4))

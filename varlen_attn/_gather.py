@@ -1,11 +1,28 @@
-"""Packing as two gathers, one for each direction, each the other's backward.
+"""Packing and unpacking as copies of rows, each the other's backward.
 
-A gather needs no atomic add (the backward of a plain ``index_select`` does), so it is deterministic, and it never reads a padding
+A copy needs no atomic add (the backward of a plain ``index_select`` does), so it is deterministic, and it never reads a padding
 slot: NaN there can not leak.
+
+Both are here twice. `gather_rows` and `scatter_rows` are the formulas: they have all rules of `torch.func`, and T may be 0 or unknown
+while tracing. Inductor makes one kernel of `scatter_rows`, without a temporary (seen in its code for a CPU, torch 2.13); eager torch
+copies all rows once more to put a row of padding before them. So an eager call goes through `_take_rows` and `_place_rows`.
+
+Bytes moved for N real rows, B*S slots, in sizes of a row; arithmetic, not measured:
+
+====================================  ==================  ================
+path                                  pack                unpack
+====================================  ==================  ================
+`gather_rows`, `scatter_rows`, eager  2N                  3N + BS
+the same under inductor               2N                  N + BS
+`_take_rows`, `_place_rows`           2N                  2N + BS
+====================================  ==================  ================
+
+With slack rows (capacity mode) N counts them too; an eager pack writes those once more.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from typing import Any
@@ -47,7 +64,7 @@ class Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, token_indices: Tensor, gather_indices: Tensor, valid_T: Tensor | None) -> Tensor:
         ctx.save_for_backward(token_indices, gather_indices, valid_T)
-        return gather_rows(x, token_indices, valid_T)
+        return _take_rows(x, token_indices, valid_T)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -67,11 +84,14 @@ class Unpack(torch.autograd.Function):
         pad_value: float,
     ) -> Tensor:
         ctx.save_for_backward(token_indices, gather_indices, valid_T)
-        return scatter_rows(x, gather_indices, pad_value)
+        return _place_rows(x, token_indices, gather_indices, valid_T, pad_value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return Pack.apply(grad, *ctx.saved_tensors), None, None, None, None
+
+
+# -------------------------------------------------------------------- the formulas
 
 
 def gather_rows(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Tensor:
@@ -85,8 +105,57 @@ def gather_rows(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Ten
 
 def scatter_rows(x: Tensor, gather_indices: Tensor, pad_value: float) -> Tensor:
     # The padding row stands first, so that its index (0) does not depend on T, which is data.
-    padding_row = x.new_full((1, *x.shape[1:]), pad_value)
-    return torch.cat([padding_row, x]).index_select(0, gather_indices)
+    before = [0, 0] * (x.dim() - 1) + [1, 0]
+    return torch.constant_pad_nd(x, before, pad_value).index_select(0, gather_indices)
+
+
+# -------------------------------------------------------------------- eager, without gradients
+
+
+def _take_rows(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Tensor:
+    """`gather_rows`; slack rows are overwritten where they stand."""
+    if valid_T is None or x.shape[0] == 0 or is_tracing(x):
+        return gather_rows(x, token_indices, valid_T)
+    rows = x.index_select(0, token_indices)
+    words = _in_words(rows)[0]
+    words.masked_fill_(~valid_T.view(-1, *[1] * (words.dim() - 1)), 0)
+    return rows
+
+
+def _place_rows(x: Tensor, token_indices: Tensor, gather_indices: Tensor, valid_T: Tensor | None, pad_value: float) -> Tensor:
+    """`scatter_rows`, by writing where the rows belong instead of reading from where they come."""
+    if is_tracing(x) or (x.is_cuda and torch.are_deterministic_algorithms_enabled()):  # that would sort the indices at every call
+        return scatter_rows(x, gather_indices, pad_value)
+    slots, trailing = gather_indices.shape[0], x.shape[1:]
+    if valid_T is None:
+        out = x.new_full((slots, *trailing), pad_value)
+    else:  # slack rows go to one slot too many, which is cut off
+        token_indices = torch.where(valid_T, token_indices, slots)
+        out = x.new_full((slots + 1, *trailing), pad_value)
+    target, source = _in_words(out, x)
+    target.index_copy_(0, token_indices, source)
+    return out if valid_T is None else out.resize_(slots, *trailing)  # a slice would be a view, which nobody could change in place
+
+
+def _in_words(*rows: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of equal rows as numbers of 16 bytes over the same memory (a copy of a strided one); as they are where that is impossible.
+
+    torch writes rows number by number, on a CPU and a GPU alike, so that bfloat16 costs 8 times the steps. Copying complex numbers
+    changes no bit.
+    """
+    words = []
+    for x in rows:
+        if x.device.type not in ("cpu", "cuda") or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return rows
+        width = math.prod(x.shape[1:])
+        flat = x.reshape(x.shape[0], width)
+        flat = flat if flat.stride(1) == 1 else flat.contiguous()
+        sizes = (width, flat.stride(0), flat.storage_offset())
+        fits = width > 0 and all(size * x.element_size() % 16 == 0 for size in sizes) and flat.data_ptr() % 16 == 0
+        if not fits or x.is_conj() or x.is_neg():
+            return rows
+        words.append(flat.view(torch.complex128))
+    return tuple(words)
 
 
 def needs_plain_gathers() -> bool:
