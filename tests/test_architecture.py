@@ -19,7 +19,8 @@ ROOT = Path(varlen_attn.__file__).parent
 RANKS = (
     ("errors", "_profile", "_timing"),
     ("_gather", "_layout_checks", "_native"),
-    ("_index",),
+    ("_fused_rows_kernel",),
+    ("_index", "_fused_rows"),
     ("layout",),
     ("companions", "_host_lengths"),
     ("problem",),
@@ -52,7 +53,8 @@ RANKS = (
     ("demo", "bench"),
     ("", "__main__"),
 )
-OPTIONAL_PACKAGES_IN = ("backends.", "integrations.", "demo", "__main__", "testing.strategies")
+OPTIONAL_PACKAGES_IN = ("backends.", "integrations.", "demo", "__main__", "testing.strategies", "_fused_rows_kernel")
+IMPORTED_LAZILY = ("testing.strategies", "_fused_rows_kernel")  # and so may import an optional package at once
 MUTABLE = {
     "dispatch._plans", "problem._versions", "backends.base.state",  # one cache of choices, one of versions, the thread's stack
     "backends._cpu_groups._plans",  # how batches of some lengths are cut, by value
@@ -128,7 +130,8 @@ def test_only_torch_and_einops_at_import(module: str) -> None:  # R-36
         if top in standard:
             continue
         assert module.startswith(OPTIONAL_PACKAGES_IN), f"{module} imports {top}"
-        assert not now or module == "testing.strategies", f"{module} imports {top} at import time"
+        assert not now or module in IMPORTED_LAZILY, f"{module} imports {top} at import time"
+    assert not {name for name, now in imports(module) if now} & {f"varlen_attn.{name}" for name in IMPORTED_LAZILY}
 
 
 def test_the_rules_can_fail() -> None:
@@ -195,7 +198,7 @@ def test_the_public_names() -> None:
 
 @each_module
 def test_names_of_every_module_exist(module: str) -> None:
-    if module == "__main__":
+    if module in ("__main__", "_fused_rows_kernel"):
         return
     loaded = importlib.import_module(f"varlen_attn.{module}".rstrip("."))
     for name in getattr(loaded, "__all__", ()):

@@ -12,7 +12,7 @@ Bytes moved for N real rows, B*S slots, in sizes of a row; arithmetic, not measu
 ====================================  ==================  ================
 path                                  pack                unpack
 ====================================  ==================  ================
-`gather_rows`, `scatter_rows`, eager  2N                  3N + BS
+`gather_rows`, `scatter_rows`, eager  2N                  4N + BS
 the same under inductor               2N                  N + BS
 `_take_rows`, `_place_rows`           2N                  2N + BS
 ====================================  ==================  ================

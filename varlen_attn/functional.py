@@ -335,8 +335,12 @@ def padded_attention(
     if value.shape[:3] != key.shape[:3]:
         raise LayoutError(f"`value` must begin with key's (B, S, K) = {tuple(key.shape[:3])}, but has shape {tuple(value.shape)}.")
     layout_q, layout_k = _layouts(query, key, key_padding_mask, query_padding_mask, layout, layout_kv)
-    packed = pack_rows(layout_q, query, "query"), pack_rows(layout_k, key, "key"), pack_rows(layout_k, value, "value")
-    result = varlen_attention(*packed, layout_q, layout_k, **semantics)
+    if layout_q is layout_k:
+        query, key, value = pack_rows_together(layout_q, query=query, key=key, value=value)
+    else:
+        query = pack_rows(layout_q, query, "query")
+        key, value = pack_rows_together(layout_k, key=key, value=value)
+    result = varlen_attention(query, key, value, layout_q, layout_k, **semantics)
     if not semantics.get("return_lse"):
         return unpack_rows(layout_q, result)
     out, lse = result
@@ -404,6 +408,15 @@ def pack_rows(layout: SeqLayout, x: Tensor, name: str = "x") -> Tensor:
     if not is_tracing(x) and layout.is_dense:
         return x.reshape(layout.num_rows, *x.shape[2:])
     return layout.pack(x)
+
+
+def pack_rows_together(layout: SeqLayout, **tensors: Tensor) -> tuple[Tensor, ...]:
+    """`pack_rows` of tensors by name, in one launch where there is a kernel for that (`_fused_rows`)."""
+    for name, x in tensors.items():
+        layout._check(x, (layout.batch_size, layout.padded_len), name)
+    xs = tensors.values()
+    fused = layout._pack_fused(*xs) if not is_tracing(*xs) and not layout.is_dense else None
+    return tuple(pack_rows(layout, x) for x in xs) if fused is None else fused
 
 
 def unpack_rows(layout: SeqLayout, x: Tensor) -> Tensor:
