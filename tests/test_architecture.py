@@ -22,7 +22,7 @@ RANKS = (
     ("_fused_rows_kernel",),
     ("_index", "_fused_rows"),
     ("layout",),
-    ("companions", "_host_lengths"),
+    ("companions", "_host_lengths", "_padded_rows"),
     ("problem",),
     ("backends.base",),
     ("backends._*",),  # maths that several backends share
@@ -33,6 +33,7 @@ RANKS = (
     ("dispatch",),
     ("records",),
     ("_call_checks", "_static"),
+    ("_call",),
     ("functional",),
     ("explain",),
     ("testing._batch", "_token_wise"),

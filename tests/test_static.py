@@ -30,7 +30,8 @@ from varlen_attn import (
     varlen_attention,
     varlen_mha,
 )
-from varlen_attn._static import PaddedRows, static_attention, static_graph
+from varlen_attn._padded_rows import PaddedRows
+from varlen_attn._static import static_attention, static_graph
 from varlen_attn.testing import assert_within_budget, reference_attention
 
 B, S, D, N = 3, 6, 16, 4
@@ -294,8 +295,12 @@ def test_a_training_graph_has_dropout_and_gradients(dropout: float) -> None:  # 
     "options", [{}, dict(causal=True), dict(softcap=3.0, window=(2, 1)), dict(causal="top_left", window=(None, 0))], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_static_attention_against_the_reference(options: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("static", [True, False], ids=["in a graph", "eager"])
+def test_padded_rows_against_the_reference(
+    static: bool, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """R-07, R-12, R-27, R-44: in the rows as they stand, with holes too, self and cross, in an error budget."""
+    monkeypatch.setattr("varlen_attn._call.static_graph", lambda: static)
     masks = [HOLES, right([2, 4, 0]).flip(1)]
     for mask_q, mask_k in ((HOLES, HOLES), masks, masks[::-1]):
         shapes = ((B, S, N, 8), (B, S, 2, 8), (B, S, 2, 8))
@@ -327,6 +332,7 @@ def test_a_row_that_sees_nothing_asks_no_kernel_for_mercy(monkeypatch: pytest.Mo
         return original(*args, attn_mask=attn_mask, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr("varlen_attn._call.static_graph", lambda: True)
     x = torch.randn(B, S, N, 8)
     rows = PaddedRows.of(x, right([0, 3, 6]))
     out = varlen_attention(rows.pack(x), rows.pack(x), rows.pack(x), rows)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._static import PaddedRows, here, static_graph
+from ._padded_rows import PaddedRows
+from ._static import here, static_graph
 from .functional import to_device_of
 from .layout import SeqLayout, is_tracing, layout_and_flags
 

@@ -8,23 +8,24 @@ Packing that is written out, ``layout.pack(x)`` and `varlen_attention`, is expor
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._index import refuse_bad_values
+from ._padded_rows import PaddedRows
 from .backends._maths import attend, needs_maths, visible_mask
 from .backends.base import Backend, Extras, constant_while_tracing, repeat_kv, state
 from .dispatch import choose
-from .errors import BackendRefused, LayoutError
-from .layout import SeqLayout, layout_of_all, padding_of
+from .errors import BackendRefused
+from .layout import SeqLayout, padding_of
 from .problem import Problem, Semantics
 from .records import Call, write
 
-__all__ = ["PaddedRows", "here", "static_attention", "static_graph", "static_kernel", "static_layout", "static_layouts"]
+__all__ = ["here", "static_attention", "static_graph", "static_kernel", "static_layout", "static_layouts"]
 
 REASON = "exported: static control flow"
 FUSED = "aten::scaled_dot_product_attention with a mask"
@@ -40,65 +41,6 @@ def static_graph() -> bool:
 
 
 # -------------------------------------------------------------------- the layout
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class PaddedRows(SeqLayout):
-    """A layout whose T = B*S rows are the padded ones, in their order. ``padding (B, S)`` is True where a row is none; None: nowhere."""
-
-    padding: Tensor | None = None
-
-    @classmethod
-    def of(cls, x: Tensor, padding: Tensor | None) -> PaddedRows:
-        """For ``x (B, S, ...)``."""
-        every = layout_of_all(x.shape[0], x.shape[1], x.device)
-        known = {f.name: getattr(every, f.name) for f in fields(every)}
-        if padding is not None:
-            known |= {"gather_indices": torch.where(padding.flatten(), 0, every.gather_indices), "has_holes": None, "right_padded": None}
-        return cls(**known, padding=padding)
-
-    @property
-    def is_dense(self) -> bool:
-        return self.padding is None
-
-    @property
-    def positions(self) -> Tensor:
-        return self.counts().clamp(min=0).flatten()
-
-    def counts(self) -> Tensor:
-        """``(B, S)``: the position of each token in its sequence; of padding that of the token before, or -1."""
-        if self.padding is None:
-            return torch.arange(self.padded_len, device=self.device).expand(self.batch_size, self.padded_len)
-        return (~self.padding).to(torch.int64).cumsum(1) - 1
-
-    def token_counts(self) -> Tensor:
-        """``(B,)``: the length of each sequence."""
-        return self.counts()[:, -1] + 1
-
-    def padding_mask(self) -> Tensor:
-        if self.padding is None:
-            return torch.zeros(self.batch_size, self.padded_len, dtype=torch.bool, device=self.device)
-        return self.padding
-
-    def valid_rows(self) -> Tensor:
-        return ~self.padding_mask().flatten()
-
-    def pack(self, x: Tensor) -> Tensor:
-        return self._filled(x, 0.0).flatten(0, 1)
-
-    def unpack(self, x: Tensor, pad_value: float = 0.0) -> Tensor:
-        return self._filled(x.reshape(self.batch_size, self.padded_len, *x.shape[1:]), pad_value)
-
-    def _filled(self, x: Tensor, value: float) -> Tensor:
-        return x if self.padding is None else x.masked_fill(self.padding.view(*self.padding.shape, *[1] * (x.dim() - 2)), value)
-
-    def _not_here(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise LayoutError(
-            "while exporting, modules see padded rows, which have no offsets of sequences: use `pack`, `unpack`, `positions`, `valid_rows` "
-            "and `varlen_attention`, or build a SeqLayout from the mask."
-        )
-
-    pool = split = to_nested = compact = downsample = update_ = _not_here
 
 
 def static_layout(x: Tensor, mask: Tensor | None) -> PaddedRows:

@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 import torch
 
+from ._padded_rows import PaddedRows
 from .backends import BACKENDS
-from .backends.base import Backend, Refusal, constant_while_tracing, state
+from .backends.base import HALF, Backend, Refusal, constant_while_tracing, state
 from .errors import ArgumentError, BackendRefused, NoBackend
 from .layout import SeqLayout
 from .problem import Problem, Semantics
@@ -186,20 +187,42 @@ def choose_while_tracing(problem: tuple[tuple[str, Any], ...], semantics: tuple[
     return plan.backend
 
 
-def route(layout: SeqLayout, problem: Problem) -> Route:
+# From which fill on masked attention on the padded batch is faster than packing around one attention call, by backend, up to how many
+# columns: measured on an x86 CPU (benchmarks/results/route.json), where moving rows is what short ones cost. Half precision in training is
+# left out: there packing won at every fill. No other backend has an entry. The compiled kernel won at every fill measured. On a GPU
+# nothing was measured; by bytes and published rates packing wins as well, because the padded call that is right there is the
+# memory-efficient kernel at half of flash's rate: cuDNN's, which is faster, has returned NaN with a mask (pytorch#196678).
+_BREAK_EVEN: dict[str, tuple[tuple[int, float], ...]] = {"cpu": ((32, 0.85), (64, 0.92))}
+LONGEST_DENSE = 64  # columns; beyond them nobody needs to ask
+
+
+def route(layout: SeqLayout, problem: Problem, *, per_call: bool = False) -> Route:
     """Packed, or dense where nothing is padded (then packed rows are the padded rows, and nothing needs to move).
 
-    A pure function of facts known on the host. Dense with padding is not chosen yet, although packing around a single attention call
-    loses where little is padded or rows are short (`benchmarks/results/route.json`): the padded call reads padding unless that is zeroed
-    first, and a threshold belongs to a class of machines.
+    A pure function of facts known on the host. With ``per_call``, of an attention call that packs and unpacks for itself: dense also where
+    so little is padded that moving rows was measured to cost more than computing padding. Whoever packs once for several layers, or
+    around projections, gains by every row of padding left out, and never asks.
     """
+    if isinstance(layout, PaddedRows):
+        return Route("dense", layout.reason)
     if problem.tracing:
         return Route("packed", "always packed while tracing")
     if layout.lengths is None:
         return Route("packed", "only the device knows the lengths")
     if layout.is_dense:
         return Route("dense", "no row has padding")
-    return Route("packed", f"{1 - (layout.fill or 0):.0%} of the batch is padding")
+    padding, fill = f"{1 - (layout.fill or 0):.0%} of the batch is padding", layout.fill or 0.0
+    bound = _break_even(layout.padded_len, problem) if per_call else None
+    if bound is not None and fill >= bound:
+        return Route("dense", f"{padding}, and at {layout.padded_len} columns packing for one call pays below a fill of {bound} only")
+    return Route("packed", padding)
+
+
+def _break_even(padded_len: int, problem: Problem) -> float | None:
+    if problem.needs_grad and problem.dtype in HALF:
+        return None
+    table = _BREAK_EVEN.get(choose(problem).backend, ())
+    return next((fill for columns, fill in table if padded_len <= columns), None)
 
 
 def requested_backend(backend: str | Backend) -> str | Backend:

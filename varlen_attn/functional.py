@@ -6,26 +6,27 @@ tensors, the route, empty sequences for backends that mishandle them. Backends t
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._call_checks import autocasts, check_extras, check_holes, check_layouts, check_mask, check_projections, check_shapes, common_dtype
+from . import dispatch
+from ._call import AttentionCall
+from ._call_checks import check_layouts, check_mask, check_projections
 from ._gather import trace_quietly
-from ._static import PaddedRows, note_static, refuse_order, static_attention, static_graph, static_layout, static_layouts
-from .backends import BACKENDS
-from .backends.base import Backend, Extras, ScoreBias, connected_zeros, grad_of_real_rows, state, wide_dtype, zero_unless
-from .dispatch import Plan, choose, choose_while_tracing, requested_backend, route
+from ._padded_rows import PaddedRows
+from ._static import static_graph, static_layout, static_layouts
+from .backends.base import Backend, Extras, ScoreBias
+from .dispatch import LONGEST_DENSE, Plan, Route, requested_backend
 from .errors import ArgumentError, LayoutError
 from .layout import SeqLayout, is_tracing, layout_of_all
-from .problem import Problem, Semantics, check_dropout
-from .records import announced
+from .problem import check_dropout
 
 __all__ = ["padded_attention", "plan_attention", "varlen_attention", "varlen_mha"]
+
+Way = Literal["auto", "packed", "dense"]
 
 
 def varlen_attention(
@@ -89,7 +90,7 @@ def varlen_attention(
         causal=causal, window=window, scale=scale, softcap=softcap, dropout_p=dropout_p, return_lse=return_lse,
         deterministic=deterministic, batch_invariant=batch_invariant,
     )  # fmt: skip
-    call = _Call(query, key, value, layout, layout_kv, Extras(alibi_slopes, sinks, score_bias), options, backend)
+    call = AttentionCall(query, key, value, layout, layout_kv, Extras(alibi_slopes, sinks, score_bias), options, backend)
     return call.run(module=None)
 
 
@@ -106,191 +107,25 @@ def attend_for(
     reason: str | None = None,
 ) -> Tensor:
     """`varlen_attention` on behalf of a module, whose name stands in the record, with the reason for what it could not do."""
-    out: Tensor = _Call(query, key, value, layout, layout_kv, extras or Extras(), options, backend).run(module, reason)
+    out: Tensor = AttentionCall(query, key, value, layout, layout_kv, extras or Extras(), options, backend).run(module, reason)
     return out
 
 
 def plan_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: SeqLayout, layout_kv: SeqLayout | None = None, **semantics: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SeqLayout,
+    layout_kv: SeqLayout | None = None,
+    *,
+    thorough: bool = True,
+    **semantics: Any,
 ) -> Plan:
     """The `Plan` of ``varlen_attention(query, key, value, layout, layout_kv, **semantics)``, without running it."""
     names = {"alibi_slopes", "sinks", "score_bias"}
     extras = Extras(**{k: semantics.pop(k) for k in names & set(semantics)})
     backend = semantics.pop("backend", "auto")
-    return _Call(query, key, value, layout, layout_kv, extras, semantics, backend).plan(thorough=True)
-
-
-class _Call:
-    """One call, checked and normalised: tensors of one dtype, `Semantics`, both layouts."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: SeqLayout,
-        layout_kv: SeqLayout | None,
-        extras: Extras,
-        options: dict[str, Any],
-        backend: str | Backend,
-    ):
-        check_layouts(layout, layout_kv)
-        if layout is None:
-            raise ArgumentError("`layout` must be a SeqLayout, but is None: build one with SeqLayout.from_key_padding_mask(mask).")
-        self.layout_q, self.layout_kv = layout, layout if layout_kv is None else layout_kv
-        self.query, self.key, self.value = common_dtype(query, key, value)
-        check_shapes(self.query, self.key, self.value, self.layout_q, self.layout_kv)
-        self.extras = check_extras(self.query, self.layout_q, self.layout_kv, extras)
-        flags: dict[str, Any] = {
-            "alibi": extras.alibi_slopes is not None,
-            "sinks": extras.sinks is not None,
-            "score_bias": extras.score_bias is not None,
-        }
-        semantics = Semantics.of(**options, **flags)
-        if semantics.scale is None:
-            semantics = replace(semantics, scale=float(int(query.shape[2]) or 1) ** -0.5)
-        if semantics.causal and self.layout_kv is self.layout_q:
-            semantics = replace(semantics, causal="bottom_right")  # equal lengths: both alignments are one
-        self.semantics = semantics
-        self.backend = requested_backend(backend)
-        check_holes(self.layout_q, self.layout_kv, semantics)
-
-    def _needs_grad(self) -> bool:
-        tensors = [self.query, self.key, self.value, self.extras.sinks, self.extras.score_bias]
-        return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
-
-    def plan(self, thorough: bool = False) -> Plan:
-        requested = self.backend if isinstance(self.backend, str) else self.backend.name
-        problem = Problem.of(
-            self.query, self.key, self.value, self.layout_q, self.layout_kv, self.semantics,
-            needs_grad=self._needs_grad(), requested=requested,
-        )  # fmt: skip
-        candidates = BACKENDS
-        if isinstance(self.backend, Backend):
-            candidates = (self.backend, *(b for b in BACKENDS if b.name != requested))
-        plan = choose(problem, candidates, thorough=thorough)
-        way = route(self.layout_q, problem)
-        return replace(plan, route=way.name, route_reason=way.reason) if thorough or state.records else plan
-
-    def run(self, module: torch.nn.Module | None, reason: str | None = None) -> Any:
-        if isinstance(self.layout_q, PaddedRows) and isinstance(self.layout_kv, PaddedRows):
-            return self._run_static(self.layout_q, self.layout_kv, module)
-        if torch.compiler.is_compiling():
-            out, lse = self._launch(self._backend_while_tracing())
-            return (out, lse) if self.semantics.return_lse else out
-        if self.query.is_meta:  # shapes only; there is nothing to choose
-            shape = (*self.query.shape[:2], self.value.shape[2])
-            out = connected_zeros(shape, self.query, self.key, self.value)
-            return (out, out.new_empty(out.shape[1::-1], dtype=wide_dtype(out.dtype))) if self.semantics.return_lse else out
-        plan = self.plan()
-        note = announced(plan, self.layout_q, module, reason) if state.records else nullcontext()
-        with note, torch.profiler.record_function(f"varlen_attn::{plan.backend}"):
-            out, lse = self._launch(plan.implementation)
-        return (out, lse) if self.semantics.return_lse else out
-
-    def _run_static(self, layout_q: PaddedRows, layout_kv: PaddedRows, module: torch.nn.Module | None) -> Any:
-        """Padded rows in a graph that may not depend on data: no backend is chosen."""
-        refuse_order(self.backend)
-        slots = self.query.shape[0] if isinstance(self.query.shape[0], int) else None
-        note_static(*self._fields(), slots, None if torch.compiler.is_dynamo_compiling() else module)
-        device_type = self.query.device.type
-        with torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext():
-            out, lse = static_attention(self.query, self.key, self.value, layout_q, layout_kv, self.semantics, self.extras)
-        return (out, lse) if self.semantics.return_lse else out
-
-    def _backend_while_tracing(self) -> Backend:
-        """The choice as a constant of the graph; guarded by what it depends on, the override included."""
-        if isinstance(self.backend, Backend):
-            return self.backend
-        name = choose_while_tracing(*self._fields())
-        for candidate in BACKENDS:
-            if candidate.name == name:
-                return candidate
-        raise AssertionError(name)
-
-    def _fields(self) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]:
-        """Of the `Problem` and of its `Semantics`, as plain values."""
-        device, semantics = self.query.device, self.semantics
-        problem = (
-            ("device_type", device.type),
-            ("dtype", self.query.dtype),
-            ("num_heads", int(self.query.shape[1])),
-            ("num_kv_heads", int(self.key.shape[1])),
-            ("head_dim", int(self.query.shape[2])),
-            ("value_head_dim", int(self.value.shape[2])),
-            ("self_attention", self.layout_q is self.layout_kv),
-            ("needs_grad", self._needs_grad()),
-            ("tracing", True),
-            ("host_lengths", False),
-            ("requested", self.backend if isinstance(self.backend, str) else self.backend.name),
-        )
-        fields = (
-            ("causal", semantics.causal), ("window", semantics.window), ("scale", semantics.scale), ("softcap", semantics.softcap),
-            ("dropout_p", semantics.dropout_p), ("alibi", semantics.alibi), ("score_bias", semantics.score_bias),
-            ("sinks", semantics.sinks), ("return_lse", semantics.return_lse), ("deterministic", semantics.deterministic),
-            ("batch_invariant", semantics.batch_invariant),
-        )  # fmt: skip
-        return problem, fields
-
-    def _launch(self, backend: Backend) -> tuple[Tensor, Tensor | None]:
-        # The dtype is settled: eager maths inside a backend must not be cast once more.
-        device_type = self.query.device.type
-        off = torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
-        with off:
-            if not backend.capabilities.slack_rows and (self.layout_q.has_slack or self.layout_kv.has_slack):
-                return self._launch_without_slack(backend)
-            if not backend.capabilities.empty_sequences and _has_empty(self.layout_q, self.layout_kv):
-                return self._launch_without_empties(backend)
-            return backend.run(self.query, self.key, self.value, self.layout_q, self.layout_kv, self.semantics, self.extras)
-
-    def _launch_without_slack(self, backend: Backend) -> tuple[Tensor, Tensor | None]:
-        """For kernels that leave rows beyond ``cu_seqlens[-1]`` unwritten: zero them in results and gradients."""
-        valid_q, valid_k = (x.valid_rows()[:, None, None] for x in (self.layout_q, self.layout_kv))
-        only_real = zero_unless if backend.capabilities.reads_slack else grad_of_real_rows
-        query = only_real(self.query, valid_q)
-        key, value = (only_real(x, valid_k) for x in (self.key, self.value))
-        out, lse = backend.run(query, key, value, self.layout_q, self.layout_kv, self.semantics, self.extras)
-        if lse is not None:
-            lse = torch.where(valid_q[:, 0, 0], lse, float("-inf"))
-        return zero_unless(out, valid_q), lse
-
-    def _launch_without_empties(self, backend: Backend) -> tuple[Tensor, Tensor | None]:
-        """For kernels that mishandle empty sequences: leave them out; their queries, if any, get 0 and -inf."""
-        lengths_q, lengths_k = self.layout_q.lengths, self.layout_kv.lengths
-        assert lengths_q is not None  # refused otherwise
-        assert lengths_k is not None
-        kept = [i for i, (a, b) in enumerate(zip(lengths_q, lengths_k, strict=True)) if a and b]
-        rows_q, rows_k = (_rows_of(x, kept) for x in (self.layout_q, self.layout_kv))
-        if not kept:
-            shape = (*self.query.shape[:2], self.value.shape[2])
-            out = connected_zeros(shape, self.query, self.key, self.value)
-            lse_dtype = wide_dtype(out.dtype)
-            lse = out.new_full((out.shape[1], out.shape[0]), float("-inf"), dtype=lse_dtype)
-            return out, lse if self.semantics.return_lse else None
-        layout_q = SeqLayout.from_lengths([lengths_q[i] for i in kept], device=self.layout_q.device)
-        layout_kv = layout_q
-        if self.layout_kv is not self.layout_q:
-            layout_kv = SeqLayout.from_lengths([lengths_k[i] for i in kept], device=self.layout_kv.device)
-        query = rows_q.pack(self.query[None])
-        key, value = rows_k.pack(self.key[None]), rows_k.pack(self.value[None])
-        out, some_lse = backend.run(query, key, value, layout_q, layout_kv, self.semantics, self.extras)
-        if some_lse is not None:
-            some_lse = rows_q.unpack(some_lse.transpose(0, 1).contiguous(), float("-inf"))[0].transpose(0, 1)
-        return rows_q.unpack(out)[0], some_lse
-
-
-def _has_empty(layout_q: SeqLayout, layout_kv: SeqLayout) -> bool:
-    """Whether a sequence has no queries or no keys, or there is no sequence at all."""
-    return layout_q.lengths == () or 0 in (layout_q.lengths or ()) or 0 in (layout_kv.lengths or ())
-
-
-def _rows_of(layout: SeqLayout, kept: list[int]) -> SeqLayout:
-    """The packed rows of some sequences, as tokens of one row of T columns."""
-    wanted = torch.zeros(layout.num_seqs, dtype=torch.bool, device="cpu")
-    wanted[kept] = True
-    lengths = torch.tensor(layout.lengths, device="cpu", dtype=torch.int64)
-    real = wanted.repeat_interleave(lengths, output_size=layout.num_rows)
-    return SeqLayout.from_attention_mask(real[None], validate=False).to(layout.device)
+    return AttentionCall(query, key, value, layout, layout_kv, extras, semantics, backend).plan(thorough)
 
 
 # -------------------------------------------------------------------- padded tensors
@@ -305,6 +140,7 @@ def padded_attention(
     query_padding_mask: Tensor | Literal[False] | None = None,
     layout: SeqLayout | None = None,
     layout_kv: SeqLayout | None = None,
+    route: Way = "auto",
     **semantics: Any,
 ) -> Any:
     """Pack, attend, unpack: `varlen_attention` for padded tensors.
@@ -315,6 +151,8 @@ def padded_attention(
         key_padding_mask: ``(B, Sk)``, True is padding. Alone it means self-attention and holds for queries too (then Sq == Sk).
         query_padding_mask: ``(B, Sq)``, True is padding, or False for "all queries are real": makes it cross-attention.
         layout, layout_kv: in place of the masks.
+        route: ``"packed"`` or ``"dense"`` (masked attention on the padded batch: nothing is moved, padding is computed), or ``"auto"``:
+            packed, unless the lengths are known on the host and so little is padded that moving rows was measured to cost more.
         semantics: as `varlen_attention`.
 
     Returns:
@@ -335,6 +173,9 @@ def padded_attention(
     if value.shape[:3] != key.shape[:3]:
         raise LayoutError(f"`value` must begin with key's (B, S, K) = {tuple(key.shape[:3])}, but has shape {tuple(value.shape)}.")
     layout_q, layout_k = _layouts(query, key, key_padding_mask, query_padding_mask, layout, layout_kv)
+    way = _way(query, key, value, layout_q, layout_k, route, semantics)
+    if way is not None:
+        layout_q, layout_k = _padded_rows(query, key, layout_q, layout_k, way)
     if layout_q is layout_k:
         query, key, value = pack_rows_together(layout_q, query=query, key=key, value=value)
     else:
@@ -375,6 +216,49 @@ def _layouts(
             "pass query_padding_mask=<mask>, or False if all are real."
         )
     return layout_k, layout_k
+
+
+def _way(
+    query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, layout_k: SeqLayout, wish: Way, semantics: dict[str, Any]
+) -> Route | None:
+    """Why padded tensors stay padded, or None where they are packed (or nothing is padded, so that both are one)."""
+    layouts = (layout_q, layout_k)
+    if wish not in ("auto", "packed", "dense"):
+        raise ArgumentError(f"`route` must be 'auto', 'packed' or 'dense', but is {wish!r}.")
+    if wish == "packed" or isinstance(layout_q, PaddedRows) or 0 in (*query.shape, *key.shape):
+        return None
+    if wish == "dense":
+        _check_dense(layouts, semantics.get("backend", "auto"))
+        return Route("dense", "the caller's wish")
+    if is_tracing(query) or any(x.lengths is None or x.row_ids is not None for x in layouts) or layout_q.is_dense or layout_k.is_dense:
+        return None
+    if layout_k.padded_len > LONGEST_DENSE or semantics.get("score_bias") is not None:
+        return None
+    if requested_backend(semantics.get("backend", "auto")) != "auto":
+        return None  # an order runs, on what it was ordered for
+    # Nothing is packed yet: the same call on no rows has the same plan.
+    nothing = SeqLayout.from_lengths([], device=query.device)
+    nothing_k = nothing if layout_k is layout_q else SeqLayout.from_lengths([], device=key.device)
+    q, k, v = (x[:0].flatten(0, 1) for x in (query, key, value))
+    plan = plan_attention(q, k, v, nothing, nothing_k, thorough=False, **semantics)
+    ways = [dispatch.route(x, plan.problem, per_call=True) for x in layouts]
+    return ways[1] if all(way.name == "dense" for way in ways) else None
+
+
+def _check_dense(layouts: tuple[SeqLayout, SeqLayout], backend: str | Backend) -> None:
+    if any(x.row_ids is not None for x in layouts):
+        raise ArgumentError("`route` must not be 'dense' where rows hold several documents, which a mask of padding does not keep apart.")
+    ordered = requested_backend(backend)
+    name = ordered if isinstance(ordered, str) else ordered.name
+    if name not in ("auto", "sdpa_padded"):
+        raise ArgumentError(
+            f"`route` must not be 'dense' where backend {name!r} is ordered: padded tensors are what 'sdpa_padded' computes."
+        )
+
+
+def _padded_rows(query: Tensor, key: Tensor, layout_q: SeqLayout, layout_k: SeqLayout, way: Route) -> tuple[PaddedRows, PaddedRows]:
+    rows_q = PaddedRows.of(query, layout_q.padding_mask(), like=layout_q, reason=way.reason)
+    return rows_q, rows_q if layout_k is layout_q else PaddedRows.of(key, layout_k.padding_mask(), like=layout_k, reason=way.reason)
 
 
 def full_layout(x: Tensor) -> SeqLayout:
@@ -446,6 +330,7 @@ def varlen_mha(
     dropout_p: float = 0.0,
     training: bool | None = None,
     backend: str | Backend = "auto",
+    route: Way = "auto",
 ) -> Tensor:
     """Multi-head self-attention of a padded batch, computed on its real tokens only; projections too.
 
@@ -461,6 +346,7 @@ def varlen_mha(
         dropout_p, training: dropout of attention weights, applied if ``training``. Dropout asked without saying whether
             this is training raises: the silent answers (dropout in evaluation, none in training) are both wrong.
         backend: as `varlen_attention`.
+        route: as `padded_attention`; with projections ``"auto"`` always packs, because they skip padding too.
 
     Returns:
         The shape of ``x`` (``(B, S, N, H)`` for stacked q, k, v); exactly 0 at padding.
@@ -483,7 +369,7 @@ def varlen_mha(
             f"{tuple(getattr(x, 'shape', ()))}."
         )
     if x.dim() == 5:
-        return _stacked(x, key_padding_mask, layout, (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias), options)
+        return _stacked(x, key_padding_mask, layout, (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias), options, route)
     if x.dim() == 2 and layout is None:
         raise LayoutError(f"`x` of shape {tuple(x.shape)} is packed, so `layout` must be given: which rows belong to which sequence?")
     if layout is not None and key_padding_mask is not None:
@@ -498,9 +384,13 @@ def varlen_mha(
     if x.dim() == 3:
         layout = _layout_for(x, key_padding_mask) if layout is None else static_layouts(x, layout, x, None)[0]
         assert layout is not None
+        if route != "auto" and (way := _way(x, x, x, layout, layout, route, options)) is not None:
+            layout, _ = _padded_rows(x, x, layout, layout, way)
         rows = pack_rows(layout, x)
     else:
         assert layout is not None
+        if route == "dense":
+            raise ArgumentError("`route` must not be 'dense' for a packed x, whose padding is gone: pass it padded.")
         layout._check(x, (layout.num_rows,), "x")
         rows = without_slack(layout, x)
     projected = rows if in_proj_weight is None else F.linear(rows, in_proj_weight, in_proj_bias)
@@ -513,7 +403,12 @@ def varlen_mha(
 
 
 def _stacked(
-    x: Tensor, mask: Tensor | None, layout: SeqLayout | None, projections: tuple[Tensor | None, ...], options: dict[str, Any]
+    x: Tensor,
+    mask: Tensor | None,
+    layout: SeqLayout | None,
+    projections: tuple[Tensor | None, ...],
+    options: dict[str, Any],
+    wish: Way,
 ) -> Tensor:
     """``(B, S, 3, N, H) -> (B, S, N, H)``: one pack for all three."""
     if x.shape[2] != 3:
@@ -524,6 +419,9 @@ def _stacked(
         raise ArgumentError("pass `key_padding_mask` or `layout`, not both: nothing says which one counts.")
     layout = _layout_for(x, mask) if layout is None else static_layouts(x, layout, x, None)[0]
     assert layout is not None
+    stacked = x[:, :, 0], x[:, :, 1], x[:, :, 2]
+    if (way := _way(*stacked, layout, layout, wish, options)) is not None:
+        layout, _ = _padded_rows(x, x, layout, layout, way)
     query, key, value = pack_rows(layout, x).unbind(1)
     out: Tensor = varlen_attention(query, key, value, layout, **options)
     return unpack_rows(layout, out)

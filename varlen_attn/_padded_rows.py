@@ -1,0 +1,84 @@
+"""A layout that packs nothing: for calls that compute padding too, because their graph may not depend on data or because it is faster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .errors import LayoutError
+from .layout import SeqLayout, layout_of_all
+
+__all__ = ["PaddedRows"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PaddedRows(SeqLayout):
+    """A layout whose T = B*S rows are the padded ones, in their order.
+
+    Attributes:
+        padding: ``(B, S)``, True where a row is no token; None: nowhere.
+        reason: why nothing is packed.
+    """
+
+    padding: Tensor | None = None
+    reason: str = ""
+
+    @classmethod
+    def of(cls, x: Tensor, padding: Tensor | None, *, like: SeqLayout | None = None, reason: str = "") -> PaddedRows:
+        """For ``x (B, S, ...)``; ``like`` is what is known of its holes."""
+        every = layout_of_all(x.shape[0], x.shape[1], x.device)
+        known = {f.name: getattr(every, f.name) for f in fields(every)}
+        if padding is not None:
+            known |= {"gather_indices": torch.where(padding.flatten(), 0, every.gather_indices), "has_holes": None, "right_padded": None}
+        if like is not None:
+            known |= {"has_holes": like.has_holes, "holes": like.holes}
+        return cls(**known, padding=padding, reason=reason)
+
+    @property
+    def is_dense(self) -> bool:
+        return self.padding is None
+
+    @property
+    def positions(self) -> Tensor:
+        return self.counts().clamp(min=0).flatten()
+
+    def counts(self) -> Tensor:
+        """``(B, S)``: the position of each token in its sequence; of padding that of the token before, or -1."""
+        if self.padding is None:
+            return torch.arange(self.padded_len, device=self.device).expand(self.batch_size, self.padded_len)
+        return (~self.padding).to(torch.int64).cumsum(1) - 1
+
+    def token_counts(self) -> Tensor:
+        """``(B,)``: the length of each sequence."""
+        return self.counts()[:, -1] + 1
+
+    def padding_mask(self) -> Tensor:
+        if self.padding is None:
+            return torch.zeros(self.batch_size, self.padded_len, dtype=torch.bool, device=self.device)
+        return self.padding
+
+    def valid_rows(self) -> Tensor:
+        return ~self.padding_mask().flatten()
+
+    def pack(self, x: Tensor) -> Tensor:
+        return self._filled(x, 0.0).flatten(0, 1)
+
+    def unpack(self, x: Tensor, pad_value: float = 0.0) -> Tensor:
+        return self._filled(x.reshape(self.batch_size, self.padded_len, *x.shape[1:]), pad_value)
+
+    def _filled(self, x: Tensor, value: float) -> Tensor:
+        return x if self.padding is None else x.masked_fill(self.padding.view(*self.padding.shape, *[1] * (x.dim() - 2)), value)
+
+    def _pack_fused(self, *xs: Tensor) -> None:
+        """Nothing is moved, so there is nothing to move together."""
+
+    def _not_here(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise LayoutError(
+            "on the dense route and while exporting, modules see padded rows, which have no offsets of sequences: use `pack`, `unpack`, "
+            "`positions`, `valid_rows` and `varlen_attention`, or build a SeqLayout from the mask."
+        )
+
+    pool = split = to_nested = compact = downsample = update_ = _not_here
