@@ -1,4 +1,4 @@
-"""JSON to Markdown: ``results/tables.md``, and the block between the benchmark markers of README.md."""
+"""JSON to Markdown: ``results/tables.md``, and the blocks of README.md between the markers of benchmarks and of runs on GPUs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import bench_transformers as hf
-from . import plots, sections
+from . import plots, sections, what_ran
 from .bench_attention import GOALS
 from .bench_encoder import AGAIN, MASKED, OFF, ON, OURS
 from .markdown import DISTURBED, NEAR, setting, table, threads_of, widest
@@ -377,10 +377,15 @@ def block(results: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join([*parts, sections.losses(results), notes])
 
 
-def readme(text: str, results: dict[str, dict[str, Any]]) -> str:
-    """The README with its block written anew."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block(results)}\n{END}{rest.split(END)[1]}"
+def readme(text: str, results: dict[str, dict[str, Any]], on_gpus: Sequence[dict[str, Any]]) -> str:
+    """The README with its blocks written anew."""
+    text = _between(text, what_ran.BEGIN, what_ran.END, what_ran.block(on_gpus))
+    return _between(text, BEGIN, END, block(results))
+
+
+def _between(text: str, begin: str, end: str, new: str) -> str:
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
 
 
 def main() -> None:
@@ -390,7 +395,7 @@ def main() -> None:
     results = load(options.results)
     (options.results / "tables.md").write_text(tables(results))
     if options.results == RESULTS:
-        README.write_text(readme(README.read_text(), results))
+        README.write_text(readme(README.read_text(), results, what_ran.load()))
     drawn = plots.draw(results, options.results) if plots.available() else ["no pictures: matplotlib is not installed (`make bench` does)"]
     print("written:", options.results / "tables.md", *drawn)
 

@@ -1,0 +1,1 @@
+"""The stages of `benchmarks.gpu_acceptance`, a file for one or two; `stages.STAGES` has them in order."""

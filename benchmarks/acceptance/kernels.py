@@ -1,0 +1,109 @@
+"""Which kernels ran: those that a backend promises, and a flash kernel wherever one exists."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from varlen_attn import BackendRefused, SeqLayout, record, varlen_mha
+
+from .cases import Batch, Case, attend, here, leaves_of, mask_of
+from .findings import Findings, Setting, one_line
+from .traced import kernels_of
+
+__all__ = ["FLASH_CLASS", "flash_class", "run"]
+
+FLASH_CLASS = ("flash3", "flash4", "torch_varlen", "flash2", "nested")
+_FA2 = (r"flash_fwd", r"flash_bwd")
+# Of forward and backward. From the strings of torch's and flash-attn's libraries and from issues; only a run can tell.
+EXPECTED = {
+    "flash3": (r"FlashAttnFwdSm90", r"FlashAttnBwdSm90"),
+    "flash4": (r"(?i)flash.*(fwd|forward)", r"(?i)flash.*(bwd|backward)"),
+    "torch_varlen": _FA2,
+    "flash2": _FA2,
+    "mem_efficient": (r"fmha_cutlassF_", r"fmha_cutlassB_"),
+    "nested": (r"flash_fwd|fmha_cutlassF_", r"flash_bwd|fmha_cutlassB_"),
+    "flex": (r"flex_attention", r"flex_attention_backward|flex_attention.*bwd"),
+    "sdpa_padded": (r"fmha_cutlassF_", r"fmha_cutlassB_"),
+}
+_FLASH_CPU = "aten::_scaled_dot_product_flash_attention_for_cpu"
+EXPECTED_ON_CPU = {
+    "cpu": (rf"{_FLASH_CPU}$", rf"{_FLASH_CPU}_backward$"),
+    "cpu_native": (r"varlen_attn::cpu_native_forward$", r"varlen_attn::cpu_native_backward$"),
+    "sdpa_padded": (rf"{_FLASH_CPU}$", rf"{_FLASH_CPU}_backward$"),
+    "nested": (r"aten::_?(safe_)?softmax", r"softmax_backward"),
+}
+_HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
+
+
+def run(setting: Setting, findings: Findings) -> None:
+    device = setting.device
+    dtype = torch.float32 if setting.small else torch.bfloat16
+    case = Case("", (40, 5, 64), 64) if setting.small else Case("", (1024, 300, 700, 5), 1024, heads=(8, 8))
+    batch = Batch.of(case, dtype, device)
+    expected = EXPECTED_ON_CPU if setting.small else EXPECTED
+    for name in here(device):
+        with findings.trying(name):
+            _of_backend(name, batch, device, expected.get(name, ("", "")), findings)
+    _what_torch_chooses(batch, device, findings)
+    if not setting.small:
+        flash_class(setting, findings)
+
+
+def _of_backend(name: str, batch: Batch, device: str, expected: tuple[str, str], findings: Findings) -> None:
+    layout, _ = batch.layouts()
+    q, k, v = (layout.pack(x.detach()) for x in batch.qkv)
+    grad = layout.pack(batch.grad)
+    leaves = leaves_of((q, k, v))
+
+    def both() -> object:
+        return torch.autograd.grad(attend(leaves, layout, name), leaves, grad)
+
+    try:
+        forward = kernels_of(lambda: attend((q, k, v), layout, name), device)
+        backward = tuple(kernel for kernel in kernels_of(both, device) if kernel not in forward)
+    except BackendRefused as refusal:
+        findings.facts[name] = one_line(refusal)
+        return
+    findings.facts[name] = {"forward": _short(forward, expected[0]), "backward": _short(backward, expected[1])}
+    for way, pattern, seen in zip(("forward", "backward"), expected, (forward, backward), strict=True):
+        holds = any(re.search(pattern, kernel) for kernel in seen)
+        findings.check(f"{name}, {way}", holds, f"expected {pattern!r}" if holds else f"expected {pattern!r}, saw {_short(seen)}")
+
+
+def _short(names: tuple[str, ...], first: str = "") -> list[str]:
+    """At most eight names of at most 120 characters, what matches standing first."""
+    return [name[:120] for name in sorted(names, key=lambda name: not (first and re.search(first, name)))[:8]]
+
+
+def _what_torch_chooses(batch: Batch, device: str, findings: Findings) -> None:
+    """Facts about `F.scaled_dot_product_attention` with nothing said about kernels, with and without a mask."""
+    q, k, v = (x.detach().nan_to_num(0).transpose(1, 2).contiguous() for x in batch.qkv)
+    keep = ~batch.masks[0][:, None, None]
+    calls: dict[str, Callable[[], object]] = {
+        "torch, no mask": lambda: F.scaled_dot_product_attention(q, k, v),
+        "torch, bool mask": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=keep),
+        "torch, causal": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    }
+    for name, call in calls.items():
+        findings.facts[name] = _short(kernels_of(call, device), r"flash|fmha|sdpa|attention")
+
+
+def flash_class(setting: Setting, findings: Findings) -> None:
+    """R-01: `varlen_mha(x, mask)` in half precision runs a flash kernel, for any mask and any head dimension up to 256."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
+        findings.facts["flash class"] = "not asked of this GPU: half precision flash kernels need sm80"
+        return
+    lengths = (70, 0, 128, 1)
+    for side in ("right", "left", "both", "holes"):
+        mask = mask_of(lengths, 128, side).to(setting.device)
+        for dim in _HEAD_DIMS:
+            x = torch.randn(*mask.shape, 2 * dim, device=setting.device, dtype=torch.bfloat16, requires_grad=True)
+            layout = SeqLayout.from_key_padding_mask(mask, validate=False)
+            with findings.trying(f"flash class, {side}, head dim {dim}"), record() as log:
+                varlen_mha(x, layout=layout, num_heads=2).sum().backward()
+                ran = log.calls[-1].backend
+                findings.check(f"flash class, {side}, head dim {dim}", ran in FLASH_CLASS, ran)

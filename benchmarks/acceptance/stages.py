@@ -1,0 +1,25 @@
+"""The stages in the order in which they run: what is quick and decides most first, what takes the time of a card last."""
+
+from __future__ import annotations
+
+from . import compiled, dropout, environment, graph, kernels, nosync, numerics, padding, repeats, timing, traps
+from .findings import Stage
+
+__all__ = ["STAGES"]
+
+STAGES: tuple[Stage, ...] = (
+    Stage("env", "the machine, its speed, and which backends accept it", environment.run, 15),
+    Stage("numerics", "every backend against float64, with NaN at padding", numerics.run, 60),
+    Stage("padding", "every form of padding, every constructor, rotary positions", padding.run, 10),
+    Stage("dropout", "unbiased, of the right variance, the same in the backward", dropout.run, 10),
+    Stage("kernels", "the kernels that ran are those that were promised", kernels.run, 20),
+    Stage("nosync", "nobody waits for the device", nosync.run, 15),
+    Stage("graph", "one CUDA graph for all lengths", graph.run, 15, needs_gpu=True),
+    Stage("compile", "one compiled graph for all lengths", compiled.run, 60),
+    Stage("determinism", "the same bits, or a refusal", repeats.determinism, 10),
+    Stage("memory", "linear in tokens", repeats.memory, 15, needs_gpu=True),
+    Stage("traps", "known mistakes of kernels do not show", traps.traps, 10),
+    Stage("large", "more than 65535 sequences, and than 2^31 elements", traps.large, 20, needs_gpu=True),
+    Stage("timing", "against torch, the bare kernel, and the limit of an H100", timing.timing, 100, needs_gpu=True),
+    Stage("minitest", "a layer with masks, causal attention and dropout", timing.minitest, 45),
+)
