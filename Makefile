@@ -11,7 +11,7 @@
 #   make sanitize        the compiled CPU kernel under the address and undefined-behaviour sanitizers (needs g++)
 #   make test-thorough   many more property-test examples
 #   make docs            the table of docs/transformers.md, from the architectures in the tests
-#   make gpu             the conformance suite on a CUDA device
+#   make gpu             accept the library on a CUDA device, and run the tests of all backends there (under half an hour)
 #   make real            models with their published weights, on speech and text: same scores and vectors, and times (minutes)
 
 PYTHON ?= python3
@@ -123,8 +123,20 @@ test-thorough: $(STAMP)
 docs: $(STAMP)
 	$(OFFLINE) TRANSFORMERS_VERBOSITY=error $(BIN)/python -W ignore -m tests.integrations.table
 
-gpu: $(STAMP)
-	$(BIN)/python -m pytest tests/backends -q --device cuda
+# Another Python where nothing can be installed, but a torch for CUDA is there: `make gpu GPU_PYTHON=python3`. The acceptance needs torch and
+# einops, the tests pytest and hypothesis too; without these it says that they did not run. GPU_OPTIONS are those of
+# benchmarks.gpu_acceptance. Everything runs, whatever fails before. Few examples, because some kernels are compiled for each of them.
+GPU_PYTHON ?= $(BIN)/python
+GPU_TESTS := $(GPU_PYTHON) -m pytest -q -p no:cacheprovider --device cuda
+
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
+	@status=0; \
+	$(GPU_PYTHON) -m benchmarks.gpu_acceptance --device cuda $(GPU_OPTIONS) || status=1; \
+	if $(GPU_PYTHON) -c 'import hypothesis, pytest' 2>/dev/null; then \
+	  $(GPU_TESTS) tests -m gpu $(foreach part,integrations lane real,--ignore=tests/$(part)) || status=1; \
+	  HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-fast} $(GPU_TESTS) tests/backends || status=1; \
+	else echo "the tests were not run: $(GPU_PYTHON) has no pytest or no hypothesis"; fi; \
+	exit $$status
 
 real: $(REAL) $(TEXT)
 	$(OFFLINE) $(BIN)/python -m pytest tests/real -q -m real

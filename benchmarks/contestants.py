@@ -141,7 +141,9 @@ def flex(case: Case) -> Contestant:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     ids, total = case.layout.seq_ids, case.layout.num_rows
-    mask = create_block_mask(lambda b, h, q, k: ids[q] == ids[k], None, None, total, total, device=case.device)
+    # Not compiled, this writes out the mask of all pairs of tokens, gigabytes where a GPU's batches are large.
+    build = create_block_mask if case.device == "cpu" else torch.compile(create_block_mask)
+    mask = build(lambda b, h, q, k: ids[q] == ids[k], None, None, total, total, device=case.device)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -105,13 +105,8 @@ def test_the_dense_route_computes_padding_and_the_record_says_so() -> None:
 @given(batch=batches(), shape=head_shapes(), data=st.data())
 def test_the_dense_route_is_exact_and_never_reads_padding(batch: Batch, shape: Any, data: st.DataObject) -> None:
     """R-07, R-09, R-10, R-12: as the packed route, in results and gradients, whatever stands at padding."""
-    left_out = (
-        "window",
-        "alibi_slopes",
-        "score_bias",
-        "dropout_p",
-        "batch_invariant",
-    )  # some masks have holes; the rest is refused or random
+    # Some masks have holes, which distances refuse; the rest is refused, or random.
+    left_out = {"window", "alibi_slopes", "score_bias", "dropout_p", "batch_invariant"}
     options = {k: v for k, v in data.draw(semantics(shape.heads)).items() if k not in left_out}
     plain = [
         batch.tensor(shape.heads, shape.dim, salt=0),

@@ -21,8 +21,9 @@ _OPS = (
     r"flash_attn\w*::\w+forward",
     r"aten::_(safe_)?softmax",
 )
-_CUDA_KERNELS = (r"flash|fmha|mha_|attention", r"softmax")
+_CUDA_KERNELS = (r"flash|Flash|fmha|mha_|attention", r"softmax")
 _EXPLICIT = re.compile(r"softmax", re.IGNORECASE)
+_BACKWARD = re.compile(r"backward|bwd|bprop|cutlassB", re.IGNORECASE)
 _NOT_KERNELS = re.compile(r"^(Memcpy|Memset|varlen_attn )")  # copies and fills, and a range of ours as the device's timeline shows it
 
 
@@ -80,7 +81,9 @@ def _kernels(on_device: Sequence[Any], ops: Sequence[str]) -> tuple[str, ...]:
 
 def short_name(kernel: str) -> str:
     """Without what C++ adds: result type, template and function arguments."""
-    return kernel.removeprefix("void ").split("<")[0].split("(")[0]
+    short = kernel.removeprefix("void ").split("<")[0].split("(")[0]
+    inner = re.search(r"\bFlash\w+", kernel) if short.endswith("device_kernel") else None  # cutlass launches all by one name
+    return inner.group() if inner else short
 
 
 def kernel_ran(call: Callable[[], object]) -> str:
@@ -118,7 +121,7 @@ def pick_kernel(names: Sequence[str], patterns: Sequence[str] = _OPS) -> str:
     """The first of ``names`` that the first matching pattern matches, without template arguments."""
     for pattern in patterns:
         for name in names:
-            if re.search(pattern, name) and "backward" not in name:
+            if re.search(pattern, name) and not _BACKWARD.search(name):
                 short = short_name(name)
                 return f"explicit scores, {short}" if _EXPLICIT.search(short) else short
     return "none known"

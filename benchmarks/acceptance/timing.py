@@ -161,6 +161,4 @@ def minitest(setting: Setting, findings: Findings, steps: int = STEPS) -> None:
     rows = list(mini.bench(inputs, dtype, setting.device, steps))
     findings.facts["rows"] = rows
     ours = [row for row in rows if row["row"] == mini.OURS and "absent" not in row]
-    findings.check(
-        "ours has every column", len(ours) == len(mini.COLUMNS) and not any("absent" in row for row in ours), f"{len(ours)} columns"
-    )
+    findings.check("ours has every column", len(ours) == len(mini.COLUMNS), f"{len(ours)} of {len(mini.COLUMNS)}")
