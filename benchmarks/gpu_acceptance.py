@@ -6,8 +6,8 @@ for is not passed. On a CPU the same stages run with small shapes, where they ha
 GPU and writes no file unless one is named.
 
 It needs torch, einops and a clone of this repository; flash-attn, xformers and others take part where they are installed. What is asked
-is the public interface: `varlen_attention`, `padded_attention`, `varlen_mha`, `SeqLayout`, `record`, `explain`. A bare kernel is called
-only to have something to compare with. `make gpu` runs this, and the tests of all backends on the GPU.
+is the public interface: `varlen_attention`, `padded_attention`, `varlen_mha`, `SeqLayout`, `enabled`, `record`, `explain`. A bare kernel
+is called only to have something to compare with. `make gpu` runs this, and the tests of all backends on the GPU.
 
 A library of flash-attention 3 that is not installed, only carried here, takes part with ``--fa3-library fa3.so.xz``, and
 ``--cudart libcudart.so.12`` where it was linked to another CUDA runtime than torch's.
@@ -139,8 +139,8 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     asked = options(arguments)
     stages = chosen(asked.only)
-    # Matrix products under deterministic algorithms want this, and read it when they are first used.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if asked.device == "cuda":  # matrix products under deterministic algorithms want this, and read it when they are first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     use_machine(asked.device, 1 if asked.device == "cpu" else torch.get_num_threads())
     if asked.fa3_library is not None:
         environment.load_library(asked.fa3_library, asked.cudart)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import lzma
 import math
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -37,6 +38,7 @@ from benchmarks.acceptance import (
     graph,
     kernels,
     limits,
+    models,
     nosync,
     numerics,
     padding,
@@ -242,6 +244,24 @@ def test_reads_are_counted_and_the_control_is_seen(monkeypatch: pytest.MonkeyPat
     broken("sdpa_padded", monkeypatch, reading)
     told = {c.name: c.holds for c in found_by(nosync.run).checks}
     assert told == {"control": True, "sdpa_padded, lengths on the host": False, "sdpa_padded, capacity": False}
+
+
+def test_a_model_that_changed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken("cpu", monkeypatch, lambda original, q, *rest: original(q * 1.5, *rest))
+    told = found_by(models.run).checks
+    assert [c.holds for c in told] == [False, False]
+    assert "output: error" in told[0].detail
+
+
+def test_a_flash_kernel_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R-01: here none runs, and the results are compared all the same."""
+    monkeypatch.setattr(kernels, "_HEAD_DIMS", (8,))
+    found = found_by(kernels.flash_class)
+    assert [(c.holds, c.detail) for c in found.checks] == [(False, "cpu")] * 4
+    monkeypatch.setattr(kernels, "FLASH_CLASS", ("cpu",))
+    assert not found_by(kernels.flash_class).failed
+    broken("cpu", monkeypatch, lambda original, q, *rest: original(q * 1.5, *rest))
+    assert "error" in found_by(kernels.flash_class).failed[0].detail
 
 
 def test_a_recompilation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:  # R-18
@@ -483,6 +503,16 @@ def test_a_part_does_not_replace_the_whole(tmp_path: Path, monkeypatch: pytest.M
     assert acceptance.main(["--device", "cuda", "--only", "env"]) == 0
     assert acceptance.main(["--device", "cuda"]) == 0
     assert sorted(path.name for path in (tmp_path / "h100").iterdir()) == ["acceptance.json", "partial.json"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_gpu_takes_another_python() -> None:
+    """One that can install nothing: no environment is made, everything is run with it."""
+    done = subprocess.run(["make", "-n", "gpu", "GPU_PYTHON=that/python"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "pip" not in done
+    assert "that/python -m benchmarks.gpu_acceptance --device cuda" in done
+    for tests in ("tests -m gpu", "tests/backends"):
+        assert f"that/python -m pytest -q -p no:cacheprovider --device cuda {tests}" in done
 
 
 def test_a_gpu_that_is_not_there_is_said() -> None:

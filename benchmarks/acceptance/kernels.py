@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from varlen_attn import BackendRefused, SeqLayout, record, varlen_mha
+from varlen_attn.testing import assert_within_budget, reference_attention
 
 from .cases import Batch, Case, attend, here, leaves_of, mask_of
 from .findings import Findings, Setting, one_line
@@ -94,7 +96,7 @@ def _what_torch_chooses(batch: Batch, device: str, findings: Findings) -> None:
 
 def flash_class(setting: Setting, findings: Findings) -> None:
     """R-01: `varlen_mha(x, mask)` in half precision runs a flash kernel, for any mask and any head dimension up to 256."""
-    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
+    if setting.device == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0)):
         findings.facts["flash class"] = "not asked of this GPU: half precision flash kernels need sm80"
         return
     lengths = (70, 0, 128, 1)
@@ -104,6 +106,15 @@ def flash_class(setting: Setting, findings: Findings) -> None:
             x = torch.randn(*mask.shape, 2 * dim, device=setting.device, dtype=torch.bfloat16, requires_grad=True)
             layout = SeqLayout.from_key_padding_mask(mask, validate=False)
             with findings.trying(f"flash class, {side}, head dim {dim}"), record() as log:
-                varlen_mha(x, layout=layout, num_heads=2).sum().backward()
-                ran = log.calls[-1].backend
+                out = varlen_mha(x, layout=layout, num_heads=2)
+                out.sum().backward()
+                ran = log.calls[0].backend
+                _is_right(x, out, layout)
                 findings.check(f"flash class, {side}, head dim {dim}", ran in FLASH_CLASS, ran)
+
+
+def _is_right(x: Tensor, out: Tensor, layout: SeqLayout) -> None:
+    """Raise AssertionError unless it is as near to float64 as plain attention; without weights q, k and v are all x."""
+    heads = layout.pack(x.detach()).unflatten(-1, (2, -1))
+    exact, plain = (reference_attention(heads, heads, heads, layout, dtype=dtype).flatten(1) for dtype in (torch.float64, x.dtype))
+    assert_within_budget(layout.pack(out.detach()), exact, plain)

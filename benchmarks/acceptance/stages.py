@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import compiled, dropout, environment, graph, kernels, nosync, numerics, padding, repeats, timing, traps
+from . import compiled, dropout, environment, graph, kernels, models, nosync, numerics, padding, repeats, timing, traps
 from .findings import Stage
 
 __all__ = ["STAGES"]
@@ -12,6 +12,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("numerics", "every backend against float64, with NaN at padding", numerics.run, 60),
     Stage("padding", "every form of padding, every constructor, rotary positions", padding.run, 10),
     Stage("dropout", "unbiased, of the right variance, the same in the backward", dropout.run, 10),
+    Stage("models", "torch's encoder before and after `enable`", models.run, 5),
     Stage("kernels", "the kernels that ran are those that were promised", kernels.run, 20),
     Stage("nosync", "nobody waits for the device", nosync.run, 15),
     Stage("graph", "one CUDA graph for all lengths", graph.run, 15, needs_gpu=True),
