@@ -56,7 +56,7 @@ def run(stages: Sequence[Stage], setting: Setting, head: dict[str, Any], out: Pa
 
 def _of_stage(stage: Stage, setting: Setting) -> Result:
     findings, began = Findings(), time.monotonic()
-    row: Result = {"says": stage.says}
+    row: Result = {"says": stage.says, "required": stage.required}
     if stage.needs_gpu and setting.device == "cpu":
         row["status"] = NEEDS_GPU
     elif setting.left() < (1 if setting.small else stage.seconds):
@@ -91,10 +91,10 @@ def _write(result: Result, out: Path | None) -> None:
 
 
 def accepted(result: Result) -> bool:
-    """Every stage that was asked for passed; on a CPU, those that it can run."""
-    on_cpu = result["environment"]["type"] == "cpu"
-    fine = {PASSED, NEEDS_GPU} if on_cpu else {PASSED}
-    return bool(result["stages"]) and all(row["status"] in fine for row in result["stages"].values())
+    """Every required stage that was asked for passed, and none failed; on a CPU, of those that it can run."""
+    fine = {PASSED, NEEDS_GPU} if result["environment"]["type"] == "cpu" else {PASSED}
+    rows = result["stages"].values()
+    return bool(rows) and all(row["status"] in (fine if row["required"] else fine | {CUT, SKIPPED}) for row in rows)
 
 
 def summary(result: Result) -> str:

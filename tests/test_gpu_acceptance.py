@@ -311,6 +311,32 @@ def test_replays_are_compared() -> None:
         graph.replays("sdpa_padded", "cpu", torch.float32, 24, stale)
 
 
+def test_a_graph_is_captured_after_it_was_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None:
+            order.append("wait")
+
+    class Graph:
+        def replay(self) -> None:
+            order.append("replay")
+
+    @contextlib.contextmanager
+    def within(what: object) -> Iterator[None]:
+        order.append(f"in {type(what).__name__}")
+        yield
+        order.append("out")
+
+    for name, does in (("Stream", Stream), ("current_stream", Stream), ("stream", within), ("CUDAGraph", Graph), ("graph", within)):
+        monkeypatch.setattr(torch.cuda, name, does)
+    written = {"output": torch.ones(1)}
+    replay, found = graph.captured(lambda: [order.append("call"), written][1])
+    replay()
+    assert found is written
+    assert order == ["wait", "in Stream", "call", "call", "call", "out", "wait", "in Graph", "call", "out", "replay"]
+
+
 def test_graphs_of_all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "captured", eager_graph)
     monkeypatch.setattr(graph, "COLUMNS", 16)
@@ -456,6 +482,9 @@ def test_stages_that_do_not_fit_are_skipped_and_not_passed() -> None:
     assert [row["status"] for row in result["stages"].values()] == ["passed", "skipped: budget", "passed"]
     assert not result["accepted"]
     assert not outcome(Stage("a", "", passing, 1), device="cpu", seconds=0)["accepted"]
+    late = Stage("late", "", passing, 60, required=False)
+    assert outcome(Stage("a", "", passing, 1), late, seconds=30)["accepted"]
+    assert not outcome(dataclasses.replace(late, run=failing))["accepted"]
 
 
 def test_a_stage_is_cut_where_the_budget_ends() -> None:
@@ -583,6 +612,31 @@ def test_turns_of_a_device() -> None:
     assert "".join(order[6:]) == "abbaabba"
     assert {len(t.rounds) for t in times.values()} == {4}
     assert {len(t.rounds) for t in gpu_time.device_times(calls, "cpu", rounds=9, budget=0.0).values()} == {3}
+
+
+def test_calls_are_queued_before_the_device_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device sleeps while the host queues, so that nothing of the host's time lies between the events."""
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("event")
+
+        def synchronize(self) -> None:
+            order.append("wait")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 6.0
+
+    for name, does in (("Event", Event), ("synchronize", lambda: order.append("wait")), ("_sleep", lambda cycles: order.append("sleep"))):
+        monkeypatch.setattr(torch.cuda, name, does)
+    assert gpu_time._by_events(lambda: order.append("call"), 3) == pytest.approx(0.002)
+    assert order == ["wait", "sleep", "event", "call", "call", "call", "event", "wait"]
+    slow_host = gpu_time.device_times({"a": lambda: time.sleep(0.01)}, "cuda", rounds=3, least=1.0)
+    assert slow_host["a"].rounds == pytest.approx((0.006,) * 3), "one call a turn, where the host is slow"
 
 
 TINY = timing.Shape(3, 40, heads=2, head_dim=16)

@@ -130,6 +130,7 @@ class Stage:
         run: does it.
         seconds: what it takes on a GPU, by estimate; it is not begun with less left.
         needs_gpu: there is nothing of it to do on a CPU.
+        required: acceptance waits for it. What fails in a stage that is not counts all the same, only lack of time does not.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Stage:
     run: Callable[[Setting, Findings], None]
     seconds: float
     needs_gpu: bool = False
+    required: bool = True
 
 
 class OutOfTime(BaseException):

@@ -22,5 +22,5 @@ STAGES: tuple[Stage, ...] = (
     Stage("traps", "known mistakes of kernels do not show", traps.traps, 10),
     Stage("large", "more than 65535 sequences, and than 2^31 elements", traps.large, 20, needs_gpu=True),
     Stage("timing", "against torch, the bare kernel, and the limit of an H100", timing.timing, 100, needs_gpu=True),
-    Stage("minitest", "a layer with masks, causal attention and dropout", timing.minitest, 45),
+    Stage("minitest", "a layer with masks, causal attention and dropout", timing.minitest, 45, required=False),
 )
