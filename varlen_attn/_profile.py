@@ -14,11 +14,11 @@ import torch
 
 # What to look for in a profile, the most telling first. Ops that only choose a kernel (`aten::scaled_dot_product_attention`) are not here.
 _OPS = (
-    r"varlen_attn::\w+forward",
+    r"varlen_attn::\w+(forward|backward)",
     r"aten::_scaled_dot_product_\w+",
-    r"aten::_(flash|efficient|cudnn)_attention_forward",
+    r"aten::_(flash|efficient|cudnn)_attention_(forward|backward)",
     r"aten::_native_multi_head_attention",
-    r"flash_attn\w*::\w+forward",
+    r"flash_attn\w*::\w+(forward|backward)",
     r"aten::_(safe_)?softmax",
 )
 _CUDA_KERNELS = (r"flash|Flash|fmha|mha_|attention", r"softmax")
