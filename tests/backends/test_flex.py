@@ -223,9 +223,35 @@ def test_a_method_or_a_partial_is_a_bias() -> None:
     layout = SeqLayout.from_lengths([5, 3])
     qkv = tensors([5, 3], [5, 3], (2, 2), (16, 16), torch.float32)
     module = Relative()
-    for bias in (module, module.forward, partial(lambda slope, head, i, j: slope * (i - j) * head, 0.3)):
+    for bias in (module, module.forward, Relative()):
         got = varlen_attention(*qkv, layout, score_bias=bias, backend=HERE)
         torch.testing.assert_close(got, varlen_attention(*qkv, layout, score_bias=bias, backend="reference"))
+
+
+class Sloped:
+    def __init__(self, slope: float) -> None:
+        self.slope = slope
+
+    def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return self.slope * (i - j) * head
+
+
+@pytest.mark.parametrize("how", ["closure", "partial", "object", "method"])
+def test_floats_of_a_bias_are_constants(how: str) -> None:
+    """A float that changes becomes a symbol for dynamo, read by ``.item()``: no kernel can."""
+    layout = SeqLayout.from_lengths([5, 3])
+    qkv = tensors([5, 3], [5, 3], (2, 2), (16, 16), torch.float32)
+    for slope in (0.25, 0.5, 0.75):
+        bias: Any = {
+            "closure": lambda head, i, j: slope * (i - j) * head,  # noqa: B023
+            "partial": partial(lambda s, head, i, j: s * (i - j) * head, slope),
+            "object": Sloped(slope),
+            "method": Sloped(slope).__call__,
+        }[how]
+        graphs.clear()
+        got = varlen_attention(*qkv, layout, score_bias=bias, backend=HERE)
+        torch.testing.assert_close(got, varlen_attention(*qkv, layout, score_bias=bias, backend="reference"))
+        assert not any(".item()" in part.code for graph in graphs for part in graph.modules() if isinstance(part, torch.fx.GraphModule))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ the Triton kernels and their lowering were not run:
   dimensions, options); the number of rows is dynamic, except that up to 128 rows, which are one block, are another kind, and so is one
   row. The first call of a kind waits for Inductor and Triton; how long on a GPU was not measured. In a CUDA graph nothing can be
   compiled: call it once before; whether it can be captured then was not tried.
-- A callable bias becomes part of the kernel: it must be elementwise. Tensors that it indexes get gradients, added up in float32 by
-  atomic adds; one that wants a gradient and is indexed twice is refused by torch.
+- A callable bias becomes part of the kernel: it must be elementwise, and the floats that it holds are constants of that
+  kernel. Tensors that it indexes get gradients, added up in float32 by atomic adds; one that wants a gradient and is indexed twice is
+  refused by torch.
 - The number of rows is data while somebody else's graph is traced, and the lowering asks how large it is: refused there.
 - Head dimensions below 16 are refused by the lowering, so they are padded; others need not be powers of 2. Value heads may differ.
 - Pairs that are hidden inside of a visited block have weight 0, and 0 times NaN is NaN: a NaN of one sequence reaches its neighbours in
@@ -21,6 +22,7 @@ the Triton kernels and their lowering were not run:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -120,7 +122,7 @@ def _call(
             *(x.shape[0] > BLOCK for x in (query, key)),
             options,
             slopes_N is None,
-            (bias.dtype, bias.requires_grad) if isinstance(bias, Tensor) else getattr(bias, "__code__", type(bias)),
+            _kind_of_bias(bias),
             torch.is_grad_enabled(),
         )
         if isinstance(bias, Tensor):
@@ -128,6 +130,19 @@ def _call(
         _mark_sizes(q, k, v, visible, bias)
         out, lse = _compiled(kind, q, k, v, visible, options, slopes_N, bias)
     return out[0].transpose(0, 1), None if lse is None else lse[0]
+
+
+def _kind_of_bias(bias: Any) -> Any:
+    """Its code, and each float that it holds: dynamo makes a symbol of a float that changes, and the lowering can not have that."""
+    if isinstance(bias, Tensor):
+        return bias.dtype, bias.requires_grad
+    if isinstance(bias, partial):
+        code, held = _kind_of_bias(bias.func), [*bias.args, *bias.keywords.values()]
+    else:
+        code = getattr(bias, "__code__", type(bias))
+        held = [cell.cell_contents for cell in getattr(bias, "__closure__", None) or ()]
+        held += getattr(getattr(bias, "__self__", bias), "__dict__", {}).values()
+    return code, *(x for x in held if isinstance(x, float))
 
 
 def _compiled(kind: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, Tensor | None]:
@@ -140,8 +155,8 @@ def _compiled(kind: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, Tensor | 
         if bias is None or isinstance(bias, Tensor):
             raise
         raise ArgumentError(
-            "`score_bias` must be elementwise to become part of a kernel, one number for a head and two positions, without modules and "
-            f"without reading values, but {bias!r} could not be compiled: pass a tensor (N, Sq, Sk), or backend='sdpa_padded'."
+            "`score_bias` must be elementwise to become part of a kernel, one number for a head and two positions, of tensor operations "
+            f"that read no value, but {bias!r} could not be compiled: pass a tensor (N, Sq, Sk), or backend='sdpa_padded'."
         ) from error
 
 
