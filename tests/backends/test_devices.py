@@ -104,6 +104,16 @@ def test_an_order_does_not_get_what_another_vendors_kernel_may_do_otherwise(devi
     assert choose(cuda).backend == "torch_varlen"
 
 
+def test_no_fix_asks_for_what_the_machine_can_not_have() -> None:
+    for device in DEVICES:
+        chosen = plan(device, torch.bfloat16)
+        for decision in chosen.decisions:
+            assert ".to('cuda')" not in str(decision)
+            assert "compute capability" not in str(decision)
+    assert "use a machine with a CUDA device" in reasons(plan("mps"), "flex")
+    assert ".to('cuda')" in reasons(choose(Problem(device_type="cpu"), thorough=True), "flex")
+
+
 def test_rocm_is_a_machine_of_its_own() -> None:
     assert [Problem(**fields).machine for fields in DEVICES.values()] == ["rocm", "xpu", "mps"]
     assert Problem(device_type="cuda", rocm=False).machine == "cuda"

@@ -418,6 +418,16 @@ def test_no_rows_at_all(lengths: list[int]) -> None:
     assert all(x.shape[0] == 0 for x in torch.autograd.grad(out.sum(), qkv))
 
 
+def test_rows_without_a_position() -> None:
+    """A padded length of 0 and capacity: there are rows, and no bias that they could ask for."""
+    layout = SeqLayout.from_key_padding_mask(torch.zeros(2, 0, dtype=torch.bool), capacity=3)
+    qkv = [torch.randn(3, 2, 16, requires_grad=True) for _ in range(3)]
+    out, lse = varlen_attention(*qkv, layout, score_bias=torch.zeros(2, 0, 0), return_lse=True, backend=HERE)
+    assert not out.any()
+    assert lse.isneginf().all()
+    assert not any(x.any() for x in torch.autograd.grad(out.sum(), qkv))
+
+
 def test_no_keys_at_all() -> None:
     layouts = SeqLayout.from_lengths([2, 1]), SeqLayout.from_lengths([0, 0])
     qkv = tensors([2, 1], [0, 0], (2, 1), (8, 12), torch.float32)

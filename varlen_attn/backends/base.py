@@ -220,9 +220,11 @@ def _capability_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusa
 
 def _machine_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
     if problem.device_type not in can.devices:
+        there = min(can.devices)
+        elsewhere = there == "cuda" and problem.device_type != "cpu"  # no machine with a GPU of another vendor has one
         yield Refusal(
             f"runs on {' and '.join(sorted(can.devices))} only, and the tensors are on {problem.device_type}",
-            f"move them with .to({min(can.devices)!r})",
+            "use a machine with a CUDA device" if elsewhere else f"move them with .to({there!r})",
             "machine",
         )
         return

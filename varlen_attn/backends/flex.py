@@ -85,7 +85,8 @@ class Flex(Backend):
         extras: Extras,
     ) -> tuple[Tensor, Tensor | None]:
         value_dim = value.shape[-1]
-        if 0 in (query.shape[0], key.shape[0]):  # the kernel refuses both
+        bias = extras.score_bias
+        if 0 in (query.shape[0], key.shape[0]) or (isinstance(bias, Tensor) and 0 in bias.shape):  # the kernel refuses all of these
             nothing = connected_zeros((*query.shape[:2], value_dim), query, key, value)
             blind = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
             return nothing, blind if semantics.return_lse else None
@@ -93,7 +94,7 @@ class Flex(Backend):
         (value,) = pad_head_dim(1, value, least=16)
         visible = visible_pairs(layout_q, layout_kv, semantics)
         options = _Options(semantics.factor, semantics.softcap, semantics.return_lse or extras.sinks is not None)
-        out, lse = _call(query, key, value, visible, options, extras.alibi_slopes, extras.score_bias)
+        out, lse = _call(query, key, value, visible, options, extras.alibi_slopes, bias)
         if extras.sinks is not None and lse is not None:
             share = torch.sigmoid(lse - extras.sinks[:, None]).transpose(0, 1)[..., None]
             out = (out * share).to(query.dtype)

@@ -50,7 +50,7 @@ class MemEfficient(Backend):
     )
 
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
-        if problem.dtype == torch.bfloat16 and (problem.capability or (0, 0)) < (8, 0) and problem.device_type == "cuda":
+        if problem.dtype == torch.bfloat16 and (problem.capability or (0, 0)) < (8, 0) and problem.machine == "cuda":
             yield Refusal("needs compute capability 8.0 or newer for bfloat16", "use float16", "machine")
         if problem.semantics.dropout_p == 1.0:
             yield Refusal("needs dropout_p below 1", "pass less")
