@@ -332,6 +332,25 @@ def test_sizes_marked_as_data_do_not_reach_the_kernel() -> None:
     assert not any(name.startswith("u") for name in symbols)
 
 
+def test_an_order_becomes_part_of_the_callers_graph_where_sizes_are_static() -> None:
+    """In capacity mode; a name is refused while tracing, because sizes are data otherwise. An object is not asked."""
+    mask = torch.arange(200) >= torch.tensor([[150], [0], [20]])
+    layout = SeqLayout.from_key_padding_mask(mask, capacity=300, validate=False)
+    x = torch.randn(300, 2, 16, requires_grad=True)
+
+    def attend(x: Tensor, layout: SeqLayout, backend: Any = HERE) -> Tensor:
+        out: Tensor = varlen_attention(x, 0.5 * x, x, layout, causal=True, softcap=4.5, backend=backend)
+        return out
+
+    graphs.clear()
+    out = torch.compile(attend, fullgraph=True)(x, layout)
+    (graph,) = graphs
+    assert "higher_order.flex_attention" in graph.code
+    want = attend(x, layout, "reference")
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(*(torch.autograd.grad(result.square().sum(), x)[0] for result in (out, want)), atol=1e-4, rtol=1e-4)
+
+
 def test_only_the_kernel_for_prefill_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the one for decoding, nor flash-attn 4; with the block mask of the layout, and with no log-sum-exp unless it is asked."""
     import torch.nn.attention.flex_attention as source
