@@ -332,6 +332,7 @@ def test_sizes_marked_as_data_do_not_reach_the_kernel() -> None:
     assert not any(name.startswith("u") for name in symbols)
 
 
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # torch about itself
 def test_an_order_becomes_part_of_the_callers_graph_where_sizes_are_static() -> None:
     """In capacity mode; a name is refused while tracing, because sizes are data otherwise. An object is not asked."""
     mask = torch.arange(200) >= torch.tensor([[150], [0], [20]])
