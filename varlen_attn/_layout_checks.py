@@ -57,7 +57,7 @@ def check_integer_vector(values: Tensor, name: str) -> None:
 
 
 def is_integer(value: Any) -> bool:
-    """An integer of any package, but no bool. Dynamo takes a dynamic size for an int, and has no attributes of it to ask for."""
+    """An integer of any package, but no bool. A size of a graph with dynamic shapes is an int to dynamo, without attributes to ask for."""
     return not isinstance(value, bool) and (isinstance(value, int) or hasattr(value, "__index__"))
 
 
