@@ -31,6 +31,7 @@ from torch import Tensor
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics, version_tuple
 from ._blind import without_blind_queries
+from ._limits import in_grids
 from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim, scale_refusals
 
 _INTERFACE = "flash_attn.flash_attn_interface"
@@ -149,6 +150,7 @@ class Flash2(Backend):
             return "flash_attn::_flash_attn_varlen_forward" if problem.device_type == "cpu" else "attn_fwd"
         return "" if problem.rocm else "flash_fwd_(kernel|splitkv)"
 
+    @in_grids
     def run(
         self,
         query: Tensor,
@@ -215,7 +217,7 @@ def _packed_lse(lse: Tensor, layout_q: SeqLayout, triton: bool) -> Tensor:
         lse = lse.transpose(0, 1)
     elif lse.dim() == 3:  # before 2.6: (Q, N, max_seqlen)
         sequence_T = layout_q.seq_ids.clamp(max=lse.shape[0] - 1)  # slack rows belong to none
-        lse = lse[sequence_T, :, layout_q.positions].transpose(0, 1)
+        lse = lse[sequence_T, :, layout_q.positions.clamp(min=0)].transpose(0, 1)
     return lse.masked_fill(torch.isposinf(lse), float("-inf"))
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics
 from ._blind import without_blind_queries
+from ._limits import in_grids
 from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim, repeat_kv
 
 _MASK_TYPE = {False: 0, "top_left": 1, "bottom_right": 2}
@@ -61,6 +62,7 @@ class MemEfficient(Backend):
     def seen_as(self, problem: Problem) -> str:
         return "fmha_cutlassF"
 
+    @in_grids
     def run(
         self,
         query: Tensor,

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics, version_tuple
+from ._limits import in_grids
 from .base import (
     HALF,
     Backend,
@@ -118,8 +119,9 @@ class TorchVarlen(Backend):
         return f"torch_attn::_varlen_attn ({'flash_fwd_kernel or cuDNN' if _may_be_cudnn(problem) else 'flash_fwd_kernel'})"
 
     def seen_as(self, problem: Problem) -> str:
-        return "flash_fwd_(kernel|splitkv)"
+        return "flash_fwd_(kernel|splitkv)" + ("|cudnn" if _may_be_cudnn(problem) else "")
 
+    @in_grids
     def run(
         self,
         query: Tensor,
