@@ -1,4 +1,9 @@
-"""Count what would make a GPU wait for the host, on a CPU: every operation that reads values of a tensor."""
+"""What would make a GPU wait for the host, and what a CUDA graph can not hold, seen on a CPU.
+
+`count_reads` names every operation that reads values of a tensor. `not_capturable` is for steps on the meta device: it names these too,
+and whatever touches host memory, which a capture refuses or would freeze: tensors of Python data, copies between host and device, pinned
+memory.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # The size of the result, or the result itself, is a value: on a device each of these waits.
@@ -66,3 +72,43 @@ def count_reads() -> Iterator[list[str]]:
             stack.enter_context(patch.object(Tensor, name, watched(name)))
         stack.enter_context(watch)
         yield seen
+
+
+_OF_PYTHON_DATA = ("tensor", "as_tensor", "asarray", "from_numpy")
+
+
+class _OffTheDevice(TorchDispatchMode):
+    def __init__(self, seen: list[str]):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        if any(isinstance(x, Tensor) and x.device.type == "cpu" for x in pytree.tree_leaves((args, kwargs, out))):
+            self.seen.append(f"{func} on the CPU")
+        return out
+
+
+@contextmanager
+def not_capturable() -> Iterator[list[str]]:
+    """``with not_capturable() as seen``: what a step on meta tensors does that a step in a CUDA graph may not do."""
+    extra: list[str] = []
+
+    def named(name: str, original: Any, result: Any = None) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            extra.append(name)
+            return original(*args, **kwargs) if result is None else result(*args)
+
+        return call
+
+    with count_reads() as reads, ExitStack() as stack:
+        for name in _OF_PYTHON_DATA:
+            stack.enter_context(patch.object(torch, name, named(f"torch.{name}", getattr(torch, name))))
+        # There is no pinned memory without CUDA: the tensor itself stands for it.
+        stack.enter_context(patch.object(Tensor, "pin_memory", named("Tensor.pin_memory", None, lambda x: x)))
+        stack.enter_context(patch.object(torch.cuda, "synchronize", named("torch.cuda.synchronize", None, lambda *_: None)))
+        stack.enter_context(_OffTheDevice(extra))
+        try:
+            yield (seen := [])
+        finally:
+            seen += [*reads, *extra]

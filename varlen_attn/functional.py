@@ -399,7 +399,7 @@ def varlen_mha(
     out = varlen_attention(query, key, value, layout, **options).flatten(1)
     if out_proj_weight is not None:
         out = F.linear(out, out_proj_weight, out_proj_bias)
-    return out if x.dim() == 2 else unpack_rows(layout, out)
+    return without_slack(layout, out) if x.dim() == 2 else unpack_rows(layout, out)
 
 
 def _stacked(

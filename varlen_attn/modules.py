@@ -316,7 +316,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         out = attend_for(self, q, k, v, layout_q, layout_k, options, order)
         del q, k, v  # in evaluation nobody else holds them, and the padded output is large
         out = self._project_out(rearrange(out, "t n h -> t (n h)"))
-        return out if inputs.packed else unpack_rows(layout_q, out)
+        return without_slack(layout_q, out) if inputs.packed else unpack_rows(layout_q, out)
 
     def _bias(
         self,
