@@ -2,43 +2,50 @@
 
 Baselines are what people write: ``x[mask]``, `torch.masked_select`, `torch.index_select` with `nonzero`, and for the way back
 ``out[mask] = rows``, `index_copy_` and `masked_scatter`. All give the same rows, and this is checked bit by bit.
+
+The jagged ops are torch's own, from FBGEMM: for padding on the right alone, floating point, without a gradient, and they want offsets.
+On a GPU there are also q, k and v at once, and the Triton kernel of `varlen_attn._fused_rows`, if it is there.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from varlen_attn import SeqLayout
+from varlen_attn import SeqLayout, _fused_rows
+from varlen_attn.functional import pack_rows_together
 
 from .measure import DTYPES, PATIENCE, add_machine, facts, interleave, save, use_machine
 from .workloads import WORKLOADS, Workload
 
 WIDTH = 512
 KEYS = ("threads", "dtype", "workload", "what")
-BUILD, PACK, UNPACK = "build", "pack", "unpack"
-BASE = {BUILD: "nonzero", PACK: "x[mask]", UNPACK: "out[mask] = rows"}
-OURS = {BUILD: "SeqLayout.from_key_padding_mask", PACK: "layout.pack", UNPACK: "layout.unpack"}
+BUILD, PACK, UNPACK, PACK_QKV = "build", "pack", "unpack", "pack q, k, v"
+BASE = {BUILD: "nonzero", PACK: "x[mask]", UNPACK: "out[mask] = rows", PACK_QKV: "x[mask], three times"}
+OURS = {BUILD: "SeqLayout.from_key_padding_mask", PACK: "layout.pack", UNPACK: "layout.unpack", PACK_QKV: "packed together"}
 
-Contest = dict[str, Callable[[], Tensor]]
+Contest = dict[str, Callable[[], Tensor | tuple[Tensor, ...]]]
 
 
-def contests(mask: Tensor, x: Tensor) -> dict[str, Contest]:
-    """By what is done, the baseline first. ``mask`` is True at padding; each call gives a tensor to compare."""
+def contests(mask: Tensor, x: Tensor, gpu: bool) -> dict[str, Contest]:
+    """By what is done, the baseline first. ``mask`` is True at padding; each call gives tensors to compare."""
     keep, (batch, columns, width) = ~mask, x.shape
     layout, flat = SeqLayout.from_key_padding_mask(mask), x.view(batch * columns, width)
     rows, index = layout.pack(x), keep.flatten().nonzero().squeeze(1)
+    offsets, total = [layout.cu_seqlens.long()], layout.num_rows
+    jagged = torch.ops.aten
 
     def assigned() -> Tensor:
         out = torch.zeros_like(x)
         out[keep] = rows
         return out
 
-    return {
+    found: dict[str, Contest] = {
         BUILD: {
             BASE[BUILD]: lambda: keep.flatten().nonzero().squeeze(1),
             "nonzero, lengths and offsets": lambda: _by_hand(keep),
@@ -49,15 +56,45 @@ def contests(mask: Tensor, x: Tensor) -> dict[str, Contest]:
             "index_select, index at hand": lambda: flat.index_select(0, index),
             "nonzero and index_select": lambda: flat.index_select(0, keep.flatten().nonzero().squeeze(1)),
             "masked_select": lambda: x.masked_select(keep[..., None]).view(-1, width),
+            "jagged op, right padding only": lambda: jagged._padded_dense_to_jagged_forward(x, offsets, total),
             OURS[PACK]: lambda: layout.pack(x),
         },
         UNPACK: {
             BASE[UNPACK]: assigned,
             "index_copy_, index at hand": lambda: flat.new_zeros(flat.shape).index_copy_(0, index, rows).view(x.shape),
             "masked_scatter": lambda: torch.zeros_like(x).masked_scatter(keep[..., None], rows),
+            "jagged op, right padding only": lambda: jagged._jagged_to_padded_dense_forward(rows, offsets, [columns], 0.0),
             OURS[UNPACK]: lambda: layout.unpack(rows),
         },
     }
+    if gpu:
+        qkv = torch.stack([x, x + 1, x + 2], 2)  # as a fused projection leaves them: views with other rows between theirs
+        query, key, value = qkv.unbind(2)
+        found[PACK_QKV] = {
+            BASE[PACK_QKV]: lambda: (query[keep], key[keep], value[keep]),
+            "layout.pack, stacked": lambda: layout.pack(qkv).unbind(1),
+            OURS[PACK_QKV]: lambda: pack_rows_together(layout, query=query, key=key, value=value),
+        }
+        _add_triton(found)
+    return found
+
+
+def _add_triton(found: dict[str, Contest]) -> None:
+    """Ours by the kernel, unless it can not run."""
+    reason = _asked_for(_fused_rows.why_not)
+    if reason is not None:
+        print(f"without Triton's kernel, which {reason}")
+        return
+    for what in (PACK, UNPACK, PACK_QKV):
+        found[what][f"{OURS[what]}, Triton"] = partial(_asked_for, found[what][OURS[what]])
+
+
+def _asked_for(call: Callable[[], Any]) -> Any:
+    kept, _fused_rows.setting = _fused_rows.setting, "1"
+    try:
+        return call()
+    finally:
+        _fused_rows.setting = kept
 
 
 def _by_hand(keep: Tensor) -> Tensor:
@@ -69,16 +106,20 @@ def _by_hand(keep: Tensor) -> Tensor:
 
 
 def verify(contest: Contest) -> None:
-    want = next(iter(contest.values()))()
+    want = _each(next(iter(contest.values()))())
     for name, call in contest.items():
-        assert torch.equal(call(), want), f"{name} gives other rows"
+        assert all(map(torch.equal, _each(call()), want)), f"{name} gives other rows"
+
+
+def _each(rows: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return rows if isinstance(rows, tuple) else (rows,)
 
 
 def bench(workload: Workload, dtype: str, device: str, budget: float) -> list[dict[str, Any]]:
     mask = workload.key_padding_mask.to(device)
     x = torch.randn(*mask.shape, WIDTH, generator=torch.Generator().manual_seed(0)).to(device, DTYPES[dtype]) * ~mask[..., None]
     rows = []
-    for what, contest in contests(mask, x).items():
+    for what, contest in contests(mask, x, device == "cuda").items():
         verify(contest)
         again: dict[str, Callable[[], object]] = {"again": contest[BASE[what]]}
         timings = interleave({**contest, **again}, budget=budget, patience=PATIENCE, device=device)

@@ -1,8 +1,9 @@
 """Packing and unpacking by one Triton kernel, up to three tensors (q, k, v) in one launch. Off unless asked for.
 
 ``VARLEN_ATTN_TRITON=1`` in the environment, when the package is imported, turns it on for eager calls on a GPU; ``TRITON_INTERPRET=1``
-beside it also for those on a CPU, in Triton's interpreter, which is how it is tested. It has never run on a GPU, so nothing is known of
-its speed, and that is why it is off. Results are the same bits with and without it. Whatever it does not serve goes the way of
+beside it also for those on a CPU, in Triton's interpreter, which is how it is tested. Triton 3.6 compiles it for compute capability 8.0
+and 9.0, to loads and stores of 16 bytes where rows and strides are multiples of 128 bytes; it has never run on a GPU, so nothing is known
+of its speed, and that is why it is off. Results are the same bits with and without it. Whatever it does not serve goes the way of
 `_gather`: tracing (inductor makes one kernel of the formula anyway), `torch.func`, dispatch modes, which would not see a launch, tensor
 subclasses, more than three tensors, other devices.
 
@@ -36,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ._gather import is_tracing, is_transformed
+from ._gather import is_transformed
 
 __all__ = ["Rows", "move", "serves", "why_not"]
 
@@ -69,6 +70,10 @@ def why_not() -> str | None:
         return f"is off: {_VARIABLE}=1 turns it on"
     if not (_INTERPRETED or torch.cuda.is_available()):
         return "needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)"
+    return _why_no_kernel()
+
+
+def _why_no_kernel() -> str | None:
     try:
         from . import _fused_rows_kernel  # noqa: F401
     except ImportError as error:
@@ -77,12 +82,16 @@ def why_not() -> str | None:
 
 
 def serves(*xs: Tensor) -> bool:
+    """Whether `move` would launch the kernel for these tensors."""
     if torch.compiler.is_compiling() or setting != "1":
         return False
-    if len(xs) > _MOST or is_transformed() or is_tracing(*xs) or _get_current_dispatch_mode() is not None:
+    if len(xs) > _MOST or is_transformed() or _get_current_dispatch_mode() is not None:
         return False
-    plain = all(type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and x.device == xs[0].device for x in xs)
-    return plain and (xs[0].is_cuda or (_INTERPRETED and xs[0].device.type == "cpu")) and why_not() is None
+    device = xs[0].device
+    if not (device.type == "cuda" or (_INTERPRETED and device.type == "cpu")):
+        return False
+    plain = all(type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and x.device == device for x in xs)
+    return plain and _why_no_kernel() is None
 
 
 def move(forth: Rows, back: Rows, xs: Sequence[Tensor], pad_value: float = 0) -> tuple[Tensor, ...]:
@@ -109,7 +118,7 @@ class _Move(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         forth_index, forth_count, back_index, back_count = ctx.saved_tensors
         forth, back = Rows(forth_index, ctx.bases[0], forth_count), Rows(back_index, ctx.bases[1], back_count)
-        there = {i: grad for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[3 + i]}
+        there = {i: grad for i, grad in enumerate(grads) if grad is not None}
         moved = dict(zip(there, move(back, forth, tuple(there.values())), strict=True)) if there else {}
         return None, None, None, *(moved.get(i) for i in range(len(grads)))
 
