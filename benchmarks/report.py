@@ -291,7 +291,7 @@ def _route_parts(rows: list[dict[str, Any]]) -> list[str]:
     return parts
 
 
-NAMES = ("encoder", "memory", "transformers", "attention", "mha", "layout", "length", "route", "minitest", "dispatch")
+NAMES = ("encoder", "memory", "transformers", "attention", "mha", "layout", "length", "route", "break_even", "minitest", "dispatch")
 
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -337,6 +337,7 @@ _SECTIONS = (
     ("mha", sections.mha),
     ("length", sections.length),
     ("route", _route_parts),
+    ("break_even", sections.break_even),
     ("layout", sections.layout),
 )
 _MINITEST = (

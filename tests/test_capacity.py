@@ -23,10 +23,10 @@ from varlen_attn import (
     varlen_attention,
     varlen_mha,
 )
+from varlen_attn._call import AttentionCall
 from varlen_attn.backends.base import Backend, Extras
 from varlen_attn.backends.sdpa_padded import SdpaPadded
 from varlen_attn.backends.torch_varlen import TorchVarlen
-from varlen_attn.functional import _Call
 
 from .backends.stand_ins import flash_backward, flash_forward, for_cpu, on_cpu
 from .nosync import count_reads, not_capturable
@@ -256,7 +256,7 @@ def launch(backend: Backend, options: dict[str, Any]) -> Callable[..., Tensor]:
     """`varlen_attention` on meta tensors, by the backend itself: the call would only compute shapes."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layout: SeqLayout) -> Tensor:
-        out, _ = _Call(q, k, v, layout, None, Extras(), options, "auto")._launch(backend)
+        out, _ = AttentionCall(q, k, v, layout, None, Extras(), options, "auto")._launch(backend)
         return out
 
     return attend
