@@ -413,3 +413,24 @@ def test_nothing_is_static_elsewhere() -> None:
     torch.compile(lambda x: (seen.append(static_graph()), x + 1)[1], backend="eager", fullgraph=True)(torch.zeros(1))
     assert seen == [False]
     assert static_attention.__module__ == "varlen_attn._static"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of packages that announce each other's changes
+@pytest.mark.parametrize("name", ["padded_attention", "causal window", "module, weights", "encoder", "decoder"])
+def test_onnx_serves_every_mask(name: str, tmp_path: Path) -> None:
+    """R-56: by torch's exporter on `torch.export`, run by onnxruntime, with other sizes too."""
+    runtime, _ = pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
+    model = build(name)
+    shapes = ({0: AUTO, 1: AUTO}, {0: AUTO, 1: AUTO})
+    torch.onnx.export(model, EXAMPLE, tmp_path / "model.onnx", dynamo=True, verbose=False, dynamic_shapes=shapes)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    names = [i.name for i in session.get_inputs()]
+
+    def graph(*inputs: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))[0])
+
+    same_for_every_mask(name, graph, model)
+    x, mask = torch.randn(2, 4, D), right([3, 2], 4)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x, mask), model(x, mask), atol=2e-5, rtol=1e-4)
