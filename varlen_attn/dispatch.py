@@ -66,7 +66,7 @@ class Plan:
         evidence: how that is known: "declared" by the backend, "probed" on this machine, or "profiled".
         decisions: one for each backend, in order of preference.
         problem: what was asked.
-        route, route_reason: "packed", or "dense" where nothing is padded.
+        route, route_reason: "packed", or "dense" where nothing is padded, or where padded attention was exported.
     """
 
     backend: str
