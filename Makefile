@@ -25,7 +25,7 @@ PICTURES := $(VENV)/.pictures
 NATIVE := $(VENV)/.native
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
-# flash-attn's Triton kernels, run by Triton's interpreter: its real Python code on a machine without a GPU. Both variables, in a
+# flash-attn's Triton kernels and our own, run by Triton's interpreter: real Python code on a machine without a GPU. Both variables, in a
 # process of its own: without them `import flash_attn` fails here, and the other tests want exactly that.
 LANE_ENV := FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE TRITON_INTERPRET=1
 FLASH := flash-attn==2.8.3.post2
@@ -41,7 +41,8 @@ OFFLINE := HF_HUB_OFFLINE=1
 COVERAGE := --cov --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 # What is run again with the compiled kernel in the place that it takes by itself.
-WITH_NATIVE := tests/backends tests/test_functional.py tests/test_modules.py tests/test_encoder_training.py
+WITH_NATIVE := tests/backends tests/test_functional.py tests/test_modules.py tests/test_encoder_training.py tests/test_compile.py \
+  tests/test_capacity.py
 SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)"
 

@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, in order, in one namespace; what it says of files and commands is true."""
+"""Every Python block of the README and of docs/gpu.md runs, in order, in one namespace a page; what it says of files and commands is true."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_python_blocks_run() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does that to autograd functions
+@pytest.mark.parametrize("page", ["README.md", "docs/gpu.md"])
+def test_python_blocks_run(page: str) -> None:
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 5
     torch.manual_seed(0)
-    namespace: dict[str, object] = {"__name__": "readme"}
+    namespace: dict[str, object] = {"__name__": "page"}
     for number, block in enumerate(blocks):
-        line = README[: README.index(block)].count("\n")
-        exec(compile("\n" * line + block, f"README.md block {number}", "exec"), namespace)
+        line = text[: text.index(block)].count("\n")
+        exec(compile("\n" * line + block, f"{page} block {number}", "exec"), namespace)
 
 
 def test_the_recorded_output_is_real(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,10 +52,12 @@ def test_every_backend_has_its_row() -> None:
     assert named == [b.name for b in BACKENDS]
 
 
-def test_links_and_make_targets_exist() -> None:
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", ["README.md", "docs/gpu.md"])
+def test_links_and_make_targets_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
+        assert ((ROOT / page).parent / link).exists(), link
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"\bmake ([a-z-]+)", README):
+    for target in re.findall(r"\bmake ([a-z-]+)", text):
         if target not in ("them",):
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
