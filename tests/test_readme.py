@@ -1,4 +1,4 @@
-"""Every Python block of the README and of docs/gpu.md runs, in order, in one namespace a page; what it says of files and commands is true."""
+"""Every Python block of the README and of docs/gpu.md runs, in order, one namespace a page; what they say of files and commands is true."""
 
 from __future__ import annotations
 
