@@ -193,7 +193,7 @@ def choose_while_tracing(problem: tuple[tuple[str, Any], ...], semantics: tuple[
 # nothing was measured; by bytes and published rates packing wins as well, because the padded call that is right there is the
 # memory-efficient kernel at half of flash's rate: cuDNN's, which is faster, has returned NaN with a mask (pytorch#196678).
 _BREAK_EVEN: dict[str, tuple[tuple[int, float], ...]] = {"cpu": ((32, 0.85), (64, 0.92))}
-LONGEST_DENSE = 64  # columns; beyond them nobody needs to ask
+LONGEST_DENSE = {"cpu": 64}  # columns, by device type; beyond them nobody needs to ask
 
 
 def route(layout: SeqLayout, problem: Problem, *, per_call: bool = False) -> Route:

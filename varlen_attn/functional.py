@@ -232,7 +232,7 @@ def _way(
         return Route("dense", "the caller's wish")
     if is_tracing(query) or any(x.lengths is None or x.row_ids is not None for x in layouts) or layout_q.is_dense or layout_k.is_dense:
         return None
-    if layout_k.padded_len > LONGEST_DENSE or semantics.get("score_bias") is not None:
+    if layout_k.padded_len > LONGEST_DENSE.get(query.device.type, 0) or semantics.get("score_bias") is not None:
         return None
     if requested_backend(semantics.get("backend", "auto")) != "auto":
         return None  # an order runs, on what it was ordered for
