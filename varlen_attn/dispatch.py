@@ -18,7 +18,7 @@ import torch
 
 from ._padded_rows import PaddedRows
 from .backends import BACKENDS
-from .backends.base import HALF, Backend, Refusal, constant_while_tracing, state
+from .backends.base import Backend, Refusal, constant_while_tracing, state
 from .errors import ArgumentError, BackendRefused, NoBackend
 from .layout import SeqLayout
 from .problem import Problem, Semantics
@@ -187,13 +187,14 @@ def choose_while_tracing(problem: tuple[tuple[str, Any], ...], semantics: tuple[
     return plan.backend
 
 
-# From which fill on masked attention on the padded batch is faster than packing around one attention call, by backend, up to how many
-# columns: measured on an x86 CPU (benchmarks/results/route.json), where moving rows is what short ones cost. Half precision in training is
-# left out: there packing won at every fill. No other backend has an entry. The compiled kernel won at every fill measured. On a GPU
-# nothing was measured; by bytes and published rates packing wins as well, because the padded call that is right there is the
-# memory-efficient kernel at half of flash's rate: cuDNN's, which is faster, has returned NaN with a mask (pytorch#196678).
-_BREAK_EVEN: dict[str, tuple[tuple[int, float], ...]] = {"cpu": ((32, 0.85), (64, 0.92))}
-LONGEST_DENSE = {"cpu": 64}  # columns, by device type; beyond them nobody needs to ask
+# Where masked attention on the padded batch is faster than packing around one attention call: backend, then columns up to which, and
+# fills between which that holds for float32. Measured on an x86 CPU (benchmarks/results/break_even.json): very short rows, where moving
+# them is what they cost; of nearly full batches the backend runs most rows in one call, and half precision gained from packing throughout.
+# No other backend has an entry. The compiled kernel won at every fill measured. On a GPU nothing was measured; by bytes and published
+# rates packing wins as well, because the padded call that is right there is the memory-efficient kernel at half of flash's rate: cuDNN's,
+# which is faster, has returned NaN with a mask (pytorch#196678).
+_DENSE_PAYS: dict[str, tuple[int, float, float]] = {"cpu": (16, 0.7, 0.97)}
+LONGEST_DENSE = {"cpu": 16}  # columns, by device type; beyond them nobody needs to ask
 
 
 def route(layout: SeqLayout, problem: Problem, *, per_call: bool = False) -> Route:
@@ -212,17 +213,16 @@ def route(layout: SeqLayout, problem: Problem, *, per_call: bool = False) -> Rou
     if layout.is_dense:
         return Route("dense", "no row has padding")
     padding, fill = f"{1 - (layout.fill or 0):.0%} of the batch is padding", layout.fill or 0.0
-    bound = _break_even(layout.padded_len, problem) if per_call else None
-    if bound is not None and fill >= bound:
-        return Route("dense", f"{padding}, and at {layout.padded_len} columns packing for one call pays below a fill of {bound} only")
+    if per_call and _dense_pays(layout.padded_len, fill, problem):
+        return Route("dense", f"{padding}, and at {layout.padded_len} columns that costs less than to pack for one call")
     return Route("packed", padding)
 
 
-def _break_even(padded_len: int, problem: Problem) -> float | None:
-    if problem.needs_grad and problem.dtype in HALF:
-        return None
-    table = _BREAK_EVEN.get(choose(problem).backend, ())
-    return next((fill for columns, fill in table if padded_len <= columns), None)
+def _dense_pays(padded_len: int, fill: float, problem: Problem) -> bool:
+    if padded_len > LONGEST_DENSE.get(problem.device_type, 0) or problem.dtype != torch.float32:
+        return False
+    columns, least, most = _DENSE_PAYS.get(choose(problem).backend, (0, 0.0, 0.0))
+    return padded_len <= columns and least <= fill <= most
 
 
 def requested_backend(backend: str | Backend) -> str | Backend:
