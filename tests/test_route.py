@@ -227,3 +227,34 @@ def test_dense_on_a_device_mask_reads_nothing_with_capacity() -> None:
     with count_reads() as reads:
         padded_attention(*tensors, layout=layout, route="dense")
     assert not reads
+
+
+@pytest.mark.parametrize("columns", [33, 64, 65, 192, 704])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_attention_is_never_left_to_torch_to_choose(
+    columns: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R-34: very negative logits under a mask at the lengths where cuDNN, torch's choice on Hopper, returned NaN (pytorch#196678)."""
+
+    def chosen(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("F.scaled_dot_product_attention picks a kernel by itself")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", chosen)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, columns, 1, 64, generator=generator) for _ in range(3))
+    mask = torch.zeros(2, columns, dtype=torch.bool)
+    mask[1, columns // 2 :] = True
+    tensors = [x.to(device, dtype) for x in (0.1 * q, 0.1 * k, v)]
+    tensors[0][..., 0], tensors[1][..., 0] = 1.0, -120 * 64**0.5
+    tensors = [x.requires_grad_() for x in tensors]
+    layout = SeqLayout.from_key_padding_mask(mask).to(device)
+    rows = [layout.pack(x) for x in tensors]
+    ref, naive = (reference_attention(*rows, layout, dtype=wanted) for wanted in (torch.float64, dtype))
+    ref_grads, naive_grads = (torch.autograd.grad(x.sum(), tensors, retain_graph=True) for x in (ref, naive))
+    for options in (dict(route="dense"), dict(route="packed", backend="sdpa_padded")):
+        out = padded_attention(*tensors, layout=layout, **options)  # type: ignore[arg-type]
+        assert_within_budget(layout.pack(out), ref, naive)
+        for got, want, eager in zip(torch.autograd.grad(out.sum(), tensors), ref_grads, naive_grads, strict=True):
+            assert bool(got.isfinite().all())
+            if dtype == torch.float32:  # sums that cancel times 960: half precision has no digits left there
+                assert_within_budget(got, want.double(), eager, gradient=True)
