@@ -220,7 +220,7 @@ def test_one_graph_on_torch_varlen(host: str, form: str, torch_varlen: Backend) 
 @pytest.mark.slow
 @pytest.mark.parametrize(("host", "form"), [("encoder, causal", "mask"), ("padded_attention, window", "capacity in the graph")])
 def test_inductor_compiles_one_graph(host: str, form: str) -> None:
-    assert compilations(host, form, compiler="inductor", count=3) == 1
+    assert compilations(host, form, compiler="inductor") == 1
 
 
 def test_the_count_can_fail() -> None:
