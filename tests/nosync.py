@@ -67,9 +67,18 @@ def count_reads() -> Iterator[list[str]]:
 
         return method
 
+    put = Tensor.__setitem__
+
+    def setitem(self: Tensor, index: Any, value: Any) -> None:
+        places = index if isinstance(index, tuple) else (index,)
+        if not isinstance(value, Tensor) and len(places) == self.dim() and all(isinstance(i, int) for i in places):
+            seen.append("Tensor.__setitem__ of one number")  # to a GPU it travels as a tensor, and waits (pytorch#186482)
+        put(self, index, value)
+
     with ExitStack() as stack:
         for name in _READING_METHODS:
             stack.enter_context(patch.object(Tensor, name, watched(name)))
+        stack.enter_context(patch.object(Tensor, "__setitem__", setitem))
         stack.enter_context(watch)
         yield seen
 

@@ -50,6 +50,7 @@ CONTROLS: dict[str, Callable[[Tensor], Any]] = {
     "unique": lambda x: x.unique(),
     "unique_consecutive": lambda x: x.unique_consecutive(),
     "equal": lambda x: torch.equal(x, x),
+    "a number into one place": lambda x: torch.ones(2).__setitem__(0, 3.0),
     "split by lengths": lambda x: torch.ones(1).split(x.long().tolist()),
 }
 INNOCENT: dict[str, Callable[[Tensor], Any]] = {
@@ -57,6 +58,7 @@ INNOCENT: dict[str, Callable[[Tensor], Any]] = {
     "by indices": lambda x: torch.randn(3)[torch.arange(2)],
     "repeat_interleave with a size": lambda x: torch.repeat_interleave(torch.arange(2), x.long(), output_size=1),
     "where of three": lambda x: torch.where(x, 1, 0),
+    "a tensor into one place": lambda x: torch.ones(2).__setitem__(0, torch.ones(())),
     "masked_fill": lambda x: torch.ones(2).masked_fill(x, 0),
     "shape": lambda x: x.shape[0] + x.numel() + len(x),
 }

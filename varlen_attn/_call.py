@@ -16,7 +16,7 @@ from .backends import BACKENDS
 from .backends.base import Backend, Extras, connected_zeros, grad_of_real_rows, state, wide_dtype, zero_unless
 from .dispatch import Plan, choose, choose_while_tracing, requested_backend, route
 from .errors import ArgumentError
-from .layout import SeqLayout
+from .layout import SeqLayout, moved
 from .problem import Problem, Semantics
 from .records import announced
 
@@ -118,6 +118,7 @@ class AttentionCall:
         device, semantics = self.query.device, self.semantics
         problem = (
             ("device_type", device.type),
+            ("device_index", device.index),
             ("dtype", self.query.dtype),
             ("num_heads", int(self.query.shape[1])),
             ("num_kv_heads", int(self.key.shape[1])),
@@ -165,7 +166,6 @@ class AttentionCall:
         assert lengths_q is not None  # refused otherwise
         assert lengths_k is not None
         kept = [i for i, (a, b) in enumerate(zip(lengths_q, lengths_k, strict=True)) if a and b]
-        rows_q, rows_k = (_rows_of(x, kept) for x in (self.layout_q, self.layout_kv))
         if not kept:
             shape = (*self.query.shape[:2], self.value.shape[2])
             out = connected_zeros(shape, self.query, self.key, self.value)
@@ -176,9 +176,12 @@ class AttentionCall:
         layout_kv = layout_q
         if self.layout_kv is not self.layout_q:
             layout_kv = SeqLayout.from_lengths([lengths_k[i] for i in kept], device=self.layout_kv.device)
-        query = rows_q.pack(self.query[None])
-        key, value = rows_k.pack(self.key[None]), rows_k.pack(self.value[None])
+        rows_q, rows_k = (_rows_of(x, kept) for x in (self.layout_q, self.layout_kv))
+        query = self.query if rows_q is None else rows_q.pack(self.query[None])
+        key, value = (x if rows_k is None else rows_k.pack(x[None]) for x in (self.key, self.value))
         out, some_lse = backend.run(query, key, value, layout_q, layout_kv, self.semantics, self.extras)
+        if rows_q is None:
+            return out, some_lse
         if some_lse is not None:
             some_lse = rows_q.unpack(some_lse.transpose(0, 1).contiguous(), float("-inf"))[0].transpose(0, 1)
         return rows_q.unpack(out)[0], some_lse
@@ -189,10 +192,13 @@ def _has_empty(layout_q: SeqLayout, layout_kv: SeqLayout) -> bool:
     return layout_q.lengths == () or 0 in (layout_q.lengths or ()) or 0 in (layout_kv.lengths or ())
 
 
-def _rows_of(layout: SeqLayout, kept: list[int]) -> SeqLayout:
-    """The packed rows of some sequences, as tokens of one row of T columns."""
+def _rows_of(layout: SeqLayout, kept: list[int]) -> SeqLayout | None:
+    """The packed rows of some sequences, as tokens of one row of T columns; None if they are all: what is left out had no rows."""
+    assert layout.lengths is not None
+    if sum(layout.lengths[i] for i in kept) == layout.num_rows:
+        return None
     wanted = torch.zeros(layout.num_seqs, dtype=torch.bool, device="cpu")
     wanted[kept] = True
     lengths = torch.tensor(layout.lengths, device="cpu", dtype=torch.int64)
     real = wanted.repeat_interleave(lengths, output_size=layout.num_rows)
-    return SeqLayout.from_attention_mask(real[None], validate=False).to(layout.device)
+    return moved(SeqLayout.from_attention_mask(real[None], validate=False), layout.device)

@@ -153,7 +153,6 @@ def with_capacity(real_BS: Tensor, capacity: int) -> Index:
     slot = torch.where(flat, (rank - 1).clamp(max=capacity), capacity)
     token_indices = torch.zeros(capacity + 1, dtype=torch.int64, device=flat.device)
     token_indices = token_indices.scatter(0, slot, torch.arange(flat.shape[0], device=flat.device))
-    token_indices[capacity] = 0
     return Index(
         cu_seqlens=_offsets(lengths_B),
         token_indices=token_indices[:capacity].clone(),

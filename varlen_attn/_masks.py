@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ._padded_rows import PaddedRows
 from ._static import here, static_graph
-from .functional import to_device_of
-from .layout import SeqLayout, is_tracing, layout_and_flags
+from .layout import SeqLayout, is_tracing, layout_and_flags, moved
 
 __all__ = ["MaskFacts", "read_masks", "wants_grad"]
 
@@ -52,7 +51,7 @@ def read_masks(x: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | N
     elif key_padding_mask is not None:
         real = ~torch.isneginf(key_padding_mask) if key_padding_mask.is_floating_point() else ~key_padding_mask
         layout, values = layout_and_flags(real, [q.to(key_padding_mask.device) for q in questions.values()])
-        layout = to_device_of(layout, x)
+        layout = moved(layout, x.device)
         answers = dict(zip(questions, values, strict=True)) if values else {}
     elif not is_tracing(x):
         answers = {name: bool(question) for name, question in questions.items()}

@@ -24,7 +24,7 @@ _OPS = (
 _CUDA_KERNELS = (r"flash|Flash|fmha|mha_|attention", r"softmax")
 _EXPLICIT = re.compile(r"softmax", re.IGNORECASE)
 _BACKWARD = re.compile(r"backward|bwd|bprop|cutlassB", re.IGNORECASE)
-_NOT_KERNELS = re.compile(r"^(Memcpy|Memset|varlen_attn )")  # copies and fills, and a range of ours as the device's timeline shows it
+_NOT_KERNELS = re.compile(r"^(Memcpy|Memset|varlen_attn( |::\w+$))")  # copies, fills, and ranges of ours on a device's timeline
 
 
 @dataclass
@@ -61,7 +61,7 @@ def profiled(prefix: str) -> Iterator[Profile]:
         with _without_stderr():
             profiler.stop()
         events = profiler.events() or []
-        found.kernels = _kernels([e for e in events if e.device_type.name == "CUDA"], [e.name for e in events])
+        found.kernels = _kernels([e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation], [e.name for e in events])
         ranges = [e for e in events if e.device_type.name == "CPU" and e.name.startswith(prefix)]
         found.by_range = {e.name: _kernels_below(e) for e in ranges}
 

@@ -19,10 +19,10 @@ from ._index import refuse_bad_values
 from ._padded_rows import PaddedRows
 from .backends._maths import attend, needs_maths, visible_mask
 from .backends.base import Backend, Extras, constant_while_tracing, repeat_kv, state
-from .dispatch import choose
+from .dispatch import choose, problem_of_fields
 from .errors import BackendRefused
 from .layout import SeqLayout, padding_of
-from .problem import Problem, Semantics
+from .problem import Semantics
 from .records import Call, write
 
 __all__ = ["here", "static_attention", "static_graph", "static_kernel", "static_layout", "static_layouts"]
@@ -134,8 +134,8 @@ def note_static(problem: Fields, semantics: Fields, slots: int | None, module: t
     """Write the call into the open records: everything padded is computed, and its plan is that of the packed call, which did not run."""
     if not state.records:
         return
-    wanted = Semantics(**dict(semantics))
-    plan = choose(Problem(semantics=wanted, **dict(problem)), thorough=True)
-    kernel = static_kernel(wanted)
+    stated = problem_of_fields(problem, semantics)
+    plan = choose(stated, thorough=True)
+    kernel = static_kernel(stated.semantics)
     plan = replace(plan, backend="dense", kernel=kernel, route="dense", route_reason=REASON)
     write(Call("dense", kernel, plan, None, slots, slots, traced=True, reason=REASON), module)

@@ -177,10 +177,19 @@ def _choose(problem: Problem, candidates: tuple[Backend, ...], thorough: bool) -
     return Plan(chosen.name, chosen.kernel(problem), decisions, problem, chosen)
 
 
+def problem_of_fields(problem: tuple[tuple[str, Any], ...], semantics: tuple[tuple[str, Any], ...]) -> Problem:
+    """From plain values. ``device_index`` says whose compute capability counts, on a machine with several GPUs."""
+    known = dict(problem)
+    index = known.pop("device_index")
+    if known["device_type"] == "cuda" and torch.cuda.is_available():
+        known["capability"] = torch.cuda.get_device_capability(index)
+    return Problem(semantics=Semantics(**dict(semantics)), **known)
+
+
 @constant_while_tracing
 def choose_while_tracing(problem: tuple[tuple[str, Any], ...], semantics: tuple[tuple[str, Any], ...]) -> str:
     """`choose` as a constant of the graph: plain values in, the backend's name out; run by Python while tracing."""
-    plan = choose(Problem(semantics=Semantics(**dict(semantics)), **dict(problem)))
+    plan = choose(problem_of_fields(problem, semantics))
     if not plan.implementation.own_op:
         for log in state.records:
             log.observe(plan.backend, -1)

@@ -6,6 +6,7 @@ tensors, the route, empty sequences for backends that mishandle them. Backends t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from ._static import static_graph, static_layout, static_layouts
 from .backends.base import Backend, Extras, ScoreBias
 from .dispatch import LONGEST_DENSE, Plan, Route, requested_backend
 from .errors import ArgumentError, LayoutError
-from .layout import SeqLayout, is_tracing, layout_of_all
+from .layout import SeqLayout, is_tracing, layout_of_all, moved
 from .problem import check_dropout
 
 __all__ = ["padded_attention", "plan_attention", "varlen_attention", "varlen_mha"]
@@ -264,9 +265,8 @@ def _padded_rows(query: Tensor, key: Tensor, layout_q: SeqLayout, layout_k: SeqL
 def full_layout(x: Tensor) -> SeqLayout:
     if static_graph():
         return static_layout(x, None)
-    if is_tracing(x):
-        return layout_of_all(x.shape[0], x.shape[1], x.device)
-    return SeqLayout.from_lengths([x.shape[1]] * x.shape[0], x.shape[1], device=x.device)
+    every = layout_of_all(x.shape[0], x.shape[1], x.device)  # from sizes alone: no list of lengths travels to a device
+    return every if is_tracing(x) else replace(every, lengths=(x.shape[1],) * x.shape[0])
 
 
 def _layout_for(x: Tensor, mask: Tensor | None, name: str = "key_padding_mask", owner: str = "x") -> SeqLayout:
@@ -274,16 +274,7 @@ def _layout_for(x: Tensor, mask: Tensor | None, name: str = "key_padding_mask", 
     check_mask(mask, x, name, owner)
     if static_graph():
         return static_layout(x, mask)
-    return full_layout(x) if mask is None else to_device_of(SeqLayout.from_key_padding_mask(mask), x)
-
-
-def to_device_of(layout: SeqLayout, x: Tensor) -> SeqLayout:
-    """``layout`` where ``x`` is. To a GPU only the index tensors move, without waiting; the lengths stay on the host."""
-    if layout.device == x.device:
-        return layout
-    if layout.device.type == "cpu" and x.device.type == "cuda":
-        return layout.pin_memory().to(x.device, non_blocking=True)
-    return layout.to(x.device)
+    return full_layout(x) if mask is None else moved(SeqLayout.from_key_padding_mask(mask), x.device)
 
 
 def pack_rows(layout: SeqLayout, x: Tensor, name: str = "x") -> Tensor:

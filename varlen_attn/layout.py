@@ -637,6 +637,15 @@ def padding_of(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     return padding, ~(padding | (mask == 0))
 
 
+def moved(layout: SeqLayout, device: torch.device) -> SeqLayout:
+    """``layout`` on ``device``. To a GPU only the index tensors move, without waiting; the lengths stay on the host."""
+    if layout.device == device:
+        return layout
+    if layout.device.type == "cpu" and device.type == "cuda":
+        return layout.pin_memory().to(device, non_blocking=True)
+    return layout.to(device)
+
+
 def layout_of_all(batch_size: int, padded_len: int, device: torch.device) -> SeqLayout:
     """Nothing is padded, and nothing is known on the host: for graphs."""
     return SeqLayout._of(index_of_all(batch_size, padded_len, device), (batch_size, padded_len))

@@ -165,7 +165,7 @@ def _machine_rocm() -> bool:
     return torch.version.hip is not None
 
 
-def _strictly_deterministic() -> bool:
+def strictly_deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
@@ -206,7 +206,7 @@ class Problem:
     tracing: bool = False
     transformed: bool = False
     host_lengths: bool = True
-    deterministic_mode: bool = field(default_factory=_strictly_deterministic)
+    deterministic_mode: bool = field(default_factory=strictly_deterministic)
     requested: str = "auto"
 
     def __post_init__(self) -> None:

@@ -136,6 +136,24 @@ def test_machines_decide(capability: Any, dtype: torch.dtype, backend: str) -> N
 
 
 @pytest.mark.parametrize("capability", [T4, V100])
+@pytest.mark.parametrize("causal", [False, "bottom_right"])
+def test_bfloat16_on_old_gpus_is_eager(capability: Any, causal: Any) -> None:  # R-39
+    """Nothing fused has bfloat16 there, torch's nested attention included, which would say so in the middle of a call."""
+    chosen = plan(capability, torch.bfloat16, causal=causal)
+    assert chosen.backend == "sdpa_padded"
+    assert "eager" in chosen.kernel
+    assert "bfloat16" in reasons(chosen, "nested")
+    assert "eager" not in plan(A100, torch.bfloat16, causal=causal, requested="sdpa_padded").kernel
+
+
+def test_deterministic_gradients_on_a_gpu_are_not_left_to_a_kernel_that_adds_in_any_order() -> None:  # R-42
+    for mode, eager in ((False, True), (True, False)):
+        chosen = plan(deterministic=True, needs_grad=True, deterministic_mode=mode, requested="sdpa_padded")
+        assert ("eager" in chosen.kernel) == eager
+    assert "eager" not in plan(deterministic=True, needs_grad=False, requested="sdpa_padded").kernel
+
+
+@pytest.mark.parametrize("capability", [T4, V100])
 def test_old_gpus_in_capacity_mode_and_graphs_are_padded(capability: Any) -> None:  # R-39, R-40
     """Only the device knows whether a sequence is empty."""
     assert plan(capability, torch.float16, host_lengths=False).backend == "sdpa_padded"

@@ -104,6 +104,16 @@ def test_offsets_cover_every_row_without_a_look_at_the_device() -> None:  # R-40
     assert _flash_op.covering_offsets(meta, meta)[0].shape == (6,), "by shapes: no value is read"
 
 
+def test_slack_of_a_huge_capacity_is_a_bounded_number_of_sequences(monkeypatch: pytest.MonkeyPatch) -> None:  # R-22
+    """A kernel's grid counts sequences, and not far."""
+    monkeypatch.setattr(_flash_op, "_MOST_PIECES", 3)
+    layout = SeqLayout.from_key_padding_mask(torch.arange(1000)[None] >= 10, capacity=1000)
+    cu, _, most, _ = _flash_op.covering_offsets(layout, layout)
+    assert len(cu) == 1 + 1 + 3
+    assert (int(cu[0]), int(cu[1]), int(cu[-1])) == (0, 10, 1000)
+    assert int(cu.diff().max()) <= most
+
+
 def test_what_is_passed(ops: FA3Ops) -> None:  # R-02, R-38
     layout = SeqLayout.from_lengths([6])
     x = torch.randn(6, 2, 20, dtype=torch.float16, requires_grad=True)

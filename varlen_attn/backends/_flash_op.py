@@ -25,6 +25,7 @@ from ._own_op import own_op
 from .base import Extras, Refusal, connected_zeros, observe, pad_head_dim, scale_refusals
 
 _TILE = 128  # rows of a kernel's block
+_MOST_PIECES = 4_095  # sequences that slack rows are cut into: a kernel's grid does not count far (see `_limits`)
 
 
 class Call(NamedTuple):
@@ -149,22 +150,24 @@ def covering_offsets(layout_q: SeqLayout, layout_kv: SeqLayout) -> tuple[Tensor,
     """Offsets of queries and keys, and bounds of their lengths, such that every row belongs to a sequence.
 
     In capacity mode rows follow the last sequence. flash-attn 3 accepts them and can corrupt that sequence's last block
-    (sgl-flash-attn#47, read there; not reproduced here). So they become sequences of at most 128 rows of their own: as many offsets as
-    the largest tail would need, computed from ``cu_seqlens[-1]`` on the device, those too many empty. The caller has zeroed these rows
-    and drops their results. Each of them meets at most 128 keys.
+    (sgl-flash-attn#47, read there; not reproduced here). So they become short sequences of their own, of 128 rows (more only beyond half
+    a million rows): as many offsets as the largest tail would need, computed from ``cu_seqlens[-1]`` on the device, those too many empty.
+    The caller has zeroed these rows and drops their results.
     """
     max_q, max_k = max(1, layout_q.max_seqlen), max(1, layout_kv.max_seqlen)
     if not (layout_q.has_slack or layout_kv.has_slack):
         return layout_q.cu_seqlens, layout_kv.cu_seqlens, max_q, max_k
-    pieces = -(-max(layout_q.num_rows, layout_kv.num_rows) // _TILE)
-    cu_q = _cover(layout_q, pieces)
-    cu_k = cu_q if layout_kv is layout_q else _cover(layout_kv, pieces)
-    return cu_q, cu_k, max(_TILE, max_q), max(_TILE, max_k)
+    most = max(layout_q.num_rows, layout_kv.num_rows)
+    rows = _TILE * max(1, -(-most // (_TILE * _MOST_PIECES)))
+    pieces = -(-most // rows)
+    cu_q = _cover(layout_q, pieces, rows)
+    cu_k = cu_q if layout_kv is layout_q else _cover(layout_kv, pieces, rows)
+    return cu_q, cu_k, max(rows, max_q), max(rows, max_k)
 
 
-def _cover(layout: SeqLayout, pieces: int) -> Tensor:
+def _cover(layout: SeqLayout, pieces: int, rows: int) -> Tensor:
     cu = layout.cu_seqlens
-    ends = cu[-1:] + _TILE * torch.arange(1, pieces + 1, device=cu.device, dtype=cu.dtype)
+    ends = cu[-1:] + rows * torch.arange(1, pieces + 1, device=cu.device, dtype=cu.dtype)
     return torch.cat([cu, ends.clamp(max=layout.num_rows)])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..layout import SeqLayout, is_tracing
 
-MAX_SEQUENCES = 65_535
+MAX_SEQUENCES = 65_535 - 4_095  # what is left is for sequences that an adapter adds, such as those over slack rows
 
 Result = tuple[Tensor, Tensor | None]
 Run = Callable[..., Result]

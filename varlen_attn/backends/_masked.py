@@ -10,18 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import HALF, pad_head_dim, repeat_kv, wide_dtype
+from .base import HALF, constant_while_tracing, pad_head_dim, repeat_kv, wide_dtype
 
 _ROCM = torch.version.hip is not None
 
 EAGER = "eager matmul, softmax, matmul on the padded batch"
 
 
-def masked_kernel_name(device_type: str, dtype: torch.dtype, rocm: bool = _ROCM) -> str:
+@constant_while_tracing
+def _capability_here() -> tuple[int, int]:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
+
+
+def masked_kernel_name(device_type: str, dtype: torch.dtype, rocm: bool = _ROCM, capability: tuple[int, int] | None = None) -> str:
     """The kernel that `masked_attention` calls, or `EAGER` where there is none for the device or dtype. What ROCm, Intel GPUs and MPS have
     of the kind was not read: eager maths is right there too."""
     if device_type == "cpu":
         return "aten::_scaled_dot_product_flash_attention_for_cpu with a mask"
+    if device_type == "cuda" and dtype == torch.bfloat16 and (capability or _capability_here()) < (8, 0):
+        return EAGER
     if device_type == "cuda" and dtype != torch.float64 and not rocm:
         return "aten::_scaled_dot_product_efficient_attention with a mask"
     return EAGER
@@ -49,13 +56,14 @@ def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | 
 
 
 def _efficient_cuda(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
-    """The memory-efficient kernel. It wants q's dtype, full shape and a row stride of a multiple of 16 for its mask, and turns a
-    row of -inf into NaN: so hidden keys get the lowest finite number, and rows without a visible key are zeroed afterwards."""
+    """The memory-efficient kernel. It wants q's dtype, full shape and a row stride of a multiple of 16 for its mask. What it makes of a
+    row in which everything is hidden differs between versions: such rows see all keys here, and are zeroed afterwards."""
     value_dim, len_q, len_k = v.shape[-1], q.shape[2], k.shape[2]
     q, k, v = pad_head_dim(8 if q.dtype in HALF else 4, q, *repeat_kv(q.shape[1], k, v))
-    mask = (q.new_zeros(()) if bias is None else bias.to(q.dtype)).masked_fill(~visible, torch.finfo(q.dtype).min)
-    mask = F.pad(mask.expand(q.shape[0], q.shape[1], len_q, len_k), (0, -len_k % 16))[..., :len_k]
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, scale=scale)
     seen = visible.any(-1, keepdim=True)
+    mask = (q.new_zeros(()) if bias is None else bias.to(q.dtype)).masked_fill(~visible & seen, torch.finfo(q.dtype).min)
+    mask = F.pad(mask.expand(*mask.shape[:-1], len_k), (0, -len_k % 16))[..., :len_k]
+    mask = mask.expand(q.shape[0], q.shape[1], len_q, len_k)  # after the copy, which a mask of padding alone makes of its (B, 1, 1, M) only
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, scale=scale)
     lse = lse.detach()[..., :len_q].masked_fill(~seen.squeeze(-1), float("-inf"))
     return torch.where(seen, out[..., :value_dim], 0), lse

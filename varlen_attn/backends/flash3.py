@@ -33,6 +33,7 @@ from torch import Tensor
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics, installed_version
 from ._flash_op import Call, common_refusals, define_flash_ops, run_flash_op
+from ._limits import in_grids
 from .base import HALF, Backend, Capabilities, Extras, Refusal
 
 _INTERFACE, _CONFIG = "flash_attn_interface", "flash_attn_config"
@@ -254,6 +255,7 @@ class Flash3(Backend):
     def seen_as(self, problem: Problem) -> str:
         return "FlashAttnFwdSm90"
 
+    @in_grids
     def run(
         self,
         query: Tensor,

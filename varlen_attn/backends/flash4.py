@@ -30,6 +30,7 @@ from torch import Tensor
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics, version_tuple
 from ._flash_op import Call, common_refusals, define_flash_ops, run_flash_op
+from ._limits import in_grids
 from .base import HALF, Backend, Capabilities, Extras, Refusal
 
 _INTERFACE = "flash_attn.cute.interface"
@@ -145,6 +146,7 @@ class Flash4(Backend):
     def kernel(self, problem: Problem) -> str:
         return "flash_attn.cute.interface._flash_attn_fwd"
 
+    @in_grids
     def run(
         self,
         query: Tensor,

@@ -54,6 +54,8 @@ class Nested(Backend):
             yield Refusal("is never chosen by itself on a CPU: it is slower than `cpu` there", f"order it with backend={self.name!r}")
         if not on_cpu and problem.dtype == torch.float64:
             yield Refusal("has no fused kernel for float64 on a GPU", "convert the tensors to float32")
+        if not on_cpu and problem.dtype == torch.bfloat16 and (problem.capability or (8, 0)) < (8, 0) and not problem.rocm:
+            yield Refusal("has no fused kernel for bfloat16 on GPUs before compute capability 8.0", "use float16", "machine")
         if problem.semantics.causal and on_cpu:
             yield Refusal("has no causal attention on a CPU", "use another backend")
         if problem.semantics.causal == "bottom_right" and not on_cpu and not problem.self_attention:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .._padded_rows import PaddedRows
 from ..layout import SeqLayout
-from ..problem import Problem, Semantics
+from ..problem import Problem, Semantics, strictly_deterministic
 from ._masked import EAGER, masked_attention, masked_kernel_name
 from ._maths import alibi_bias, attend, needs_maths, visible_mask
-from .base import FLOATS, Backend, Capabilities, Extras, connected_zeros, wide_dtype
+from .base import FLOATS, Backend, Capabilities, Extras, connected_zeros, constant_while_tracing, wide_dtype
 
 
 class SdpaPadded(Backend):
@@ -20,9 +20,11 @@ class SdpaPadded(Backend):
     capabilities = Capabilities(devices=frozenset({"cpu", "cuda", "mps", "xpu"}), dtypes=FLOATS)
 
     def kernel(self, problem: Problem) -> str:
-        if needs_maths(problem.semantics):
+        want = problem.semantics
+        varies = want.deterministic and problem.needs_grad and problem.device_type == "cuda" and not problem.deterministic_mode
+        if needs_maths(want) or varies:
             return EAGER
-        return masked_kernel_name(problem.device_type, problem.dtype, problem.rocm)
+        return masked_kernel_name(problem.device_type, problem.dtype, problem.rocm, problem.capability)
 
     def seen_as(self, problem: Problem) -> str:
         if self.kernel(problem) == EAGER:
@@ -53,7 +55,7 @@ class SdpaPadded(Backend):
         if 0 in (*q.shape[:3], *k.shape[:3]):
             out = connected_zeros((*q.shape[:3], value.shape[2]), query, key, value)
             lse: Tensor | None = q.new_full(q.shape[:3], float("-inf"), dtype=wide_dtype(q.dtype))
-        elif not needs_maths(semantics) and masked_kernel_name(q.device.type, q.dtype) != EAGER:
+        elif not _is_eager(semantics, q, k, v):
             visible = _visible(semantics, q.shape[2], columns, offset, key_real)
             out, lse = masked_attention(q, k, v, visible, _bias(extras, q.shape[2], columns, offset), semantics.factor)
         else:
@@ -62,6 +64,20 @@ class SdpaPadded(Backend):
         if packed_lse is not None and layout_q.has_slack:
             packed_lse = torch.where(layout_q.valid_rows(), packed_lse, float("-inf"))
         return dense_q.pack(out.transpose(1, 2)), packed_lse
+
+
+_strict = constant_while_tracing(strictly_deterministic)
+
+
+def _is_eager(semantics: Semantics, *tensors: Tensor) -> bool:
+    """Whether `attend` computes it, as `SdpaPadded.kernel` says.
+
+    The backward of the memory-efficient kernel splits keys over blocks and adds up in any order, unless torch's global mode forbids it.
+    """
+    device_type, dtype = tensors[0].device.type, tensors[0].dtype
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    varies = semantics.deterministic and grad and device_type == "cuda" and not _strict()
+    return needs_maths(semantics) or varies or masked_kernel_name(device_type, dtype) == EAGER
 
 
 def _in_place(
@@ -75,7 +91,7 @@ def _in_place(
     if layout_q is not layout_kv:
         offset = (layout_kv.token_counts() - layout_q.token_counts())[:, None, None, None]
     real = ~layout_kv.padding_mask()[:, None, None, :]
-    if needs_maths(semantics) or masked_kernel_name(q.device.type, q.dtype) == EAGER:
+    if _is_eager(semantics, q, k, v):
         out, lse = attend(q, k, v, semantics, extras, offset=offset, key_real=real, positions=(rows, columns))
     else:
         visible = visible_mask(semantics, rows, columns, offset)
