@@ -17,8 +17,8 @@ import varlen_attn
 
 ROOT = Path(varlen_attn.__file__).parent
 RANKS = (
-    ("errors", "_profile", "_timing"),
-    ("_gather", "_layout_checks", "_native"),
+    ("errors", "_timing"),
+    ("_gather", "_layout_checks", "_native", "_profile"),
     ("_fused_rows_kernel",),
     ("_index", "_fused_rows"),
     ("layout",),

@@ -256,6 +256,20 @@ def test_large_negative_logits() -> None:  # R-34, S20
         assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_scale_that_is_not_positive(scale: float, causal: bool) -> None:  # R-12
+    """Kernels that scale what they have masked make NaN of it, torch's CPU kernel among them."""
+    q, k, v = (torch.randn(5, 1, 8, requires_grad=True) for _ in range(3))
+    exact = attend(q, k, v, backend="reference", scale=scale, causal=causal)
+    expected = torch.autograd.grad(exact.sum(), (q, k, v), materialize_grads=True)
+    for backend in ("cpu", "sdpa_padded"):
+        out = attend(q, k, v, backend=backend, scale=scale, causal=causal)
+        torch.testing.assert_close(out, exact)
+        for got, want in zip(torch.autograd.grad(out.sum(), (q, k, v), materialize_grads=True), expected, strict=True):
+            torch.testing.assert_close(got, want)
+
+
 def test_a_mask_with_a_gradient_and_one_from_inference_mode() -> None:  # S24
     x = torch.randn(3, 3, 8, requires_grad=True)
     additive = torch.zeros(3, 3).masked_fill(MASK, -math.inf).requires_grad_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +121,31 @@ def test_one_profiler_at_a_time() -> None:
         with pytest.raises(ArgumentError, match="while a profiler is running"), record(kernels=True):
             raise AssertionError("never entered")
         x = rows()
+        varlen_attention(x, x, x, LAYOUT, backend="cpu")
+    assert [call.confirmed for call in log] == [True]
+
+
+def test_one_profiler_among_threads() -> None:
+    """Two at a time crash the process: also the one of another thread counts."""
+    x, found = rows(), []
+    started, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with record(kernels=True) as log:
+            started.set()
+            varlen_attention(x, x, x, LAYOUT, backend="cpu")
+            leave.wait(10)
+        found.append(log.calls[0].confirmed)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert started.wait(10)
+    with pytest.raises(ArgumentError, match="another thread"), record(kernels=True):
+        raise AssertionError("never entered")
+    leave.set()
+    thread.join()
+    assert found == [True]
+    with record(kernels=True) as log:
         varlen_attention(x, x, x, LAYOUT, backend="cpu")
     assert [call.confirmed for call in log] == [True]
 

@@ -199,6 +199,8 @@ def test_wishes_that_can_not_be_met_raise() -> None:
         padded_attention(x, x, x, route="dense", backend="cpu")
     with pytest.raises(ArgumentError, match="must be 'auto', 'packed' or 'dense'"):
         padded_attention(x, x, x, route="padded")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="must be 'auto', 'packed' or 'dense'"):
+        varlen_mha(torch.randn(4, 32), layout=SeqLayout.from_lengths([4]), num_heads=2, route="nonsense")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="packed x, whose padding is gone"):
         varlen_mha(torch.randn(4, 32), layout=SeqLayout.from_lengths([4]), num_heads=2, route="dense")
 
@@ -258,3 +260,31 @@ def test_masked_attention_is_never_left_to_torch_to_choose(
             assert bool(got.isfinite().all())
             if dtype == torch.float32:  # sums that cancel times 960: half precision has no digits left there
                 assert_within_budget(got, want.double(), eager, gradient=True)
+
+
+def test_what_the_padded_call_can_not_do_stays_packed() -> None:
+    """Nobody ordered it: the route must not depend on the fill where only one of the two can run the call."""
+    layout = SeqLayout.from_lengths(SHORT, 16)
+    q, k, v = qkv()
+    assert backend_and_route(q, k, v, layout=layout, batch_invariant=True)[:2] == ("cpu", "packed")
+    with pytest.raises(ArgumentError, match="`route` must not be 'dense' with batch_invariant"):
+        padded_attention(q, k, v, layout=layout, batch_invariant=True, route="dense")
+    meta = torch.empty(8, 16, 2, 16, device="meta")
+    assert padded_attention(meta, meta, meta, layout=layout.to("meta")).shape == meta.shape
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, at the first forward derivative
+@pytest.mark.parametrize("way", WAYS)
+def test_forward_derivatives_on_both_routes(way: Way) -> None:
+    q, k, v = qkv()
+    layout = SeqLayout.from_lengths(SHORT, 16)
+
+    def call(q: Tensor) -> Tensor:
+        out: Tensor = padded_attention(q, k, v, layout=layout, route=way, causal=True)
+        return out
+
+    _, tangent = torch.func.jvp(call, (q,), (torch.ones_like(q),))
+    _, expected = torch.func.jvp(
+        lambda q: padded_attention(q, k, v, layout=layout, backend="cpu", causal=True), (q,), (torch.ones_like(q),)
+    )
+    torch.testing.assert_close(tangent, expected)

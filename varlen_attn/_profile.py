@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from .errors import ArgumentError
 
 # What to look for in a profile, the most telling first. Ops that only choose a kernel (`aten::scaled_dot_product_attention`) are not here.
 _OPS = (
@@ -25,6 +28,9 @@ _CUDA_KERNELS = (r"flash|Flash|fmha|mha_|attention", r"softmax")
 _EXPLICIT = re.compile(r"softmax", re.IGNORECASE)
 _BACKWARD = re.compile(r"backward|bwd|bprop|cutlassB", re.IGNORECASE)
 _NOT_KERNELS = re.compile(r"^(Memcpy|Memset|varlen_attn( |::\w+$))")  # copies, fills, and ranges of ours on a device's timeline
+
+
+_alone = threading.Lock()
 
 
 @dataclass
@@ -45,25 +51,43 @@ def profiled(prefix: str) -> Iterator[Profile]:
     """Profile what runs inside, backward passes included; ranges whose label starts with ``prefix`` are kept apart.
 
     Kernels launched by a backward pass belong to no range: autograd launches them later, and on a GPU from a thread of its own.
+
+    Raises:
+        ArgumentError: a profiler is running. There is one for the process: a second one, in another thread too, would crash it.
     """
+    if torch.autograd.profiler._is_profiler_enabled or not _alone.acquire(blocking=False):
+        raise ArgumentError(
+            "`kernels` must be False while a profiler is running, but is True: leave out the outer torch.profiler or record(kernels=True), "
+            "also that of another thread."
+        )
+    try:
+        found = Profile()
+        with _running() as profiler:
+            yield found
+    finally:
+        _alone.release()
+        events = profiler.events() or []
+        on_device = [e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation]
+        found.kernels = _kernels(on_device, [e.name for e in events])
+        ranges = [e for e in events if e.device_type.name == "CPU" and e.name.startswith(prefix)]
+        found.by_range = {e.name: _kernels_below(e) for e in ranges}
+
+
+@contextmanager
+def _running() -> Iterator[Any]:
     from torch.profiler import ProfilerActivity, profile
 
     on_cuda = torch.cuda.is_available()
     profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])], acc_events=True)
-    found = Profile()
     with _without_stderr():
         profiler.start()
     try:
-        yield found
+        yield profiler
     finally:
         if on_cuda:
             torch.cuda.synchronize()  # kernels are launched without waiting, and those that end later are not seen
         with _without_stderr():
             profiler.stop()
-        events = profiler.events() or []
-        found.kernels = _kernels([e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation], [e.name for e in events])
-        ranges = [e for e in events if e.device_type.name == "CPU" and e.name.startswith(prefix)]
-        found.by_range = {e.name: _kernels_below(e) for e in ranges}
 
 
 def _kernels_below(event: Any) -> tuple[str, ...]:

@@ -203,7 +203,16 @@ def choose_while_tracing(problem: tuple[tuple[str, Any], ...], semantics: tuple[
 # rates packing wins as well, because the padded call that is right there is the memory-efficient kernel at half of flash's rate: cuDNN's,
 # which is faster, has returned NaN with a mask (pytorch#196678).
 _DENSE_PAYS: dict[str, tuple[int, float, float]] = {"cpu": (16, 0.7, 0.97)}
-LONGEST_DENSE = {"cpu": 16}  # columns, by device type; beyond them nobody needs to ask
+_LONGEST_DENSE = {"cpu": 16}  # columns, by device type
+
+
+def may_stay_dense(layout: SeqLayout, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether `route` may leave one attention call padded, whichever backend it would get: else nobody needs to ask for a plan."""
+    if layout.padded_len > _LONGEST_DENSE.get(device_type, 0) or dtype != torch.float32:
+        return False
+    if layout.lengths is None or layout.row_ids is not None or layout.is_dense:
+        return False
+    return any(least <= (layout.fill or 0.0) <= most for _, least, most in _DENSE_PAYS.values())
 
 
 def route(layout: SeqLayout, problem: Problem, *, per_call: bool = False) -> Route:
@@ -228,7 +237,7 @@ def route(layout: SeqLayout, problem: Problem, *, per_call: bool = False) -> Rou
 
 
 def _dense_pays(padded_len: int, fill: float, problem: Problem) -> bool:
-    if padded_len > LONGEST_DENSE.get(problem.device_type, 0) or problem.dtype != torch.float32:
+    if problem.device_type not in _LONGEST_DENSE or problem.dtype != torch.float32:
         return False
     columns, least, most = _DENSE_PAYS.get(choose(problem).backend, (0, 0.0, 0.0))
     return padded_len <= columns and least <= fill <= most

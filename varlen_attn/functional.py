@@ -20,7 +20,7 @@ from ._gather import trace_quietly
 from ._padded_rows import PaddedRows
 from ._static import static_graph, static_layout, static_layouts
 from .backends.base import Backend, Extras, ScoreBias
-from .dispatch import LONGEST_DENSE, Plan, Route, requested_backend
+from .dispatch import Plan, Route, requested_backend
 from .errors import ArgumentError, LayoutError
 from .layout import SeqLayout, is_tracing, layout_of_all, moved
 from .problem import check_dropout
@@ -224,32 +224,38 @@ def _way(
 ) -> Route | None:
     """Why padded tensors stay padded, or None where they are packed (or nothing is padded, so that both are one)."""
     layouts = (layout_q, layout_k)
-    if wish not in ("auto", "packed", "dense"):
-        raise ArgumentError(f"`route` must be 'auto', 'packed' or 'dense', but is {wish!r}.")
+    check_way(wish)
     if wish == "packed" or isinstance(layout_q, PaddedRows) or 0 in (*query.shape, *key.shape):
         return None
     if wish == "dense":
-        _check_dense(layouts, semantics.get("backend", "auto"))
+        _check_dense(layouts, semantics)
         return Route("dense", "the caller's wish")
-    if is_tracing(query) or any(x.lengths is None or x.row_ids is not None for x in layouts) or layout_q.is_dense or layout_k.is_dense:
+    if is_tracing(query) or not all(dispatch.may_stay_dense(x, query.device.type, query.dtype) for x in layouts):
         return None
-    if layout_k.padded_len > LONGEST_DENSE.get(query.device.type, 0) or semantics.get("score_bias") is not None:
-        return None
-    if requested_backend(semantics.get("backend", "auto")) != "auto":
+    if semantics.get("score_bias") is not None or requested_backend(semantics.get("backend", "auto")) != "auto":
         return None  # an order runs, on what it was ordered for
     # Nothing is packed yet: the same call on no rows has the same plan.
     nothing = SeqLayout.from_lengths([], device=query.device)
     nothing_k = nothing if layout_k is layout_q else SeqLayout.from_lengths([], device=key.device)
     q, k, v = (x[:0].flatten(0, 1) for x in (query, key, value))
     plan = plan_attention(q, k, v, nothing, nothing_k, thorough=False, **semantics)
+    if not any(decision.accepted for decision in plan.decisions if decision.backend == "sdpa_padded"):
+        return None
     ways = [dispatch.route(x, plan.problem, per_call=True) for x in layouts]
     return ways[1] if all(way.name == "dense" for way in ways) else None
 
 
-def _check_dense(layouts: tuple[SeqLayout, SeqLayout], backend: str | Backend) -> None:
+def check_way(wish: Way) -> None:
+    if wish not in ("auto", "packed", "dense"):
+        raise ArgumentError(f"`route` must be 'auto', 'packed' or 'dense', but is {wish!r}.")
+
+
+def _check_dense(layouts: tuple[SeqLayout, SeqLayout], semantics: dict[str, Any]) -> None:
     if any(x.row_ids is not None for x in layouts):
         raise ArgumentError("`route` must not be 'dense' where rows hold several documents, which a mask of padding does not keep apart.")
-    ordered = requested_backend(backend)
+    if semantics.get("batch_invariant"):
+        raise ArgumentError("`route` must not be 'dense' with batch_invariant=True: a padded batch is computed by its longest row.")
+    ordered = requested_backend(semantics.get("backend", "auto"))
     name = ordered if isinstance(ordered, str) else ordered.name
     if name not in ("auto", "sdpa_padded"):
         raise ArgumentError(
@@ -349,6 +355,7 @@ def varlen_mha(
     ``~key_padding_mask[..., None]``.
     """
     trace_quietly()
+    check_way(route)
     check_dropout(dropout_p)
     if dropout_p > 0 and training is None:
         raise ArgumentError(f"`training` must be True or False where dropout_p > 0, but is None (dropout_p is {dropout_p}).")

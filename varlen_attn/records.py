@@ -13,7 +13,6 @@ from torch import Tensor
 from ._profile import Profile, profiled, short_name
 from .backends.base import state
 from .dispatch import Plan, choose
-from .errors import ArgumentError
 from .layout import SeqLayout
 from .problem import Problem
 
@@ -143,10 +142,6 @@ def record(model: torch.nn.Module | None = None, *, kernels: bool = False) -> It
     Raises:
         ArgumentError: ``kernels=True`` while a profiler is running: there is one for a process.
     """
-    if kernels and torch._C._autograd._profiler_enabled():
-        raise ArgumentError(
-            "`kernels` must be False while a profiler is running, but is True: leave out the outer torch.profiler or record(kernels=True)."
-        )
     log = Record({} if model is None else {id(module): name for name, module in model.named_modules() if name}, profiles=kernels)
     profile = Profile()
     state.records.append(log)

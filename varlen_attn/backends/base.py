@@ -270,7 +270,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def scale_refusals(problem: Problem) -> Iterator[Refusal]:
     """For flash kernels, read in their source: scores are subtracted from their maximum and scaled after that, so that a negative scale
-    overflows, and 0 times the -inf of a masked score is NaN."""
+    overflows, and 0 times the -inf of a masked score is NaN. For the memory-efficient one too, whose source was not read for this."""
     scale = problem.semantics.scale
     if scale is not None and scale <= 0:
         yield Refusal("needs a scale above 0: its softmax takes the maximum before it scales", "multiply the query by it")

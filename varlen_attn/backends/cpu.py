@@ -239,9 +239,12 @@ class Cpu(Backend):
         value_dim = value.shape[-1]
         query, key, value = pad_head_dim(1, query, key, value)
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        scale = semantics.factor
+        if scale <= 0:  # the kernel scales what it has masked: -inf would become inf or NaN
+            query, scale = query * scale, 1.0
         window = [-1 if side is None else side for side in semantics.window or (None, None)]
         out, lse = _forward(
-            query, key, value, layout_q.cu_seqlens, layout_kv.cu_seqlens, semantics.factor, semantics.causal or "", window,
+            query, key, value, layout_q.cu_seqlens, layout_kv.cu_seqlens, scale, semantics.causal or "", window,
             extras.alibi_slopes, semantics.batch_invariant,
         )  # fmt: skip
         return out[..., :value_dim], lse if semantics.return_lse else None

@@ -143,7 +143,8 @@ class Flash2(Backend):
             yield Refusal("needs dropout_p below 1", "pass less")
 
     def kernel(self, problem: Problem) -> str:
-        return "flash_attn_varlen_func (Triton build)" if _is_triton_build(problem) else "flash_attn_varlen_func (flash_fwd_kernel)"
+        build = "Triton build" if _is_triton_build(problem) else "composable kernels" if problem.rocm else "flash_fwd_kernel"
+        return f"flash_attn_varlen_func ({build})"
 
     def seen_as(self, problem: Problem) -> str:
         if _is_triton_build(problem):

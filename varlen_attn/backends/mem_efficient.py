@@ -23,7 +23,7 @@ from ..layout import SeqLayout
 from ..problem import Problem, Semantics
 from ._blind import without_blind_queries
 from ._limits import in_grids
-from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim, repeat_kv
+from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim, repeat_kv, scale_refusals
 
 _MASK_TYPE = {False: 0, "top_left": 1, "bottom_right": 2}
 _MAX_ELEMENTS = 2**31 - 1  # of one tensor in one call
@@ -51,6 +51,7 @@ class MemEfficient(Backend):
     )
 
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
+        yield from scale_refusals(problem)
         if problem.dtype == torch.bfloat16 and (problem.capability or (0, 0)) < (8, 0) and problem.machine == "cuda":
             yield Refusal("needs compute capability 8.0 or newer for bfloat16", "use float16", "machine")
         if problem.semantics.dropout_p == 1.0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._gather import is_transformed
 from .._padded_rows import PaddedRows
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics, strictly_deterministic
@@ -22,7 +23,7 @@ class SdpaPadded(Backend):
     def kernel(self, problem: Problem) -> str:
         want = problem.semantics
         varies = want.deterministic and problem.needs_grad and problem.device_type == "cuda" and not problem.deterministic_mode
-        if needs_maths(want) or varies:
+        if needs_maths(want) or varies or problem.transformed:
             return EAGER
         return masked_kernel_name(problem.device_type, problem.dtype, problem.rocm, problem.capability)
 
@@ -77,7 +78,7 @@ def _is_eager(semantics: Semantics, *tensors: Tensor) -> bool:
     device_type, dtype = tensors[0].device.type, tensors[0].dtype
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     varies = semantics.deterministic and grad and device_type == "cuda" and not _strict()
-    return needs_maths(semantics) or varies or masked_kernel_name(device_type, dtype) == EAGER
+    return needs_maths(semantics) or varies or is_transformed() or masked_kernel_name(device_type, dtype) == EAGER
 
 
 def _in_place(

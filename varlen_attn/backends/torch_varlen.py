@@ -114,11 +114,15 @@ class TorchVarlen(Backend):
             )
 
     def kernel(self, problem: Problem) -> str:
+        if problem.machine != "cuda":
+            return "torch_attn::_varlen_attn (another vendor's kernel)"
         if problem.semantics.dropout_p:
             return "aten::_flash_attention_forward with cu_seqlens (flash_fwd_kernel)"
         return f"torch_attn::_varlen_attn ({'flash_fwd_kernel or cuDNN' if _may_be_cudnn(problem) else 'flash_fwd_kernel'})"
 
     def seen_as(self, problem: Problem) -> str:
+        if problem.machine != "cuda":
+            return ""
         return "flash_fwd_(kernel|splitkv)" + ("|cudnn" if _may_be_cudnn(problem) else "")
 
     @in_grids
