@@ -103,7 +103,7 @@ def times(result: Result) -> list[str]:
     lines = [[row["shape"], row["auto"], *_line(row, "forward"), *_line(row, "forward+backward")] for row in rows]
     if not lines:
         return []
-    header = ["bfloat16", "backend"]
+    header = [rows[0].get("dtype", "bfloat16"), "backend"]
     for way in ("forward", "forward+backward"):
         header += [f"{way}: torch with a mask, us", "ours with packing, us", "times faster", "ours packed before, times faster"]
     return [table(header, lines)]

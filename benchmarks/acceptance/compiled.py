@@ -32,10 +32,9 @@ def exact(q: Tensor, k: Tensor, v: Tensor, layout: SeqLayout) -> Tensor:
 
 def run(setting: Setting, findings: Findings) -> None:
     compiler = "inductor" if setting.device == "cuda" else "aot_eager"
-    dtype = torch.float32 if setting.small else torch.bfloat16
     for name, attend in (("capacity, layout inside", capacity), ("exact, layout outside", exact)):
         with findings.trying(name):
-            frames = frames_of(attend, compiler, dtype, setting.device)
+            frames = frames_of(attend, compiler, setting.dtype, setting.device)
             findings.check(name, frames == 1, f"{frames} compilations for {len(LENGTHS)} sets of lengths, forward and backward, {compiler}")
 
 

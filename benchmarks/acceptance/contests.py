@@ -25,15 +25,20 @@ __all__ = ["AGAIN", "BARE", "BASE", "KERNEL", "WHOLE", "contestants", "layouts",
 
 BASE, KERNEL, WHOLE, BARE, AGAIN = "torch, mask", "ours, kernel only", "ours, whole path", "bare kernel", "bare kernel again"
 _DENSE = "no mask"  # in a name: computes padding too, a lower bound for padded calls and not compared
+_FLEX = "flex_attention, mask built before"
+_COMPILED = (_FLEX, f"{KERNEL}, flex", f"{WHOLE}, flex")
 _LEFT_OUT = ("reference", "sdpa_padded")
 _ENOUGH = 1024  # tokens that are compared with float64; their results depend on no others
 
 
-def contestants(case: Case) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """All that can run, the default masked call first, and the reasons of those that can not."""
+def contestants(case: Case, compiled: bool = True) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """All that can run, the default masked call first, and the reasons of those that can not; ``compiled``: also who compiles kernels."""
     found: dict[str, Contestant] = {}
     absent: dict[str, str] = {}
     for name, make in _makers(case).items():
+        if name in _COMPILED and not compiled:
+            absent[name] = "compiles kernels for every shape, and is timed at one"
+            continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # prototypes say that they are, and forced kernels why they do not run
@@ -53,7 +58,7 @@ def _makers(case: Case) -> dict[str, Callable[[Case], Contestant]]:
         f"torch, {_DENSE}, flash": partial(_forced, kernel=SDPBackend.FLASH_ATTENTION, masked=False),
         f"torch, {_DENSE}, cuDNN": partial(_forced, kernel=SDPBackend.CUDNN_ATTENTION, masked=False),
         "nested tensors, packed before": others.nested,
-        "flex_attention, mask built before": others.flex,
+        _FLEX: others.flex,
         "xformers": others.xformers,
     }
     for backend in ("auto", *here(case.device, omit=_LEFT_OUT)):

@@ -19,7 +19,7 @@ Tensors = tuple[Tensor, Tensor, Tensor]
 
 
 def run(setting: Setting, findings: Findings) -> None:
-    dtype = torch.float32 if setting.small else torch.bfloat16
+    dtype = setting.dtype
     lengths = (24, 0, 40, 1) if setting.small else (96, 0, 200, 1)
     for name in ("auto", *here(setting.device, omit=())):
         tally = Tally(name)

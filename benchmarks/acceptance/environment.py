@@ -28,7 +28,7 @@ PACKAGES = (
 )  # fmt: skip
 VENDORS = {"nvidia", "amd", "geforce", "tesla", "instinct", "radeon", "intel"}
 _BOARD = re.compile(r"^(\d+gb|sxm\d?|pcie|hbm\d?e?|nvl|oam|mig)$")
-COPY_TBPS, MATMUL_TFLOPS = 2.5, 650  # of an H100 that nothing slows down
+COPY_TBPS, MATMUL_TFLOPS = 2.5, 650  # of an H100 SXM that nothing slows down
 
 
 def slug(name: str) -> str:
@@ -118,11 +118,11 @@ def run(setting: Setting, findings: Findings) -> None:
     findings.check("a backend is there", bool(there), ", ".join(there))
     if setting.small:
         return
-    hopper = torch.cuda.get_device_capability() == (9, 0)
     copied, multiplied = _rates(setting.device)
     findings.facts |= {"copy_TB/s": copied, "matmul_TFLOP/s": multiplied}
-    findings.check("copy", copied > COPY_TBPS, f"{copied} TB/s; an H100 does more than {COPY_TBPS}", required=hopper)
-    findings.check("matmul", multiplied > MATMUL_TFLOPS, f"{multiplied} TFLOP/s; an H100 does more than {MATMUL_TFLOPS}", required=hopper)
+    # Of the card, not of the library: whoever reads the times should know.
+    for name, rate, unit, least in (("copy", copied, "TB/s", COPY_TBPS), ("matmul", multiplied, "TFLOP/s", MATMUL_TFLOPS)):
+        findings.check(name, rate > least, f"{rate} {unit}; an H100 SXM does more than {least}", required=False)
 
 
 def _rates(device: str, numbers: int = 1 << 29, side: int = 8192) -> tuple[float, float]:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from varlen_attn import BackendRefused, SeqLayout
 
-from .cases import Batch, Case, Results, attend, compare, given, here
-from .findings import Findings, Setting, one_line
+from .cases import Batch, Case, Results, attend, compare, given, here, mask_of
+from .findings import Findings, Setting, half, one_line
 
-__all__ = ["captured", "length_sets", "replays", "run"]
+__all__ = ["captured", "layouts", "length_sets", "replays", "run"]
 
 COLUMNS = 256
+_LAYOUTS = "layouts, made and updated inside of the graph"
 Capture = Callable[[Callable[[], Results]], tuple[Callable[[], None], Results]]
 
 
@@ -44,11 +45,37 @@ def run(setting: Setting, findings: Findings) -> None:
     for backend in ("auto", *here(setting.device)):
         with findings.trying(backend):
             try:
-                told = replays(backend, setting.device, torch.bfloat16, COLUMNS, captured)
+                told = replays(backend, setting.device, half(setting.device), COLUMNS, captured)
             except BackendRefused as refusal:
                 findings.facts[backend] = one_line(refusal)
                 continue
             findings.check(backend, True, told)
+    with findings.trying(_LAYOUTS):
+        findings.check(_LAYOUTS, True, layouts(setting.device, COLUMNS, captured))
+
+
+def layouts(device: str, columns: int, capture: Capture) -> str:
+    """R-40: raise AssertionError unless a graph that itself updates a layout, and builds one, follows the mask that both are made of."""
+    mask = mask_of((columns, 7, columns // 2, 0), columns).to(device)
+    updated = SeqLayout.from_key_padding_mask(mask, capacity=mask.numel())
+
+    def make() -> Results:
+        updated.update_(mask)
+        return _tensors("updated", updated) | _tensors("built", SeqLayout.from_key_padding_mask(mask, capacity=mask.numel()))
+
+    replay, written = capture(make)
+    for lengths in length_sets(columns):
+        mask.copy_(mask_of(lengths, columns))
+        replay()
+        want = SeqLayout.from_key_padding_mask(mask, capacity=mask.numel())
+        for what, x in (_tensors("updated", want) | _tensors("built", want)).items():
+            assert torch.equal(written[what], x), f"{what} is not that of the lengths {lengths}"
+    return f"captured once, replayed with {len(length_sets(columns))} other masks"
+
+
+def _tensors(what: str, layout: SeqLayout) -> Results:
+    fields = {"cu_seqlens": layout.cu_seqlens, "token_indices": layout.token_indices, "gather_indices": layout.gather_indices}
+    return {f"{what} {name}": x for name, x in fields.items()}
 
 
 def replays(backend: str, device: str, dtype: torch.dtype, columns: int, capture: Capture) -> str:

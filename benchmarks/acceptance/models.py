@@ -12,7 +12,7 @@ from varlen_attn import enabled, record
 from varlen_attn.testing import poison
 
 from .cases import Results, compare, mask_of
-from .findings import Findings, Setting
+from .findings import Findings, Setting, half
 
 __all__ = ["run"]
 
@@ -21,7 +21,7 @@ LENGTHS, COLUMNS, WIDTH = (64, 33, 1, 50), 64, 64
 
 def run(setting: Setting, findings: Findings) -> None:
     """R-12: an encoder in training, in two dtypes, against torch's own in float64."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, half(setting.device)):
         name = f"nn.TransformerEncoder, {str(dtype).removeprefix('torch.')}"
         with findings.trying(name):
             findings.check(name, True, _as_before(dtype, setting.device))

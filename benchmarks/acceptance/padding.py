@@ -26,7 +26,7 @@ FILLS = (0.0, 1e4, float("nan"), float("inf"))
 
 
 def run(setting: Setting, findings: Findings) -> None:
-    dtype = torch.float32 if setting.small else torch.bfloat16
+    dtype = setting.dtype
     for name in ("auto", *here(setting.device)):
         tally = Tally(name)
         for form, (lengths, columns) in FORMS.items():

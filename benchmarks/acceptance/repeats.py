@@ -13,7 +13,7 @@ from varlen_attn import SeqLayout
 
 from ..measure import peak_extra
 from .cases import Batch, Case, attend, given, here
-from .findings import Findings, Setting, Tally
+from .findings import Findings, Setting, Tally, half
 
 __all__ = ["determinism", "line_through", "memory"]
 
@@ -23,7 +23,7 @@ RUNS = 20
 def determinism(setting: Setting, findings: Findings) -> None:
     """R-42: asked by the argument, and by torch's own switch; whoever can not says so."""
     case = Case("", (1024, 300, 0, 700), 1024, heads=(8, 4), options=given(causal=True))
-    batch = Batch.of(case.shrunk() if setting.small else case, torch.float32 if setting.small else torch.bfloat16, setting.device)
+    batch = Batch.of(case.shrunk() if setting.small else case, setting.dtype, setting.device)
     for name in ("auto", *here(setting.device)):
         tally = Tally(name)
         tally.attempt("deterministic=True", partial(same_bits, batch, name))
@@ -78,7 +78,7 @@ def memory(setting: Setting, findings: Findings, batch: int = 8, columns: int = 
 
 def _peak(backend: str, batch: int, length: int, columns: int, device: str) -> int:
     layout = SeqLayout.from_lengths([length] * batch, columns, device=device)
-    qkv = tuple(torch.randn(layout.num_rows, HEADS, DIM, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    qkv = tuple(torch.randn(layout.num_rows, HEADS, DIM, device=device, dtype=half(device)).requires_grad_() for _ in range(3))
 
     def step() -> tuple[Tensor, ...]:
         out = attend(qkv, layout, backend)

@@ -14,7 +14,7 @@ from varlen_attn import SeqLayout
 from varlen_attn.testing import assert_within_budget, reference_attention
 
 from .cases import attend, here, leaves_of
-from .findings import Findings, Setting, Tally
+from .findings import Findings, Setting, Tally, half
 
 __all__ = ["large", "traps"]
 
@@ -22,7 +22,7 @@ Tensors = tuple[Tensor, ...]
 
 
 def traps(setting: Setting, findings: Findings) -> None:
-    dtype = torch.float32 if setting.small else torch.bfloat16
+    dtype = setting.dtype
     findings.facts["torch, bool mask of True: values of dq that are not finite (pytorch#196678)"] = _upstream_nan(dtype, setting.device)
     sets: dict[str, Callable[[str], None]] = {
         "rows of very small sums": partial(small_sums, dtype, setting.device),
@@ -37,9 +37,9 @@ def traps(setting: Setting, findings: Findings) -> None:
 
 
 def _tiny_sums(dtype: torch.dtype, device: str, length: int = 704) -> Tensors:
-    """q, k, v ``(L, 1, 64)``: every score is about -120, so that a row's log-sum-exp is below -88.7, where exp in float32 is 0."""
+    """q, k, v ``(L, 2, 64)``: every score is about -120, so that a row's log-sum-exp is below -88.7, where exp in float32 is 0."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(length, 1, 64, generator=generator) for _ in range(3))
+    q, k, v = (torch.randn(length, 2, 64, generator=generator) for _ in range(3))
     q, k = q * 0.1, k * 0.1
     q[..., 0], k[..., 0] = 1.0, -120 * math.sqrt(64)
     return tuple(x.to(device, dtype) for x in (q, k, v))
@@ -65,10 +65,10 @@ def uncovered_rows(dtype: torch.dtype, device: str, backend: str) -> None:
     exact = SeqLayout.from_lengths(lengths, device=device)
     slack = SeqLayout.from_key_padding_mask(exact.padding_mask(), capacity=512, validate=False)
     generator = torch.Generator().manual_seed(0)
-    qkv = tuple(torch.randn(333, 4, 64, generator=generator).to(device, dtype) for _ in range(3))
+    qkv = tuple(torch.randn(333, 2, 64, generator=generator).to(device, dtype) for _ in range(3))
     longer = tuple(F.pad(x, (0, 0, 0, 0, 0, 512 - 333), value=float("nan")) for x in qkv)
     _as_the_reference(qkv, exact, backend)
-    out, grads = _with_gradients(longer, slack, backend, torch.ones(512, 4, 64, device=device, dtype=dtype))
+    out, grads = _with_gradients(longer, slack, backend, torch.ones(512, 2, 64, device=device, dtype=dtype))
     for x in (out, *grads):
         assert not bool((x[333:] != 0).any()), "rows beyond the last offset are not 0"
     want = _reference(qkv, exact, torch.float64), _reference(qkv, exact, dtype)
@@ -117,7 +117,7 @@ def large(setting: Setting, findings: Findings) -> None:
     room = torch.cuda.get_device_properties(0).total_memory if setting.device == "cuda" else 0
     for name in ("auto", *here(setting.device, omit=("reference", "sdpa_padded", "nested", "flex"))):
         tally = Tally(name)
-        tally.attempt("70000 sequences", partial(many_sequences, 70_000, torch.bfloat16, setting.device, name))
+        tally.attempt("70000 sequences", partial(many_sequences, 70_000, half(setting.device), setting.device, name))
         if room > LARGE:
             tally.attempt("2^31 elements", partial(_if_it_fits, f"{name}, 2^31 elements", findings, setting.device))
             torch.cuda.empty_cache()
@@ -128,7 +128,7 @@ def large(setting: Setting, findings: Findings) -> None:
 def _if_it_fits(what: str, findings: Findings, device: str) -> None:
     """A backend that copies may need more than there is: that is a fact, and no wrong result."""
     try:
-        many_elements(2**31, torch.bfloat16, device, what.split(",")[0])
+        many_elements(2**31, half(device), device, what.split(",")[0])
     except torch.OutOfMemoryError:
         findings.facts[what] = "does not fit on this GPU"
 
