@@ -129,7 +129,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help=f"stages, separated by commas: {', '.join(stage.name for stage in STAGES)}")
-    parser.add_argument("--budget", type=float, default=540, help="seconds for all; what does not fit is not run, and not passed")
+    parser.add_argument("--budget", type=float, default=475, help="seconds for all; what does not fit is not run, and not passed")
     parser.add_argument("--out", type=Path, help="the JSON; of a GPU, if left out, benchmarks/results/<GPU>/acceptance.json")
     parser.add_argument("--fa3-library", type=Path, help="an .so, or .so.xz, that registers torch.ops.flash_attn_3")
     parser.add_argument("--cudart", type=Path, help="the CUDA runtime that this library was linked to")

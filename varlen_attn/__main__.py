@@ -174,13 +174,13 @@ def _problem(options: argparse.Namespace) -> Problem:
 
 def _explain(options: argparse.Namespace) -> int:
     from .dispatch import choose
-    from .errors import ArgumentError, BackendRefused
+    from .errors import ArgumentError, BackendRefused, NoBackend
 
     try:
         plan = choose(_problem(options), thorough=True)
     except ArgumentError as error:
         options.parser.error(str(error))
-    except BackendRefused as error:
+    except (BackendRefused, NoBackend) as error:
         print(json.dumps({"error": str(error)}, indent=1) if options.json else error, file=sys.stdout if options.json else sys.stderr)
         return 1
     print(json.dumps(plan.as_dict(), indent=1) if options.json else plan)
