@@ -12,7 +12,7 @@
 #   make test-thorough   many more property-test examples
 #   make docs            the table of docs/transformers.md, from the architectures in the tests
 #   make gpu             accept the library on a CUDA device, and run the tests of all backends there (under half an hour)
-#   make gpu-acceptance  only the first part of that (9 minutes at most)
+#   make gpu-acceptance  only the first part of that (8 minutes at most)
 #   make gpu-tests       only the second
 #   make real            models with their published weights, on speech and text: same scores and vectors, and times (minutes)
 

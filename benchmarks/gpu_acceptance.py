@@ -1,4 +1,4 @@
-"""Accept this library on a GPU: what is claimed of it is shown there, stage by stage, in 9 minutes at most.
+"""Accept this library on a GPU: what is claimed of it is shown there, stage by stage, in 8 minutes at most.
 
 ``python -m benchmarks.gpu_acceptance`` writes ``benchmarks/results/<GPU>/acceptance.json`` after every stage, so that a run that is cut
 still tells what it had, prints a summary, and ends with status 0 only if everything required holds. A stage that the budget has no time

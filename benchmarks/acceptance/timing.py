@@ -55,7 +55,7 @@ class Shape:
 SHAPES = (Shape(32, 512), Shape(32, 2048), Shape(32, 2048, 0.85), Shape(8, 8192), Shape(32, 2048, head_dim=128))
 COMPILED = SHAPES[1]  # here those take part who compile kernels for a shape: seconds each
 ROW_SECONDS = 25.0  # of one shape
-SHARE = 130.0  # seconds, beyond which no shape is begun: stages wait
+SHARE = 110.0  # seconds, beyond which no shape is begun: stages wait
 
 
 def timing(setting: Setting, findings: Findings, shapes: tuple[Shape, ...] = SHAPES) -> None:
