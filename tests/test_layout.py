@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from varlen_attn import ArgumentError, DtypeError, LayoutError, LayoutWarning, SeqLayout, varlen_attention, varlen_mha
+from varlen_attn import (
+    ArgumentError,
+    DtypeError,
+    LayoutError,
+    LayoutWarning,
+    SeqLayout,
+    _gather,
+    padded_attention,
+    varlen_attention,
+    varlen_mha,
+)
 from varlen_attn._gather import scatter_rows
 from varlen_attn.testing import poison
 from varlen_attn.testing.strategies import Batch, batches, lengths, mask_dtypes, masks
@@ -282,6 +292,121 @@ def test_functorch_transforms_go_through_pack_and_unpack() -> None:  # R-55
         assert torch.equal(torch.func.vmap(round_trip)(many), many * real)
         per_sample = torch.func.vmap(torch.func.grad(lambda x: (round_trip(x) ** 2).sum()))(many)
         assert torch.equal(per_sample, 2 * many * real)
+
+
+@pytest.fixture(params=["small", "large"])
+def size_class(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results count as small (the formulas) or as large (copies of words), whatever their size is."""
+    for name in ("_SMALL_PACK", "_SMALL_UNPACK"):
+        monkeypatch.setattr(_gather, name, {"small": 2**62, "large": -1}[request.param])
+
+
+@pytest.mark.parametrize("width", [0, 1, 3, 8, 16], ids=lambda n: f"{n} numbers")
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.complex64, torch.complex128])
+@pytest.mark.usefixtures("size_class")
+def test_copies_of_either_size_change_no_bit(dtype: torch.dtype, width: int) -> None:  # R-10
+    test_copies_change_no_bit(dtype, width)
+
+
+@pytest.mark.parametrize("capacity", [None, 4, 6])
+@pytest.mark.usefixtures("size_class")
+def test_conjugates_of_either_size(capacity: int | None) -> None:
+    test_conjugates_are_packed_and_results_can_be_changed_in_place(capacity)
+
+
+def has_numbers(dtype: torch.dtype) -> bool:
+    """Not a name for bits only, which torch itself can not fill."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # complex32 is experimental
+            torch.zeros(1, dtype=torch.float32).to(dtype)
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+every_dtype = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype) and has_numbers(d)}, key=str)
+
+
+def test_dtypes_are_all_there() -> None:
+    unsigned = {torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+    float8 = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu}
+    assert set(every_dtype) >= unsigned | float8 | {torch.bool, torch.int8, torch.int64, torch.float16, torch.complex32}
+
+
+@pytest.mark.parametrize("width", [1, 3, 16])
+@pytest.mark.parametrize("capacity", [None, 5, 7])
+@pytest.mark.parametrize("dtype", every_dtype, ids=str)
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.usefixtures("size_class")
+def test_every_dtype_of_torch(dtype: torch.dtype, capacity: int | None, width: int) -> None:  # R-10
+    mask = torch.tensor([[False, False, True], [True, True, True], [False, False, False]])
+    layout = of_mask(mask, capacity=capacity)
+    size = torch.empty((), dtype=dtype).element_size()
+    bytes_of_x = torch.randint(0, 2 if dtype == torch.bool else 256, (3, 3, width * size), dtype=torch.uint8)
+    packed = layout.pack(bytes_of_x.view(dtype))
+    assert packed.dtype == dtype
+    assert torch.equal(packed.view(torch.uint8)[:5], bytes_of_x[~mask])
+    assert not packed.view(torch.uint8)[5:].any(), "slack rows are 0"
+    one = torch.ones(width, dtype=torch.float32).to(dtype).view(torch.uint8)
+    padded = layout.unpack(packed, 1)  # there is no 0 in float8_e8m0fnu
+    assert padded.dtype == dtype
+    assert torch.equal(padded.view(torch.uint8), torch.where(mask[..., None], one, bytes_of_x))
+
+
+def grads_by_loop(y: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
+    return torch.stack([torch.autograd.grad(y, x, v, retain_graph=True)[0] for v in vectors])
+
+
+@pytest.mark.parametrize("width", [8, 3, 1])  # rows of 16 bytes or not
+@pytest.mark.parametrize("capacity", [None, 11, 13])
+@pytest.mark.usefixtures("size_class")
+def test_batched_gradients(capacity: int | None, width: int) -> None:
+    """R-13: batches of gradients have no storage, and `torch.func` does not know of them."""
+    layout = SeqLayout.from_lengths([4, 4, 0, 3])
+    if capacity is not None:
+        layout = of_mask(layout.padding_mask(), capacity=capacity)
+    for move, shape in ((layout.pack, (4, 4, width)), (layout.unpack, (layout.num_rows, width))):
+        x = torch.randn(shape, requires_grad=True)
+        y = move(x)
+        vectors = torch.randn(5, *y.shape)
+        (grads,) = torch.autograd.grad(y, x, vectors, is_grads_batched=True, retain_graph=True)
+        assert torch.equal(grads, grads_by_loop(y, x, vectors))
+        jacobians = [torch.autograd.functional.jacobian(move, x, vectorize=v, strategy="reverse-mode") for v in (True, False)]
+        assert torch.equal(*jacobians)
+
+
+@pytest.mark.parametrize("capacity", [None, 5, 7])
+@pytest.mark.usefixtures("size_class")
+def test_batched_second_derivatives(capacity: int | None) -> None:  # R-13
+    layout = of_mask(torch.tensor([[False, False, True], [False, False, False]]), capacity=capacity)
+    x = torch.randn(2, 3, 2, dtype=torch.float64)
+    of_loss: Any = lambda x: layout.unpack(layout.pack(x).pow(3)).square().sum()  # noqa: E731
+    fast, slow = (torch.autograd.functional.hessian(of_loss, x, vectorize=v) for v in (True, False))
+    assert slow.any()
+    assert torch.allclose(fast, slow, rtol=1e-14, atol=0)
+
+
+@pytest.mark.usefixtures("size_class")
+def test_batched_gradients_of_attention() -> None:  # R-13
+    layout = SeqLayout.from_lengths([3, 1])
+    x = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    y = padded_attention(x, x, x, layout=layout, backend="reference")
+    vectors = torch.randn(3, *y.shape, dtype=torch.float64)
+    (grads,) = torch.autograd.grad(y, x, vectors, is_grads_batched=True, retain_graph=True)
+    assert torch.allclose(grads, grads_by_loop(y, x, vectors), rtol=1e-12, atol=1e-12)
+
+
+def test_small_results_take_no_detour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps around a copy of words cost more than a small copy; large ones gain."""
+    calls = []
+    monkeypatch.setattr(_gather, "_in_words", lambda *rows: calls.append(len(rows)) or rows)
+    for columns, expected in ((4, []), (2**18, [2, 1, 2])):
+        mask = torch.tensor([[False], [True]])
+        exact, capacity = of_mask(mask), of_mask(mask, capacity=2)
+        x = torch.ones(2, 1, columns)
+        for layout in (exact, capacity):
+            layout.unpack(layout.pack(x))
+        assert calls == expected
 
 
 def test_shapes_and_devices_are_never_adjusted() -> None:

@@ -5,7 +5,8 @@ slot: NaN there can not leak.
 
 Both are here twice. `gather_rows` and `scatter_rows` are the formulas: they have all rules of `torch.func`, and T may be 0 or unknown
 while tracing. Inductor makes one kernel of `scatter_rows`, without a temporary (seen in its code for a CPU, torch 2.13); eager torch
-copies all rows once more to put a row of padding before them. So an eager call goes through `_take_rows` and `_place_rows`.
+copies all rows once more to put a row of padding before them. So an eager call with a large result goes through `_take_rows` and
+`_place_rows`.
 
 Bytes moved for N real rows, B*S slots, in sizes of a row; arithmetic, not measured:
 
@@ -31,6 +32,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+
+# Results of at most so many bytes are made by the formulas: with one thread on a CPU (torch 2.13, float32 and bfloat16, data in the
+# cache) the steps around the faster copy took longer than what it saved.
+_SMALL_PACK = 2**15
+_SMALL_UNPACK = 2**19
+
+# Numbers of as many bits in place of those whose rows torch does not write on a CPU (2.13).
+_STAND_INS = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 def is_tracing(*tensors: Tensor) -> bool:
@@ -100,7 +109,11 @@ def gather_rows(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Ten
     if x.shape[0] == 0:
         return x.new_zeros((token_indices.shape[0], *x.shape[1:]))
     rows = x.index_select(0, token_indices)
-    return torch.where(valid_T.view(-1, *[1] * (x.dim() - 1)), rows, rows.new_zeros(()))
+    valid = valid_T.view(-1, *[1] * (x.dim() - 1))
+    if x.dtype in _STAND_INS:  # torch 2.11 has no `where` for them; they have no gradient either
+        bits = rows.view(_STAND_INS[x.dtype])
+        return torch.where(valid, bits, 0).view(x.dtype)
+    return torch.where(valid, rows, rows.new_zeros(()))
 
 
 def scatter_rows(x: Tensor, gather_indices: Tensor, pad_value: float) -> Tensor:
@@ -114,7 +127,7 @@ def scatter_rows(x: Tensor, gather_indices: Tensor, pad_value: float) -> Tensor:
 
 def _take_rows(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Tensor:
     """`gather_rows`; slack rows are overwritten where they stand."""
-    if valid_T is None or x.shape[0] == 0 or is_tracing(x):
+    if valid_T is None or x.shape[0] == 0 or not _has_memory(x) or _row_bytes(x) * token_indices.shape[0] <= _SMALL_PACK:
         return gather_rows(x, token_indices, valid_T)
     rows = x.index_select(0, token_indices)
     words = _in_words(rows)[0]
@@ -124,9 +137,10 @@ def _take_rows(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Tens
 
 def _place_rows(x: Tensor, token_indices: Tensor, gather_indices: Tensor, valid_T: Tensor | None, pad_value: float) -> Tensor:
     """`scatter_rows`, by writing where the rows belong instead of reading from where they come."""
-    if is_tracing(x) or (x.is_cuda and torch.are_deterministic_algorithms_enabled()):  # that would sort the indices at every call
-        return scatter_rows(x, gather_indices, pad_value)
     slots, trailing = gather_indices.shape[0], x.shape[1:]
+    sorts = x.is_cuda and torch.are_deterministic_algorithms_enabled()  # index_copy_ would sort the indices at every call
+    if not _has_memory(x) or sorts or _row_bytes(x) * slots <= _SMALL_UNPACK:
+        return scatter_rows(x, gather_indices, pad_value)
     if valid_T is None:
         out = x.new_full((slots, *trailing), pad_value)
     else:  # slack rows go to one slot too many, which is cut off
@@ -137,25 +151,43 @@ def _place_rows(x: Tensor, token_indices: Tensor, gather_indices: Tensor, valid_
     return out if valid_T is None else out.resize_(slots, *trailing)  # a slice would be a view, which nobody could change in place
 
 
+def _has_memory(x: Tensor) -> bool:
+    """Whether the numbers of ``x`` stand in memory that we may address: not while tracing, not in a tensor subclass, and not in a batch
+    of gradients (``is_grads_batched``, ``vectorize=True``), which is no transform of `torch.func` and has no storage."""
+    if is_tracing(x) or x.device.type not in ("cpu", "cuda") or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return False
+    return not torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def _row_bytes(x: Tensor) -> int:
+    return math.prod(x.shape[1:]) * x.element_size()
+
+
 def _in_words(*rows: Tensor) -> tuple[Tensor, ...]:
-    """Tensors of equal rows as numbers of 16 bytes over the same memory (a copy of a strided one); as they are where that is impossible.
+    """Tensors of equal rows as numbers of 16 bytes over the same memory (a copy of a strided one), or of their own size where that is
+    impossible.
 
     torch writes rows number by number, on a CPU and a GPU alike, so that bfloat16 costs 8 times the steps. Copying complex numbers
     changes no bit.
     """
     words = []
     for x in rows:
-        if x.device.type not in ("cpu", "cuda") or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return rows
         width = math.prod(x.shape[1:])
         flat = x.reshape(x.shape[0], width)
         flat = flat if flat.stride(1) == 1 else flat.contiguous()
         sizes = (width, flat.stride(0), flat.storage_offset())
         fits = width > 0 and all(size * x.element_size() % 16 == 0 for size in sizes) and flat.data_ptr() % 16 == 0
         if not fits or x.is_conj() or x.is_neg():
-            return rows
+            return tuple(_in_own_size(x) for x in rows)
         words.append(flat.view(torch.complex128))
     return tuple(words)
+
+
+def _in_own_size(x: Tensor) -> Tensor:
+    """Integers over the same memory where torch writes no rows of the dtype of ``x``: unsigned ones above 8 bits, and float8."""
+    if x.is_floating_point() and x.element_size() == 1:
+        return x.view(torch.int8)
+    return x.view(_STAND_INS[x.dtype]) if x.dtype in _STAND_INS else x
 
 
 def needs_plain_gathers() -> bool:
