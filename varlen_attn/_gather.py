@@ -5,7 +5,7 @@ slot: NaN there can not leak.
 
 Both are here twice. `gather_rows` and `scatter_rows` are the formulas: they have all rules of `torch.func`, and T may be 0 or unknown
 while tracing. Inductor makes one kernel of `scatter_rows`, without a temporary (seen in its code for a CPU, torch 2.13); eager torch
-copies all rows once more to put a row of padding before them. So an eager call with a large result goes through `_take_rows` and
+copies all rows once more to put a row of padding before them. So an eager call with many bytes goes through `_take_rows` and
 `_place_rows`.
 
 Bytes moved for N real rows, B*S slots, in sizes of a row; arithmetic, not measured:
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-# Results of at most so many bytes are made by the formulas: with one thread on a CPU (torch 2.13, float32 and bfloat16, data in the
+# Rows of at most so many bytes are moved by the formulas: with one thread on a CPU (torch 2.13, float32 and bfloat16, data in the
 # cache) the steps around the faster copy took longer than what it saved.
 _SMALL_PACK = 2**15
 _SMALL_UNPACK = 2**19
@@ -127,7 +127,7 @@ def scatter_rows(x: Tensor, gather_indices: Tensor, pad_value: float) -> Tensor:
 
 def _take_rows(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Tensor:
     """`gather_rows`; slack rows are overwritten where they stand."""
-    if valid_T is None or x.shape[0] == 0 or not _has_memory(x) or _row_bytes(x) * token_indices.shape[0] <= _SMALL_PACK:
+    if valid_T is None or x.shape[0] == 0 or is_tracing(x) or x.nbytes <= _SMALL_PACK or not _has_memory(x):
         return gather_rows(x, token_indices, valid_T)
     rows = x.index_select(0, token_indices)
     words = _in_words(rows)[0]
@@ -137,10 +137,11 @@ def _take_rows(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Tens
 
 def _place_rows(x: Tensor, token_indices: Tensor, gather_indices: Tensor, valid_T: Tensor | None, pad_value: float) -> Tensor:
     """`scatter_rows`, by writing where the rows belong instead of reading from where they come."""
-    slots, trailing = gather_indices.shape[0], x.shape[1:]
-    sorts = x.is_cuda and torch.are_deterministic_algorithms_enabled()  # index_copy_ would sort the indices at every call
-    if not _has_memory(x) or sorts or _row_bytes(x) * slots <= _SMALL_UNPACK:
+    if is_tracing(x) or x.nbytes <= _SMALL_UNPACK or not _has_memory(x):
         return scatter_rows(x, gather_indices, pad_value)
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():  # that would sort the indices at every call
+        return scatter_rows(x, gather_indices, pad_value)
+    slots, trailing = gather_indices.shape[0], x.shape[1:]
     if valid_T is None:
         out = x.new_full((slots, *trailing), pad_value)
     else:  # slack rows go to one slot too many, which is cut off
@@ -152,15 +153,11 @@ def _place_rows(x: Tensor, token_indices: Tensor, gather_indices: Tensor, valid_
 
 
 def _has_memory(x: Tensor) -> bool:
-    """Whether the numbers of ``x`` stand in memory that we may address: not while tracing, not in a tensor subclass, and not in a batch
-    of gradients (``is_grads_batched``, ``vectorize=True``), which is no transform of `torch.func` and has no storage."""
-    if is_tracing(x) or x.device.type not in ("cpu", "cuda") or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    """Whether the numbers of ``x`` stand in memory that we may address: not in a tensor subclass, and not in a batch of gradients
+    (``is_grads_batched``, ``vectorize=True``), which is no transform of `torch.func` and has no storage."""
+    if x.device.type not in ("cpu", "cuda") or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return False
     return not torch._C._functorch.is_legacy_batchedtensor(x)
-
-
-def _row_bytes(x: Tensor) -> int:
-    return math.prod(x.shape[1:]) * x.element_size()
 
 
 def _in_words(*rows: Tensor) -> tuple[Tensor, ...]:
