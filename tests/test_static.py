@@ -224,6 +224,20 @@ def test_sizes_may_be_dynamic(name: str) -> None:  # R-56
             torch.testing.assert_close(graph(x, mask), model(x, mask), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "name", ["padded_attention", "log-sum-exp", "varlen_mha stacked", "varlen_mha without projections", "module, added keys", "encoder"]
+)
+def test_sizes_may_have_names(name: str) -> None:
+    """R-56: a named dimension takes no guard that does not hold in all of its range, from 0 on."""
+    model = build(name)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("columns")}
+    graph = torch.export.export(model, EXAMPLE, dynamic_shapes=(sizes, sizes)).module()
+    for lengths, size in (([4, 1, 3, 7, 2], 7), ([3, 2], 4), ([1], 1)):
+        x, mask = torch.randn(len(lengths), size, D), right(lengths, size)
+        with torch.no_grad():
+            torch.testing.assert_close(graph(x, mask), model(x, mask), atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_trace_serves_every_mask(name: str, tmp_path: Path) -> None:
     """R-56: `torch.jit.trace` runs Python once, with one mask; saved and loaded, the trace is right for the others."""
@@ -320,6 +334,20 @@ def test_padded_rows_against_the_reference(
         out = Call()(*(x.masked_fill(m[..., None, None], torch.nan) for x, m in ((q, mask_q), (k, mask_k), (v, mask_k))))
         assert not out[mask_q].any()
         assert_within_budget(layouts[0].pack(out), ref, naive)
+
+
+@pytest.mark.parametrize("flip", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("lengths", [[5, 3], [0, 0], [1, 0]], ids=str)
+def test_a_bias_reaches_to_the_longest_sequence(lengths: list[int], flip: bool) -> None:
+    """R-12: rows that stay padded ask no more of a score bias than packed ones do, and index it within its bounds."""
+    mask = right(lengths, 8).flip(1) if flip else right(lengths, 8)
+    reach = max(1, *lengths)
+    x, bias = torch.randn(2, 8, N, 8), torch.randn(N, reach, reach, requires_grad=True)
+    outs = [padded_attention(x, x, x, mask, score_bias=bias, route=route) for route in ("dense", "packed")]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*(torch.autograd.grad(o.square().sum() + 0 * bias.sum(), bias)[0] for o in outs))
+    with pytest.raises(ArgumentError, match=rf"must reach to position {reach} of queries"):
+        padded_attention(x, x, x, mask, score_bias=bias[:, 1:], route="dense")
 
 
 def test_a_row_that_sees_nothing_asks_no_kernel_for_mercy(monkeypatch: pytest.MonkeyPatch) -> None:

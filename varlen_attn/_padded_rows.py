@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import LayoutError
-from .layout import SeqLayout, layout_of_all
+from .layout import SeqLayout, is_tracing, layout_of_all
 
 __all__ = ["PaddedRows"]
 
@@ -28,13 +28,15 @@ class PaddedRows(SeqLayout):
 
     @classmethod
     def of(cls, x: Tensor, padding: Tensor | None, *, like: SeqLayout | None = None, reason: str = "") -> PaddedRows:
-        """For ``x (B, S, ...)``; ``like`` is what is known of its holes."""
+        """For ``x (B, S, ...)``; ``like`` is what is known of its holes and of its longest sequence."""
         every = layout_of_all(x.shape[0], x.shape[1], x.device)
         known = {f.name: getattr(every, f.name) for f in fields(every)}
         if padding is not None:
             known |= {"gather_indices": torch.where(padding.flatten(), 0, every.gather_indices), "has_holes": None, "right_padded": None}
         if like is not None:
             known |= {"has_holes": like.has_holes, "holes": like.holes}
+            if like.lengths is not None and not is_tracing(x):
+                known["max_seqlen"] = max((1, *like.lengths))  # the position of padding is 0 where nothing stands before it
         return cls(**known, padding=padding, reason=reason)
 
     @property
@@ -64,7 +66,8 @@ class PaddedRows(SeqLayout):
         return ~self.padding_mask().flatten()
 
     def pack(self, x: Tensor) -> Tensor:
-        return self._filled(x, 0.0).flatten(0, 1)
+        # By way of one dimension, because torch.export guards on the stride of merged dimensions, and refuses named ones for it.
+        return self._filled(x, 0.0).reshape(-1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
     def unpack(self, x: Tensor, pad_value: float = 0.0) -> Tensor:
         return self._filled(x.reshape(self.batch_size, self.padded_len, *x.shape[1:]), pad_value)

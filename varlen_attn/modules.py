@@ -356,7 +356,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         q, k, v = self._project(*padded[:3])
         extra = 0
         if self.bias_k is not None and self.bias_v is not None:
-            row = (len(k), 1, self.num_heads, self.head_dim)
+            row = (k.shape[0], 1, self.num_heads, self.head_dim)
             k = torch.cat([k, self.bias_k.to(k.dtype).view(1, 1, *row[2:]).expand(row)], 1)
             v = torch.cat([v, self.bias_v.to(v.dtype).view(1, 1, *row[2:]).expand(row)], 1)
             extra += 1
