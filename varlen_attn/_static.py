@@ -86,6 +86,7 @@ def static_attention(
 
     Distances count tokens, as the packed way does, whatever the side of the padding and with holes too.
     """
+    key, value = repeat_kv(int(query.shape[1]), key, value)  # of rows: of (B, K, S, H), torch.export in 2.11 guards on its strides
     q = layout_q.unpack(query).transpose(1, 2)
     k, v = (layout_kv.unpack(x).transpose(1, 2) for x in (key, value))
     visible = key_real = None if layout_kv.padding is None else ~layout_kv.padding[:, None, None, :]
@@ -102,7 +103,6 @@ def static_attention(
         if positions is not None:
             near = visible_mask(semantics, *positions, offset)
             visible = near if key_real is None or near is None else near & key_real
-        k, v = repeat_kv(int(query.shape[1]), k, v)
         out = _fused(q, k, v, visible, semantics.factor)
     packed_lse = layout_q.pack(lse.transpose(1, 2)).transpose(0, 1) if lse is not None and semantics.return_lse else None
     return layout_q.pack(out.transpose(1, 2)), packed_lse
