@@ -38,7 +38,7 @@ def common_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
             raise DtypeError(
                 f"inside autocast query, key and value must be float16, bfloat16 or float32, but {listing}: leave autocast for float64."
             )
-        return tuple(x.to(dtype) for x in tensors)
+        return tuple(x if x.dtype == dtype else x.to(dtype) for x in tensors)  # torch.export asserts the dtype before each cast
     if len(set(dtypes)) > 1:
         raise DtypeError(f"query, key and value must have one dtype, but {listing}: convert them, or call under torch.autocast.")
     return tensors

@@ -90,6 +90,8 @@ def serves(*xs: Tensor) -> bool:
     device = xs[0].device
     if not (device.type == "cuda" or (_INTERPRETED and device.type == "cpu")):
         return False
+    if any(torch._C._functorch.is_legacy_batchedtensor(x) for x in xs):
+        return False  # gradients of `is_grads_batched`, which have no memory of their own to read
     plain = all(type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and x.device == device for x in xs)
     return plain and _why_no_kernel() is None
 
