@@ -462,3 +462,14 @@ def test_onnx_serves_every_mask(name: str, tmp_path: Path) -> None:
     x, mask = torch.randn(2, 4, D), right([3, 2], 4)
     with torch.no_grad():
         torch.testing.assert_close(graph(x, mask), model(x, mask), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["module", "encoder"])
+def test_a_graph_exported_inside_autocast_runs_outside_of_it(name: str) -> None:
+    model = build(name)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        program = torch.export.export(model, EXAMPLE)
+        expected = model(*EXAMPLE)
+    with torch.no_grad():
+        got = program.module()(*EXAMPLE)
+    torch.testing.assert_close(got.to(expected.dtype), expected, atol=0.05, rtol=0.05)
