@@ -43,8 +43,8 @@ OFFLINE := HF_HUB_OFFLINE=1
 COVERAGE := --cov --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 # What is run again with the compiled kernel in the place that it takes by itself.
-WITH_NATIVE := tests/backends tests/test_functional.py tests/test_modules.py tests/test_encoder_training.py tests/test_compile.py \
-  tests/test_capacity.py
+WITH_NATIVE := tests/backends/test_conformance.py tests/backends/test_cpu_native.py tests/backends/test_capabilities.py \
+  tests/test_functional.py tests/test_modules.py tests/test_encoder_training.py tests/test_compile.py tests/test_capacity.py
 SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)"
 

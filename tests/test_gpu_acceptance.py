@@ -650,7 +650,7 @@ def test_make_gpu_takes_another_python() -> None:
     """One that can install nothing: no environment is made, everything is run with it."""
 
     def printed(python: str) -> str:  # which of the tests' packages there are is asked all the same
-        command = ["make", "-n", "gpu", f"GPU_PYTHON={python}"]
+        command = ["make", "-n", "--no-print-directory", "gpu", f"GPU_PYTHON={python}"]
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
     done = printed(sys.executable)
@@ -667,7 +667,9 @@ def test_make_gpu_takes_another_python() -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 def test_the_parts_of_make_gpu_run_one_by_one() -> None:
     ran = {
-        part: subprocess.run(["make", "-n", part, "GPU_PYTHON=that/python"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        part: subprocess.run(
+            ["make", "-n", "--no-print-directory", part, "GPU_PYTHON=that/python"], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout
         for part in ("gpu-acceptance", "gpu-tests")
     }
     assert {part: ("benchmarks.gpu_acceptance" in text, "pytest" in text) for part, text in ran.items()} == {
