@@ -150,6 +150,20 @@ def test_one_profiler_among_threads() -> None:
     assert [call.confirmed for call in log] == [True]
 
 
+def test_a_profiler_that_does_not_start_says_why_and_blocks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any) -> None:
+        raise OSError("no tracing here")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(torch.profiler.profile, "start", fail)
+        with pytest.raises(OSError, match="no tracing here"), record(kernels=True):
+            raise AssertionError("never entered")
+    x = rows()
+    with record(kernels=True) as log:
+        varlen_attention(x, x, x, LAYOUT, backend="cpu")
+    assert [call.confirmed for call in log] == [True]
+
+
 def test_an_error_inside_leaves_a_record_and_no_profiler(capfd: pytest.CaptureFixture[str]) -> None:
     x = rows()
     with suppress(ZeroDivisionError), record(kernels=True) as log:

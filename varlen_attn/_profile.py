@@ -55,39 +55,43 @@ def profiled(prefix: str) -> Iterator[Profile]:
     Raises:
         ArgumentError: a profiler is running. There is one for the process: a second one, in another thread too, would crash it.
     """
+    found, profiler = Profile(), None
+    try:
+        with _running() as profiler:
+            yield found
+    finally:
+        if profiler is not None:  # it was started
+            events = profiler.events() or []
+            on_device = [e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation]
+            found.kernels = _kernels(on_device, [e.name for e in events])
+            ranges = [e for e in events if e.device_type.name == "CPU" and e.name.startswith(prefix)]
+            found.by_range = {e.name: _kernels_below(e) for e in ranges}
+
+
+@contextmanager
+def _running() -> Iterator[Any]:
+    """The one profiler of the process, alone, from start to stop."""
+    from torch.profiler import ProfilerActivity, profile
+
     if torch.autograd.profiler._is_profiler_enabled or not _alone.acquire(blocking=False):
         raise ArgumentError(
             "`kernels` must be False while a profiler is running, but is True: leave out the outer torch.profiler or record(kernels=True), "
             "also that of another thread."
         )
     try:
-        found = Profile()
-        with _running() as profiler:
-            yield found
+        on_cuda = torch.cuda.is_available()
+        profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])], acc_events=True)
+        with _without_stderr():
+            profiler.start()
+        try:
+            yield profiler
+        finally:
+            if on_cuda:
+                torch.cuda.synchronize()  # kernels are launched without waiting, and those that end later are not seen
+            with _without_stderr():
+                profiler.stop()
     finally:
         _alone.release()
-        events = profiler.events() or []
-        on_device = [e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation]
-        found.kernels = _kernels(on_device, [e.name for e in events])
-        ranges = [e for e in events if e.device_type.name == "CPU" and e.name.startswith(prefix)]
-        found.by_range = {e.name: _kernels_below(e) for e in ranges}
-
-
-@contextmanager
-def _running() -> Iterator[Any]:
-    from torch.profiler import ProfilerActivity, profile
-
-    on_cuda = torch.cuda.is_available()
-    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])], acc_events=True)
-    with _without_stderr():
-        profiler.start()
-    try:
-        yield profiler
-    finally:
-        if on_cuda:
-            torch.cuda.synchronize()  # kernels are launched without waiting, and those that end later are not seen
-        with _without_stderr():
-            profiler.stop()
 
 
 def _kernels_below(event: Any) -> tuple[str, ...]:
@@ -115,11 +119,8 @@ def kernel_ran(call: Callable[[], object]) -> str:
 
     Scores written out, then a softmax, is what runs where no kernel is fused; that is said.
     """
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     call()  # what is set up at a first call is not of interest
-    with _without_stderr(), profile(activities=activities, acc_events=True) as seen:
+    with _running() as seen:
         call()
     events = seen.key_averages()
     on_device = [e for e in events if e.device_type.name == "CUDA"]
