@@ -44,12 +44,13 @@ class Sequence(NamedTuple):
 
 
 def sequences(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float, semantics: Semantics, dropout_p: float, seed: int
-) -> Iterator[Sequence]:
-    """``q (T,N,H)``, ``k, v (Tk,K,H)``."""
-    generator = torch.Generator().manual_seed(seed)
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float, semantics: Semantics, dropout_p: float, seed: int,
+    alibi_slopes: Tensor | None = None, num_keys: int = 1,
+) -> Iterator[Sequence]:  # fmt: skip
+    """``q (T,N,H)``, ``k, v (Tk,K,H)``. Random numbers of a head begin at ``(sequence * N + head) * num_keys``."""
     group = q.shape[1] // k.shape[1]
-    for (q0, q1), (k0, k1) in zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True):
+    both = zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True)
+    for number, ((q0, q1), (k0, k1)) in enumerate(both):
         qs = q[q0:q1].double().transpose(0, 1)
         ks, vs = (x[k0:k1].double().transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
         low, high = semantics.visible_range(k1 - k0 - (q1 - q0))
@@ -61,11 +62,22 @@ def sequences(
         if semantics.softcap is not None:
             capped = torch.tanh(scores / semantics.softcap)
             scores, slope = semantics.softcap * capped, 1 - capped.square()
+        if alibi_slopes is not None:
+            scores = scores + alibi_slopes.double()[:, None, None] * _alibi(semantics, distance, k1 - k0 - (q1 - q0))
         scores = scores.masked_fill(~visible, float("-inf"))
         lse = scores.logsumexp(-1)
         weights = torch.where(lse.isneginf()[..., None], 0, (scores - lse[..., None]).exp())
-        keep = (torch.rand(scores.shape, generator=generator) >= dropout_p) / (1 - dropout_p)
+        heads = (number * q.shape[1] + torch.arange(q.shape[1])) * num_keys
+        drawn = [torch.rand(scores.shape[1:], generator=torch.Generator().manual_seed(seed + int(head))) for head in heads]
+        keep = (torch.stack(drawn) >= dropout_p) / (1 - dropout_p) if drawn else torch.ones_like(scores)
         yield Sequence(slice(q0, q1), slice(k0, k1), qs, ks, vs, weights, keep.double(), lse, scores, slope)
+
+
+def _alibi(semantics: Semantics, distance: Tensor, offset: int) -> Tensor:
+    """flash-attn 2's ``mask.h``: under a causal mask the column alone, which changes the log-sum-exp of a row and not its softmax."""
+    if semantics.causal and semantics.window is None:
+        return (distance + torch.arange(distance.shape[0])[:, None]).double()
+    return -(distance - offset).abs().double()
 
 
 def gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, parts: Iterator[Sequence]) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +87,7 @@ def gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, parts
     for s in parts:
         g = grad[s.rows_q].double().transpose(0, 1)
         d_weights = (g @ s.v.transpose(1, 2)) * s.keep
-        d_scores = s.weights * (d_weights - (g * s.out).sum(-1, keepdim=True)) * scale
+        d_scores = s.weights * (d_weights - (g * s.out).sum(-1, keepdim=True)) * s.slope * scale
         dq[s.rows_q] = (d_scores @ s.k).transpose(0, 1).to(q.dtype)
         for total, part in ((dk, d_scores.transpose(1, 2) @ s.q), (dv, (s.weights * s.keep).transpose(1, 2) @ g)):
             total[s.rows_k] = part.unflatten(0, (-1, group)).sum(1).transpose(0, 1).to(k.dtype)
@@ -85,10 +97,31 @@ def gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, parts
 # -------------------------------------------------------------------- flash
 
 
-def _flash_semantics(is_causal: bool, left: int | None, right: int | None) -> Semantics:
-    sides = tuple(None if side is None or side < 0 else side for side in (left, right))
-    window = None if sides == (None, None) else sides
-    return Semantics(causal="bottom_right" if is_causal else False, window=window)  # type: ignore[arg-type]
+GRID = 65_535  # what CUDA counts to in the second and third place of a grid
+
+
+def flash_semantics(is_causal: bool, left: int | None, right: int | None, most_left: int, most_right: int) -> Semantics:
+    """What kernels make of a window: a side of at least ``most`` is unlimited, and an unlimited side beside a limited one is ``most``.
+
+    Both are ``max_seqlen_k`` in flash-attn 2 and torch (``mha_varlen_fwd`` and ``set_params_fprop`` of ``flash_api.cpp``). In flash-attn 3
+    they are ``max_seqlen_k - 1`` and ``max_seqlen_q - 1``.
+    """
+    left, right = (-1 if side is None or side >= most else side for side, most in ((left, most_left), (right, most_right)))
+    right = 0 if is_causal else right
+    if left < 0 and right == 0:
+        return Semantics(causal="bottom_right")
+    if left < 0 and right < 0:
+        return Semantics()
+    return Semantics(window=(most_left if left < 0 else left, most_right if right < 0 else right))
+
+
+def check_loads(*tensors: Tensor) -> None:
+    """Loads of 16 bytes: anything else is an illegal access, which ends the process."""
+    for x in tensors:
+        unit = 16 // x.element_size()
+        assert x.stride(-1) == 1, "contiguous last dimension"
+        assert x.data_ptr() % 16 == 0, "misaligned address"
+        assert all(stride % unit == 0 for stride in x.stride()[:-1]), "misaligned rows"
 
 
 def _check_flash(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> None:
@@ -96,8 +129,8 @@ def _check_flash(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, ma
     assert q.shape[2] == k.shape[2] == v.shape[2] <= 256, "one head dimension"
     assert q.shape[2] % 8 == 0, "head dimensions are not padded by the kernel"
     assert cu_q.dtype == cu_k.dtype == torch.int32
-    assert all(x.stride(-1) == 1 for x in (q, k, v))
-    assert len(cu_q) > 1, "batch size must be positive"
+    check_loads(q, k, v)
+    assert 1 < len(cu_q) <= GRID + 1, "batch size must be positive, and no grid counts further"
     assert not (max_q == 1 and q.shape[1] > k.shape[1]), "the decoding shortcut wants one query in every sequence"
     assert max_q >= int(cu_q.diff().max())
     assert max_k >= int(cu_k.diff().max())
@@ -110,7 +143,7 @@ def flash_forward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     assert all(x is None for x in unused.values())
     _check_flash(q, k, v, cu_q, cu_k, max_q, max_k)
-    semantics = _flash_semantics(is_causal, window_size_left, window_size_right)
+    semantics = flash_semantics(is_causal, window_size_left, window_size_right, max_k, max_k)
     seed = int(torch.randint(2**30, ())) if dropout_p else 0
     out = torch.full_like(q, float("nan"), memory_format=torch.contiguous_format)
     lse = torch.full((q.shape[1], q.shape[0]), float("nan"))
@@ -129,7 +162,7 @@ def flash_backward(
     _check_flash(q, k, v, cu_q, cu_k, max_q, max_k)
     assert grad.is_contiguous(), "a broadcast gradient is read by its strides"
     assert scale is not None
-    semantics = _flash_semantics(is_causal, window_size_left, window_size_right)
+    semantics = flash_semantics(is_causal, window_size_left, window_size_right, max_k, max_k)
     seed = int(rng_state.to(torch.int64)[0])
     return gradients(grad, q, k, v, scale, sequences(q, k, v, cu_q, cu_k, scale, semantics, dropout_p, seed))
 
@@ -143,12 +176,11 @@ def _check_hopper(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, m
     assert q.shape[2] == k.shape[2] == v.shape[2] <= 256, "one head dimension, as far as these tests go"
     assert q.shape[2] % 8 == 0
     assert q.shape[2] > 0, "head dimensions are not padded by the kernel"
-    for x in (q, k, v):
-        assert x.stride(-1) == 1, "contiguous last dimension"
-        assert all(stride and stride % 8 == 0 for stride in (*x.stride()[:-1], x.storage_offset() or 8)), "16 bytes, for the accelerator"
+    check_loads(q, k, v)
+    assert all(0 not in x.stride() for x in (q, k, v)), "wrong on heads with a stride of 0"
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert cu_q.shape == cu_k.shape
-    assert len(cu_q) > 1
+    assert 1 < len(cu_q) <= GRID + 1
     assert min(q.shape[0], k.shape[0]) > 0, "early betas of flash-attn 4 have no rule for a backward of nothing"
     assert type(max_q) is type(max_k) is int
     assert max_q >= int(cu_q.diff().max())
@@ -231,6 +263,8 @@ def _check_efficient(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert int(cu_q.diff().min()) > 0, "an empty sequence"
     assert int(cu_k.diff().min()) > 0, "an empty sequence"
+    assert len(cu_q) <= GRID + 1, "no grid counts further"
+    check_loads(q, k, v)
     if mask_type == 2:
         assert bool((cu_q.diff() <= cu_k.diff()).all()), "bottom-right with more queries than keys masks nothing"
 
@@ -246,7 +280,8 @@ def efficient_forward(
     seed = int(torch.randint(2**30, ())) if dropout_p else 0
     out = torch.full((*q.shape[:3], v.shape[3]), float("nan"), dtype=q.dtype)
     lse = torch.full((len(cu_q) - 1, q.shape[2], -(-max_q // 32) * 32), float("inf"))
-    for i, s in enumerate(sequences(q[0], k[0], v[0], cu_q, cu_k, scale, semantics, dropout_p, seed)):
+    # With offsets the forward takes the number of keys for 0 (attention.cu), so that all heads and sequences drop alike.
+    for i, s in enumerate(sequences(q[0], k[0], v[0], cu_q, cu_k, scale, semantics, dropout_p, seed, num_keys=0)):
         out[0, s.rows_q] = s.out.transpose(0, 1).to(q.dtype)
         lse[i, :, : s.lse.shape[1]] = s.lse.float()
     return out, lse, torch.tensor(seed), torch.tensor(0), max_q, max_k
@@ -261,7 +296,7 @@ def efficient_backward(
     assert grad.is_contiguous()
     assert scale is not None
     semantics = Semantics(causal=_MASK_TYPES[mask_type])  # type: ignore[arg-type]
-    parts = sequences(q[0], k[0], v[0], cu_q, cu_k, scale, semantics, dropout_p, int(seed))
+    parts = sequences(q[0], k[0], v[0], cu_q, cu_k, scale, semantics, dropout_p, int(seed), num_keys=max_q * max_k)
     return (*(x[None] for x in gradients(grad[0], q[0], k[0], v[0], scale, parts)), torch.empty(()))
 
 
@@ -332,12 +367,11 @@ class FA3Ops:
 
         return run
 
-    def _checked(self, softcap: float, left: int, right: int, causal: bool) -> Semantics:
-        right = 0 if causal else right
+    def _checked(self, softcap: float, left: int, right: int, causal: bool, max_q: int, max_k: int) -> Semantics:
+        semantics = flash_semantics(causal, left, right, max_k - 1, max_q - 1)
         assert "softcap" not in self.without or softcap == 0.0, "This flash attention build does not support tanh softcapping."
-        is_local = left >= 0 or right > 0 or (right == 0 and not causal)
-        assert "window" not in self.without or not is_local, "This flash attention build does not support local attention."
-        return replace(_flash_semantics(causal, left, right), softcap=softcap or None)
+        assert "window" not in self.without or semantics.window is None, "This flash attention build does not support local attention."
+        return replace(semantics, softcap=softcap or None)
 
     def _forward(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
@@ -345,7 +379,7 @@ class FA3Ops:
         attention_chunk: int = 0, num_splits: int = 0, **unused: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         assert not any(unused.values()), unused
-        semantics = self._checked(softcap, window_size_left, window_size_right, is_causal)
+        semantics = self._checked(softcap, window_size_left, window_size_right, is_causal, max_seqlen_q, max_seqlen_k)
         return hopper_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, semantics)
 
     def _backward(
@@ -355,7 +389,7 @@ class FA3Ops:
     ) -> tuple[Tensor, ...]:  # fmt: skip
         assert "backward" not in self.without, "This flash attention build does not support backward."
         assert not any(unused.values()), unused
-        semantics = self._checked(softcap, window_size_left, window_size_right, is_causal)
+        semantics = self._checked(softcap, window_size_left, window_size_right, is_causal, max_seqlen_q, max_seqlen_k)
         grads = hopper_backward(
             dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, semantics
         )

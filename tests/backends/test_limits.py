@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from varlen_attn import SeqLayout, varlen_attention
@@ -89,6 +90,20 @@ def test_parts_where_only_the_device_knows_them(most: int, cross: bool, launched
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
         assert not a.isnan().any()
+
+
+def test_nested_tensors_run_in_parts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R-22: torch passes them to the same kernels."""
+    layout, started = SeqLayout.from_lengths(LENGTHS_Q), []
+    q, k, v = torch.randn(3, layout.num_rows, 2, 8)
+    want = varlen_attention(q, k, v, layout, backend="nested")
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(_limits, "MAX_SEQUENCES", 3)
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, *rest, **options: [started.append(len(q)), attention(q, *rest, **options)][1]
+    )
+    torch.testing.assert_close(varlen_attention(q, k, v, layout, backend="nested"), want)
+    assert started == [3, 3, 1]
 
 
 @pytest.mark.gpu

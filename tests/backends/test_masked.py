@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from varlen_attn import SeqLayout, varlen_attention
+from varlen_attn.backends import _masked
 from varlen_attn.backends._masked import _efficient_cuda
 from varlen_attn.backends.mem_efficient import MemEfficient
 
@@ -34,6 +38,65 @@ def test_a_mask_of_padding_is_not_written_out() -> None:  # R-34, R-53
     assert bool(lse[2].isneginf().all())
     exact = (q[1] @ k[1, :, :3].transpose(-1, -2) * 0.5).softmax(-1) @ v[1, :, :3]
     torch.testing.assert_close(out[1], exact)
+
+
+@pytest.mark.parametrize("wraps", [2**32, 50, 20, 5])
+def test_dropout_of_the_padded_call_is_one_mask_forward_and_backward(wraps: int, monkeypatch: pytest.MonkeyPatch) -> None:  # R-25
+    """On a kernel that numbers its random numbers in fewer bits in the forward: calls beyond are halved until both agree."""
+    monkeypatch.setattr(_masked, "_MAX_DROPPED", wraps - 1)
+    q, k, v = (torch.randn(3, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (5, 4, 4))
+    visible = torch.arange(4) < torch.tensor([4, 3, 0])[:, None, None, None]
+
+    def run(p: float) -> Tensor:
+        return _efficient_cuda(q, k, v, visible, None, 0.5, p)[0]
+
+    with padded_kernel(wraps) as calls:
+        out = run(0.5)
+        grads = torch.autograd.grad(out, (q, k, v), out.detach())
+        torch.testing.assert_close((grads[2] * v).sum(), out.square().sum())  # the output is linear in the values
+        assert not torch.equal(out, run(0.5))
+        torch.testing.assert_close(torch.stack([run(0.5) for _ in range(400)]).mean(0), run(0.0), atol=0.35, rtol=0)
+    assert max(calls) < wraps
+    assert not out[2].any()
+
+
+def test_a_padded_call_in_one_part_would_drop_other_weights() -> None:
+    """The same on the kernel as it is, whose numbers wrap: what the test above would find."""
+    q, k, v = (torch.randn(3, 2, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    with padded_kernel(50):
+        out, _ = _efficient_cuda(q, k, v, torch.ones(1, 1, 1, 5, dtype=torch.bool), None, 0.5, 0.5)
+        (dv,) = torch.autograd.grad(out, v, out.detach())
+    assert float(((dv * v).sum() / out.square().sum() - 1).detach().abs()) > 0.05
+
+
+@contextmanager
+def padded_kernel(wraps: int) -> Iterator[list[int]]:
+    """torch's padded memory-efficient kernel with dropout: in the forward, numbers of random numbers wrap. Lists the weights of calls."""
+    calls: list[int] = []
+
+    def weights(q: Tensor, k: Tensor, mask: Tensor, scale: float, p: float, seed: Tensor, wraps: int) -> tuple[Tensor, Tensor]:
+        scores = q @ k.transpose(-1, -2) * scale + mask
+        draws = torch.rand(scores.numel(), generator=torch.Generator().manual_seed(int(seed)))
+        numbers = torch.arange(scores.numel()) % wraps
+        return scores.softmax(-1), (draws[numbers] >= p).view(scores.shape) / (1 - p)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, lse: bool, p: float = 0.0, causal: bool = False, *, scale: float) -> Any:
+        calls.append(mask.numel() if p else 0)
+        seed = torch.randint(2**30, ())
+        shares, keep = weights(q, k, mask, scale, p, seed, wraps)
+        return (shares * keep) @ v, torch.zeros(q.shape[:3]), seed, torch.zeros(())
+
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Tensor, lse: Tensor, seed: Tensor, offset: Tensor, p: float,
+        wanted: list[bool], causal: bool = False, *, scale: float,
+    ) -> Any:  # fmt: skip
+        shares, keep = weights(q, k, mask, scale, p, seed, 2**62)
+        scores = shares * ((grad @ v.transpose(-1, -2)) * keep - (grad * out).sum(-1, keepdim=True)) * scale
+        return scores @ k, scores.transpose(-1, -2) @ q, (shares * keep).transpose(-1, -2) @ grad, torch.empty(())
+
+    kernels = {"_scaled_dot_product_efficient_attention": forward, "_scaled_dot_product_efficient_attention_backward": backward}
+    with on_cpu(**kernels):
+        yield calls
 
 
 def test_empty_sequences_of_self_attention_move_nothing() -> None:

@@ -13,6 +13,7 @@ from varlen_attn import SeqLayout, varlen_attention
 from varlen_attn.backends import mem_efficient
 from varlen_attn.backends.base import Extras
 from varlen_attn.backends.mem_efficient import MemEfficient
+from varlen_attn.dispatch import choose
 from varlen_attn.problem import Problem, Semantics
 from varlen_attn.testing import assert_within_budget, reference_attention
 
@@ -73,15 +74,18 @@ def test_large_calls_are_split_over_heads(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("kernel")
-def test_dropout_reaches_the_kernel_and_its_backward() -> None:
-    layout = SeqLayout.from_lengths([6])
-    qkv = tensors([6], [6], (2, 2), (8, 8), torch.float32)
-    plain = varlen_attention(*qkv, layout, backend=HERE)
-    outs = [varlen_attention(*qkv, layout, backend=HERE, dropout_p=0.5) for _ in range(200)]
-    assert not torch.equal(outs[0], outs[1])
-    torch.testing.assert_close(torch.stack(outs).mean(0), plain, atol=0.35, rtol=0)
-    (dv,) = torch.autograd.grad(outs[0].sum(), qkv[2])
-    torch.testing.assert_close((dv * qkv[2]).sum(), outs[0].sum(), atol=1e-4, rtol=1e-4)  # the output is linear in the values
+def test_dropout_is_refused_because_the_backward_drops_other_weights() -> None:
+    problem = Problem(device_type="cuda", capability=(9, 0), rocm=False, semantics=Semantics(scale=0.3, dropout_p=0.5), needs_grad=True)
+    assert "other attention weights in its backward" in "; ".join(r.reason for r in MemEfficient().refusals(problem))
+    plan = choose(problem)
+    assert (plan.backend, plan.kernel) == ("sdpa_padded", "aten::_scaled_dot_product_efficient_attention with a mask")
+    q, k, v = (x[None].detach().requires_grad_() for x in tensors([6, 5], [6, 5], (2, 2), (8, 8), torch.float32))
+    cu = SeqLayout.from_lengths([6, 5]).cu_seqlens
+    out, *_ = torch.ops.aten._efficient_attention_forward(q, k, v, None, cu, cu, 6, 6, 0.5, 0, True, scale=0.3)
+    (dv,) = torch.autograd.grad(out, v, out.detach())
+    assert float(((dv * v).sum() / out.square().sum() - 1).detach().abs()) > 0.05, (
+        "the kernel's own rule: the output is linear in the values, and this is not"
+    )
 
 
 def test_meta_tensors_give_shapes() -> None:

@@ -63,6 +63,7 @@ def test_is_not_chosen_by_itself_on_a_cpu() -> None:  # R-32
         (dict(semantics=Semantics(score_bias=True)), "score bias"),
         (dict(semantics=Semantics(return_lse=True)), "log-sum-exp"),
         (dict(semantics=Semantics(deterministic=True), needs_grad=True), "deterministic"),
+        (dict(semantics=Semantics(dropout_p=0.1)), "other attention weights in its backward"),
         (dict(host_lengths=False), "empty sequences"),
         (dict(tracing=True), "torch.compile"),
         (dict(head_dim=264), "256"),

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from varlen_attn import Refusal, SeqLayout, padded_attention, varlen_attention
 from varlen_attn.backends import torch_varlen
+from varlen_attn.backends._fit import aligned
 from varlen_attn.backends.base import Extras
 from varlen_attn.backends.torch_varlen import TorchVarlen
 from varlen_attn.problem import Problem, Semantics
@@ -43,6 +44,9 @@ CASES: dict[str, tuple[list[int], list[int] | None, tuple[int, int], tuple[int, 
     "window": ([9, 4], None, (2, 2), (8, 8), dict(window=(2, 1))),
     "causal window, one side": ([9, 4], None, (2, 2), (8, 8), dict(window=(None, 1))),
     "causal window": ([9, 4], None, (2, 2), (8, 8), dict(causal=True, window=(2, 3))),
+    "window, open on the right, more queries": ([12, 3], [5, 9], (2, 2), (8, 8), dict(window=(2, None))),
+    "window, wide on the right, more queries": ([12, 3], [5, 9], (2, 2), (8, 8), dict(window=(2, 10))),
+    "window, open on the left, more queries": ([12, 3], [5, 9], (2, 2), (8, 8), dict(window=(None, 10))),
     "cross": ([5, 0, 4, 3], [2, 4, 0, 6], (2, 1), (8, 8), dict(scale=0.4)),
     "cross, causal": ([5, 0, 4, 3], [2, 4, 0, 6], (2, 2), (8, 8), dict(causal=True)),
     "one query each, grouped heads": ([1, 0, 1], [3, 2, 4], (4, 2), (8, 8), {}),
@@ -77,6 +81,42 @@ def test_rows_that_the_kernel_leaves_unwritten_are_zero(dropout_p: float) -> Non
     grads = torch.autograd.grad(out, qkv, torch.ones_like(out))
     assert all(bool(x.isfinite().all()) and not x[6:].any() for x in (out, *grads))
     assert bool(lse[:, 6:].isneginf().all())
+
+
+@pytest.mark.usefixtures("kernel")
+def test_rows_that_the_kernel_could_not_load_are_copied() -> None:
+    """Parts of a fused projection beside something else: at another address, or with rows that are no multiple of 16 bytes."""
+    layout = SeqLayout.from_lengths([6, 4])
+    for before, after in ((4, 4), (4, 0), (0, 4)):
+        fused = torch.randn(10, before + 3 * 2 * 8 + after).half()
+        q, k, v = fused[:, before : before + 48].unflatten(1, (3, 2, 8)).unbind(1)
+        out = varlen_attention(q, k, v, layout, backend=HERE)
+        assert torch.equal(out, varlen_attention(*(x.contiguous() for x in (q, k, v)), layout, backend=HERE))
+    one = torch.randn(10, 1, 8).half().expand(10, 2, 8)
+    assert torch.equal(varlen_attention(q, one, v, layout, backend=HERE), varlen_attention(q, one.contiguous(), v, layout, backend=HERE))
+
+
+def test_rows_that_the_kernel_can_load_are_not_copied() -> None:
+    fused = torch.randn(10, 3, 2, 8).half()
+    assert all(aligned(x) is x for x in fused.unbind(1))
+    assert aligned(fused[1:, 1]).data_ptr() == fused[1:, 1].data_ptr()
+    assert aligned(torch.frombuffer(bytearray(2 * 24 + 2), dtype=torch.float16, offset=2).view(3, 1, 8)).data_ptr() % 16 == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_rows_that_the_kernel_could_not_load_do_not_reach_it_from_a_graph() -> None:
+    """A graph can not ask for an address: rows are copied, an offset is an error."""
+
+    def call(fused: Tensor, before: int) -> Tensor:
+        return aligned(fused[:, before : before + 8]) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for width, before in ((12, 4), (16, 0), (16, 8)):
+        fused = torch.randn(3, width).half()
+        assert torch.equal(compiled(fused, before), fused[:, before : before + 8] + 1)
+    with pytest.raises(RuntimeError, match="divisible by 8"):
+        compiled(torch.randn(3, 16).half(), 4)
 
 
 def test_capacity_costs_no_copy_before_the_kernel() -> None:

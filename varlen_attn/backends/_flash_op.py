@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics
+from ._fit import aligned, flash_window
 from ._flops import register_flops
 from ._own_op import own_op
 from .base import Extras, Refusal, connected_zeros, observe, pad_head_dim, scale_refusals
@@ -60,7 +61,7 @@ def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Any:
         if 0 in (query.shape[0], key.shape[0]):
             blind = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
             return query.new_zeros(query.shape), blind
-        query, key, value = (_aligned(x) for x in (query, key, value))
+        query, key, value = (aligned(x) for x in (query, key, value))
         call = Call(max_q, max_k, scale, causal, window, softcap, deterministic)
         out, lse = forward(query, key, value, cu_q, cu_k, call)
         return (out if sinks is None else _with_sinks(out, lse, sinks)), lse
@@ -73,7 +74,7 @@ def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Any:
         dsinks = grad.new_zeros((query.shape[1] if sinks is not None else 0,), dtype=torch.float32)
         if 0 in (query.shape[0], key.shape[0]):
             return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape), dsinks
-        query, key, value = (_aligned(x) for x in (query, key, value))
+        query, key, value = (aligned(x) for x in (query, key, value))
         grad = grad.contiguous()  # a broadcast one is read by its strides, and those of a slice overflow 32 bits (flash-attention#2611)
         if sinks is not None:
             lse = _joined(lse, sinks)
@@ -121,14 +122,6 @@ def _register_autograd(name: str, backward_op: Any) -> None:
 
     torch.library.register_autograd(f"varlen_attn::{name}_forward", autograd, setup_context=setup_context)
     torch.library.register_autograd(f"varlen_attn::{name}_backward", no_second_derivative)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy if the kernels' loads could not read it: they want 16 bytes, and were wrong on heads with a stride of 0."""
-    unit = 16 // x.element_size()
-    *strides, last = x.stride()
-    fits = last == 1 and x.storage_offset() % unit == 0 and all(s and s % unit == 0 for s in strides)
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _joined(lse: Tensor, sinks: Tensor) -> Tensor:
@@ -192,10 +185,9 @@ def run_flash_op(
         register_flops()
     query, key, value = pad_head_dim(8, query, key, value, least=8)
     cu_q, cu_k, max_q, max_k = covering_offsets(layout_q, layout_kv)
-    left, right = (-1 if side is None else side for side in semantics.window or (None, None))
     out, lse = op(
         query, key, value, cu_q, cu_k, extras.sinks, max_q, max_k, semantics.factor, bool(semantics.causal),
-        [left, 0 if semantics.causal else right], semantics.softcap or 0.0, semantics.deterministic,
+        list(flash_window(semantics)), semantics.softcap or 0.0, semantics.deterministic,
     )  # fmt: skip
     return out[..., :value_dim], lse if semantics.return_lse else None
 

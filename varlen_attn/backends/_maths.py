@@ -13,9 +13,10 @@ from ..problem import Semantics
 from .base import Extras, ScoreBias, repeat_kv, wide_dtype
 
 
-def needs_maths(semantics: Semantics) -> bool:
-    """Whether a call has an option that no dense flash kernel takes."""
-    return bool(semantics.softcap or semantics.dropout_p or semantics.sinks or semantics.score_bias)
+def needs_maths(semantics: Semantics, device_type: str = "cpu") -> bool:
+    """Whether a call has an option that the device's dense kernel does not take. That of a GPU takes dropout, but not of everything."""
+    dropped = semantics.dropout_p if device_type != "cuda" else semantics.dropout_p == 1.0
+    return bool(semantics.softcap or dropped or semantics.sinks or semantics.score_bias)
 
 
 def visible_mask(semantics: Semantics, rows: Tensor, columns: Tensor, offset: int | Tensor) -> Tensor | None:

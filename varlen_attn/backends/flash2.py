@@ -3,7 +3,9 @@
 Read in its source (2.8.3, with what changed since 2.1); its Triton build is run by ``tests/lane``, its CUDA build was not run:
 
 - Causal and windows are aligned bottom-right (since 2.1). Softcap and dropout exclude each other.
-- ``max_seqlen_q == 1`` with grouped heads takes a decoding shortcut that wants one query in every sequence: so 2 is passed.
+- Rows are loaded 16 bytes at once, and windows are normalised by the longest key sequence: see `_fit`.
+- Under a causal mask without a left side, ALiBi adds ``slope * j`` instead of ``-slope * |i + Lk - Lq - j|`` (``mask.h``): the same
+  softmax, and a log-sum-exp that is larger by ``slope * (i + Lk - Lq)``, which is subtracted here.
 - Rows beyond ``cu_seqlens[-1]`` are never written. A row without keys has a log-sum-exp of +inf; before 2.6 it comes padded.
 - With dropout, the log-sum-exp is only to be had together with all attention weights: refused.
 - Of its two ROCm builds, the CK one ignores softcap, and the Triton one ignores windows and softcap, asserts at one ALiBi slope a head
@@ -31,6 +33,7 @@ from torch import Tensor
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics, version_tuple
 from ._blind import without_blind_queries
+from ._fit import aligned, flash2_bounds, flash_window
 from ._limits import in_grids
 from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim, scale_refusals
 
@@ -166,20 +169,21 @@ class Flash2(Backend):
 
         triton = getattr(flash_attn_interface, "USE_TRITON_ROCM", False)
         value_dim = value.shape[-1]
-        query, key, value = pad_head_dim(8, query, key, value)
+        query, key, value = (aligned(x) for x in pad_head_dim(8, query, key, value))
 
         def attend(query: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout) -> tuple[Tensor, Tensor | None]:
             if layout_q.num_seqs == 0:  # the kernel refuses an empty batch
                 out = connected_zeros(query.shape, query, key, value)
                 return out, out.new_zeros((out.shape[1], out.shape[0]), dtype=torch.float32)
+            max_q, max_k = flash2_bounds(layout_q, layout_kv, semantics)
             result = flash_attn_interface.flash_attn_varlen_func(
                 q=query,
                 k=key,
                 v=value,
                 cu_seqlens_q=layout_q.cu_seqlens,
                 cu_seqlens_k=layout_kv.cu_seqlens,
-                max_seqlen_q=max(2, layout_q.max_seqlen),
-                max_seqlen_k=max(1, layout_kv.max_seqlen),
+                max_seqlen_q=max_q,
+                max_seqlen_k=max_k,
                 dropout_p=semantics.dropout_p,
                 softmax_scale=semantics.scale,
                 causal=bool(semantics.causal),
@@ -188,7 +192,10 @@ class Flash2(Backend):
             )
             if not semantics.return_lse:
                 return contiguous_grad(result), None
-            return contiguous_grad(result[0]), _packed_lse(result[1].detach(), layout_q, triton)
+            lse = _packed_lse(result[1].detach(), layout_q, triton)
+            if extras.alibi_slopes is not None and _adds_by_column(semantics, max_k):
+                lse = lse - extras.alibi_slopes[:, None] * _aligned_positions(layout_q, layout_kv)
+            return contiguous_grad(result[0]), lse
 
         if triton and semantics.causal:
             out, lse = without_blind_queries(query, layout_q, layout_kv, attend)
@@ -201,8 +208,7 @@ def _options(semantics: Semantics, extras: Extras) -> dict[str, Any]:
     """Only those that are asked for, because older versions lack the parameters."""
     options: dict[str, Any] = {}
     if semantics.window is not None:
-        left, right = (-1 if side is None else side for side in semantics.window)
-        options["window_size"] = (left, 0 if semantics.causal else right)
+        options["window_size"] = flash_window(semantics)
     if semantics.softcap is not None:
         options["softcap"] = semantics.softcap
     if extras.alibi_slopes is not None:
@@ -210,6 +216,20 @@ def _options(semantics: Semantics, extras: Extras) -> dict[str, Any]:
     if semantics.deterministic:
         options["deterministic"] = True
     return options
+
+
+def _adds_by_column(semantics: Semantics, max_k: int) -> bool:
+    """Whether the kernel takes the call for causal only: a left side of at least ``max_seqlen_k`` is unlimited to it."""
+    left, _ = flash_window(semantics)
+    return bool(semantics.causal) and not 0 <= left < max_k
+
+
+def _aligned_positions(layout_q: SeqLayout, layout_kv: SeqLayout) -> Tensor:
+    """``(T,)``: ``i + Lk - Lq`` of each query; of no meaning for slack rows."""
+    if layout_kv is layout_q:
+        return layout_q.positions
+    offset_Q = layout_kv.cu_seqlens.diff() - layout_q.cu_seqlens.diff()
+    return layout_q.positions + offset_Q[layout_q.seq_ids.clamp(max=layout_q.num_seqs - 1)]
 
 
 def _packed_lse(lse: Tensor, layout_q: SeqLayout, triton: bool) -> Tensor:
@@ -234,6 +254,8 @@ def _device_refusals(problem: Problem) -> Iterable[Refusal]:
     if not on_cpu and problem.dtype == torch.float32:
         yield Refusal("supports bfloat16, float16 only, and the tensors are float32", "call it under torch.autocast")
     want = problem.semantics
+    if want.alibi and want.causal and want.return_lse and problem.rocm:
+        yield Refusal("is not known to return a log-sum-exp with true ALiBi biases on ROCm", "drop `return_lse`, or use another backend")
     if want.softcap is not None and (triton or problem.rocm):
         yield Refusal("ignores softcap on ROCm builds, without an error", "drop `softcap`, or use another backend")
     if triton:

@@ -8,6 +8,8 @@ Read in torch's source and headers (2.13), and run here against a CPU stand-in w
   compares an unsigned ``query_start + offset`` and masks nothing (xformers refuses such blocks). Those first queries see no key
   at all, so they are left out of the call here.
 - No grouped heads in backward: key/value heads are repeated. Rows are read in steps of 16 bytes, or by a slower kernel.
+- Dropout is refused: with ``cu_seqlens`` the forward computes offsets of the random numbers from 0 keys (``attention.cu``,
+  pytorch#115590), so that all heads and sequences drop the same weights, and the backward from ``max_seqlen_k``, so that it drops others.
 - The log-sum-exp is padded: ``(Q, N, max_q rounded up to 32)``.
 - The backward multiplies row numbers and strides in 32 bits, so that large calls are split over heads.
 """
@@ -22,6 +24,7 @@ from torch import Tensor
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics
 from ._blind import without_blind_queries
+from ._fit import aligned
 from ._limits import in_grids
 from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim, repeat_kv, scale_refusals
 
@@ -41,6 +44,7 @@ class MemEfficient(Backend):
         rocm=False,
         window=False,
         softcap=False,
+        dropout=False,
         alibi=False,
         score_bias=False,
         sinks=False,
@@ -54,8 +58,8 @@ class MemEfficient(Backend):
         yield from scale_refusals(problem)
         if problem.dtype == torch.bfloat16 and (problem.capability or (0, 0)) < (8, 0) and problem.machine == "cuda":
             yield Refusal("needs compute capability 8.0 or newer for bfloat16", "use float16", "machine")
-        if problem.semantics.dropout_p == 1.0:
-            yield Refusal("needs dropout_p below 1", "pass less")
+        if problem.semantics.dropout_p:
+            yield Refusal("drops other attention weights in its backward than in its forward", "use another backend")
 
     def kernel(self, problem: Problem) -> str:
         return "aten::_efficient_attention_forward with cu_seqlens (fmha_cutlassF)"
@@ -106,13 +110,13 @@ def _attend(
             lses += [] if lse is None else [lse]
         return torch.cat(outs, dim=1), torch.cat(lses) if lses else None
     out, lse, *_ = torch.ops.aten._efficient_attention_forward(
-        *(x.contiguous()[None] for x in (query, key, value)),
+        *(aligned(x.contiguous())[None] for x in (query, key, value)),
         None,
         layout_q.cu_seqlens,
         layout_kv.cu_seqlens,
         max(_lengths(layout_q)),
         max(_lengths(layout_kv)),
-        semantics.dropout_p,
+        0.0,
         _MASK_TYPE[semantics.causal],
         True,  # the log-sum-exp, which the backward needs
         scale=semantics.scale,

@@ -4,6 +4,7 @@ Read in torch's ``nested/_internal/sdpa.py`` (2.11 to 2.13); the CPU path is run
 
 - No masks, no grouped heads, no empty sequences; causal needs a fused kernel, so there is none on a CPU ("No viable backend").
 - Causal of unequal lengths is bottom-right on flash and top-left on the memory-efficient kernel, whichever is picked: refused.
+- On a GPU dropout is refused: torch may pick the memory-efficient kernel, whose backward drops other weights (see `mem_efficient`).
 - The fused kernels want one head dimension, a multiple of 8; they get zero columns and the scale of the true one.
 - It reads the shortest and longest length from the device unless told: they are host facts here, and are passed.
 - Nested tensors do not survive recomputation by ``checkpoint(use_reentrant=False)``: order another backend there.
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics
+from ._fit import aligned
+from ._limits import in_grids
 from .base import FLOATS, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim
 
 
@@ -56,6 +59,11 @@ class Nested(Backend):
             yield Refusal("has no fused kernel for float64 on a GPU", "convert the tensors to float32")
         if not on_cpu and problem.dtype == torch.bfloat16 and (problem.capability or (8, 0)) < (8, 0) and not problem.rocm:
             yield Refusal("has no fused kernel for bfloat16 on GPUs before compute capability 8.0", "use float16", "machine")
+        if problem.semantics.dropout_p and not on_cpu:
+            yield Refusal(
+                "may run the memory-efficient kernel, which drops other attention weights in its backward than in its forward",
+                "use another backend",
+            )
         if problem.semantics.causal and on_cpu:
             yield Refusal("has no causal attention on a CPU", "use another backend")
         if problem.semantics.causal == "bottom_right" and not on_cpu and not problem.self_attention:
@@ -71,6 +79,7 @@ class Nested(Backend):
     def seen_as(self, problem: Problem) -> str:
         return "softmax|_math" if problem.device_type == "cpu" else "flash_fwd_(kernel|splitkv)|fmha_cutlassF"
 
+    @in_grids
     def run(
         self,
         query: Tensor,
@@ -104,6 +113,6 @@ def _jagged(layout: SeqLayout, *tensors_TNH: Tensor) -> list[Tensor]:
     offsets = layout.cu_seqlens.to(torch.int64)
     low, high = min(layout.lengths), max(layout.lengths)
     return [
-        torch.nested.nested_tensor_from_jagged(x.contiguous(), offsets=offsets, min_seqlen=low, max_seqlen=high).transpose(1, 2)
+        torch.nested.nested_tensor_from_jagged(aligned(x.contiguous()), offsets=offsets, min_seqlen=low, max_seqlen=high).transpose(1, 2)
         for x in tensors_TNH
     ]

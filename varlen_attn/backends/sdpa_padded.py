@@ -23,7 +23,7 @@ class SdpaPadded(Backend):
     def kernel(self, problem: Problem) -> str:
         want = problem.semantics
         varies = want.deterministic and problem.needs_grad and problem.device_type == "cuda" and not problem.deterministic_mode
-        if needs_maths(want) or varies or problem.transformed:
+        if needs_maths(want, problem.device_type) or varies or problem.transformed:
             return EAGER
         return masked_kernel_name(problem.device_type, problem.dtype, problem.rocm, problem.capability)
 
@@ -58,7 +58,7 @@ class SdpaPadded(Backend):
             lse: Tensor | None = q.new_full(q.shape[:3], float("-inf"), dtype=wide_dtype(q.dtype))
         elif not _is_eager(semantics, q, k, v):
             visible = _visible(semantics, q.shape[2], columns, offset, key_real)
-            out, lse = masked_attention(q, k, v, visible, _bias(extras, q.shape[2], columns, offset), semantics.factor)
+            out, lse = masked_attention(q, k, v, visible, _bias(extras, q.shape[2], columns, offset), semantics.factor, semantics.dropout_p)
         else:
             out, lse = attend(q, k, v, semantics, extras, offset=offset, key_real=key_real)
         packed_lse = dense_q.pack(lse.transpose(1, 2)).transpose(0, 1) if semantics.return_lse and lse is not None else None
@@ -78,7 +78,7 @@ def _is_eager(semantics: Semantics, *tensors: Tensor) -> bool:
     device_type, dtype = tensors[0].device.type, tensors[0].dtype
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     varies = semantics.deterministic and grad and device_type == "cuda" and not _strict()
-    return needs_maths(semantics) or varies or is_transformed() or masked_kernel_name(device_type, dtype) == EAGER
+    return needs_maths(semantics, device_type) or varies or is_transformed() or masked_kernel_name(device_type, dtype) == EAGER
 
 
 def _in_place(
@@ -97,7 +97,7 @@ def _in_place(
     else:
         visible = visible_mask(semantics, rows, columns, offset)
         bias = None if extras.alibi_slopes is None else alibi_bias(extras.alibi_slopes, rows, columns, offset)
-        out, lse = masked_attention(q, k, v, real if visible is None else visible & real, bias, semantics.factor)
+        out, lse = masked_attention(q, k, v, real if visible is None else visible & real, bias, semantics.factor, semantics.dropout_p)
     packed_lse = lse.transpose(1, 2).flatten(0, 1).transpose(0, 1) if semantics.return_lse and lse is not None else None
     return out.transpose(1, 2).flatten(0, 1), packed_lse
 

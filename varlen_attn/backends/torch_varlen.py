@@ -7,7 +7,7 @@ Read in torch's source (2.10 to 2.13; of 2.14 and 2.15 what changed) and traced 
 - The head dimension must be a multiple of 8, and nothing is padded there. Value heads are as wide as query heads.
 - Rows beyond ``cu_seqlens[-1]`` are never written: not the output, not the gradients.
 - A row without keys has a log-sum-exp of +inf, and the log-sum-exp is ``(N, T)`` although the documentation says ``(T, N)``.
-- ``max_q == 1`` with grouped heads takes a decoding shortcut, which wants one query in every sequence: so 2 is passed.
+- Rows are loaded 16 bytes at once, and windows are normalised by the longest key sequence: see `_fit`.
 - It has no dropout. The aten op below it has (with a formula for autograd, so that the mask is drawn once and kept).
 - On ROCm and on Intel GPUs (XPU) the op of that name is another kernel. Its source was not read: there it runs by order only, and only
   what the function promises by itself, no window (XPU has none), no dropout (XPU has none), no causal attention of unequal lengths and
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics, version_tuple
+from ._fit import aligned, flash2_bounds, flash_window
 from ._limits import in_grids
 from .base import (
     HALF,
@@ -142,7 +143,7 @@ class TorchVarlen(Backend):
             lse = out.new_zeros((out.shape[1], out.shape[0]), dtype=torch.float32)
             return out, lse if semantics.return_lse else None
         query, key, value = pad_head_dim(8, query, key, value)
-        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        query, key, value = (aligned(x) for x in (query, key, value))
         run = _with_dropout if semantics.dropout_p else _without_dropout
         out, lse = run(query, key, value, layout_q, layout_kv, semantics)
         out = contiguous_grad(out)[..., :value_dim]
@@ -171,17 +172,12 @@ def _elsewhere_refusals(problem: Problem) -> Iterable[Refusal]:
             yield Refusal(f"has a kernel of another vendor here, and what that does for {what} is not known", fix, "machine")
 
 
-def _window(semantics: Semantics) -> tuple[int, int]:
-    """``(left, right)`` around the bottom-right diagonal, -1 for unlimited; causal alone is ``(-1, 0)``."""
-    left, right = semantics.window or (None, None)
-    return -1 if left is None else left, 0 if semantics.causal else -1 if right is None else right
-
-
 def _without_dropout(
     query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics
 ) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
+    max_q, max_k = flash2_bounds(layout_q, layout_kv, semantics)
     grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] and _takes("enable_gqa") else {}
     out, lse = varlen_attn(
         query=query,
@@ -189,11 +185,11 @@ def _without_dropout(
         value=value,
         cu_seq_q=layout_q.cu_seqlens,
         cu_seq_k=layout_kv.cu_seqlens,
-        max_q=max(2, layout_q.max_seqlen),
-        max_k=max(1, layout_kv.max_seqlen),
+        max_q=max_q,
+        max_k=max_k,
         return_aux=AuxRequest(lse=True),
         scale=semantics.scale,
-        window_size=_window(semantics),
+        window_size=flash_window(semantics),
         **grouped,
     )
     return out, lse
@@ -202,15 +198,14 @@ def _without_dropout(
 def _with_dropout(
     query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics
 ) -> tuple[Tensor, Tensor]:
-    left, right = _window(semantics)
+    left, right = flash_window(semantics)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         query,
         key,
         value,
         layout_q.cu_seqlens,
         layout_kv.cu_seqlens,
-        max(2, layout_q.max_seqlen),
-        max(1, layout_kv.max_seqlen),
+        *flash2_bounds(layout_q, layout_kv, semantics),
         semantics.dropout_p,
         (left, right) == (-1, 0),
         False,
