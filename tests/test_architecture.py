@@ -25,6 +25,7 @@ RANKS = (
     ("companions", "_host_lengths", "_padded_rows"),
     ("problem",),
     ("backends.base",),
+    ("backends._kept",),
     ("backends._*",),  # maths that several backends share
     ("backends._cpu_groups", "backends._flash_op"),
     ("backends._cpu_plan",),
@@ -61,7 +62,7 @@ MUTABLE = {
     "backends._cpu_groups._plans",  # how batches of some lengths are cut, by value
     "integrations._hf_mask._thread",  # the last layout with the mask that it was made of; forwards under way
     "_native._found", "_native._hashes",  # the compiled kernel or why there is none; what its name says of its sources
-    "backends._flex_blocks._visible", "backends.flex._kernels",  # block masks, gone with their layouts; one compiled kernel a kind of call
+    "backends._kept._kept", "backends.flex._kernels",  # what is derived from layouts, gone with them; one compiled kernel a kind of call
     "backends.flash2._probed", "backends.flash3._probed", "backends.flash4._probed",  # what a package can do, asked once
     "backends.torch_varlen._parameters",
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from ._call_checks import autocasts, check_extras, check_holes, check_layouts, c
 from ._padded_rows import PaddedRows
 from ._static import note_static, refuse_order, static_attention, static_graph
 from .backends import BACKENDS
-from .backends.base import Backend, Extras, connected_zeros, grad_of_real_rows, state, wide_dtype, zero_unless
+from .backends._kept import kept
+from .backends.base import Backend, Extras, connected_zeros, grad_without_slack, result_without_slack, state, wide_dtype
 from .dispatch import Plan, choose, choose_while_tracing, requested_backend, route
 from .errors import ArgumentError
 from .layout import SeqLayout, moved
@@ -150,41 +151,66 @@ class AttentionCall:
             return backend.run(self.query, self.key, self.value, self.layout_q, self.layout_kv, self.semantics, self.extras)
 
     def _launch_without_slack(self, backend: Backend) -> tuple[Tensor, Tensor | None]:
-        """For kernels that leave rows beyond ``cu_seqlens[-1]`` unwritten: zero them in results and gradients."""
-        valid_q, valid_k = (x.valid_rows()[:, None, None] for x in (self.layout_q, self.layout_kv))
-        only_real = zero_unless if backend.capabilities.reads_slack else grad_of_real_rows
-        query = only_real(self.query, valid_q)
-        key, value = (only_real(x, valid_k) for x in (self.key, self.value))
+        """For kernels that leave rows beyond ``cu_seqlens[-1]`` unwritten: zero them in results and gradients. `masked_fill`, because
+        `torch.where` with a number launches a kernel that writes the number."""
+        slack_q = _slack(self.layout_q)
+        slack_k = slack_q if self.layout_kv is self.layout_q else _slack(self.layout_kv)
+        if backend.capabilities.reads_slack:
+            query, key, value = (x.masked_fill(slack, 0) for x, slack in zip(self._qkv, (slack_q, slack_k, slack_k), strict=True))
+        else:
+            query, key, value = (grad_without_slack(x, slack) for x, slack in zip(self._qkv, (slack_q, slack_k, slack_k), strict=True))
         out, lse = backend.run(query, key, value, self.layout_q, self.layout_kv, self.semantics, self.extras)
-        if lse is not None:
-            lse = torch.where(valid_q[:, 0, 0], lse, float("-inf"))
-        return zero_unless(out, valid_q), lse
+        out = out.masked_fill(slack_q, 0) if backend.capabilities.reads_slack else result_without_slack(out, slack_q)
+        return out, None if lse is None else lse.masked_fill(slack_q[:, 0, 0], float("-inf"))
 
     def _launch_without_empties(self, backend: Backend) -> tuple[Tensor, Tensor | None]:
         """For kernels that mishandle empty sequences: leave them out; their queries, if any, get 0 and -inf."""
-        lengths_q, lengths_k = self.layout_q.lengths, self.layout_kv.lengths
-        assert lengths_q is not None  # refused otherwise
-        assert lengths_k is not None
-        kept = [i for i, (a, b) in enumerate(zip(lengths_q, lengths_k, strict=True)) if a and b]
-        if not kept:
+        some = kept(self.layout_q, self.layout_kv, "without empties", lambda: _without_empties(self.layout_q, self.layout_kv))
+        if some is None:
             shape = (*self.query.shape[:2], self.value.shape[2])
             out = connected_zeros(shape, self.query, self.key, self.value)
             lse_dtype = wide_dtype(out.dtype)
             lse = out.new_full((out.shape[1], out.shape[0]), float("-inf"), dtype=lse_dtype)
             return out, lse if self.semantics.return_lse else None
-        layout_q = SeqLayout.from_lengths([lengths_q[i] for i in kept], device=self.layout_q.device)
-        layout_kv = layout_q
-        if self.layout_kv is not self.layout_q:
-            layout_kv = SeqLayout.from_lengths([lengths_k[i] for i in kept], device=self.layout_kv.device)
-        rows_q, rows_k = (_rows_of(x, kept) for x in (self.layout_q, self.layout_kv))
-        query = self.query if rows_q is None else rows_q.pack(self.query[None])
-        key, value = (x if rows_k is None else rows_k.pack(x[None]) for x in (self.key, self.value))
-        out, some_lse = backend.run(query, key, value, layout_q, layout_kv, self.semantics, self.extras)
-        if rows_q is None:
+        query = self.query if some.rows_q is None else some.rows_q.pack(self.query[None])
+        key, value = (x if some.rows_k is None else some.rows_k.pack(x[None]) for x in (self.key, self.value))
+        out, some_lse = backend.run(query, key, value, some.layout_q, some.layout_kv, self.semantics, self.extras)
+        if some.rows_q is None:
             return out, some_lse
         if some_lse is not None:
-            some_lse = rows_q.unpack(some_lse.transpose(0, 1).contiguous(), float("-inf"))[0].transpose(0, 1)
-        return rows_q.unpack(out)[0], some_lse
+            some_lse = some.rows_q.unpack(some_lse.transpose(0, 1).contiguous(), float("-inf"))[0].transpose(0, 1)
+        return some.rows_q.unpack(out)[0], some_lse
+
+    @property
+    def _qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+
+def _slack(layout: SeqLayout) -> Tensor:
+    """``(T, 1, 1)`` bool, True for slack rows."""
+    return (torch.arange(layout.num_rows, device=layout.device) >= layout.cu_seqlens[-1])[:, None, None]
+
+
+class _Some(NamedTuple):
+    """The sequences of two layouts that are not empty, and their packed rows, None for all."""
+
+    layout_q: SeqLayout
+    layout_kv: SeqLayout
+    rows_q: SeqLayout | None
+    rows_k: SeqLayout | None
+
+
+def _without_empties(layout_q: SeqLayout, layout_kv: SeqLayout) -> _Some | None:
+    lengths_q, lengths_k = layout_q.lengths, layout_kv.lengths
+    assert lengths_q is not None  # refused otherwise
+    assert lengths_k is not None
+    taken = [i for i, (a, b) in enumerate(zip(lengths_q, lengths_k, strict=True)) if a and b]
+    if not taken:
+        return None
+    some_q = some_kv = SeqLayout.from_lengths([lengths_q[i] for i in taken], device=layout_q.device)
+    if layout_kv is not layout_q:
+        some_kv = SeqLayout.from_lengths([lengths_k[i] for i in taken], device=layout_kv.device)
+    return _Some(some_q, some_kv, _rows_of(layout_q, taken), _rows_of(layout_kv, taken))
 
 
 def _has_empty(layout_q: SeqLayout, layout_kv: SeqLayout) -> bool:
@@ -192,13 +218,13 @@ def _has_empty(layout_q: SeqLayout, layout_kv: SeqLayout) -> bool:
     return layout_q.lengths == () or 0 in (layout_q.lengths or ()) or 0 in (layout_kv.lengths or ())
 
 
-def _rows_of(layout: SeqLayout, kept: list[int]) -> SeqLayout | None:
+def _rows_of(layout: SeqLayout, taken: list[int]) -> SeqLayout | None:
     """The packed rows of some sequences, as tokens of one row of T columns; None if they are all: what is left out had no rows."""
     assert layout.lengths is not None
-    if sum(layout.lengths[i] for i in kept) == layout.num_rows:
+    if sum(layout.lengths[i] for i in taken) == layout.num_rows:
         return None
     wanted = torch.zeros(layout.num_seqs, dtype=torch.bool, device="cpu")
-    wanted[kept] = True
+    wanted[taken] = True
     lengths = torch.tensor(layout.lengths, device="cpu", dtype=torch.int64)
     real = wanted.repeat_interleave(lengths, output_size=layout.num_rows)
     return moved(SeqLayout.from_attention_mask(real[None], validate=False), layout.device)

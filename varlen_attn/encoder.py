@@ -116,7 +116,8 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
     ``layer(rows, src_mask=..., is_causal=..., layout=...)``; without that it is called as torch calls it, on padded tensors.
 
     The output has the shape of the input for every mask, in training and in evaluation, and is exactly 0 at padding. The layout is built
-    once: one transfer from a mask on a device, none with ``layout=`` made from host lengths.
+    once: one transfer from a mask on a device, none with ``layout=`` made from host lengths. A ``mask`` beside ``layout=`` is one transfer
+    more, because it is compared with a causal one: pass ``is_causal=True`` without a mask where that is what it is.
     """
 
     def __init__(

@@ -309,7 +309,7 @@ def unpack_rows(layout: SeqLayout, x: Tensor) -> Tensor:
 
 def without_slack(layout: SeqLayout, rows: Tensor) -> Tensor:
     """Packed rows that hold nothing are 0, also where the caller's hold NaN, which gradients of weights would see."""
-    return torch.where(layout.valid_rows().view(-1, *[1] * (rows.dim() - 1)), rows, 0) if layout.has_slack else rows
+    return rows.masked_fill(~layout.valid_rows().view(-1, *[1] * (rows.dim() - 1)), 0) if layout.has_slack else rows
 
 
 def varlen_mha(

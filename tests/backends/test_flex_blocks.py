@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from varlen_attn import SeqLayout
-from varlen_attn.backends import _flex_blocks
+from varlen_attn.backends import _flex_blocks, _kept
 from varlen_attn.backends._flex_blocks import Visible, visible_pairs
 from varlen_attn.problem import Semantics
 from varlen_attn.testing.strategies import layouts
@@ -170,17 +170,17 @@ def test_an_update_in_place_makes_another() -> None:  # R-40
 
 def test_it_goes_with_either_layout() -> None:
     queries, keys = SeqLayout.from_lengths([5, 3]), SeqLayout.from_lengths([2, 9])
-    before = len(_flex_blocks._visible)
+    before = len(_kept._kept)
     for layout_kv in (queries, keys):
         visible_pairs(queries, layout_kv, Semantics())
-    assert len(_flex_blocks._visible) == before + 1
-    assert len(_flex_blocks._visible[queries]) == 2
+    assert len(_kept._kept) == before + 1
+    assert len(_kept._kept[queries]) == 2
     del keys, layout_kv
     gc.collect()
-    assert len(_flex_blocks._visible[queries]) == 1
+    assert len(_kept._kept[queries]) == 1
     del queries
     gc.collect()
-    assert len(_flex_blocks._visible) == before
+    assert len(_kept._kept) == before
 
 
 def test_made_in_evaluation_it_serves_training() -> None:
@@ -196,7 +196,7 @@ def test_nothing_is_kept_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPat
     """A replay computes it from the layout: kept from before, it would be that of the first batch for ever."""
     layout = SeqLayout.from_lengths([5, 3])
     before = visible_pairs(layout, layout, Semantics())
-    monkeypatch.setattr(_flex_blocks, "_is_captured", lambda x: True)
+    monkeypatch.setattr(_kept, "_is_captured", lambda x: True)
     captured = visible_pairs(layout, layout, Semantics())
     assert captured is not before
     monkeypatch.undo()

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from varlen_attn import SeqLayout, varlen_attention
-from varlen_attn.backends import _masked
+from varlen_attn.backends import _limits, _masked
 from varlen_attn.backends._masked import _efficient_cuda
 from varlen_attn.backends.mem_efficient import MemEfficient
 
-from .stand_ins import for_cpu, on_cpu
+from .stand_ins import efficient_forward, for_cpu, on_cpu
 
 
 def test_a_mask_of_padding_is_not_written_out() -> None:  # R-34, R-53
@@ -112,3 +112,17 @@ def test_empty_sequences_of_self_attention_move_nothing() -> None:
     out = varlen_attention(q, k, v, SeqLayout.from_lengths([3, 0, 4]), backend=Looking())
     assert seen == [(q.data_ptr(), k.data_ptr(), v.data_ptr(), (3, 4))]
     assert torch.equal(out, q)
+
+
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), [([3, 0, 4], None), ([5, 0, 4], [2, 3, 0]), ([3, 2, 2, 3, 2], [4, 1, 2, 2, 2])])
+def test_layouts_for_a_kernel_are_made_once(lengths_q: list[int], lengths_k: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without empty sequences, without queries that see no key, in parts: they are those of the first layer in every later one."""
+    monkeypatch.setattr(_limits, "MAX_SEQUENCES", 4)
+    layouts = [SeqLayout.from_lengths(lengths_q), None if lengths_k is None else SeqLayout.from_lengths(lengths_k)]
+    q, k, v = (torch.randn(sum(n), 2, 8) for n in (lengths_q, lengths_k or lengths_q, lengths_k or lengths_q))
+    here, made, make = for_cpu(MemEfficient), [], SeqLayout.from_lengths
+    with on_cpu(_efficient_attention_forward=efficient_forward):
+        first = varlen_attention(q, k, v, *layouts, causal=True, backend=here)
+        monkeypatch.setattr(SeqLayout, "from_lengths", lambda *args, **options: [made.append(args), make(*args, **options)][1])
+        assert torch.equal(varlen_attention(q, k, v, *layouts, causal=True, backend=here), first)
+    assert made == []

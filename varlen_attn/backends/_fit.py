@@ -37,7 +37,7 @@ def _address(x: Tensor) -> int:
     try:
         return x.data_ptr()
     except RuntimeError:
-        return x.storage_offset() * x.element_size()
+        return int(x.storage_offset()) * x.element_size()
 
 
 def flash2_bounds(layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics) -> tuple[int, int]:

@@ -8,14 +8,14 @@ run of packed rows. Two numbers a row say everything, and the blocks follow from
 from __future__ import annotations
 
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import SeqLayout, is_tracing
-from ..problem import Causal, Semantics, Window
+from ..layout import SeqLayout
+from ..problem import Semantics
+from ._kept import kept
 
 BLOCK = 128  # rows and columns of a block; what torch's own masks have, and every shipped kernel configuration divides it
 
@@ -48,54 +48,22 @@ class Blocks(NamedTuple):
 
 
 class Visible(NamedTuple):
-    """Tensors only: a value of the cache must not keep the layouts alive that are its keys."""
-
     rows: Rows
     blocks: Blocks
 
 
-# By identity, as layouts are compared, and gone when one of the two layouts is. Not an attribute of the layout: copies and pickles of
-# it would carry the tensors along, and a second layout (cross-attention) would be kept alive by the first.
-_visible: WeakKeyDictionary[
-    SeqLayout, WeakKeyDictionary[SeqLayout, dict[tuple[Causal, Window | None], tuple[tuple[int, int], Visible]]]
-] = WeakKeyDictionary()
-
-
 def visible_pairs(layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics) -> Visible:
-    """`Visible`, made once for two layouts, a causal mask and a window, and again after `SeqLayout.update_`.
-
-    While a CUDA graph is captured it is neither looked up nor kept: the graph must compute it from the layout at each replay. Nor while
-    tracing.
-    """
-    versions = _versions(layout_q, layout_kv)
-    if versions is None:
-        return _build(layout_q, layout_kv, semantics)
-    known = _visible.setdefault(layout_q, WeakKeyDictionary()).setdefault(layout_kv, {})
-    key = (semantics.causal, semantics.window)
-    if key not in known or known[key][0] != versions:
-        known[key] = versions, _build(layout_q, layout_kv, semantics)
-    return known[key][1]
-
-
-def _versions(layout_q: SeqLayout, layout_kv: SeqLayout) -> tuple[int, int] | None:
-    """How often the offsets were written to, or None where nothing may be kept."""
-    offsets = layout_q.cu_seqlens, layout_kv.cu_seqlens
-    if is_tracing(*offsets) or _is_captured(offsets[0]) or any(x.is_inference() for x in offsets):
-        return None
-    return offsets[0]._version, offsets[1]._version
-
-
-def _is_captured(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    """`Visible`, made once for two layouts, a causal mask and a window."""
+    key = ("visible", semantics.causal, semantics.window)
+    return kept(layout_q, layout_kv, key, lambda: _build(layout_q, layout_kv, semantics))
 
 
 def _build(layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics) -> Visible:
-    with torch.inference_mode(False):  # kept for a later training step, which saves these tensors for its backward
-        rows = _rows(layout_q, layout_kv, semantics)
-        touched, full = _touched(rows, layout_kv.num_rows), _full(rows, layout_kv.num_rows)
-        partial = touched & ~full
-        parts = (partial, full, partial.transpose(0, 1), full.transpose(0, 1))
-        return Visible(rows, Blocks(*(x for part in parts for x in _ordered(part))))
+    rows = _rows(layout_q, layout_kv, semantics)
+    touched, full = _touched(rows, layout_kv.num_rows), _full(rows, layout_kv.num_rows)
+    partial = touched & ~full
+    parts = (partial, full, partial.transpose(0, 1), full.transpose(0, 1))
+    return Visible(rows, Blocks(*(x for part in parts for x in _ordered(part))))
 
 
 def _rows(layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics) -> Rows:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..layout import SeqLayout, is_tracing
+from ._kept import kept
 
 MAX_SEQUENCES = 65_535 - 4_095  # what is left is for sequences that an adapter adds, such as those over slack rows
 
@@ -56,15 +57,22 @@ def _parts(num_seqs: int) -> Iterator[slice]:
 def _by_rows(query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, attend: Callable[..., Result]) -> Result:
     """The rows of a part stand together, and the host knows where."""
     outs, lses, rows_q, rows_k = [], [], 0, 0
-    for part in _parts(layout_q.num_seqs):
-        part_q = SeqLayout.from_lengths((layout_q.lengths or ())[part], device=layout_q.device)
-        part_kv = part_q if layout_kv is layout_q else SeqLayout.from_lengths((layout_kv.lengths or ())[part], device=layout_kv.device)
+    for part_q, part_kv in kept(layout_q, layout_kv, ("parts", MAX_SEQUENCES), lambda: _layouts_of_parts(layout_q, layout_kv)):
         mine_q, mine_k = slice(rows_q, rows_q + part_q.num_rows), slice(rows_k, rows_k + part_kv.num_rows)
         rows_q, rows_k = mine_q.stop, mine_k.stop
         out, lse = attend(query[mine_q], key[mine_k], value[mine_k], part_q, part_kv)
         outs.append(out)
         lses += [] if lse is None else [lse]
     return torch.cat(outs), torch.cat(lses, 1) if lses else None
+
+
+def _layouts_of_parts(layout_q: SeqLayout, layout_kv: SeqLayout) -> list[tuple[SeqLayout, SeqLayout]]:
+    parts = []
+    for part in _parts(layout_q.num_seqs):
+        part_q = SeqLayout.from_lengths((layout_q.lengths or ())[part], device=layout_q.device)
+        part_kv = part_q if layout_kv is layout_q else SeqLayout.from_lengths((layout_kv.lengths or ())[part], device=layout_kv.device)
+        parts.append((part_q, part_kv))
+    return parts
 
 
 def _by_offsets(

@@ -295,28 +295,41 @@ def contiguous_grad(x: Tensor) -> Tensor:
     return result
 
 
-class _GradOfRealRows(torch.autograd.Function):
-    """Identity; its gradient is 0 in the rows that are not ``real``, whatever a kernel left there."""
+class _GradWithoutSlack(torch.autograd.Function):
+    """Identity; its gradient is 0 in slack rows, whatever a kernel left there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, real: Tensor) -> Tensor:
-        ctx.save_for_backward(real)
+    def forward(ctx: Any, x: Tensor, slack: Tensor) -> Tensor:
+        ctx.save_for_backward(slack)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (real,) = ctx.saved_tensors
-        return torch.where(real, grad, 0), None
+        (slack,) = ctx.saved_tensors
+        return grad.masked_fill(slack, 0), None
 
 
-def zero_unless(x: Tensor, real: Tensor) -> Tensor:
-    """0 in the rows that are not ``real``, whatever stands there; so is its gradient."""
-    return torch.where(real, x, 0)
+class _ResultWithoutSlack(torch.autograd.Function):
+    """0 in slack rows; its gradient is handed on as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slack: Tensor) -> Tensor:
+        return x.masked_fill(slack, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
-def grad_of_real_rows(x: Tensor, real: Tensor) -> Tensor:
-    """``x``, for a kernel that neither reads nor writes some rows, of ``x`` and of its gradient: without a copy of ``x``."""
-    result: Tensor = _GradOfRealRows.apply(x, real)
+def grad_without_slack(x: Tensor, slack: Tensor) -> Tensor:
+    """``x``, for a kernel that neither reads slack rows of ``x`` nor writes those of its gradient: without a copy of ``x``."""
+    result: Tensor = _GradWithoutSlack.apply(x, slack)
+    return result
+
+
+def result_without_slack(x: Tensor, slack: Tensor) -> Tensor:
+    """0 in slack rows, for a kernel that did not write them and does not read those of the gradient of ``x``."""
+    result: Tensor = _ResultWithoutSlack.apply(x, slack)
     return result
 
 
