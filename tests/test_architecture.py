@@ -24,8 +24,9 @@ RANKS = (
     ("layout",),
     ("companions", "_host_lengths", "_padded_rows"),
     ("problem",),
+    ("backends._kept", "backends._values"),
+    ("backends._limits",),
     ("backends.base",),
-    ("backends._kept",),
     ("backends._*",),  # maths that several backends share
     ("backends._cpu_groups", "backends._flash_op"),
     ("backends._cpu_plan",),

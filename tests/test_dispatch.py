@@ -40,6 +40,7 @@ from varlen_attn import (
     varlen_attention,
     varlen_mha,
 )
+from varlen_attn.backends.base import Call
 from varlen_attn.testing.strategies import problems
 
 NAMES = [b.name for b in BACKENDS]
@@ -337,10 +338,10 @@ class Doubling(Backend):
     def kernel(self, problem: Problem) -> str:
         return "twice the reference"
 
-    def run(self, query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, *rest: Any) -> Any:
-        self.lengths.append(layout_q.lengths)
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Any:
+        self.lengths.append(call.layout_q.lengths)
         reference = next(b for b in BACKENDS if b.name == "reference")
-        out, lse = reference.run(query, key, value, layout_q, *rest)
+        out, lse = reference.run(query, key, value, call)
         return 2 * out, lse
 
 
@@ -393,10 +394,10 @@ class Unwritten(Doubling):
     name = "unwritten"
     capabilities = Capabilities(devices=frozenset({"cpu"}), dtypes=frozenset({torch.float32}), slack_rows=False)
 
-    def run(self, query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, *rest: Any) -> Any:
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Any:
         assert query.isfinite().all()
-        out, lse = super().run(query, key, value, layout_q, *rest)
-        slack = ~layout_q.valid_rows()
+        out, lse = super().run(query, key, value, call)
+        slack = ~call.layout_q.valid_rows()
         return torch.where(slack[:, None, None], float("nan"), out), None if lse is None else torch.where(slack, float("nan"), lse)
 
 

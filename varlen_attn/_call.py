@@ -14,7 +14,7 @@ from ._padded_rows import PaddedRows
 from ._static import note_static, refuse_order, static_attention, static_graph
 from .backends import BACKENDS
 from .backends._kept import kept
-from .backends.base import Backend, Extras, connected_zeros, grad_without_slack, result_without_slack, state, wide_dtype
+from .backends.base import Backend, Call, Extras, connected_zeros, grad_without_slack, result_without_slack, state, wide_dtype
 from .dispatch import Plan, choose, choose_while_tracing, requested_backend, route
 from .errors import ArgumentError
 from .layout import SeqLayout, moved
@@ -148,7 +148,7 @@ class AttentionCall:
                 return self._launch_without_slack(backend)
             if not backend.capabilities.empty_sequences and _has_empty(self.layout_q, self.layout_kv):
                 return self._launch_without_empties(backend)
-            return backend.run(self.query, self.key, self.value, self.layout_q, self.layout_kv, self.semantics, self.extras)
+            return backend.run(*self._qkv, self._call())
 
     def _launch_without_slack(self, backend: Backend) -> tuple[Tensor, Tensor | None]:
         """For kernels that leave rows beyond ``cu_seqlens[-1]`` unwritten: zero them in results and gradients. `masked_fill`, because
@@ -159,7 +159,7 @@ class AttentionCall:
             query, key, value = (x.masked_fill(slack, 0) for x, slack in zip(self._qkv, (slack_q, slack_k, slack_k), strict=True))
         else:
             query, key, value = (grad_without_slack(x, slack) for x, slack in zip(self._qkv, (slack_q, slack_k, slack_k), strict=True))
-        out, lse = backend.run(query, key, value, self.layout_q, self.layout_kv, self.semantics, self.extras)
+        out, lse = backend.run(query, key, value, self._call())
         out = out.masked_fill(slack_q, 0) if backend.capabilities.reads_slack else result_without_slack(out, slack_q)
         return out, None if lse is None else lse.masked_fill(slack_q[:, 0, 0], float("-inf"))
 
@@ -174,12 +174,15 @@ class AttentionCall:
             return out, lse if self.semantics.return_lse else None
         query = self.query if some.rows_q is None else some.rows_q.pack(self.query[None])
         key, value = (x if some.rows_k is None else some.rows_k.pack(x[None]) for x in (self.key, self.value))
-        out, some_lse = backend.run(query, key, value, some.layout_q, some.layout_kv, self.semantics, self.extras)
+        out, some_lse = backend.run(query, key, value, self._call().on(some.layout_q, some.layout_kv))
         if some.rows_q is None:
             return out, some_lse
         if some_lse is not None:
             some_lse = some.rows_q.unpack(some_lse.transpose(0, 1).contiguous(), float("-inf"))[0].transpose(0, 1)
         return some.rows_q.unpack(out)[0], some_lse
+
+    def _call(self) -> Call:
+        return Call(self.layout_q, self.layout_kv, self.semantics, self.extras)
 
     @property
     def _qkv(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -312,11 +312,11 @@ def on_cpu(**kernels: Callable[..., Any]) -> Iterator[None]:
         library._destroy()
 
 
-def for_cpu(backend: type[Backend]) -> Backend:
-    """The backend with nothing refused because of the machine, so that it can be ordered for CPU tensors."""
+def for_cpu(backend: type[Backend], **changed: Any) -> Backend:
+    """The backend with nothing refused because of the machine, so that it can be ordered for CPU tensors; capabilities may change."""
 
     class Here(backend):  # type: ignore[misc,valid-type]
-        capabilities = replace(backend.capabilities, devices=frozenset({"cpu"}), min_capability=None)
+        capabilities = replace(backend.capabilities, devices=frozenset({"cpu"}), min_capability=None, **changed)
 
         def missing(self, problem: Problem) -> None:
             return None

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from varlen_attn import SeqLayout, varlen_attention
 from varlen_attn.backends._blind import without_blind_queries
+from varlen_attn.backends.base import Call, Result
+from varlen_attn.problem import Semantics
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,8 @@ def test_results_and_gradients_stay(lengths_q: list[int], lengths_k: list[int] |
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(n, 2, 8, generator=generator, requires_grad=True) for n in (sum(lengths_q), *[layout_kv.num_rows] * 2))
 
-    def attend(query: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout) -> tuple[Tensor, Tensor | None]:
+    def attend(query: Tensor, call: Call) -> Result:
+        layout_q, layout_kv = call.layouts
         assert layout_q.lengths is not None
         assert layout_kv.lengths is not None
         assert all(a <= b and b for a, b in zip(layout_q.lengths, layout_kv.lengths, strict=True))
@@ -35,7 +38,7 @@ def test_results_and_gradients_stay(lengths_q: list[int], lengths_k: list[int] |
         result = varlen_attention(query, key, value, layout_q, layout_kv, causal=True, return_lse=return_lse, backend="reference")
         return result if return_lse else (result, None)
 
-    out, lse = without_blind_queries(query, layout, layout_kv, attend)
+    out, lse = without_blind_queries(query, Call(layout, layout_kv, Semantics()), attend)
     want, want_lse = varlen_attention(query, key, value, layout, layout_kv, causal=True, return_lse=True, backend="reference")
     assert torch.equal(out, want)
     assert torch.equal(lse, want_lse) if lse is not None else not return_lse

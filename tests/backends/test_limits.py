@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varlen_attn import SeqLayout, varlen_attention
-from varlen_attn.backends import _limits
+from varlen_attn.backends._limits import MAX_SEQUENCES
 from varlen_attn.backends.base import Backend
+from varlen_attn.backends.flash2 import Flash2
+from varlen_attn.backends.flash3 import Flash3
+from varlen_attn.backends.flash4 import Flash4
 from varlen_attn.backends.mem_efficient import MemEfficient
+from varlen_attn.backends.nested import Nested
 from varlen_attn.backends.torch_varlen import TorchVarlen
 
 from . import stand_ins
@@ -59,15 +63,14 @@ def results(backend: Backend, layouts: tuple[SeqLayout, SeqLayout], options: dic
 @pytest.mark.parametrize("backend", [TorchVarlen, MemEfficient])
 @pytest.mark.parametrize("most", [1, 3, 6])
 @pytest.mark.parametrize("cross", [False, True])
-def test_parts_are_one_call(backend: type[Backend], most: int, cross: bool, launched: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_one_call(backend: type[Backend], most: int, cross: bool, launched: list[int]) -> None:
     """R-22: rows are cut where the host knows a part to begin; causal too."""
     own = SeqLayout.from_lengths(LENGTHS_Q)
     layouts = (own, SeqLayout.from_lengths(LENGTHS_K) if cross else own)
     options = {} if cross else {"causal": True}
     want = results(for_cpu(backend), layouts, options)
     assert launched == [7]
-    monkeypatch.setattr(_limits, "MAX_SEQUENCES", most)
-    got = results(for_cpu(backend), layouts, options)
+    got = results(for_cpu(backend, max_sequences=most), layouts, options)
     assert launched[1:] == [min(most, 7 - start) for start in range(0, 7, most)]
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
@@ -75,7 +78,7 @@ def test_parts_are_one_call(backend: type[Backend], most: int, cross: bool, laun
 
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("most", [1, 3, 6])
-def test_parts_where_only_the_device_knows_them(most: int, cross: bool, launched: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_where_only_the_device_knows_them(most: int, cross: bool, launched: list[int]) -> None:
     """R-22, R-40: offsets are cut and rows are not; rows of other parts and slack rows, which a kernel leaves unwritten, stay 0."""
 
     def with_slack(lengths: list[int]) -> SeqLayout:
@@ -84,8 +87,7 @@ def test_parts_where_only_the_device_knows_them(most: int, cross: bool, launched
     own = with_slack(LENGTHS_Q)
     layouts = (own, with_slack(LENGTHS_K) if cross else own)
     want = results(for_cpu(TorchVarlen), layouts, {})
-    monkeypatch.setattr(_limits, "MAX_SEQUENCES", most)
-    got = results(for_cpu(TorchVarlen), layouts, {})
+    got = results(for_cpu(TorchVarlen, max_sequences=most), layouts, {})
     assert launched[1:] == [min(most, 7 - start) for start in range(0, 7, most)]
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
@@ -94,16 +96,18 @@ def test_parts_where_only_the_device_knows_them(most: int, cross: bool, launched
 
 def test_nested_tensors_run_in_parts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """R-22: torch passes them to the same kernels."""
-    layout, started = SeqLayout.from_lengths(LENGTHS_Q), []
+    layout, started, attention = SeqLayout.from_lengths(LENGTHS_Q), [], F.scaled_dot_product_attention
     q, k, v = torch.randn(3, layout.num_rows, 2, 8)
     want = varlen_attention(q, k, v, layout, backend="nested")
-    attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(_limits, "MAX_SEQUENCES", 3)
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda q, *rest, **options: [started.append(len(q)), attention(q, *rest, **options)][1]
-    )
-    torch.testing.assert_close(varlen_attention(q, k, v, layout, backend="nested"), want)
+
+    def watched(q: Tensor, *rest: Any, **options: Any) -> Tensor:
+        started.append(q.shape[0])
+        return attention(q, *rest, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    torch.testing.assert_close(varlen_attention(q, k, v, layout, backend=for_cpu(Nested, max_sequences=3)), want)
     assert started == [3, 3, 1]
+    assert all(for_cpu(backend).capabilities.max_sequences == MAX_SEQUENCES < 65_536 for backend in (Nested, Flash2, Flash3, Flash4))
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from varlen_attn import SeqLayout, varlen_attention
-from varlen_attn.backends import _limits, _masked
+from varlen_attn.backends import _masked
 from varlen_attn.backends._masked import _efficient_cuda
 from varlen_attn.backends.mem_efficient import MemEfficient
 
@@ -104,8 +104,8 @@ def test_empty_sequences_of_self_attention_move_nothing() -> None:
     here, seen = for_cpu(MemEfficient), []
 
     class Looking(type(here)):  # type: ignore[misc]
-        def run(self, query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, *rest: Any) -> Any:
-            seen.append((query.data_ptr(), key.data_ptr(), value.data_ptr(), layout_q.lengths))
+        def run(self, query: Tensor, key: Tensor, value: Tensor, call: Any) -> Any:
+            seen.append((query.data_ptr(), key.data_ptr(), value.data_ptr(), call.layout_q.lengths))
             return query.clone(), None
 
     q, k, v = (torch.randn(7, 2, 8) for _ in range(3))
@@ -117,10 +117,9 @@ def test_empty_sequences_of_self_attention_move_nothing() -> None:
 @pytest.mark.parametrize(("lengths_q", "lengths_k"), [([3, 0, 4], None), ([5, 0, 4], [2, 3, 0]), ([3, 2, 2, 3, 2], [4, 1, 2, 2, 2])])
 def test_layouts_for_a_kernel_are_made_once(lengths_q: list[int], lengths_k: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without empty sequences, without queries that see no key, in parts: they are those of the first layer in every later one."""
-    monkeypatch.setattr(_limits, "MAX_SEQUENCES", 4)
     layouts = [SeqLayout.from_lengths(lengths_q), None if lengths_k is None else SeqLayout.from_lengths(lengths_k)]
     q, k, v = (torch.randn(sum(n), 2, 8) for n in (lengths_q, lengths_k or lengths_q, lengths_k or lengths_q))
-    here, made, make = for_cpu(MemEfficient), [], SeqLayout.from_lengths
+    here, made, make = for_cpu(MemEfficient, max_sequences=4), [], SeqLayout.from_lengths
     with on_cpu(_efficient_attention_forward=efficient_forward):
         first = varlen_attention(q, k, v, *layouts, causal=True, backend=here)
         monkeypatch.setattr(SeqLayout, "from_lengths", lambda *args, **options: [made.append(args), make(*args, **options)][1])

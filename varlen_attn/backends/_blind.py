@@ -9,23 +9,22 @@ from torch import Tensor
 
 from ..layout import SeqLayout
 from ._kept import kept
+from .base import Call, Result
 
-Attend = Callable[[Tensor, SeqLayout, SeqLayout], tuple[Tensor, Tensor | None]]
 
-
-def without_blind_queries(query: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, attend: Attend) -> tuple[Tensor, Tensor | None]:
-    """``attend(query, layout_q, layout_kv)`` on the rest; then 0, gradient 0 and -inf in the places of those left out.
+def without_blind_queries(query: Tensor, call: Call, attend: Callable[[Tensor, Call], Result]) -> Result:
+    """``attend(query, call)`` on the rest; then 0, gradient 0 and -inf in the places of those left out.
 
     Under a bottom-right causal mask they are the first ``Lq - Lk`` of a sequence, so that afterwards no sequence has more queries than
     keys. Sequences with neither queries nor keys are left out too. Needs lengths on the host; reads nothing from the device.
     """
-    rest = kept(layout_q, layout_kv, "see a key", lambda: _rest(layout_q, layout_kv))
+    rest = kept(*call.layouts, "see a key", lambda: _rest(*call.layouts))
     if rest is None:
-        return attend(query, layout_q, layout_kv)
+        return attend(query, call)
     rest_q, rest_kv, rows = rest
     if rows is None:
-        return attend(query, rest_q, rest_kv)
-    some, some_lse = attend(query.index_select(0, rows), rest_q, rest_kv)
+        return attend(query, call.on(rest_q, rest_kv))
+    some, some_lse = attend(query.index_select(0, rows), call.on(rest_q, rest_kv))
     out = some.new_zeros((query.shape[0], *some.shape[1:])).index_copy(0, rows, some)
     if some_lse is None:
         return out, None

@@ -60,7 +60,7 @@ def _tile_mask(tile: Tile, group: Group, semantics: Semantics, slopes: Tensor | 
     return False, bias if visible is None else bias.masked_fill(~visible, float("-inf"))
 
 
-class Call:
+class Launch:
     """What forward and backward share: groups, their tiles and masks, and the tensors of each group."""
 
     def __init__(

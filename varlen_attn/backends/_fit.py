@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..layout import SeqLayout
 from ..problem import Semantics
+from .base import Call, Result, connected_zeros, contiguous_grad, pad_head_dim
+
+Run = Callable[..., Result]
 
 _BYTES = 16  # of one load
 
@@ -40,7 +46,36 @@ def _address(x: Tensor) -> int:
         return int(x.storage_offset()) * x.element_size()
 
 
-def flash2_bounds(layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics) -> tuple[int, int]:
+def fitted(*, align: bool) -> Callable[[Run], Run]:
+    """`Backend.run` of a flash kernel, which gets at least one sequence, and heads of one width that is a multiple of 8, under the true
+    scale. With ``align`` it gets `aligned` rows and a contiguous gradient too, which our own ops see to themselves."""
+
+    def decorate(run: Run) -> Run:
+        @wraps(run)
+        def fit(self: Any, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+            value_dim = value.shape[-1]
+            if call.layout_q.num_seqs == 0:  # kernels refuse an empty batch
+                return nothing(query, key, value, call)
+            query, key, value = pad_head_dim(8, query, key, value, least=8)
+            if align:
+                query, key, value = aligned(query), aligned(key), aligned(value)
+            out, lse = run(self, query, key, value, call)
+            out = contiguous_grad(out) if align else out
+            return out if value_dim == out.shape[-1] else out[..., :value_dim], lse if call.semantics.return_lse else None
+
+        return fit
+
+    return decorate
+
+
+def nothing(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+    """The result of a call without sequences."""
+    sinks = [] if call.extras.sinks is None else [call.extras.sinks]
+    out = connected_zeros((*query.shape[:2], value.shape[-1]), query, key, value, *sinks)
+    return out, out.new_zeros((out.shape[1], out.shape[0]), dtype=torch.float32) if call.semantics.return_lse else None
+
+
+def flash2_bounds(call: Call) -> tuple[int, int]:
     """``max_seqlen_q, max_seqlen_k`` for the kernels of flash-attn 2, which torch carries too.
 
     - One query with grouped heads takes a decoding shortcut that wants one query in every sequence: so at least 2 is passed.
@@ -49,8 +84,8 @@ def flash2_bounds(layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantic
       than keys, because the window begins ``Lk - Lq`` before the query's own number. With the longest query added to ``max_seqlen_k``
       neither hides or shows a key. The forward uses the number for nothing else; the backward launches more blocks, which return at once.
     """
-    max_q, max_k = max(2, layout_q.max_seqlen), max(1, layout_kv.max_seqlen)
-    if semantics.window is not None and not semantics.causal and layout_kv is not layout_q:
+    max_q, max_k = max(2, call.layout_q.max_seqlen), max(1, call.layout_kv.max_seqlen)
+    if call.semantics.window is not None and not call.semantics.causal and call.layout_kv is not call.layout_q:
         max_k += max_q
     return max_q, max_k
 

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from ..layout import SeqLayout
-from ..problem import Problem, Semantics
+from ..problem import Problem
 from ._fit import aligned, flash_window
 from ._flops import register_flops
 from ._own_op import own_op
-from .base import Extras, Refusal, connected_zeros, observe, pad_head_dim, scale_refusals
+from .base import Call, Refusal, Result, observe, scale_refusals
 
 _TILE = 128  # rows of a kernel's block
 _MOST_PIECES = 4_095  # sequences that slack rows are cut into: a kernel's grid does not count far (see `_limits`)
 
 
-class Call(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of a kernel that are no tensors: a side of the window that is -1 is unlimited, a softcap of 0 is none."""
 
     max_q: int
@@ -41,15 +41,15 @@ class Call(NamedTuple):
     deterministic: bool
 
 
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor]]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor, Tensor]]
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Arguments], tuple[Tensor, Tensor]]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Arguments], tuple[Tensor, Tensor, Tensor]]
 
 
 def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Any:
     """Register ``varlen_attn::{name}_forward`` and ``_backward`` around a library; returns the first.
 
-    ``forward(query, key, value, cu_q, cu_k, call) -> out, lse (N,T)``, ``backward(grad, query, key, value, out, lse, cu_q, cu_k, call)
-    -> dq, dk, dv``. The log-sum-exp of a row without keys is -inf.
+    ``forward(query, key, value, cu_q, cu_k, arguments) -> out, lse (N,T)``, ``backward(grad, query, key, value, out, lse, cu_q, cu_k,
+    arguments) -> dq, dk, dv``. The log-sum-exp of a row without keys is -inf.
     """
 
     @own_op(f"{name}_forward", "default")
@@ -62,8 +62,8 @@ def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Any:
             blind = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
             return query.new_zeros(query.shape), blind
         query, key, value = (aligned(x) for x in (query, key, value))
-        call = Call(max_q, max_k, scale, causal, window, softcap, deterministic)
-        out, lse = forward(query, key, value, cu_q, cu_k, call)
+        arguments = Arguments(max_q, max_k, scale, causal, window, softcap, deterministic)
+        out, lse = forward(query, key, value, cu_q, cu_k, arguments)
         return (out if sinks is None else _with_sinks(out, lse, sinks)), lse
 
     @own_op(f"{name}_backward", "default")
@@ -79,8 +79,8 @@ def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Any:
         if sinks is not None:
             lse = _joined(lse, sinks)
             dsinks = _sinks_gradient(grad, out, lse, sinks)
-        call = Call(max_q, max_k, scale, causal, window, softcap, deterministic)
-        dq, dk, dv = backward(grad, query, key, value, out, lse, cu_q, cu_k, call)
+        arguments = Arguments(max_q, max_k, scale, causal, window, softcap, deterministic)
+        dq, dk, dv = backward(grad, query, key, value, out, lse, cu_q, cu_k, arguments)
         return dq, dk, dv, dsinks
 
     _register_fakes(name)
@@ -164,32 +164,17 @@ def _cover(layout: SeqLayout, pieces: int, rows: int) -> Tensor:
     return torch.cat([cu, ends.clamp(max=layout.num_rows)])
 
 
-def run_flash_op(
-    op: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout_q: SeqLayout,
-    layout_kv: SeqLayout,
-    semantics: Semantics,
-    extras: Extras,
-) -> tuple[Tensor, Tensor | None]:
-    """`Backend.run` of both: heads padded to one width of 8 columns, the true scale, the value's own width back."""
-    value_dim = value.shape[-1]
-    if layout_q.num_seqs == 0:
-        sinks = [] if extras.sinks is None else [extras.sinks]
-        out = connected_zeros((*query.shape[:2], value_dim), query, key, value, *sinks)
-        lse = out.new_zeros((out.shape[1], out.shape[0]), dtype=torch.float32)
-        return out, lse if semantics.return_lse else None
+def run_flash_op(op: Any, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+    """`Backend.run` of both."""
     if not torch.compiler.is_compiling():
         register_flops()
-    query, key, value = pad_head_dim(8, query, key, value, least=8)
-    cu_q, cu_k, max_q, max_k = covering_offsets(layout_q, layout_kv)
+    cu_q, cu_k, max_q, max_k = covering_offsets(*call.layouts)
+    semantics = call.semantics
     out, lse = op(
-        query, key, value, cu_q, cu_k, extras.sinks, max_q, max_k, semantics.factor, bool(semantics.causal),
+        query, key, value, cu_q, cu_k, call.extras.sinks, max_q, max_k, semantics.factor, bool(semantics.causal),
         list(flash_window(semantics)), semantics.softcap or 0.0, semantics.deterministic,
     )  # fmt: skip
-    return out[..., :value_dim], lse if semantics.return_lse else None
+    return out, lse
 
 
 def common_refusals(problem: Problem) -> Iterable[Refusal]:

@@ -10,16 +10,18 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import SeqLayout
-from ..problem import Problem, Semantics, version_tuple
+from ..problem import Problem, version_tuple
+from ._limits import in_parts
+from ._values import Call, Extras, Result, ScoreBias
 
-__all__ = ["Backend", "Capabilities", "Extras", "Refusal"]
+__all__ = ["Backend", "Call", "Capabilities", "Extras", "Refusal", "Result", "ScoreBias"]
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 FLOATS = HALF | {torch.float32, torch.float64}
@@ -27,7 +29,6 @@ FLOATS = HALF | {torch.float32, torch.float64}
 _MACHINES = {"rocm": "ROCm", "xpu": "Intel GPUs"}
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
-ScoreBias = Tensor | Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def constant_while_tracing(function: F_) -> F_:
@@ -80,16 +81,16 @@ class Refusal:
         return f"{self.reason} ({self.fix})"
 
 
-@dataclass(frozen=True, eq=False)
-class Extras:
-    """The tensors of a call beside q, k, v; each None unless `Semantics` says that it is there.
+def _prepared(run: Callable[..., Result]) -> Callable[..., Result]:
+    @wraps(run)
+    def prepared(self: Backend, query: Tensor, key: Tensor, value: Tensor, call: Any, *rest: Any) -> Result:
+        call = Call(call, *rest) if rest else call
+        most = self.capabilities.max_sequences
+        if most is not None and call.layout_q.num_seqs > most:
+            return in_parts(query, key, value, call, most, partial(run, self))
+        return run(self, query, key, value, call)
 
-    ``alibi_slopes (N,)`` and ``sinks (N,)`` are float32 (float64 for float64 inputs).
-    """
-
-    alibi_slopes: Tensor | None = None
-    sinks: Tensor | None = None
-    score_bias: ScoreBias | None = None
+    return prepared
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Capabilities:
     rocm: bool = True
     untried: frozenset[str] = frozenset()  # of "rocm", "xpu": its kernel is made for them, and nobody has run it there from here: by order
     max_head_dim: int | None = None
+    max_sequences: int | None = None  # of one launch; more run in parts
     value_head_dim: bool = True  # Hv != H
     gqa: bool = True  # N != K
     causal_bottom_right: bool = True
@@ -153,20 +155,16 @@ class Backend(ABC):
         return ""
 
     @abstractmethod
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout_q: SeqLayout,
-        layout_kv: SeqLayout,
-        semantics: Semantics,
-        extras: Extras,
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         """``query (T,N,H)``, ``key (Tk,K,H)``, ``value (Tk,K,Hv)`` -> ``out (T,N,Hv)``, lse ``(N,T)`` or None.
 
-        Arguments are checked already; ``semantics.scale`` is a number.
+        Arguments are checked already; ``call.semantics.scale`` is a number. The values of a `Call` may also be passed one by one.
         """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "run" in vars(cls):
+            cls.run = _prepared(cls.run)  # type: ignore[method-assign]
 
     def refusals(self, problem: Problem, *, thorough: bool = True) -> tuple[Refusal, ...]:
         """All reasons against running ``problem``; none means that it runs.

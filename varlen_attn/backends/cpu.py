@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from .._gather import is_transformed
-from ..layout import SeqLayout
-from ..problem import Problem, Semantics
-from ._cpu_plan import Call, Target, blocks, chunks
+from ..problem import Problem
+from ._cpu_plan import Launch, Target, blocks, chunks
 from ._flops import register_flops
 from ._maths import attend, needs_maths
 from ._own_op import own_op
-from .base import FLOATS, HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, observe, pad_head_dim, wide_dtype
+from .base import FLOATS, HALF, Backend, Call, Capabilities, Refusal, Result, connected_zeros, observe, pad_head_dim, wide_dtype
 
 # Overloads, because looking one up at every call costs microseconds. None in a torch that has dropped these private ops.
 _KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
@@ -50,7 +49,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """``(T,N,H), (Tk,K,H), (Tk,K,H) -> (T,N,H)``, lse ``(N,T)``. Rows that see no key: 0 and -inf."""
     observe("cpu", query.shape[0])
-    call = Call(query, key, (cu_q, cu_k), causal, window, slopes, single)
+    call = Launch(query, key, (cu_q, cu_k), causal, window, slopes, single)
     if call.is_plain:
         return _plain_forward(call, query, key, value, scale)
     out = (query.new_empty if call.covers()[0] else query.new_zeros)(query.shape)
@@ -67,7 +66,7 @@ def _forward(
     return out, call.lse(lses, query)
 
 
-def _plain_forward(call: Call, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _plain_forward(call: Launch, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The usual case in as few steps as can be: on short sequences each costs as much as a part of their attention."""
     causal = bool(call.semantics.causal)
     pairs = zip(call.groups, call.queries(query), call.keys(key, value), strict=True)
@@ -110,7 +109,7 @@ def _backward(
     single: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; exactly 0 where nothing is seen."""
-    call = Call(query, key, (cu_q, cu_k), causal, window, slopes, single)
+    call = Launch(query, key, (cu_q, cu_k), causal, window, slopes, single)
     if call.is_plain:
         return _plain_backward(call, grad, query, key, value, out, lse, scale)
     half = query.dtype in HALF
@@ -139,7 +138,7 @@ def _backward(
 
 
 def _plain_backward(
-    call: Call, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+    call: Launch, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     causal, inputs = bool(call.semantics.causal), (query, key, value)
     grads: list[Tensor] = []
@@ -221,19 +220,11 @@ class Cpu(Backend):
     def seen_as(self, problem: Problem) -> str:
         return "softmax" if needs_maths(problem.semantics) or problem.transformed else f"aten::{_KERNEL}"
 
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout_q: SeqLayout,
-        layout_kv: SeqLayout,
-        semantics: Semantics,
-        extras: Extras,
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+        semantics = call.semantics
         if needs_maths(semantics) or is_transformed():
             # Under torch.func and forward-mode AD too: the op below has a backward only, and would give zeros without an error.
-            return _run_maths(query, key, value, layout_q, layout_kv, semantics, extras)
+            return _run_maths(query, key, value, call)
         if not torch.compiler.is_compiling():
             register_flops()
         value_dim = value.shape[-1]
@@ -244,31 +235,23 @@ class Cpu(Backend):
             query, scale = query * scale, 1.0
         window = [-1 if side is None else side for side in semantics.window or (None, None)]
         out, lse = _forward(
-            query, key, value, layout_q.cu_seqlens, layout_kv.cu_seqlens, scale, semantics.causal or "", window,
-            extras.alibi_slopes, semantics.batch_invariant,
+            query, key, value, call.layout_q.cu_seqlens, call.layout_kv.cu_seqlens, scale, semantics.causal or "", window,
+            call.extras.alibi_slopes, semantics.batch_invariant,
         )  # fmt: skip
         return out[..., :value_dim], lse if semantics.return_lse else None
 
 
-def _run_maths(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout_q: SeqLayout,
-    layout_kv: SeqLayout,
-    semantics: Semantics,
-    extras: Extras,
-) -> tuple[Tensor, Tensor | None]:
+def _run_maths(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
     """Exact eager attention, a group of equal lengths at a time; autograd does the backward."""
     results, lses = [], []
-    groups = list(chunks(layout_q, layout_kv, semantics.batch_invariant, query.shape[1]))
+    groups = list(chunks(*call.layouts, call.semantics.batch_invariant, query.shape[1]))
     spans_q, spans_k = [(g.q_start, g.size, g.len_q) for g in groups], [(g.k_start, g.size, g.len_k) for g in groups]
     for group, q, k, v in zip(groups, blocks(query, spans_q), blocks(key, spans_k), blocks(value, spans_k), strict=True):
-        out, lse = attend(q, k, v, semantics, extras, offset=group.len_k - group.len_q)
+        out, lse = attend(q, k, v, call.semantics, call.extras, offset=group.len_k - group.len_q)
         results.append(out.transpose(1, 2).flatten(0, 1))
         if lse is not None:
             lses.append(lse.transpose(0, 1).flatten(1))
     rest = query.shape[0] - sum(g.size * g.len_q for g in groups)
     results.append(connected_zeros((rest, query.shape[1], value.shape[2]), query, key, value))
     lses.append(query.new_full((query.shape[1], rest), float("-inf"), dtype=wide_dtype(query.dtype)))
-    return torch.cat(results), torch.cat(lses, 1) if semantics.return_lse else None
+    return torch.cat(results), torch.cat(lses, 1) if call.semantics.return_lse else None

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from .. import _native
 from .._gather import is_transformed
-from ..layout import SeqLayout
-from ..problem import Problem, Semantics
+from ..problem import Problem
 from ._flops import register_flops
 from ._own_op import own_op
-from .base import HALF, Backend, Capabilities, Extras, Refusal, observe, pad_head_dim
+from .base import HALF, Backend, Call, Capabilities, Refusal, Result, observe, pad_head_dim
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in attention.h
 _UNLIMITED = 1 << 40  # a side of a window that cuts nothing
@@ -204,27 +203,19 @@ class CpuNative(Backend):
     def seen_as(self, problem: Problem) -> str:
         return "varlen_attn::cpu_native_forward"
 
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout_q: SeqLayout,
-        layout_kv: SeqLayout,
-        semantics: Semantics,
-        extras: Extras,
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         assert not is_transformed()
         if not torch.compiler.is_compiling():
             register_flops()
         value_dim = value.shape[-1]
         query, key = pad_head_dim(_MULTIPLE, query, key)
         (value,) = pad_head_dim(_MULTIPLE, value)
+        semantics = call.semantics
         low, high = semantics.visible_range(0)
         # Drawn outside of the op, which is a pure function of it: recomputation under checkpointing draws the same.
         seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu") if semantics.dropout_p else None
         out, lse = _forward(
-            query, key, value, layout_q.cu_seqlens, layout_kv.cu_seqlens, extras.alibi_slopes, extras.sinks, seed,
+            query, key, value, call.layout_q.cu_seqlens, call.layout_kv.cu_seqlens, call.extras.alibi_slopes, call.extras.sinks, seed,
             [-_UNLIMITED if low is None else low, _UNLIMITED if high is None else high], semantics.causal != "top_left",
             semantics.factor, semantics.softcap or 0.0, semantics.dropout_p,
         )  # fmt: skip

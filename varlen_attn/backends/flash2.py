@@ -33,9 +33,9 @@ from torch import Tensor
 from ..layout import SeqLayout
 from ..problem import Problem, Semantics, version_tuple
 from ._blind import without_blind_queries
-from ._fit import aligned, flash2_bounds, flash_window
-from ._limits import in_grids
-from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim, scale_refusals
+from ._fit import fitted, flash2_bounds, flash_window, nothing
+from ._limits import MAX_SEQUENCES
+from .base import HALF, Backend, Call, Capabilities, Refusal, Result, scale_refusals
 
 _INTERFACE = "flash_attn.flash_attn_interface"
 _CORE = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "softmax_scale", "causal", "return_attn_probs")
@@ -111,6 +111,7 @@ class Flash2(Backend):
         dtypes=HALF | {torch.float32},
         min_capability=(8, 0),
         max_head_dim=256,
+        max_sequences=MAX_SEQUENCES,
         causal_top_left=False,
         score_bias=False,
         sinks=False,
@@ -154,65 +155,50 @@ class Flash2(Backend):
             return "flash_attn::_flash_attn_varlen_forward" if problem.device_type == "cpu" else "attn_fwd"
         return "" if problem.rocm else "flash_fwd_(kernel|splitkv)"
 
-    @in_grids
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout_q: SeqLayout,
-        layout_kv: SeqLayout,
-        semantics: Semantics,
-        extras: Extras,
-    ) -> tuple[Tensor, Tensor | None]:
+    @fitted(align=True)
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         from flash_attn import flash_attn_interface
 
         triton = getattr(flash_attn_interface, "USE_TRITON_ROCM", False)
-        value_dim = value.shape[-1]
-        query, key, value = (aligned(x) for x in pad_head_dim(8, query, key, value))
 
-        def attend(query: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout) -> tuple[Tensor, Tensor | None]:
-            if layout_q.num_seqs == 0:  # the kernel refuses an empty batch
-                out = connected_zeros(query.shape, query, key, value)
-                return out, out.new_zeros((out.shape[1], out.shape[0]), dtype=torch.float32)
-            max_q, max_k = flash2_bounds(layout_q, layout_kv, semantics)
+        def attend(query: Tensor, call: Call) -> Result:
+            semantics, slopes = call.semantics, call.extras.alibi_slopes
+            if call.layout_q.num_seqs == 0:
+                return nothing(query, key, value, call)
+            max_q, max_k = flash2_bounds(call)
             result = flash_attn_interface.flash_attn_varlen_func(
                 q=query,
                 k=key,
                 v=value,
-                cu_seqlens_q=layout_q.cu_seqlens,
-                cu_seqlens_k=layout_kv.cu_seqlens,
+                cu_seqlens_q=call.layout_q.cu_seqlens,
+                cu_seqlens_k=call.layout_kv.cu_seqlens,
                 max_seqlen_q=max_q,
                 max_seqlen_k=max_k,
                 dropout_p=semantics.dropout_p,
                 softmax_scale=semantics.scale,
                 causal=bool(semantics.causal),
                 return_attn_probs=semantics.return_lse,
-                **_options(semantics, extras),
+                **_options(semantics, slopes),
             )
             if not semantics.return_lse:
-                return contiguous_grad(result), None
-            lse = _packed_lse(result[1].detach(), layout_q, triton)
-            if extras.alibi_slopes is not None and _adds_by_column(semantics, max_k):
-                lse = lse - extras.alibi_slopes[:, None] * _aligned_positions(layout_q, layout_kv)
-            return contiguous_grad(result[0]), lse
+                return result, None
+            lse = _packed_lse(result[1].detach(), call.layout_q, triton)
+            if slopes is not None and _adds_by_column(semantics, max_k):
+                lse = lse - slopes[:, None] * _aligned_positions(*call.layouts)
+            return result[0], lse
 
-        if triton and semantics.causal:
-            out, lse = without_blind_queries(query, layout_q, layout_kv, attend)
-        else:
-            out, lse = attend(query, layout_q, layout_kv)
-        return out[..., :value_dim], lse if semantics.return_lse else None
+        return without_blind_queries(query, call, attend) if triton and call.semantics.causal else attend(query, call)
 
 
-def _options(semantics: Semantics, extras: Extras) -> dict[str, Any]:
+def _options(semantics: Semantics, slopes: Tensor | None) -> dict[str, Any]:
     """Only those that are asked for, because older versions lack the parameters."""
     options: dict[str, Any] = {}
     if semantics.window is not None:
         options["window_size"] = flash_window(semantics)
     if semantics.softcap is not None:
         options["softcap"] = semantics.softcap
-    if extras.alibi_slopes is not None:
-        options["alibi_slopes"] = extras.alibi_slopes
+    if slopes is not None:
+        options["alibi_slopes"] = slopes
     if semantics.deterministic:
         options["deterministic"] = True
     return options

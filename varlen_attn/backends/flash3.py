@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import SeqLayout
-from ..problem import Problem, Semantics, installed_version
-from ._flash_op import Call, common_refusals, define_flash_ops, run_flash_op
-from ._limits import in_grids
-from .base import HALF, Backend, Capabilities, Extras, Refusal
+from ..problem import Problem, installed_version
+from ._fit import fitted
+from ._flash_op import Arguments, common_refusals, define_flash_ops, run_flash_op
+from ._limits import MAX_SEQUENCES
+from .base import HALF, Backend, Call, Capabilities, Refusal, Result
 
 _INTERFACE, _CONFIG = "flash_attn_interface", "flash_attn_config"
 _WIDTHS = (64, 96, 128, 192, 256)  # that kernels are compiled for; a head dimension takes the next
@@ -180,32 +180,32 @@ def _options(op: Any, **given: Any) -> dict[str, Any]:
     return {a.name: given.get(a.name) for a in arguments if a.name in given or not a.has_default_value()}
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def _forward(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, arguments: Arguments) -> tuple[Tensor, Tensor]:
     build = _probe()
     assert isinstance(build, Build), build
-    options = _options(build.forward, q=query, k=key, v=value, num_splits=1, **_common(cu_q, cu_k, call))
+    options = _options(build.forward, q=query, k=key, v=value, num_splits=1, **_common(cu_q, cu_k, arguments))
     out, lse, *_ = build.forward(**options)
     return out, lse
 
 
 def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, call: Call
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, arguments: Arguments
 ) -> tuple[Tensor, Tensor, Tensor]:
     build = _probe()
     assert isinstance(build, Build), build
     grads = dict(zip(("dq", "dk", "dv"), (torch.empty_like(x) for x in (query, key, value)), strict=True))
     options = _options(
-        build.backward, dout=grad, q=query, k=key, v=value, out=out, softmax_lse=lse, deterministic=call.deterministic,
-        **grads, **_common(cu_q, cu_k, call),
+        build.backward, dout=grad, q=query, k=key, v=value, out=out, softmax_lse=lse, deterministic=arguments.deterministic,
+        **grads, **_common(cu_q, cu_k, arguments),
     )  # fmt: skip
     build.backward(**options)  # what it returns changed from 8 tensors to 5; the gradients are written where they should be
     return grads["dq"], grads["dk"], grads["dv"]
 
 
-def _common(cu_q: Tensor, cu_k: Tensor, call: Call) -> dict[str, Any]:
+def _common(cu_q: Tensor, cu_k: Tensor, arguments: Arguments) -> dict[str, Any]:
     return dict(
-        cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=call.max_q, max_seqlen_k=call.max_k, softmax_scale=call.scale,
-        is_causal=call.causal, window_size_left=call.window[0], window_size_right=call.window[1], softcap=call.softcap,
+        cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=arguments.max_q, max_seqlen_k=arguments.max_k, softmax_scale=arguments.scale,
+        is_causal=arguments.causal, window_size_left=arguments.window[0], window_size_right=arguments.window[1], softcap=arguments.softcap,
     )  # fmt: skip
 
 
@@ -225,6 +225,7 @@ class Flash3(Backend):
         min_capability=(9, 0),
         rocm=False,
         max_head_dim=256,
+        max_sequences=MAX_SEQUENCES,
         causal_top_left=False,
         dropout=False,
         alibi=False,
@@ -255,15 +256,6 @@ class Flash3(Backend):
     def seen_as(self, problem: Problem) -> str:
         return "FlashAttnFwdSm90"
 
-    @in_grids
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout_q: SeqLayout,
-        layout_kv: SeqLayout,
-        semantics: Semantics,
-        extras: Extras,
-    ) -> tuple[Tensor, Tensor | None]:
-        return run_flash_op(_op, query, key, value, layout_q, layout_kv, semantics, extras)
+    @fitted(align=False)
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+        return run_flash_op(_op, query, key, value, call)

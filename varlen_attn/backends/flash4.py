@@ -27,11 +27,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..layout import SeqLayout
-from ..problem import Problem, Semantics, version_tuple
-from ._flash_op import Call, common_refusals, define_flash_ops, run_flash_op
-from ._limits import in_grids
-from .base import HALF, Backend, Capabilities, Extras, Refusal
+from ..problem import Problem, version_tuple
+from ._fit import fitted
+from ._flash_op import Arguments, common_refusals, define_flash_ops, run_flash_op
+from ._limits import MAX_SEQUENCES
+from .base import HALF, Backend, Call, Capabilities, Refusal, Result
 
 _INTERFACE = "flash_attn.cute.interface"
 _SHARED = (
@@ -79,25 +79,25 @@ def _function(name: str) -> Callable[..., Any]:
     return function
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _function("_flash_attn_fwd")(q=query, k=key, v=value, return_lse=True, **_common(cu_q, cu_k, call))
+def _forward(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = _function("_flash_attn_fwd")(q=query, k=key, v=value, return_lse=True, **_common(cu_q, cu_k, arguments))
     return out, lse
 
 
 def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, call: Call
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, arguments: Arguments
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv, *_ = _function("_flash_attn_bwd")(
-        q=query, k=key, v=value, out=out, dout=grad, lse=lse, deterministic=call.deterministic, **_common(cu_q, cu_k, call)
+        q=query, k=key, v=value, out=out, dout=grad, lse=lse, deterministic=arguments.deterministic, **_common(cu_q, cu_k, arguments)
     )
     return dq, dk, dv
 
 
-def _common(cu_q: Tensor, cu_k: Tensor, call: Call) -> dict[str, Any]:
-    left, right = (None if side < 0 else side for side in call.window)
+def _common(cu_q: Tensor, cu_k: Tensor, arguments: Arguments) -> dict[str, Any]:
+    left, right = (None if side < 0 else side for side in arguments.window)
     return dict(
-        cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=call.max_q, max_seqlen_k=call.max_k, softmax_scale=call.scale,
-        causal=call.causal, window_size_left=left, window_size_right=right, softcap=call.softcap,
+        cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=arguments.max_q, max_seqlen_k=arguments.max_k, softmax_scale=arguments.scale,
+        causal=arguments.causal, window_size_left=left, window_size_right=right, softcap=arguments.softcap,
     )  # fmt: skip
 
 
@@ -117,6 +117,7 @@ class Flash4(Backend):
         min_capability=(9, 0),
         rocm=False,
         max_head_dim=256,
+        max_sequences=MAX_SEQUENCES,
         causal_top_left=False,
         dropout=False,
         alibi=False,
@@ -146,18 +147,9 @@ class Flash4(Backend):
     def kernel(self, problem: Problem) -> str:
         return "flash_attn.cute.interface._flash_attn_fwd"
 
-    @in_grids
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout_q: SeqLayout,
-        layout_kv: SeqLayout,
-        semantics: Semantics,
-        extras: Extras,
-    ) -> tuple[Tensor, Tensor | None]:
-        return run_flash_op(_op, query, key, value, layout_q, layout_kv, semantics, extras)
+    @fitted(align=False)
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+        return run_flash_op(_op, query, key, value, call)
 
 
 def _version_refusals(problem: Problem) -> Iterable[Refusal]:

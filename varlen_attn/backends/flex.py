@@ -31,10 +31,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..layout import SeqLayout
-from ..problem import Problem, Semantics, installed_version
+from ..problem import Problem, installed_version
 from ._flex_blocks import BLOCK, Visible, visible_pairs
-from .base import HALF, Backend, Capabilities, Extras, Refusal, ScoreBias, connected_zeros, contiguous_grad, pad_head_dim
+from .base import HALF, Backend, Call, Capabilities, Refusal, Result, ScoreBias, connected_zeros, contiguous_grad, pad_head_dim
 
 _TRITON = ("triton", "pytorch-triton", "triton-windows")  # distributions that have a module triton
 
@@ -75,17 +74,9 @@ class Flex(Backend):
     def seen_as(self, problem: Problem) -> str:
         return "flex_attention"
 
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout_q: SeqLayout,
-        layout_kv: SeqLayout,
-        semantics: Semantics,
-        extras: Extras,
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         value_dim = value.shape[-1]
+        semantics, extras = call.semantics, call.extras
         bias = extras.score_bias
         if 0 in (query.shape[0], key.shape[0]) or (isinstance(bias, Tensor) and 0 in bias.shape):  # the kernel refuses all of these
             nothing = connected_zeros((*query.shape[:2], value_dim), query, key, value)
@@ -93,7 +84,7 @@ class Flex(Backend):
             return nothing, blind if semantics.return_lse else None
         query, key = pad_head_dim(1, query, key, least=16)
         (value,) = pad_head_dim(1, value, least=16)
-        visible = visible_pairs(layout_q, layout_kv, semantics)
+        visible = visible_pairs(*call.layouts, semantics)
         options = _Options(semantics.factor, semantics.softcap, semantics.return_lse or extras.sinks is not None)
         out, lse = _call(query, key, value, visible, options, extras.alibi_slopes, bias)
         if extras.sinks is not None and lse is not None:

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from ..layout import SeqLayout
-from ..problem import Problem, Semantics
+from ..problem import Problem
 from ._blind import without_blind_queries
-from ._fit import aligned
-from ._limits import in_grids
-from .base import HALF, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim, repeat_kv, scale_refusals
+from ._fit import aligned, nothing
+from ._limits import MAX_SEQUENCES
+from .base import HALF, Backend, Call, Capabilities, Refusal, Result, contiguous_grad, pad_head_dim, repeat_kv, scale_refusals
 
 _MASK_TYPE = {False: 0, "top_left": 1, "bottom_right": 2}
 _MAX_ELEMENTS = 2**31 - 1  # of one tensor in one call
@@ -42,6 +42,7 @@ class MemEfficient(Backend):
         min_capability=(5, 0),
         min_torch=(2, 11),
         rocm=False,
+        max_sequences=MAX_SEQUENCES,
         window=False,
         softcap=False,
         dropout=False,
@@ -67,62 +68,47 @@ class MemEfficient(Backend):
     def seen_as(self, problem: Problem) -> str:
         return "fmha_cutlassF"
 
-    @in_grids
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout_q: SeqLayout,
-        layout_kv: SeqLayout,
-        semantics: Semantics,
-        extras: Extras,
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         value_dim = value.shape[-1]
-        if layout_q.num_seqs == 0:
-            out = connected_zeros((*query.shape[:2], value_dim), query, key, value)
-            return out, out.new_zeros((out.shape[1], 0), dtype=torch.float32) if semantics.return_lse else None
+        if call.layout_q.num_seqs == 0:
+            return nothing(query, key, value, call)
         key, value = repeat_kv(query.shape[1], key, value)
         multiple = 8 if query.dtype in HALF else 4
         query, key = pad_head_dim(multiple, query, key)
         (value,) = pad_head_dim(multiple, value)
 
-        def attend(query: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout) -> tuple[Tensor, Tensor | None]:
-            return _attend(query, key, value, layout_q, layout_kv, semantics)
+        def attend(query: Tensor, call: Call) -> Result:
+            return _attend(query, key, value, call)
 
-        if semantics.causal == "bottom_right":
-            out, lse = without_blind_queries(query, layout_q, layout_kv, attend)
-        else:
-            out, lse = attend(query, layout_q, layout_kv)
-        return out[..., :value_dim], lse if semantics.return_lse else None
+        bottom_right = call.semantics.causal == "bottom_right"
+        out, lse = without_blind_queries(query, call, attend) if bottom_right else attend(query, call)
+        return out[..., :value_dim], lse if call.semantics.return_lse else None
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics
-) -> tuple[Tensor, Tensor | None]:
+def _attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
     """``out (T,N,Hv)``, lse ``(N,T)``; every query sees a key."""
     heads = query.shape[1]
     if heads > 1 and max(x.numel() for x in (query, key, value)) > _MAX_ELEMENTS:
         outs, lses = [], []
         for part in (slice(None, heads // 2), slice(heads // 2, None)):
-            out, lse = _attend(query[:, part], key[:, part], value[:, part], layout_q, layout_kv, semantics)
+            out, lse = _attend(query[:, part], key[:, part], value[:, part], call)
             outs.append(out)
             lses += [] if lse is None else [lse]
         return torch.cat(outs, dim=1), torch.cat(lses) if lses else None
     out, lse, *_ = torch.ops.aten._efficient_attention_forward(
         *(aligned(x.contiguous())[None] for x in (query, key, value)),
         None,
-        layout_q.cu_seqlens,
-        layout_kv.cu_seqlens,
-        max(_lengths(layout_q)),
-        max(_lengths(layout_kv)),
+        *(layout.cu_seqlens for layout in call.layouts),
+        *(max(_lengths(layout)) for layout in call.layouts),
         0.0,
-        _MASK_TYPE[semantics.causal],
+        _MASK_TYPE[call.semantics.causal],
         True,  # the log-sum-exp, which the backward needs
-        scale=semantics.scale,
+        scale=call.semantics.scale,
     )
     out = contiguous_grad(out[0])
-    return out, lse.detach()[layout_q.seq_ids, :, layout_q.positions].transpose(0, 1) if semantics.return_lse else None
+    if not call.semantics.return_lse:
+        return out, None
+    return out, lse.detach()[call.layout_q.seq_ids, :, call.layout_q.positions].transpose(0, 1)
 
 
 def _lengths(layout: SeqLayout) -> tuple[int, ...]:

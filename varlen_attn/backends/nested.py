@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import SeqLayout
-from ..problem import Problem, Semantics
-from ._fit import aligned
-from ._limits import in_grids
-from .base import FLOATS, Backend, Capabilities, Extras, Refusal, connected_zeros, contiguous_grad, pad_head_dim
+from ..problem import Problem
+from ._fit import aligned, nothing
+from ._limits import MAX_SEQUENCES
+from .base import FLOATS, Backend, Call, Capabilities, Refusal, Result, contiguous_grad, pad_head_dim
 
 
 class Nested(Backend):
@@ -37,6 +37,7 @@ class Nested(Backend):
         min_capability=(5, 0),
         untried=frozenset({"rocm"}),
         max_head_dim=256,
+        max_sequences=MAX_SEQUENCES,
         gqa=False,
         causal_top_left=False,
         window=False,
@@ -79,28 +80,18 @@ class Nested(Backend):
     def seen_as(self, problem: Problem) -> str:
         return "softmax|_math" if problem.device_type == "cpu" else "flash_fwd_(kernel|splitkv)|fmha_cutlassF"
 
-    @in_grids
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout_q: SeqLayout,
-        layout_kv: SeqLayout,
-        semantics: Semantics,
-        extras: Extras,
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         value_dim = value.shape[-1]
-        if layout_q.num_seqs == 0:
-            return connected_zeros((*query.shape[:2], value_dim), query, key, value), None
+        if call.layout_q.num_seqs == 0:
+            return nothing(query, key, value, call)
         query, key, value = pad_head_dim(8, query, key, value)
-        (q,) = _jagged(layout_q, query)
-        k, v = _jagged(layout_kv, key, value)
+        (q,) = _jagged(call.layout_q, query)
+        k, v = _jagged(call.layout_kv, key, value)
         with warnings.catch_warnings():
             # The eager path makes nested tensors of the older kind, which announce themselves as a prototype.
             warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors", category=UserWarning)
             out = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=semantics.dropout_p, is_causal=bool(semantics.causal), scale=semantics.scale
+                q, k, v, dropout_p=call.semantics.dropout_p, is_causal=bool(call.semantics.causal), scale=call.semantics.scale
             )
         packed = out.transpose(1, 2).values()
         return contiguous_grad(packed)[..., :value_dim], None

@@ -7,9 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..layout import SeqLayout
 from ..problem import Problem, Semantics
-from .base import FLOATS, Backend, Capabilities, Extras, connected_zeros, wide_dtype
+from .base import FLOATS, Backend, Call, Capabilities, Extras, Result, connected_zeros, wide_dtype
 
 
 class Reference(Backend):
@@ -27,27 +26,17 @@ class Reference(Backend):
     def kernel(self, problem: Problem) -> str:
         return "eager matmul, softmax, matmul for each sequence"
 
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout_q: SeqLayout,
-        layout_kv: SeqLayout,
-        semantics: Semantics,
-        extras: Extras,
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         out = connected_zeros((query.shape[0], query.shape[1], value.shape[2]), query, key, value)
         lse_dtype = wide_dtype(query.dtype)
         lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=lse_dtype)
-        pairs_q = itertools.pairwise(layout_q.cu_seqlens.tolist())
-        pairs_k = itertools.pairwise(layout_kv.cu_seqlens.tolist())
+        pairs_q, pairs_k = (itertools.pairwise(layout.cu_seqlens.tolist()) for layout in call.layouts)
         for (q0, q1), (k0, k1) in zip(pairs_q, pairs_k, strict=True):
             if q1 > q0 and k1 > k0:
-                rows, out_rows, lse_rows = _one(query[q0:q1], key[k0:k1], value[k0:k1], semantics, extras)
+                rows, out_rows, lse_rows = _one(query[q0:q1], key[k0:k1], value[k0:k1], call.semantics, call.extras)
                 out = out.index_put((rows + q0,), out_rows)
                 lse[:, rows + q0] = lse_rows.to(lse_dtype)
-        return out, lse if semantics.return_lse else None
+        return out, lse if call.semantics.return_lse else None
 
 
 def _one(q: Tensor, k: Tensor, v: Tensor, semantics: Semantics, extras: Extras) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from .._gather import is_transformed
 from .._padded_rows import PaddedRows
-from ..layout import SeqLayout
 from ..problem import Problem, Semantics, strictly_deterministic
 from ._masked import EAGER, masked_attention, masked_kernel_name
 from ._maths import alibi_bias, attend, needs_maths, visible_mask
-from .base import FLOATS, Backend, Capabilities, Extras, connected_zeros, constant_while_tracing, wide_dtype
+from .base import FLOATS, Backend, Call, Capabilities, Extras, Result, connected_zeros, constant_while_tracing, wide_dtype
 
 
 class SdpaPadded(Backend):
@@ -32,16 +31,8 @@ class SdpaPadded(Backend):
             return "(?i)softmax"
         return "fmha_cutlassF" if problem.device_type == "cuda" else "aten::_scaled_dot_product_flash_attention_for_cpu"
 
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout_q: SeqLayout,
-        layout_kv: SeqLayout,
-        semantics: Semantics,
-        extras: Extras,
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+        (layout_q, layout_kv), semantics, extras = call.layouts, call.semantics, call.extras
         if isinstance(layout_q, PaddedRows) and isinstance(layout_kv, PaddedRows):
             return _in_place(query, key, value, layout_q, layout_kv, semantics, extras)
         dense_q = layout_q.compact()

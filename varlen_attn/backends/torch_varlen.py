@@ -27,22 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import SeqLayout
-from ..problem import Problem, Semantics, version_tuple
-from ._fit import aligned, flash2_bounds, flash_window
-from ._limits import in_grids
-from .base import (
-    HALF,
-    Backend,
-    Capabilities,
-    Extras,
-    Refusal,
-    connected_zeros,
-    constant_while_tracing,
-    contiguous_grad,
-    pad_head_dim,
-    scale_refusals,
-)
+from ..problem import Problem, version_tuple
+from ._fit import fitted, flash2_bounds, flash_window
+from ._limits import MAX_SEQUENCES
+from .base import HALF, Backend, Call, Capabilities, Refusal, Result, constant_while_tracing, scale_refusals
 
 _DROPOUT_BACKWARD_IS_WRONG = {(8, 6), (8, 9), (12, 0)}  # with head dimensions above 192: refused by torch's own checks too
 
@@ -71,6 +59,7 @@ class TorchVarlen(Backend):
         min_torch=(2, 11),
         untried=frozenset({"rocm", "xpu"}),
         max_head_dim=256,
+        max_sequences=MAX_SEQUENCES,
         causal_top_left=False,
         softcap=False,
         alibi=False,
@@ -126,28 +115,11 @@ class TorchVarlen(Backend):
             return ""
         return "flash_fwd_(kernel|splitkv)" + ("|cudnn" if _may_be_cudnn(problem) else "")
 
-    @in_grids
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout_q: SeqLayout,
-        layout_kv: SeqLayout,
-        semantics: Semantics,
-        extras: Extras,
-    ) -> tuple[Tensor, Tensor | None]:
-        value_dim = value.shape[-1]
-        if layout_q.num_seqs == 0:  # the kernel refuses an empty batch
-            out = connected_zeros((*query.shape[:2], value_dim), query, key, value)
-            lse = out.new_zeros((out.shape[1], out.shape[0]), dtype=torch.float32)
-            return out, lse if semantics.return_lse else None
-        query, key, value = pad_head_dim(8, query, key, value)
-        query, key, value = (aligned(x) for x in (query, key, value))
-        run = _with_dropout if semantics.dropout_p else _without_dropout
-        out, lse = run(query, key, value, layout_q, layout_kv, semantics)
-        out = contiguous_grad(out)[..., :value_dim]
-        return out, lse.detach().masked_fill(torch.isposinf(lse), float("-inf")) if semantics.return_lse else None
+    @fitted(align=True)
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+        run = _with_dropout if call.semantics.dropout_p else _without_dropout
+        out, lse = run(query, key, value, call)
+        return out, lse.detach().masked_fill(torch.isposinf(lse), float("-inf")) if call.semantics.return_lse else None
 
 
 def _may_be_cudnn(problem: Problem) -> bool:
@@ -172,44 +144,40 @@ def _elsewhere_refusals(problem: Problem) -> Iterable[Refusal]:
             yield Refusal(f"has a kernel of another vendor here, and what that does for {what} is not known", fix, "machine")
 
 
-def _without_dropout(
-    query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics
-) -> tuple[Tensor, Tensor]:
+def _without_dropout(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    max_q, max_k = flash2_bounds(layout_q, layout_kv, semantics)
+    max_q, max_k = flash2_bounds(call)
     grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] and _takes("enable_gqa") else {}
     out, lse = varlen_attn(
         query=query,
         key=key,
         value=value,
-        cu_seq_q=layout_q.cu_seqlens,
-        cu_seq_k=layout_kv.cu_seqlens,
+        cu_seq_q=call.layout_q.cu_seqlens,
+        cu_seq_k=call.layout_kv.cu_seqlens,
         max_q=max_q,
         max_k=max_k,
         return_aux=AuxRequest(lse=True),
-        scale=semantics.scale,
-        window_size=flash_window(semantics),
+        scale=call.semantics.scale,
+        window_size=flash_window(call.semantics),
         **grouped,
     )
     return out, lse
 
 
-def _with_dropout(
-    query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics
-) -> tuple[Tensor, Tensor]:
-    left, right = flash_window(semantics)
+def _with_dropout(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    left, right = flash_window(call.semantics)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         query,
         key,
         value,
-        layout_q.cu_seqlens,
-        layout_kv.cu_seqlens,
-        *flash2_bounds(layout_q, layout_kv, semantics),
-        semantics.dropout_p,
+        call.layout_q.cu_seqlens,
+        call.layout_kv.cu_seqlens,
+        *flash2_bounds(call),
+        call.semantics.dropout_p,
         (left, right) == (-1, 0),
         False,
-        scale=semantics.scale,
+        scale=call.semantics.scale,
         window_size_left=left,
         window_size_right=right,
     )

@@ -1,0 +1,44 @@
+"""What a backend is given beside query, key and value, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..layout import SeqLayout
+from ..problem import Semantics
+
+ScoreBias = Tensor | Callable[[Tensor, Tensor, Tensor], Tensor]
+Result = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Extras:
+    """The tensors of a call beside q, k, v; each None unless `Semantics` says that it is there.
+
+    ``alibi_slopes (N,)`` and ``sinks (N,)`` are float32 (float64 for float64 inputs).
+    """
+
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    score_bias: ScoreBias | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call beside its query, key and value."""
+
+    layout_q: SeqLayout
+    layout_kv: SeqLayout
+    semantics: Semantics
+    extras: Extras = Extras()
+
+    @property
+    def layouts(self) -> tuple[SeqLayout, SeqLayout]:
+        return self.layout_q, self.layout_kv
+
+    def on(self, layout_q: SeqLayout, layout_kv: SeqLayout) -> Call:
+        """The same call on other layouts."""
+        return Call(layout_q, layout_kv, self.semantics, self.extras)
