@@ -75,9 +75,6 @@ class PaddedRows(SeqLayout):
     def _filled(self, x: Tensor, value: float) -> Tensor:
         return x if self.padding is None else x.masked_fill(self.padding.view(*self.padding.shape, *[1] * (x.dim() - 2)), value)
 
-    def _pack_fused(self, *xs: Tensor) -> None:
-        """Nothing is moved, so there is nothing to move together."""
-
     def _not_here(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise LayoutError(
             "on the dense route and while exporting, modules see padded rows, which have no offsets of sequences: use `pack`, `unpack`, "

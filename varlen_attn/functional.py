@@ -177,11 +177,7 @@ def padded_attention(
     way = _way(query, key, value, layout_q, layout_k, route, semantics)
     if way is not None:
         layout_q, layout_k = _padded_rows(query, key, layout_q, layout_k, way)
-    if layout_q is layout_k:
-        query, key, value = pack_rows_together(layout_q, query=query, key=key, value=value)
-    else:
-        query = pack_rows(layout_q, query, "query")
-        key, value = pack_rows_together(layout_k, key=key, value=value)
+    query, key, value = pack_rows(layout_q, query, "query"), pack_rows(layout_k, key, "key"), pack_rows(layout_k, value, "value")
     result = varlen_attention(query, key, value, layout_q, layout_k, **semantics)
     if not semantics.get("return_lse"):
         return unpack_rows(layout_q, result)
@@ -289,15 +285,6 @@ def pack_rows(layout: SeqLayout, x: Tensor, name: str = "x") -> Tensor:
     if not is_tracing(x) and layout.is_dense:
         return x.reshape(layout.num_rows, *x.shape[2:])
     return layout.pack(x)
-
-
-def pack_rows_together(layout: SeqLayout, **tensors: Tensor) -> tuple[Tensor, ...]:
-    """`pack_rows` of tensors by name, in one launch where there is a kernel for that (`_fused_rows`)."""
-    for name, x in tensors.items():
-        layout._check(x, (layout.batch_size, layout.padded_len), name)
-    xs = tensors.values()
-    fused = layout._pack_fused(*xs) if not is_tracing(*xs) and not layout.is_dense else None
-    return tuple(pack_rows(layout, x) for x in xs) if fused is None else fused
 
 
 def unpack_rows(layout: SeqLayout, x: Tensor) -> Tensor:
