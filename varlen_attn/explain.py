@@ -50,7 +50,7 @@ def environment_text() -> str:
     """`environment`, for people."""
     facts = environment()
     rows = facts.pop("backends")
-    lines = [f"{name:13} {value if value is not None else 'none'}" for name, value in facts.items()]
+    lines = [f"{name:11} {value if value is not None else 'none'}" for name, value in facts.items()]
     lines.append("")
     width = max(len(row["name"]) for row in rows)
     for row in rows:
