@@ -27,7 +27,7 @@ PICTURES := $(VENV)/.pictures
 NATIVE := $(VENV)/.native
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
-# flash-attn's Triton kernels and our own, run by Triton's interpreter: real Python code on a machine without a GPU. Both variables, in a
+# flash-attn's Triton kernels and that of benchmarks/fused_rows.py, run by Triton's interpreter: real Python code on a machine without a GPU. Both variables, in a
 # process of its own: without them `import flash_attn` fails here, and the other tests want exactly that.
 LANE_ENV := FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE TRITON_INTERPRET=1
 FLASH := flash-attn==2.8.3.post2
@@ -174,8 +174,6 @@ bench: $(TEXT) $(PICTURES) $(NATIVE)
 	$(BENCH) benchmarks.bench_attention --threads $(THREADS)
 	$(BENCH) benchmarks.bench_mha --threads $(THREADS)
 	$(BENCH) benchmarks.bench_length --threads $(THREADS)
-	$(BENCH) benchmarks.bench_route --threads $(THREADS)
-	$(BENCH) benchmarks.bench_break_even --threads $(THREADS)
 	$(BENCH) benchmarks.bench_layout --threads $(THREADS)
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction eval --workload w1 w3 w5 w6 text --budget 10
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction training --dtype bfloat16 --workload w3 w6 --budget 10
@@ -188,8 +186,6 @@ bench-full: $(TEXT) $(PICTURES) $(NATIVE)
 	$(BENCH) benchmarks.bench_attention --threads $(THREADS) --everything --budget 15
 	$(BENCH) benchmarks.bench_mha --threads $(THREADS) --workload w1 w2 w3 w4 w5 w6 text speech
 	$(BENCH) benchmarks.bench_length --threads $(THREADS) --dtype float32 bfloat16
-	$(BENCH) benchmarks.bench_route --threads $(THREADS) --budget 4
-	$(BENCH) benchmarks.bench_break_even --threads $(THREADS) --budget 4
 	$(BENCH) benchmarks.bench_layout --threads $(THREADS) --dtype float32 bfloat16
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS)
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS)

@@ -4,22 +4,21 @@ Baselines are what people write: ``x[mask]``, `torch.masked_select`, `torch.inde
 ``out[mask] = rows``, `index_copy_` and `masked_scatter`. All give the same rows, and this is checked bit by bit.
 
 The jagged ops are torch's own, from FBGEMM: for padding on the right alone, floating point, without a gradient, and they want offsets.
-On a GPU there are also q, k and v at once, and the Triton kernel of `varlen_attn._fused_rows`, if it is there.
+On a GPU there are also q, k and v together, and the Triton kernel of `fused_rows`, if Triton is there.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from varlen_attn import SeqLayout, _fused_rows
-from varlen_attn.functional import pack_rows_together
+from varlen_attn import SeqLayout
 
+from . import fused_rows
 from .measure import DTYPES, PATIENCE, add_machine, facts, interleave, save, use_machine
 from .workloads import WORKLOADS, Workload
 
@@ -27,7 +26,7 @@ WIDTH = 512
 KEYS = ("threads", "dtype", "workload", "what")
 BUILD, PACK, UNPACK, PACK_QKV = "build", "pack", "unpack", "pack q, k, v"
 BASE = {BUILD: "nonzero", PACK: "x[mask]", UNPACK: "out[mask] = rows", PACK_QKV: "x[mask], three times"}
-OURS = {BUILD: "SeqLayout.from_key_padding_mask", PACK: "layout.pack", UNPACK: "layout.unpack", PACK_QKV: "packed together"}
+OURS = {BUILD: "SeqLayout.from_key_padding_mask", PACK: "layout.pack", UNPACK: "layout.unpack", PACK_QKV: "layout.pack, three times"}
 
 Contest = dict[str, Callable[[], Tensor | tuple[Tensor, ...]]]
 
@@ -73,28 +72,22 @@ def contests(mask: Tensor, x: Tensor, gpu: bool) -> dict[str, Contest]:
         found[PACK_QKV] = {
             BASE[PACK_QKV]: lambda: (query[keep], key[keep], value[keep]),
             "layout.pack, stacked": lambda: layout.pack(qkv).unbind(1),
-            OURS[PACK_QKV]: lambda: pack_rows_together(layout, query=query, key=key, value=value),
+            OURS[PACK_QKV]: lambda: (layout.pack(query), layout.pack(key), layout.pack(value)),
         }
-        _add_triton(found)
+        _add_triton(found, layout, flat, rows, [part.flatten(0, 1) for part in (query, key, value)])
     return found
 
 
-def _add_triton(found: dict[str, Contest]) -> None:
-    """Ours by the kernel, unless it can not run."""
-    reason = _asked_for(_fused_rows.why_not)
+def _add_triton(found: dict[str, Contest], layout: SeqLayout, flat: Tensor, rows: Tensor, qkv: list[Tensor]) -> None:
+    """The kernel, unless it can not run."""
+    reason = fused_rows.why_not()
     if reason is not None:
         print(f"without Triton's kernel, which {reason}")
         return
-    for what in (PACK, UNPACK, PACK_QKV):
-        found[what][f"{OURS[what]}, Triton"] = partial(_asked_for, found[what][OURS[what]])
-
-
-def _asked_for(call: Callable[[], Any]) -> Any:
-    kept, _fused_rows.setting = _fused_rows.setting, "1"
-    try:
-        return call()
-    finally:
-        _fused_rows.setting = kept
+    forth, back = fused_rows.rows_of(layout)
+    found[PACK]["Triton"] = lambda: fused_rows.move(forth, back, [flat])
+    found[UNPACK]["Triton"] = lambda: fused_rows.move(back, forth, [rows])[0].view(layout.batch_size, layout.padded_len, -1)
+    found[PACK_QKV]["Triton, one launch"] = lambda: fused_rows.move(forth, back, qkv)
 
 
 def _by_hand(keep: Tensor) -> Tensor:

@@ -162,24 +162,6 @@ def against_dense(rows: list[dict[str, Any]]) -> str:
     return table(["dtype", "", "unmasked SDPA, ms", "ours, ms", "ratio"], lines)
 
 
-def route(rows: list[dict[str, Any]], which: str = "ratio") -> str:
-    """Ratio by fill, a line for each batch shape and direction, and from which fill on it is below 1."""
-    rows = [row for row in rows if row.get(which) is not None]
-    fills = sorted({r["fill"] for r in rows})
-    lines = []
-    for batch, columns, direction in dict.fromkeys((r["batch"], r["padded_len"], r["direction"]) for r in sorted(rows, key=_by_length)):
-        group = {r["fill"]: r for r in rows if (r["batch"], r["padded_len"], r["direction"]) == (batch, columns, direction)}
-        loses = plots.break_even([(r.get("real_fill", fill), r[which]) for fill, r in group.items()])
-        says = "never" if loses is None else f"{loses:.2f}" if loses else "everywhere measured"
-        cells = [f"{group[fill][which]:.2f}" if fill in group else "-" for fill in fills]
-        lines.append([f"B {batch}, S {columns}, {direction}", *cells, says])
-    return table(["masked / packed", *[f"fill {fill}" for fill in fills], "loses from fill"], lines)
-
-
-def _by_length(row: dict[str, Any]) -> int:
-    return int(row["padded_len"])
-
-
 def dispatch(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
@@ -281,17 +263,7 @@ def _libraries(rows: list[dict[str, Any]]) -> str:
     return "; ".join(dict.fromkeys(row["libraries"] for row in rows))
 
 
-def _route_parts(rows: list[dict[str, Any]]) -> list[str]:
-    parts = []
-    for threads in sorted({r["threads"] for r in rows}, reverse=True):
-        chosen, says = [r for r in rows if r["threads"] == threads], f"float32, {threads_of(threads)}"
-        parts += [f"## Route: pack, attend, unpack against the masked call, {says}", route(chosen)]
-        if any("ratio_rows" in row for row in chosen):
-            parts += [f"## Route: rows that are packed already against the masked call, {says}", route(chosen, "ratio_rows")]
-    return parts
-
-
-NAMES = ("encoder", "memory", "transformers", "attention", "mha", "layout", "length", "route", "break_even", "minitest", "dispatch")
+NAMES = ("encoder", "memory", "transformers", "attention", "mha", "layout", "length", "minitest", "dispatch")
 
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -336,8 +308,6 @@ _SECTIONS = (
     ("attention", sections.roof),
     ("mha", sections.mha),
     ("length", sections.length),
-    ("route", _route_parts),
-    ("break_even", sections.break_even),
     ("layout", sections.layout),
 )
 _MINITEST = (
@@ -361,7 +331,6 @@ _SUMMARIES = {
     ),
 }
 _PICTURES = {
-    "route": (plots.FILL, "Times faster than masked attention, against fill: packing for one call, and rows that are packed already"),
     "length": (plots.LENGTH, "Time and memory of one layer against length, padded and packed, up to 16384 columns"),
 }
 

@@ -19,8 +19,7 @@ ROOT = Path(varlen_attn.__file__).parent
 RANKS = (
     ("errors", "_timing"),
     ("_gather", "_layout_checks", "_native", "_profile"),
-    ("_fused_rows_kernel",),
-    ("_index", "_fused_rows"),
+    ("_index",),
     ("layout",),
     ("companions", "_host_lengths", "_padded_rows"),
     ("problem",),
@@ -56,8 +55,8 @@ RANKS = (
     ("demo", "bench"),
     ("", "__main__"),
 )
-OPTIONAL_PACKAGES_IN = ("backends.", "integrations.", "demo", "__main__", "testing.strategies", "_fused_rows_kernel")
-IMPORTED_LAZILY = ("testing.strategies", "_fused_rows_kernel")  # and so may import an optional package at once
+OPTIONAL_PACKAGES_IN = ("backends.", "integrations.", "demo", "__main__", "testing.strategies")
+IMPORTED_LAZILY = ("testing.strategies",)  # and so may import an optional package at once
 MUTABLE = {
     "dispatch._plans", "problem._versions", "backends.base.state",  # one cache of choices, one of versions, the thread's stack
     "backends._cpu_groups._plans",  # how batches of some lengths are cut, by value
@@ -201,7 +200,7 @@ def test_the_public_names() -> None:
 
 @each_module
 def test_names_of_every_module_exist(module: str) -> None:
-    if module in ("__main__", "_fused_rows_kernel"):
+    if module == "__main__":
         return
     loaded = importlib.import_module(f"varlen_attn.{module}".rstrip("."))
     for name in getattr(loaded, "__all__", ()):

@@ -13,12 +13,10 @@ OPTIONAL = (
 )  # fmt: skip
 
 
-def fresh(code: str, *flags: str, **environment: str) -> str:
+def fresh(code: str, *flags: str) -> str:
     """Standard output of a new interpreter; it must succeed and print no warning."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("COV_", "COVERAGE_", "VARLEN_ATTN", "FLASH_ATTENTION", "TRITON"))}
-    done = subprocess.run(
-        [sys.executable, *flags, "-c", textwrap.dedent(code)], capture_output=True, text=True, env={**clean, **environment}, check=False
-    )
+    done = subprocess.run([sys.executable, *flags, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=clean, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

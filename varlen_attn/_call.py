@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._call_checks import autocasts, check_extras, check_holes, check_layouts, check_shapes, common_dtype
 from ._padded_rows import PaddedRows
-from ._static import note_static, refuse_order, static_attention, static_graph
+from ._static import note_static, refuse_order, static_attention
 from .backends import BACKENDS
 from .backends._kept import kept
 from .backends.base import Backend, Call, Extras, connected_zeros, grad_without_slack, result_without_slack, state, wide_dtype
@@ -57,8 +57,6 @@ class AttentionCall:
             semantics = replace(semantics, causal="bottom_right")  # equal lengths: both alignments are one
         self.semantics = semantics
         self.backend = requested_backend(backend)
-        if isinstance(layout, PaddedRows) and self.backend == "auto" and not static_graph():
-            self.backend = "sdpa_padded"  # nothing else computes padded rows
         check_holes(self.layout_q, self.layout_kv, semantics)
 
     def _needs_grad(self) -> bool:
@@ -79,7 +77,7 @@ class AttentionCall:
         return replace(plan, route=way.name, route_reason=way.reason) if thorough or state.records else plan
 
     def run(self, module: torch.nn.Module | None, reason: str | None = None) -> Any:
-        if isinstance(self.layout_q, PaddedRows) and isinstance(self.layout_kv, PaddedRows) and static_graph():
+        if isinstance(self.layout_q, PaddedRows) and isinstance(self.layout_kv, PaddedRows):
             return self._run_static(self.layout_q, self.layout_kv, module)
         if torch.compiler.is_compiling():
             out, lse = self._launch(self._backend_while_tracing())

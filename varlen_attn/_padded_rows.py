@@ -1,4 +1,4 @@
-"""A layout that packs nothing: for calls that compute padding too, because their graph may not depend on data or because it is faster."""
+"""A layout that packs nothing: for calls that compute padding too, because their graph may not depend on data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import LayoutError
-from .layout import SeqLayout, is_tracing, layout_of_all
+from .layout import SeqLayout, layout_of_all
 
 __all__ = ["PaddedRows"]
 
@@ -20,24 +20,18 @@ class PaddedRows(SeqLayout):
 
     Attributes:
         padding: ``(B, S)``, True where a row is no token; None: nowhere.
-        reason: why nothing is packed.
     """
 
     padding: Tensor | None = None
-    reason: str = ""
 
     @classmethod
-    def of(cls, x: Tensor, padding: Tensor | None, *, like: SeqLayout | None = None, reason: str = "") -> PaddedRows:
-        """For ``x (B, S, ...)``; ``like`` is what is known of its holes and of its longest sequence."""
+    def of(cls, x: Tensor, padding: Tensor | None) -> PaddedRows:
+        """For ``x (B, S, ...)``."""
         every = layout_of_all(x.shape[0], x.shape[1], x.device)
         known = {f.name: getattr(every, f.name) for f in fields(every)}
         if padding is not None:
             known |= {"gather_indices": torch.where(padding.flatten(), 0, every.gather_indices), "has_holes": None, "right_padded": None}
-        if like is not None:
-            known |= {"has_holes": like.has_holes, "holes": like.holes}
-            if like.lengths is not None and not is_tracing(x):
-                known["max_seqlen"] = max((1, *like.lengths))  # the position of padding is 0 where nothing stands before it
-        return cls(**known, padding=padding, reason=reason)
+        return cls(**known, padding=padding)
 
     @property
     def is_dense(self) -> bool:
@@ -75,13 +69,10 @@ class PaddedRows(SeqLayout):
     def _filled(self, x: Tensor, value: float) -> Tensor:
         return x if self.padding is None else x.masked_fill(self.padding.view(*self.padding.shape, *[1] * (x.dim() - 2)), value)
 
-    def _pack_fused(self, *xs: Tensor) -> None:
-        """Nothing is moved, so there is nothing to move together."""
-
     def _not_here(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise LayoutError(
-            "on the dense route and while exporting, modules see padded rows, which have no offsets of sequences: use `pack`, `unpack`, "
-            "`positions`, `valid_rows` and `varlen_attention`, or build a SeqLayout from the mask."
+            "while exporting, modules see padded rows, which have no offsets of sequences: use `pack`, `unpack`, `positions`, `valid_rows` "
+            "and `varlen_attention`, or build a SeqLayout from the mask."
         )
 
     pool = split = to_nested = compact = downsample = update_ = _not_here

@@ -66,9 +66,9 @@ def some_batches(quick: bool = False) -> list[Batch]:
     ]  # fmt: skip
 
 
-def batch_of_fill(fill: float, batch: int = 16, padded_len: int = 512) -> Batch:
+def batch_of_fill(fill: float) -> Batch:
     """Lengths spread evenly around ``fill`` of the padded length, one of them full."""
-    width = min(fill, 1 - fill)
+    batch, padded_len, width = 16, 512, min(fill, 1 - fill)
     shares = [fill - width + 2 * width * (i + 0.5) / batch for i in range(batch - 1)]
     return Batch(f"fill {fill:g}", (*(max(1, round(padded_len * share)) for share in shares), padded_len), padded_len)
 

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 
-from ._padded_rows import PaddedRows
 from .backends import BACKENDS
 from .backends.base import Backend, Refusal, constant_while_tracing, state
 from .errors import ArgumentError, BackendRefused, NoBackend
@@ -196,51 +195,18 @@ def choose_while_tracing(problem: tuple[tuple[str, Any], ...], semantics: tuple[
     return plan.backend
 
 
-# Where masked attention on the padded batch is faster than packing around one attention call: backend, then columns up to which, and
-# fills between which that holds for float32. Measured on an x86 CPU (benchmarks/results/break_even.json): very short rows, where moving
-# them is what they cost; of nearly full batches the backend runs most rows in one call, and half precision gained from packing throughout.
-# No other backend has an entry. The compiled kernel won at every fill measured. On a GPU nothing was measured; by bytes and published
-# rates packing wins as well, because the padded call that is right there is the memory-efficient kernel at half of flash's rate: cuDNN's,
-# which is faster, has returned NaN with a mask (pytorch#196678).
-_DENSE_PAYS: dict[str, tuple[int, float, float]] = {"cpu": (16, 0.7, 0.97)}
-_LONGEST_DENSE = {"cpu": 16}  # columns, by device type
-
-
-def may_stay_dense(layout: SeqLayout, device_type: str, dtype: torch.dtype) -> bool:
-    """Whether `route` may leave one attention call padded, whichever backend it would get: else nobody needs to ask for a plan."""
-    if layout.padded_len > _LONGEST_DENSE.get(device_type, 0) or dtype != torch.float32:
-        return False
-    if layout.lengths is None or layout.row_ids is not None or layout.is_dense:
-        return False
-    return any(least <= (layout.fill or 0.0) <= most for _, least, most in _DENSE_PAYS.values())
-
-
-def route(layout: SeqLayout, problem: Problem, *, per_call: bool = False) -> Route:
+def route(layout: SeqLayout, problem: Problem) -> Route:
     """Packed, or dense where nothing is padded (then packed rows are the padded rows, and nothing needs to move).
 
-    A pure function of facts known on the host. With ``per_call``, of an attention call that packs and unpacks for itself: dense also where
-    so little is padded that moving rows was measured to cost more than computing padding. Whoever packs once for several layers, or
-    around projections, gains by every row of padding left out, and never asks.
+    A pure function of facts known on the host.
     """
-    if isinstance(layout, PaddedRows):
-        return Route("dense", layout.reason)
     if problem.tracing:
         return Route("packed", "always packed while tracing")
     if layout.lengths is None:
         return Route("packed", "only the device knows the lengths")
     if layout.is_dense:
         return Route("dense", "no row has padding")
-    padding, fill = f"{1 - (layout.fill or 0):.0%} of the batch is padding", layout.fill or 0.0
-    if per_call and _dense_pays(layout.padded_len, fill, problem):
-        return Route("dense", f"{padding}, and at {layout.padded_len} columns that costs less than to pack for one call")
-    return Route("packed", padding)
-
-
-def _dense_pays(padded_len: int, fill: float, problem: Problem) -> bool:
-    if problem.device_type not in _LONGEST_DENSE or problem.dtype != torch.float32:
-        return False
-    columns, least, most = _DENSE_PAYS.get(choose(problem).backend, (0, 0.0, 0.0))
-    return padded_len <= columns and least <= fill <= most
+    return Route("packed", f"{1 - (layout.fill or 0):.0%} of the batch is padding")
 
 
 def requested_backend(backend: str | Backend) -> str | Backend:

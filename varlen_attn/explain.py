@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _fused_rows
 from .dispatch import Plan, backends
 from .functional import plan_attention
 from .layout import SeqLayout
@@ -43,7 +42,6 @@ def environment() -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
-        "fused packing": _fused_rows.why_not() or "on",
         "backends": backends(),
     }
 
@@ -52,7 +50,7 @@ def environment_text() -> str:
     """`environment`, for people."""
     facts = environment()
     rows = facts.pop("backends")
-    lines = [f"{name:13} {value if value is not None else 'none'}" for name, value in facts.items()]
+    lines = [f"{name:11} {value if value is not None else 'none'}" for name, value in facts.items()]
     lines.append("")
     width = max(len(row["name"]) for row in rows)
     for row in rows:

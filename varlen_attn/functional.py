@@ -1,7 +1,7 @@
 """The calls: `varlen_attention` on packed tensors, `padded_attention` and `varlen_mha` on padded ones.
 
 The seam of the package. Everything is checked and normalised here, once: shapes, dtypes (autocast included), the layout against the
-tensors, the route, empty sequences for backends that mishandle them. Backends trust what they get.
+tensors, empty sequences for backends that mishandle them. Backends trust what they get.
 """
 
 from __future__ import annotations
@@ -13,21 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch
 from ._call import AttentionCall
 from ._call_checks import check_layouts, check_mask, check_projections
 from ._gather import trace_quietly
-from ._padded_rows import PaddedRows
 from ._static import static_graph, static_layout, static_layouts
 from .backends.base import Backend, Extras, ScoreBias
-from .dispatch import Plan, Route, requested_backend
+from .dispatch import Plan
 from .errors import ArgumentError, LayoutError
 from .layout import SeqLayout, is_tracing, layout_of_all, moved
 from .problem import check_dropout
 
 __all__ = ["padded_attention", "plan_attention", "varlen_attention", "varlen_mha"]
-
-Way = Literal["auto", "packed", "dense"]
 
 
 def varlen_attention(
@@ -141,7 +137,6 @@ def padded_attention(
     query_padding_mask: Tensor | Literal[False] | None = None,
     layout: SeqLayout | None = None,
     layout_kv: SeqLayout | None = None,
-    route: Way = "auto",
     **semantics: Any,
 ) -> Any:
     """Pack, attend, unpack: `varlen_attention` for padded tensors.
@@ -152,8 +147,6 @@ def padded_attention(
         key_padding_mask: ``(B, Sk)``, True is padding. Alone it means self-attention and holds for queries too (then Sq == Sk).
         query_padding_mask: ``(B, Sq)``, True is padding, or False for "all queries are real": makes it cross-attention.
         layout, layout_kv: in place of the masks.
-        route: ``"packed"`` or ``"dense"`` (masked attention on the padded batch: nothing is moved, padding is computed), or ``"auto"``:
-            packed, unless the lengths are known on the host and so little is padded that moving rows was measured to cost more.
         semantics: as `varlen_attention`.
 
     Returns:
@@ -174,14 +167,7 @@ def padded_attention(
     if value.shape[:3] != key.shape[:3]:
         raise LayoutError(f"`value` must begin with key's (B, S, K) = {tuple(key.shape[:3])}, but has shape {tuple(value.shape)}.")
     layout_q, layout_k = _layouts(query, key, key_padding_mask, query_padding_mask, layout, layout_kv)
-    way = _way(query, key, value, layout_q, layout_k, route, semantics)
-    if way is not None:
-        layout_q, layout_k = _padded_rows(query, key, layout_q, layout_k, way)
-    if layout_q is layout_k:
-        query, key, value = pack_rows_together(layout_q, query=query, key=key, value=value)
-    else:
-        query = pack_rows(layout_q, query, "query")
-        key, value = pack_rows_together(layout_k, key=key, value=value)
+    query, key, value = pack_rows(layout_q, query, "query"), pack_rows(layout_k, key, "key"), pack_rows(layout_k, value, "value")
     result = varlen_attention(query, key, value, layout_q, layout_k, **semantics)
     if not semantics.get("return_lse"):
         return unpack_rows(layout_q, result)
@@ -219,55 +205,6 @@ def _layouts(
     return layout_k, layout_k
 
 
-def _way(
-    query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, layout_k: SeqLayout, wish: Way, semantics: dict[str, Any]
-) -> Route | None:
-    """Why padded tensors stay padded, or None where they are packed (or nothing is padded, so that both are one)."""
-    layouts = (layout_q, layout_k)
-    check_way(wish)
-    if wish == "packed" or isinstance(layout_q, PaddedRows) or 0 in (*query.shape, *key.shape):
-        return None
-    if wish == "dense":
-        _check_dense(layouts, semantics)
-        return Route("dense", "the caller's wish")
-    if is_tracing(query) or not all(dispatch.may_stay_dense(x, query.device.type, query.dtype) for x in layouts):
-        return None
-    if semantics.get("score_bias") is not None or requested_backend(semantics.get("backend", "auto")) != "auto":
-        return None  # an order runs, on what it was ordered for
-    # Nothing is packed yet: the same call on no rows has the same plan.
-    nothing = SeqLayout.from_lengths([], device=query.device)
-    nothing_k = nothing if layout_k is layout_q else SeqLayout.from_lengths([], device=key.device)
-    q, k, v = (x[:0].flatten(0, 1) for x in (query, key, value))
-    plan = plan_attention(q, k, v, nothing, nothing_k, thorough=False, **semantics)
-    if not any(decision.accepted for decision in plan.decisions if decision.backend == "sdpa_padded"):
-        return None
-    ways = [dispatch.route(x, plan.problem, per_call=True) for x in layouts]
-    return ways[1] if all(way.name == "dense" for way in ways) else None
-
-
-def check_way(wish: Way) -> None:
-    if wish not in ("auto", "packed", "dense"):
-        raise ArgumentError(f"`route` must be 'auto', 'packed' or 'dense', but is {wish!r}.")
-
-
-def _check_dense(layouts: tuple[SeqLayout, SeqLayout], semantics: dict[str, Any]) -> None:
-    if any(x.row_ids is not None for x in layouts):
-        raise ArgumentError("`route` must not be 'dense' where rows hold several documents, which a mask of padding does not keep apart.")
-    if semantics.get("batch_invariant"):
-        raise ArgumentError("`route` must not be 'dense' with batch_invariant=True: a padded batch is computed by its longest row.")
-    ordered = requested_backend(semantics.get("backend", "auto"))
-    name = ordered if isinstance(ordered, str) else ordered.name
-    if name not in ("auto", "sdpa_padded"):
-        raise ArgumentError(
-            f"`route` must not be 'dense' where backend {name!r} is ordered: padded tensors are what 'sdpa_padded' computes."
-        )
-
-
-def _padded_rows(query: Tensor, key: Tensor, layout_q: SeqLayout, layout_k: SeqLayout, way: Route) -> tuple[PaddedRows, PaddedRows]:
-    rows_q = PaddedRows.of(query, layout_q.padding_mask(), like=layout_q, reason=way.reason)
-    return rows_q, rows_q if layout_k is layout_q else PaddedRows.of(key, layout_k.padding_mask(), like=layout_k, reason=way.reason)
-
-
 def full_layout(x: Tensor) -> SeqLayout:
     if static_graph():
         return static_layout(x, None)
@@ -289,15 +226,6 @@ def pack_rows(layout: SeqLayout, x: Tensor, name: str = "x") -> Tensor:
     if not is_tracing(x) and layout.is_dense:
         return x.reshape(layout.num_rows, *x.shape[2:])
     return layout.pack(x)
-
-
-def pack_rows_together(layout: SeqLayout, **tensors: Tensor) -> tuple[Tensor, ...]:
-    """`pack_rows` of tensors by name, in one launch where there is a kernel for that (`_fused_rows`)."""
-    for name, x in tensors.items():
-        layout._check(x, (layout.batch_size, layout.padded_len), name)
-    xs = tensors.values()
-    fused = layout._pack_fused(*xs) if not is_tracing(*xs) and not layout.is_dense else None
-    return tuple(pack_rows(layout, x) for x in xs) if fused is None else fused
 
 
 def unpack_rows(layout: SeqLayout, x: Tensor) -> Tensor:
@@ -327,7 +255,6 @@ def varlen_mha(
     dropout_p: float = 0.0,
     training: bool | None = None,
     backend: str | Backend = "auto",
-    route: Way = "auto",
 ) -> Tensor:
     """Multi-head self-attention of a padded batch, computed on its real tokens only; projections too.
 
@@ -343,7 +270,6 @@ def varlen_mha(
         dropout_p, training: dropout of attention weights, applied if ``training``. Dropout asked without saying whether
             this is training raises: the silent answers (dropout in evaluation, none in training) are both wrong.
         backend: as `varlen_attention`.
-        route: as `padded_attention`; with projections ``"auto"`` always packs, because they skip padding too.
 
     Returns:
         The shape of ``x`` (``(B, S, N, H)`` for stacked q, k, v); exactly 0 at padding.
@@ -355,7 +281,6 @@ def varlen_mha(
     ``~key_padding_mask[..., None]``.
     """
     trace_quietly()
-    check_way(route)
     check_dropout(dropout_p)
     if dropout_p > 0 and training is None:
         raise ArgumentError(f"`training` must be True or False where dropout_p > 0, but is None (dropout_p is {dropout_p}).")
@@ -367,7 +292,7 @@ def varlen_mha(
             f"{tuple(getattr(x, 'shape', ()))}."
         )
     if x.dim() == 5:
-        return _stacked(x, key_padding_mask, layout, (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias), options, route)
+        return _stacked(x, key_padding_mask, layout, (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias), options)
     if x.dim() == 2 and layout is None:
         raise LayoutError(f"`x` of shape {tuple(x.shape)} is packed, so `layout` must be given: which rows belong to which sequence?")
     if layout is not None and key_padding_mask is not None:
@@ -382,13 +307,9 @@ def varlen_mha(
     if x.dim() == 3:
         layout = _layout_for(x, key_padding_mask) if layout is None else static_layouts(x, layout, x, None)[0]
         assert layout is not None
-        if route != "auto" and (way := _way(x, x, x, layout, layout, route, options)) is not None:
-            layout, _ = _padded_rows(x, x, layout, layout, way)
         rows = pack_rows(layout, x)
     else:
         assert layout is not None
-        if route == "dense":
-            raise ArgumentError("`route` must not be 'dense' for a packed x, whose padding is gone: pass it padded.")
         layout._check(x, (layout.num_rows,), "x")
         rows = without_slack(layout, x)
     projected = rows if in_proj_weight is None else F.linear(rows, in_proj_weight, in_proj_bias)
@@ -406,7 +327,6 @@ def _stacked(
     layout: SeqLayout | None,
     projections: tuple[Tensor | None, ...],
     options: dict[str, Any],
-    wish: Way,
 ) -> Tensor:
     """``(B, S, 3, N, H) -> (B, S, N, H)``: one pack for all three."""
     if x.shape[2] != 3:
@@ -417,9 +337,6 @@ def _stacked(
         raise ArgumentError("pass `key_padding_mask` or `layout`, not both: nothing says which one counts.")
     layout = _layout_for(x, mask) if layout is None else static_layouts(x, layout, x, None)[0]
     assert layout is not None
-    stacked = x[:, :, 0], x[:, :, 1], x[:, :, 2]
-    if (way := _way(*stacked, layout, layout, wish, options)) is not None:
-        layout, _ = _padded_rows(x, x, layout, layout, way)
     query, key, value = pack_rows(layout, x).unbind(1)
     out: Tensor = varlen_attention(query, key, value, layout, **options)
     return unpack_rows(layout, out)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import _fused_rows
 from ._gather import Pack, Unpack, gather_rows, is_tracing, mark_unbacked, needs_plain_gathers, scatter_rows, trace_quietly
 from ._index import (
     Index,
@@ -367,9 +366,6 @@ class SeqLayout:
             LayoutError: ``x`` does not begin with ``(B, S)``, or is on another device.
         """
         self._check(x, (self.batch_size, self.padded_len), "x")
-        fused = self._pack_fused(x)
-        if fused is not None:
-            return fused[0]
         flat = x.reshape(self.batch_size * self.padded_len, *x.shape[2:])
         valid_T = self.valid_rows() if self.has_slack else None
         if needs_plain_gathers():
@@ -390,28 +386,10 @@ class SeqLayout:
         value = pad_value if x.is_floating_point() or x.is_complex() else int(pad_value)
         if needs_plain_gathers():
             padded = scatter_rows(x, self.gather_indices, value)
-        elif _fused_rows.serves(x):
-            packed_rows, padded_rows = self._rows()
-            (padded,) = _fused_rows.move(padded_rows, packed_rows, (x,), value)
         else:
             valid_T = self.valid_rows() if self.has_slack else None
             padded = Unpack.apply(x, self.token_indices, self.gather_indices, valid_T, value)
         return padded.reshape(self.batch_size, self.padded_len, *x.shape[1:])
-
-    def _pack_fused(self, *xs: Tensor) -> tuple[Tensor, ...] | None:
-        """`pack` of several tensors in one launch; None where `_fused_rows` does not serve them."""
-        if not _fused_rows.serves(*xs):
-            return None
-        flats = [x.reshape(self.batch_size * self.padded_len, *x.shape[2:]) for x in xs]
-        packed = _fused_rows.move(*self._rows(), flats)
-        for x in packed:
-            mark_unbacked(x)
-        return packed
-
-    def _rows(self) -> tuple[_fused_rows.Rows, _fused_rows.Rows]:
-        """Packed and padded rows, by where they find theirs in the others."""
-        count = self.cu_seqlens[-1:] if self.has_slack else None
-        return _fused_rows.Rows(self.token_indices, 0, count), _fused_rows.Rows(self.gather_indices, 1, None)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """``(T, ...) -> Q`` views, one a sequence. Needs lengths on the host."""

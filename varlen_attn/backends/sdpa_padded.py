@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .._gather import is_transformed
-from .._padded_rows import PaddedRows
 from ..problem import Problem, Semantics, strictly_deterministic
 from ._masked import EAGER, masked_attention, masked_kernel_name
 from ._maths import alibi_bias, attend, needs_maths, visible_mask
@@ -33,8 +32,6 @@ class SdpaPadded(Backend):
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         (layout_q, layout_kv), semantics, extras = call.layouts, call.semantics, call.extras
-        if isinstance(layout_q, PaddedRows) and isinstance(layout_kv, PaddedRows):
-            return _in_place(query, key, value, layout_q, layout_kv, semantics, extras)
         dense_q = layout_q.compact()
         dense_kv = dense_q if layout_kv is layout_q else layout_kv.compact()
         lengths_q, lengths_k = (x.cu_seqlens.to(torch.int64).diff() for x in (layout_q, layout_kv))
@@ -70,27 +67,6 @@ def _is_eager(semantics: Semantics, *tensors: Tensor) -> bool:
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     varies = semantics.deterministic and grad and device_type == "cuda" and not _strict()
     return needs_maths(semantics, device_type) or varies or is_transformed() or masked_kernel_name(device_type, dtype) == EAGER
-
-
-def _in_place(
-    query: Tensor, key: Tensor, value: Tensor, layout_q: PaddedRows, layout_kv: PaddedRows, semantics: Semantics, extras: Extras
-) -> tuple[Tensor, Tensor | None]:
-    """On rows that are the padded ones, zero at padding: nothing is moved. Queries at padding give numbers that `unpack` drops."""
-    batch = (layout_q.batch_size, -1)
-    q, k, v = (x.unflatten(0, batch).transpose(1, 2) for x in (query, key, value))
-    rows, columns = layout_q.counts()[:, None, :, None], layout_kv.counts()[:, None, None, :]
-    offset: int | Tensor = 0
-    if layout_q is not layout_kv:
-        offset = (layout_kv.token_counts() - layout_q.token_counts())[:, None, None, None]
-    real = ~layout_kv.padding_mask()[:, None, None, :]
-    if _is_eager(semantics, q, k, v):
-        out, lse = attend(q, k, v, semantics, extras, offset=offset, key_real=real, positions=(rows, columns))
-    else:
-        visible = visible_mask(semantics, rows, columns, offset)
-        bias = None if extras.alibi_slopes is None else alibi_bias(extras.alibi_slopes, rows, columns, offset)
-        out, lse = masked_attention(q, k, v, real if visible is None else visible & real, bias, semantics.factor, semantics.dropout_p)
-    packed_lse = lse.transpose(1, 2).flatten(0, 1).transpose(0, 1) if semantics.return_lse and lse is not None else None
-    return out.transpose(1, 2).flatten(0, 1), packed_lse
 
 
 def _visible(semantics: Semantics, len_q: int, columns: Tensor, offset: Tensor, key_real: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The kernel of `_fused_rows`. Imports triton, so nobody imports it who has not been asked to."""
+"""The kernel of `fused_rows`, in a file of its own because it imports triton."""
 
 import triton
 import triton.language as tl

@@ -1,11 +1,9 @@
-"""Packing and unpacking by one Triton kernel, up to three tensors (q, k, v) in one launch. Off unless asked for.
+"""Packing and unpacking by one Triton kernel, up to three tensors (q, k, v) in one launch. No part of the package: a contestant of
+`bench_layout` on a GPU, until it is measured there.
 
-``VARLEN_ATTN_TRITON=1`` in the environment, when the package is imported, turns it on for eager calls on a GPU; ``TRITON_INTERPRET=1``
-beside it also for those on a CPU, in Triton's interpreter, which is how it is tested. Triton 3.6 compiles it for compute capability 8.0
-and 9.0, to loads and stores of 16 bytes where rows and strides are multiples of 128 bytes; it has never run on a GPU, so nothing is known
-of its speed, and that is why it is off. Results are the same bits with and without it. Whatever it does not serve goes the way of
-`_gather`: tracing (inductor makes one kernel of the formula anyway), `torch.func`, dispatch modes, which would not see a launch, tensor
-subclasses, more than three tensors, other devices.
+Triton 3.6 compiles it for compute capability 8.0 and 9.0, to loads and stores of 16 bytes where rows and strides are multiples of 128
+bytes; it has never run on a GPU. Triton's interpreter (``TRITON_INTERPRET=1``) runs it on a CPU, which is how it is tested. Results are the
+same bits as those of `SeqLayout.pack` and `SeqLayout.unpack`.
 
 Sources may be views with any distance between rows, such as q, k and v of a fused projection: they are read in place. Rows are copied
 as integers of the widest size that fits all of them, 8 bytes at most, so a copy changes no bit, and one kernel serves all dtypes.
@@ -35,15 +33,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ._gather import is_transformed
+from varlen_attn import SeqLayout
 
-__all__ = ["Rows", "move", "serves", "why_not"]
+__all__ = ["Rows", "move", "rows_of", "why_not"]
 
-_VARIABLE = "VARLEN_ATTN_TRITON"
-setting = os.environ.get(_VARIABLE, "")  # read once, so that forward and backward take the same way
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _MOST = 3  # tensors of one launch
 _BLOCK = 1024  # words of a program: with 128 threads and words of 8 bytes, 4 loads of 16 bytes each
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -64,36 +58,20 @@ class Rows:
     count: Tensor | None
 
 
+def rows_of(layout: SeqLayout) -> tuple[Rows, Rows]:
+    """Packed and padded rows, by where they find theirs in the others."""
+    return Rows(layout.token_indices, 0, layout.cu_seqlens[-1:] if layout.has_slack else None), Rows(layout.gather_indices, 1, None)
+
+
 def why_not() -> str | None:
-    """A sentence without its subject if no call in this process is served, else None."""
-    if setting != "1":
-        return f"is off: {_VARIABLE}=1 turns it on"
-    if not (_INTERPRETED or torch.cuda.is_available()):
+    """A sentence without its subject if the kernel does not run on this machine, else None."""
+    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
         return "needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)"
-    return _why_no_kernel()
-
-
-def _why_no_kernel() -> str | None:
     try:
-        from . import _fused_rows_kernel  # noqa: F401
+        from . import fused_rows_kernel  # noqa: F401
     except ImportError as error:
         return f"needs triton, which does not import ({error})"
     return None
-
-
-def serves(*xs: Tensor) -> bool:
-    """Whether `move` would launch the kernel for these tensors."""
-    if torch.compiler.is_compiling() or setting != "1":
-        return False
-    if len(xs) > _MOST or is_transformed() or _get_current_dispatch_mode() is not None:
-        return False
-    device = xs[0].device
-    if not (device.type == "cuda" or (_INTERPRETED and device.type == "cpu")):
-        return False
-    if any(torch._C._functorch.is_legacy_batchedtensor(x) for x in xs):
-        return False  # gradients of `is_grads_batched`, which have no memory of their own to read
-    plain = all(type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and x.device == device for x in xs)
-    return plain and _why_no_kernel() is None
 
 
 def move(forth: Rows, back: Rows, xs: Sequence[Tensor], pad_value: float = 0) -> tuple[Tensor, ...]:
@@ -110,8 +88,7 @@ class _Move(torch.autograd.Function):
         ctx.save_for_backward(forth.index, forth.count, back.index, back.count)
         ctx.bases = forth.base, back.base
         ctx.set_materialize_grads(False)
-        copied = _launch(forth, xs, pad_value) if serves(*xs) else None
-        copied = tuple(_plain(forth, x, pad_value) for x in xs) if copied is None else copied
+        copied = _launch(forth, xs, pad_value)
         # One of them with a gradient would give all of them one.
         ctx.mark_non_differentiable(*(y for y, needed in zip(copied, ctx.needs_input_grad[3:], strict=True) if not needed))
         return copied
@@ -125,23 +102,12 @@ class _Move(torch.autograd.Function):
         return None, None, None, *(moved.get(i) for i in range(len(grads)))
 
 
-def _plain(rows: Rows, x: Tensor, pad_value: float) -> Tensor:
-    """The same in plain PyTorch, from a row of padding before the others."""
-    index = rows.index - (rows.base - 1)
-    if rows.count is not None:
-        index = torch.where(torch.arange(index.shape[0], device=index.device) < rows.count, index, 0)
-    return torch.constant_pad_nd(x, [0, 0] * (x.dim() - 1) + [1, 0], pad_value).index_select(0, index)
-
-
-def _launch(rows: Rows, xs: Sequence[Tensor], pad_value: float) -> tuple[Tensor, ...] | None:
-    """None where ``pad_value`` has no place in a word."""
-    from ._fused_rows_kernel import copy_rows
+def _launch(rows: Rows, xs: Sequence[Tensor], pad_value: float) -> tuple[Tensor, ...]:
+    from .fused_rows_kernel import copy_rows
 
     flats = [_flat(x) for x in xs]
     size = math.gcd(8, *(n for flat in flats for n in _bytes(flat)))
     pads = [_bits(pad_value, x.dtype, size) for x in xs]
-    if None in pads:
-        return None
     total = rows.index.shape[0]
     outs = tuple(x.new_empty((total, *x.shape[1:])) for x in xs)
     widest = max(flat.shape[1] * flat.element_size() for flat in flats) // size
@@ -178,9 +144,11 @@ def _bytes(flat: Tensor) -> tuple[int, ...]:
     return flat.shape[1] * size, flat.stride(0) * size, int(flat.storage_offset()) * size, flat.data_ptr()
 
 
-def _bits(pad_value: float, dtype: torch.dtype, size: int) -> int | None:
-    """A word of padding as an integer; None where a word does not hold it, as one of 8 bytes does not hold a complex128 but 0."""
-    if isinstance(pad_value, int | float) and pad_value == 0 and math.copysign(1, pad_value) == 1:
+def _bits(pad_value: float, dtype: torch.dtype, size: int) -> int:
+    """A word of padding as an integer."""
+    if pad_value == 0 and math.copysign(1, pad_value) == 1:
         return 0
     padding = torch.full((16,), pad_value, dtype=dtype, device="cpu").view(_WORDS[size])
-    return int(padding[0]) if bool((padding == padding[0]).all()) else None
+    if not bool((padding == padding[0]).all()):
+        raise ValueError(f"`pad_value` must repeat in every {size} bytes, but {pad_value} does not in {dtype}.")
+    return int(padding[0])
