@@ -19,12 +19,12 @@ from varlen_attn import (
     VarlenMultiheadAttention,
     VarlenTransformerEncoder,
     VarlenTransformerEncoderLayer,
+    _call,
     padded_attention,
     varlen_attention,
     varlen_mha,
 )
-from varlen_attn._call import AttentionCall
-from varlen_attn.backends.base import Backend, Extras
+from varlen_attn.backends.base import Backend, Call, Extras
 from varlen_attn.backends.sdpa_padded import SdpaPadded
 from varlen_attn.backends.torch_varlen import TorchVarlen
 
@@ -256,7 +256,8 @@ def launch(backend: Backend, options: dict[str, Any]) -> Callable[..., Tensor]:
     """`varlen_attention` on meta tensors, by the backend itself: the call would only compute shapes."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layout: SeqLayout) -> Tensor:
-        out, _ = AttentionCall(q, k, v, layout, None, Extras(), options, "auto")._launch(backend)
+        call = _call.AttentionCall(q, k, v, layout, None, Extras(), _call.Options(**options), "auto")
+        out, _ = _call.launch(backend, q, k, v, Call(layout, layout, call.semantics))
         return out
 
     return attend

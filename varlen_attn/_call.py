@@ -1,27 +1,142 @@
-"""`AttentionCall`: one call, checked and normalised, then launched. What the public functions have in common."""
+"""`attend`: one call, checked and normalised, then launched. What the public functions have in common.
+
+What a call is checked for, and which backend runs it, follows from metadata. So both are decided once for all calls of one signature, and
+a call whose signature is known goes straight to its backend.
+"""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import dispatch
 from ._call_checks import autocasts, check_extras, check_holes, check_layouts, check_shapes, common_dtype
+from ._gather import is_plain, profiler_enabled
 from ._padded_rows import PaddedRows
-from ._static import note_static, refuse_order, static_attention
+from ._static import note_static, refuse_order, static_attention, static_graph
 from .backends import BACKENDS
 from .backends._kept import kept
-from .backends.base import Backend, Call, Extras, connected_zeros, grad_without_slack, result_without_slack, state, wide_dtype
+from .backends._values import NO_EXTRAS
+from .backends.base import (
+    Backend,
+    Call,
+    Extras,
+    Result,
+    connected_zeros,
+    grad_without_slack,
+    result_without_slack,
+    state,
+    wide_dtype,
+)
 from .dispatch import Plan, choose, choose_while_tracing, requested_backend, route
 from .errors import ArgumentError
 from .layout import SeqLayout, moved
 from .problem import Problem, Semantics
 from .records import announced
 
-__all__ = ["AttentionCall"]
+__all__ = ["AttentionCall", "Options", "attend"]
+
+
+class Options(NamedTuple):
+    """What `varlen_attention` is asked, apart from tensors and the backend."""
+
+    causal: Any = False
+    window: Any = None
+    scale: Any = None
+    softcap: Any = None
+    dropout_p: Any = 0.0
+    return_lse: bool = False
+    deterministic: bool | None = None
+    batch_invariant: bool = False
+
+
+class Verdict(NamedTuple):
+    """What was decided for all calls of one signature.
+
+    Attributes:
+        cast: the dtype that autocast casts to; None outside of it.
+    """
+
+    backend: Backend
+    semantics: Semantics
+    cast: torch.dtype | None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SeqLayout,
+    layout_kv: SeqLayout | None,
+    options: Options,
+    extras: Extras = NO_EXTRAS,
+    backend: str | Backend = "auto",
+    module: torch.nn.Module | None = None,
+    reason: str | None = None,
+) -> Any:
+    """`varlen_attention`. The record gets the name of ``module``, and the ``reason`` for what it could not do."""
+    signature = None
+    if extras is NO_EXTRAS and not state.records:
+        signature = _signature(query, key, value, layout, layout_kv, options, backend)
+    if signature is not None:
+        verdict = dispatch._plans.get(signature)
+        if verdict is not None:
+            call = Call(layout, layout if layout_kv is None else layout_kv, verdict.semantics)
+            if verdict.cast is None and not profiler_enabled():
+                out, lse = launch(verdict.backend, query, key, value, call)
+            else:
+                if verdict.cast is not None:
+                    query, key, value = query.to(verdict.cast), key.to(verdict.cast), value.to(verdict.cast)
+                with _surroundings(verdict.backend.name, query.device.type):
+                    out, lse = launch(verdict.backend, query, key, value, call)
+            return (out, lse) if options.return_lse else out
+    unknown = AttentionCall(query, key, value, layout, layout_kv, extras, options, backend)
+    result = unknown.run(module, reason)
+    if signature is not None:
+        dispatch.remember(signature, unknown.verdict)
+    return result
+
+
+def _signature(
+    query: Tensor, key: Tensor, value: Tensor, layout: Any, layout_kv: Any, options: Options, backend: str | Backend
+) -> tuple[Any, ...] | None:
+    """All that checks and choices depend on, as plain values; None where they can not be made once for many calls."""
+    other = layout if layout_kv is None else layout_kv
+    if type(layout) is not SeqLayout or type(other) is not SeqLayout or not is_plain(query):
+        return None
+    try:
+        shape_q, shape_k, shape_v, device = query.shape, key.shape, value.shape, query.device
+        rows, rows_kv = layout.token_indices.shape[0], other.token_indices.shape[0]
+        if (len(shape_q), len(shape_k), len(shape_v)) != (3, 3, 3) or (shape_q[0], shape_k[0], shape_v[0]) != (rows, rows_kv, rows_kv):
+            return None
+        if not (device == key.device == value.device == layout.cu_seqlens.device == other.cu_seqlens.device):
+            return None
+        signature = (
+            shape_q[1:], shape_k[1:], shape_v[1:], query.dtype, key.dtype, value.dtype, device, options, backend, state.override,
+            torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+            torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None,
+            torch.get_deterministic_debug_mode(),
+            other is layout, layout.cu_seqlens.shape == other.cu_seqlens.shape, layout.lengths is None, other.lengths is None,
+            (layout.has_holes and layout.holes == "refuse") or (other.has_holes and other.holes == "refuse"),
+        )  # fmt: skip
+        hash(signature)
+    except (AttributeError, RuntimeError, TypeError):
+        return None  # no tensors, or values that can not be hashed: the checks say what is wrong
+    return signature
+
+
+def _surroundings(backend: str, device_type: str) -> AbstractContextManager[object]:
+    """A range for profilers, and no autocast: the dtype is settled, and eager maths inside a backend must not be cast once more."""
+    stack = ExitStack()
+    stack.enter_context(torch.profiler.record_function(f"varlen_attn::{backend}"))
+    if autocasts(device_type):
+        stack.enter_context(torch.autocast(device_type, enabled=False))
+    return stack
 
 
 class AttentionCall:
@@ -35,7 +150,7 @@ class AttentionCall:
         layout: SeqLayout,
         layout_kv: SeqLayout | None,
         extras: Extras,
-        options: dict[str, Any],
+        options: Options,
         backend: str | Backend,
     ):
         check_layouts(layout, layout_kv)
@@ -50,7 +165,7 @@ class AttentionCall:
             "sinks": extras.sinks is not None,
             "score_bias": extras.score_bias is not None,
         }
-        semantics = Semantics.of(**options, **flags)
+        semantics = Semantics.of(**options._asdict(), **flags)
         if semantics.scale is None:
             semantics = replace(semantics, scale=float(int(query.shape[2]) or 1) ** -0.5)
         if semantics.causal and self.layout_kv is self.layout_q:
@@ -58,6 +173,11 @@ class AttentionCall:
         self.semantics = semantics
         self.backend = requested_backend(backend)
         check_holes(self.layout_q, self.layout_kv, semantics)
+
+    @property
+    def verdict(self) -> Verdict:
+        cast = self.query.dtype if autocasts(self.query.device.type) else None
+        return Verdict(self.plan().implementation, self.semantics, cast)
 
     def _needs_grad(self) -> bool:
         tensors = [self.query, self.key, self.value, self.extras.sinks, self.extras.score_bias]
@@ -77,19 +197,21 @@ class AttentionCall:
         return replace(plan, route=way.name, route_reason=way.reason) if thorough or state.records else plan
 
     def run(self, module: torch.nn.Module | None, reason: str | None = None) -> Any:
-        if isinstance(self.layout_q, PaddedRows) and isinstance(self.layout_kv, PaddedRows):
+        if isinstance(self.layout_q, PaddedRows) and isinstance(self.layout_kv, PaddedRows) and static_graph():
             return self._run_static(self.layout_q, self.layout_kv, module)
+        call = Call(self.layout_q, self.layout_kv, self.semantics, self.extras)
+        qkv, device_type = (self.query, self.key, self.value), self.query.device.type
         if torch.compiler.is_compiling():
-            out, lse = self._launch(self._backend_while_tracing())
-            return (out, lse) if self.semantics.return_lse else out
-        if self.query.is_meta:  # shapes only; there is nothing to choose
-            shape = (*self.query.shape[:2], self.value.shape[2])
-            out = connected_zeros(shape, self.query, self.key, self.value)
-            return (out, out.new_empty(out.shape[1::-1], dtype=wide_dtype(out.dtype))) if self.semantics.return_lse else out
-        plan = self.plan()
-        note = announced(plan, self.layout_q, module, reason) if state.records else nullcontext()
-        with note, torch.profiler.record_function(f"varlen_attn::{plan.backend}"):
-            out, lse = self._launch(plan.implementation)
+            with torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext():
+                out, lse = launch(self._backend_while_tracing(), *qkv, call)
+        elif self.query.is_meta:  # shapes only; there is nothing to choose
+            out = connected_zeros((*self.query.shape[:2], self.value.shape[2]), *qkv)
+            lse = out.new_empty(out.shape[1::-1], dtype=wide_dtype(out.dtype))
+        else:
+            plan = self.plan()
+            note = announced(plan, self.layout_q, module, reason) if state.records else nullcontext()
+            with note, _surroundings(plan.backend, device_type):
+                out, lse = launch(plan.implementation, *qkv, call)
         return (out, lse) if self.semantics.return_lse else out
 
     def _run_static(self, layout_q: PaddedRows, layout_kv: PaddedRows, module: torch.nn.Module | None) -> Any:
@@ -137,54 +259,48 @@ class AttentionCall:
         )  # fmt: skip
         return problem, fields
 
-    def _launch(self, backend: Backend) -> tuple[Tensor, Tensor | None]:
-        # The dtype is settled: eager maths inside a backend must not be cast once more.
-        device_type = self.query.device.type
-        off = torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
-        with off:
-            if not backend.capabilities.slack_rows and (self.layout_q.has_slack or self.layout_kv.has_slack):
-                return self._launch_without_slack(backend)
-            if not backend.capabilities.empty_sequences and _has_empty(self.layout_q, self.layout_kv):
-                return self._launch_without_empties(backend)
-            return backend.run(*self._qkv, self._call())
 
-    def _launch_without_slack(self, backend: Backend) -> tuple[Tensor, Tensor | None]:
-        """For kernels that leave rows beyond ``cu_seqlens[-1]`` unwritten: zero them in results and gradients. `masked_fill`, because
-        `torch.where` with a number launches a kernel that writes the number."""
-        slack_q = _slack(self.layout_q)
-        slack_k = slack_q if self.layout_kv is self.layout_q else _slack(self.layout_kv)
-        if backend.capabilities.reads_slack:
-            query, key, value = (x.masked_fill(slack, 0) for x, slack in zip(self._qkv, (slack_q, slack_k, slack_k), strict=True))
-        else:
-            query, key, value = (grad_without_slack(x, slack) for x, slack in zip(self._qkv, (slack_q, slack_k, slack_k), strict=True))
-        out, lse = backend.run(query, key, value, self._call())
-        out = out.masked_fill(slack_q, 0) if backend.capabilities.reads_slack else result_without_slack(out, slack_q)
-        return out, None if lse is None else lse.masked_fill(slack_q[:, 0, 0], float("-inf"))
+def launch(backend: Backend, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+    """``backend.run``, with what the backend does not do itself."""
+    can = backend.capabilities
+    if not can.slack_rows and (call.layout_q.has_slack or call.layout_kv.has_slack):
+        return _launch_without_slack(backend, query, key, value, call)
+    if not can.empty_sequences and _has_empty(*call.layouts):
+        return _launch_without_empties(backend, query, key, value, call)
+    return backend.run(query, key, value, call)
 
-    def _launch_without_empties(self, backend: Backend) -> tuple[Tensor, Tensor | None]:
-        """For kernels that mishandle empty sequences: leave them out; their queries, if any, get 0 and -inf."""
-        some = kept(self.layout_q, self.layout_kv, "without empties", lambda: _without_empties(self.layout_q, self.layout_kv))
-        if some is None:
-            shape = (*self.query.shape[:2], self.value.shape[2])
-            out = connected_zeros(shape, self.query, self.key, self.value)
-            lse_dtype = wide_dtype(out.dtype)
-            lse = out.new_full((out.shape[1], out.shape[0]), float("-inf"), dtype=lse_dtype)
-            return out, lse if self.semantics.return_lse else None
-        query = self.query if some.rows_q is None else some.rows_q.pack(self.query[None])
-        key, value = (x if some.rows_k is None else some.rows_k.pack(x[None]) for x in (self.key, self.value))
-        out, some_lse = backend.run(query, key, value, self._call().on(some.layout_q, some.layout_kv))
-        if some.rows_q is None:
-            return out, some_lse
-        if some_lse is not None:
-            some_lse = some.rows_q.unpack(some_lse.transpose(0, 1).contiguous(), float("-inf"))[0].transpose(0, 1)
-        return some.rows_q.unpack(out)[0], some_lse
 
-    def _call(self) -> Call:
-        return Call(self.layout_q, self.layout_kv, self.semantics, self.extras)
+def _launch_without_slack(backend: Backend, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+    """For kernels that leave rows beyond ``cu_seqlens[-1]`` unwritten: zero them in results and gradients. `masked_fill`, because
+    `torch.where` with a number launches a kernel that writes the number."""
+    slack_q = _slack(call.layout_q)
+    slack_k = slack_q if call.layout_kv is call.layout_q else _slack(call.layout_kv)
+    reads = backend.capabilities.reads_slack
+    without: Callable[[Tensor, Tensor], Tensor] = _zeroed if reads else grad_without_slack
+    out, lse = backend.run(without(query, slack_q), without(key, slack_k), without(value, slack_k), call)
+    out = _zeroed(out, slack_q) if reads else result_without_slack(out, slack_q)
+    return out, None if lse is None else lse.masked_fill(slack_q[:, 0, 0], float("-inf"))
 
-    @property
-    def _qkv(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.query, self.key, self.value
+
+def _zeroed(x: Tensor, slack: Tensor) -> Tensor:
+    return x.masked_fill(slack, 0)
+
+
+def _launch_without_empties(backend: Backend, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+    """For kernels that mishandle empty sequences: leave them out; their queries, if any, get 0 and -inf."""
+    some = kept(*call.layouts, "without empties", lambda: _without_empties(*call.layouts))
+    if some is None:
+        out = connected_zeros((*query.shape[:2], value.shape[2]), query, key, value)
+        lse = out.new_full((out.shape[1], out.shape[0]), float("-inf"), dtype=wide_dtype(out.dtype))
+        return out, lse if call.semantics.return_lse else None
+    query = query if some.rows_q is None else some.rows_q.pack(query[None])
+    key, value = (x if some.rows_k is None else some.rows_k.pack(x[None]) for x in (key, value))
+    out, some_lse = backend.run(query, key, value, call.on(some.layout_q, some.layout_kv))
+    if some.rows_q is None:
+        return out, some_lse
+    if some_lse is not None:
+        some_lse = some.rows_q.unpack(some_lse.transpose(0, 1).contiguous(), float("-inf"))[0].transpose(0, 1)
+    return some.rows_q.unpack(out)[0], some_lse
 
 
 def _slack(layout: SeqLayout) -> Tensor:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,11 +43,27 @@ _SMALL_UNPACK = 2**19
 _STAND_INS = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
+# Whether a profiler runs, for whom calls leave a range: opening one costs microseconds.
+profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+
+
 def is_tracing(*tensors: Tensor) -> bool:
     """Whether values must not be read: under `torch.compile`, `torch.export` or `torch.jit.trace`, or on fake tensors."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
-    return any(isinstance(t, FakeTensor) for t in tensors)
+    for t in tensors:  # no generator, which is one more frame for each of many calls
+        if isinstance(t, FakeTensor):
+            return True
+    return False
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` holds numbers, and operations on it run at once: no tracing, no transform, no tensor subclass."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        return False
+    return not (x.is_meta or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def trace_quietly() -> None:
@@ -189,7 +206,9 @@ def _in_own_size(x: Tensor) -> Tensor:
 
 def needs_plain_gathers() -> bool:
     """Where our two functions would be in the way: under `torch.func`, and under `torch.jit.trace`, which could not save them."""
-    return is_transformed() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def is_transformed() -> bool:

@@ -17,7 +17,7 @@ from .errors import ArgumentError, LayoutError
 from .functional import full_layout, pack_rows, unpack_rows, without_slack
 from .layout import SeqLayout
 
-__all__ = ["Masks", "Stream", "enter", "nested_like", "nested_rows"]
+__all__ = ["Masks", "Prepared", "Stream", "enter", "nested_like", "nested_rows"]
 
 Form = Literal["packed", "nested", "unbatched", "batch first", "sequence first"]
 
@@ -71,33 +71,52 @@ class Stream(NamedTuple):
         # Contiguous as torch's, because models call `view` on it.
         return padded if self.form == "batch first" else padded.transpose(0, 1).contiguous()
 
+    def prepared(self, memory: Stream | None = None) -> Prepared:
+        """For attention of these rows to themselves, or to those of ``memory``."""
+        keys = self if memory is None else memory
+        return Prepared(self.layout, keys.layout, keys.causal, keys.mask, self.form != "sequence first")
+
+
+class Prepared(NamedTuple):
+    """What a stack has settled for the attention of its layers, which they get in place of a layout: nothing is left to be checked.
+
+    Attributes:
+        layout, layout_kv: of queries and of keys.
+        causal, mask: as `Stream`, of the keys.
+        batch_first: how modules that take no layout are called, unless they say it themselves.
+    """
+
+    layout: SeqLayout
+    layout_kv: SeqLayout
+    causal: bool
+    mask: Tensor | None
+    batch_first: bool
+
     # ---------------------------------------------------------------- for modules that take no layout
 
-    def padded(self, rows: Tensor, module: nn.Module) -> Tensor:
-        """``(B, S, D)``, or ``(S, B, D)`` for a module that wants it so."""
-        if self.layout.row_ids is not None:
+    def padded(self, rows: Tensor, module: nn.Module, layout: SeqLayout | None = None) -> Tensor:
+        """``(B, S, D)``, or ``(S, B, D)`` for a module that wants it so; of the queries' layout, unless another is given."""
+        layout = self.layout if layout is None else layout
+        if layout.row_ids is not None:
             raise LayoutError(
                 f"`layout` has several documents a row, but {type(module).__name__} takes no layout and would mix them: "
                 "use this package's modules there, or give every document a row."
             )
-        padded = unpack_rows(self.layout, rows)
+        padded = unpack_rows(layout, rows)
         return padded if self._batch_first(module) else padded.transpose(0, 1)
 
     def packed(self, padded: Tensor, module: nn.Module) -> Tensor:
-        """The reverse of `padded`."""
+        """The reverse of `padded`, of queries."""
         return pack_rows(self.layout, padded if self._batch_first(module) else padded.transpose(0, 1))
 
     def _batch_first(self, module: nn.Module) -> bool:
-        attn = getattr(module, "self_attn", module)
-        return bool(getattr(attn, "batch_first", self.form != "sequence first"))
+        return bool(getattr(getattr(module, "self_attn", module), "batch_first", self.batch_first))
 
-    def torch_masks(self, queries: Stream) -> tuple[Tensor | None, Tensor | None]:
+    def torch_masks(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """``key_padding_mask`` and ``attn_mask`` as torch's modules take them, both additive: torch warns about two dtypes."""
-        dtype, mask = self.rows.dtype, self.mask
-        if self.causal:
-            mask = _after(queries.layout.padded_len, self.layout.padded_len, self.rows.device)
-        padding = None if self.layout.is_dense else additive_mask(self.layout.padding_mask(), dtype)
-        return padding, None if mask is None else additive_mask(mask, dtype).to(dtype)
+        mask = _after(self.layout.padded_len, self.layout_kv.padded_len, x.device) if self.causal else self.mask
+        padding = None if self.layout_kv.is_dense else additive_mask(self.layout_kv.padding_mask(), x.dtype)
+        return padding, None if mask is None else additive_mask(mask, x.dtype).to(x.dtype)
 
 
 def enter(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Stream | None = None) -> Stream:

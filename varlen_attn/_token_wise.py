@@ -24,6 +24,7 @@ ACTIVATIONS = (F.relu, F.gelu, F.silu, torch.relu, torch.tanh, torch.sigmoid)
 # provide first (two microseconds each), and it leaves the cache before the second matrix product reads it: 13 to 25 % of the
 # feed-forward's time in float32 and bfloat16 at widths 512 and 2048.
 _PIECE = 8 * 2**20
+_LEAST = 256  # rows of a piece
 
 
 def is_known(part: Any) -> bool:
@@ -54,14 +55,14 @@ def in_pieces(layer: Any, x: Tensor, feed_forward: Callable[[Tensor], Tensor]) -
 
     That is on a CPU, where no gradients need the inner rows, and with modules whose calls nobody counts.
     """
-    if is_tracing(x) or x.device.type != "cpu" or x.dim() != 2 or torch.is_grad_enabled() or layer.training:
+    if torch.is_grad_enabled() or layer.training or is_tracing(x) or x.device.type != "cpu" or x.dim() != 2 or len(x) < 2 * _LEAST:
         return feed_forward(x)
     own = type(layer)._ff_block in (nn.TransformerEncoderLayer._ff_block, nn.TransformerDecoderLayer._ff_block)
     parts = (layer.linear1, layer.activation, layer.dropout, layer.linear2)
     watched = "_ff_block" in vars(layer) or any(has_hooks(m) or "forward" in vars(m) for m in layer.children())
     if not own or watched or not all(is_known(p) for p in parts):
         return feed_forward(x)
-    rows = max(256, _PIECE // (layer.linear1.out_features * x.element_size()))
+    rows = max(_LEAST, _PIECE // (layer.linear1.out_features * x.element_size()))
     if len(x) < 2 * rows:
         return feed_forward(x)
     return torch.cat([feed_forward(piece) for piece in x.split(rows)])

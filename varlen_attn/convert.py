@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ._enablable import LAYERS, Candidate, candidates, packs_already, torch_class
 from ._masks import read_masks
+from ._streams import Prepared
 from .encoder import (
     VarlenTransformerDecoder,
     VarlenTransformerDecoderLayer,
@@ -53,6 +54,8 @@ class EnabledMultiheadAttention(VarlenMultiheadAttention):
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, **options)
+
+    forward.takes_prepared = True  # type: ignore[attr-defined]
 
 
 class EnabledMultiheadAttentionWithoutWeights(VarlenMultiheadAttention):
@@ -92,7 +95,10 @@ class AttentionOnlyTransformerEncoderLayer(EnabledTransformerEncoderLayer):
     ) -> Tensor:
         if src.is_nested or options:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal, **options)
-        return self._compute(src, lambda x: self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
+        return self._compute(src, (src_mask, src_key_padding_mask, is_causal))
+
+    def _attend(self, x: Tensor, prepared: Any) -> Tensor:
+        return super()._attend(x, prepared) if type(prepared) is Prepared else self._sa_block(x, *prepared)
 
 
 class AttentionOnlyTransformerEncoder(EnabledTransformerEncoder):

@@ -29,7 +29,8 @@ _environment_order = os.environ.get(_ENVIRONMENT) or "auto"  # read once: a chan
 
 _NAMES = ("auto", *(b.name for b in BACKENDS))
 
-_plans: dict[Any, Plan] = {}
+# Of problems their plan; of calls' signatures what was decided for them (`_call.Verdict`).
+_plans: dict[Any, Any] = {}
 _MAX_PLANS = 4096
 
 
@@ -145,12 +146,17 @@ def choose(problem: Problem, backends: Sequence[Backend] = BACKENDS, *, thorough
         NoBackend: none of ``backends`` can.
     """
     key = (problem, thorough, backends if backends is BACKENDS else tuple(backends))
-    plan = _plans.get(key)
+    plan: Plan | None = _plans.get(key)
     if plan is None:
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()  # a dropout schedule makes a problem of every step
-        plan = _plans[key] = _choose(problem, tuple(backends), thorough)
+        plan = _choose(problem, tuple(backends), thorough)
+        remember(key, plan)
     return plan
+
+
+def remember(key: Any, decision: Any) -> None:
+    if len(_plans) >= _MAX_PLANS:
+        _plans.clear()  # a dropout schedule makes a problem of every step
+    _plans[key] = decision
 
 
 def _choose(problem: Problem, candidates: tuple[Backend, ...], thorough: bool) -> Plan:

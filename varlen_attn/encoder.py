@@ -17,7 +17,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._streams import Masks, Stream, enter
+from ._streams import Masks, Prepared, enter
 from ._token_wise import in_pieces
 from .layout import SeqLayout
 from .modules import VarlenMultiheadAttention
@@ -87,24 +87,29 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
         In plain PyTorch: ``nn.TransformerEncoderLayer.forward(self, src, src_mask, src_key_padding_mask)``, times
         ``~src_key_padding_mask[..., None]``.
         """
+        prepared: Any = layout
+        if type(prepared) is Prepared:
+            return self._compute(src, prepared)
         # Packed rows come from an encoder, which has compared the mask already.
         compare = is_causal or layout is None or src.dim() != 2
         stream = enter(self.self_attn, "src", src, Masks(src_key_padding_mask, src_mask, is_causal, layout, compare))
-        return stream.leave(self._compute(stream.rows, lambda x: self._attend(x, stream)))
+        return stream.leave(self._compute(stream.rows, stream.prepared()))
 
-    def _compute(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """The layer on packed or padded ``x``, with attention as given."""
+    forward.takes_prepared = True  # type: ignore[attr-defined]
+
+    def _compute(self, x: Tensor, prepared: Any) -> Tensor:
+        """The layer on packed rows, or on whatever `_attend` takes."""
         if self.norm_first:
-            x = x + attend(self.norm1(x))
+            x = x + self._attend(self.norm1(x), prepared)
             return x + in_pieces(self, self.norm2(x), self._ff_block)
-        x = self.norm1(x + attend(x))
+        x = self.norm1(x + self._attend(x, prepared))
         out: Tensor = self.norm2(x + in_pieces(self, x, self._ff_block))
         return out
 
-    def _attend(self, x: Tensor, stream: Stream) -> Tensor:
+    def _attend(self, x: Tensor, prepared: Prepared) -> Tensor:
         if type(self)._sa_block is not nn.TransformerEncoderLayer._sa_block:
-            return _padded_block(self, self._sa_block, (x,), stream, stream)
-        out: Tensor = self.dropout1(_attention(self.self_attn, x, x, stream, stream))
+            return _padded_block(self, self._sa_block, (x,), prepared)
+        out: Tensor = self.dropout1(_attention(self.self_attn, x, x, prepared))
         return out
 
 
@@ -169,12 +174,14 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
         """
         first = self.layers[0]
         stream = enter(first.self_attn, "src", src, Masks(src_key_padding_mask, mask, bool(is_causal), layout, compare=True))
-        x = stream.rows
+        x, prepared = stream.rows, stream.prepared()
         for layer in self.layers:
-            if _takes(layer, "layout"):
+            if hasattr(type(layer).forward, "takes_prepared"):
+                x = layer(x, layout=prepared)
+            elif _takes(layer, "layout"):
                 x = layer(x, src_mask=stream.mask, is_causal=stream.causal, layout=stream.layout)
             else:
-                x = _padded_encoder_layer(layer, x, stream)
+                x = _padded_encoder_layer(layer, x, prepared)
         if self.norm is not None:
             x = self.norm(x)
         return stream.leave(x)
@@ -239,33 +246,39 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
 
         In plain PyTorch: ``nn.TransformerDecoderLayer.forward`` with the same masks, times ``~tgt_key_padding_mask[..., None]``.
         """
+        own: Any = layout
+        if type(own) is Prepared:
+            return self._compute(tgt, memory, own, layout_kv)
         # Packed rows come from a decoder, which has compared the masks already.
         compare = tgt_is_causal or layout is None or tgt.dim() != 2
         target = enter(self.self_attn, "tgt", tgt, Masks(tgt_key_padding_mask, tgt_mask, tgt_is_causal, layout, compare))
         compare = memory_is_causal or layout_kv is None or memory.dim() != 2
         masks = Masks(memory_key_padding_mask, memory_mask, memory_is_causal, layout_kv, compare)
         source = enter(self.multihead_attn, "memory", memory, masks, target)
-        x = target.rows
-        if self.norm_first:
-            x = x + self._attend(self.norm1(x), target)
-            x = x + self._attend_to(self.norm2(x), target, source)
-            x = x + in_pieces(self, self.norm3(x), self._ff_block)
-        else:
-            x = self.norm1(x + self._attend(x, target))
-            x = self.norm2(x + self._attend_to(x, target, source))
-            x = self.norm3(x + in_pieces(self, x, self._ff_block))
-        return target.leave(x)
+        return target.leave(self._compute(target.rows, source.rows, target.prepared(), target.prepared(source)))
 
-    def _attend(self, x: Tensor, target: Stream) -> Tensor:
-        if type(self)._sa_block is not nn.TransformerDecoderLayer._sa_block:
-            return _padded_block(self, self._sa_block, (x,), target, target)
-        out: Tensor = self.dropout1(_attention(self.self_attn, x, x, target, target))
+    forward.takes_prepared = True  # type: ignore[attr-defined]
+
+    def _compute(self, x: Tensor, memory: Tensor, own: Prepared, across: Any) -> Tensor:
+        if self.norm_first:
+            x = x + self._attend(self.norm1(x), own)
+            x = x + self._attend_to(self.norm2(x), memory, across)
+            return x + in_pieces(self, self.norm3(x), self._ff_block)
+        x = self.norm1(x + self._attend(x, own))
+        x = self.norm2(x + self._attend_to(x, memory, across))
+        out: Tensor = self.norm3(x + in_pieces(self, x, self._ff_block))
         return out
 
-    def _attend_to(self, x: Tensor, target: Stream, source: Stream) -> Tensor:
+    def _attend(self, x: Tensor, prepared: Prepared) -> Tensor:
+        if type(self)._sa_block is not nn.TransformerDecoderLayer._sa_block:
+            return _padded_block(self, self._sa_block, (x,), prepared)
+        out: Tensor = self.dropout1(_attention(self.self_attn, x, x, prepared))
+        return out
+
+    def _attend_to(self, x: Tensor, memory: Tensor, prepared: Prepared) -> Tensor:
         if type(self)._mha_block is not nn.TransformerDecoderLayer._mha_block:
-            return _padded_block(self, self._mha_block, (x, source.rows), target, source)
-        out: Tensor = self.dropout2(_attention(self.multihead_attn, x, source.rows, target, source))
+            return _padded_block(self, self._mha_block, (x, memory), prepared)
+        out: Tensor = self.dropout2(_attention(self.multihead_attn, x, memory, prepared))
         return out
 
 
@@ -309,15 +322,17 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
         target = enter(first.self_attn, "tgt", tgt, Masks(tgt_key_padding_mask, tgt_mask, bool(tgt_is_causal), layout, compare=True))
         masks = Masks(memory_key_padding_mask, memory_mask, memory_is_causal, layout_kv, compare=True)
         source = enter(first.multihead_attn, "memory", memory, masks, target)
-        x = target.rows
+        x, own, across = target.rows, target.prepared(), target.prepared(source)
         for layer in self.layers:
-            if _takes(layer, "layout", "layout_kv"):
+            if hasattr(type(layer).forward, "takes_prepared"):
+                x = layer(x, source.rows, layout=own, layout_kv=across)
+            elif _takes(layer, "layout", "layout_kv"):
                 x = layer(
                     x, source.rows, tgt_mask=target.mask, memory_mask=source.mask, tgt_is_causal=target.causal,
                     memory_is_causal=source.causal, layout=target.layout, layout_kv=source.layout,
                 )  # fmt: skip
             else:
-                x = _padded_decoder_layer(layer, x, target, source)
+                x = _padded_decoder_layer(layer, x, source.rows, own, across)
         if self.norm is not None:
             x = self.norm(x)
         return target.leave(x)
@@ -326,27 +341,26 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
 # -------------------------------------------------------------------- modules that know no layout
 
 
-def _attention(attn: nn.Module, x: Tensor, memory: Tensor, target: Stream, source: Stream) -> Tensor:
-    """Attention of packed rows; a module that takes no layout is called as torch calls it, on padded tensors.
-
-    The masks are those of ``source``: of the keys.
-    """
-    if isinstance(attn, VarlenMultiheadAttention):
-        layouts = {"layout": target.layout, "layout_kv": source.layout}
-        out: Tensor = attn(x, memory, memory, need_weights=False, attn_mask=source.mask, is_causal=source.causal, **layouts)[0]
+def _attention(attn: nn.Module, x: Tensor, memory: Tensor, prepared: Prepared) -> Tensor:
+    """Attention of packed rows; a module that takes no layout is called as torch calls it, on padded tensors."""
+    if hasattr(type(attn).forward, "takes_prepared"):
+        out: Tensor = attn(x, memory, memory, need_weights=False, layout=prepared)[0]
         return out
-    query = target.padded(x, attn)
-    key = query if memory is x else source.padded(memory, attn)
-    padding, mask = source.torch_masks(target)
-    out = attn(query, key, key, attn_mask=mask, key_padding_mask=padding, need_weights=False, is_causal=source.causal)[0]
-    return target.packed(out, attn)
+    if isinstance(attn, VarlenMultiheadAttention):
+        layouts = {"layout": prepared.layout, "layout_kv": prepared.layout_kv}
+        return attn(x, memory, memory, need_weights=False, attn_mask=prepared.mask, is_causal=prepared.causal, **layouts)[0]  # type: ignore[no-any-return]
+    query = prepared.padded(x, attn)
+    key = query if memory is x else prepared.padded(memory, attn, prepared.layout_kv)
+    padding, mask = prepared.torch_masks(x)
+    out = attn(query, key, key, attn_mask=mask, key_padding_mask=padding, need_weights=False, is_causal=prepared.causal)[0]
+    return prepared.packed(out, attn)
 
 
-def _padded_block(layer: nn.Module, block: Callable[..., Tensor], rows: tuple[Tensor, ...], target: Stream, source: Stream) -> Tensor:
+def _padded_block(layer: nn.Module, block: Callable[..., Tensor], rows: tuple[Tensor, ...], prepared: Prepared) -> Tensor:
     """A block of torch's layers that a subclass has overridden: it is called as torch calls it, on padded tensors."""
-    padding, mask = source.torch_masks(target)
-    padded = [stream.padded(x, layer) for stream, x in zip((target, source), rows, strict=False)]
-    return target.packed(block(*padded, mask, padding, source.causal), layer)
+    padding, mask = prepared.torch_masks(rows[0])
+    padded = [prepared.padded(x, layer, layout) for layout, x in zip((prepared.layout, prepared.layout_kv), rows, strict=False)]
+    return prepared.packed(block(*padded, mask, padding, prepared.causal), layer)
 
 
 # What passes on every argument and says nothing of its own: compiled, checkpointed and sharded layers.
@@ -366,17 +380,17 @@ def _takes(layer: nn.Module, *names: str) -> bool:
     return isinstance(layer, ours) or {*names} <= {*inspect.signature(type(layer).forward).parameters}
 
 
-def _padded_encoder_layer(layer: nn.Module, x: Tensor, stream: Stream) -> Tensor:
-    padding, mask = stream.torch_masks(stream)
-    out = layer(stream.padded(x, layer), src_mask=mask, is_causal=stream.causal, src_key_padding_mask=padding)
-    return stream.packed(out, layer)
+def _padded_encoder_layer(layer: nn.Module, x: Tensor, prepared: Prepared) -> Tensor:
+    padding, mask = prepared.torch_masks(x)
+    out = layer(prepared.padded(x, layer), src_mask=mask, is_causal=prepared.causal, src_key_padding_mask=padding)
+    return prepared.packed(out, layer)
 
 
-def _padded_decoder_layer(layer: nn.Module, x: Tensor, target: Stream, source: Stream) -> Tensor:
-    (padding, mask), (memory_padding, memory_mask) = target.torch_masks(target), source.torch_masks(target)
+def _padded_decoder_layer(layer: nn.Module, x: Tensor, memory: Tensor, own: Prepared, across: Prepared) -> Tensor:
+    (padding, mask), (memory_padding, memory_mask) = own.torch_masks(x), across.torch_masks(x)
     out = layer(
-        target.padded(x, layer), source.padded(source.rows, layer), tgt_mask=mask, memory_mask=memory_mask,
-        tgt_key_padding_mask=padding, memory_key_padding_mask=memory_padding, tgt_is_causal=target.causal,
-        memory_is_causal=source.causal,
+        own.padded(x, layer), own.padded(memory, layer, across.layout_kv), tgt_mask=mask, memory_mask=memory_mask,
+        tgt_key_padding_mask=padding, memory_key_padding_mask=memory_padding, tgt_is_causal=own.causal,
+        memory_is_causal=across.causal,
     )  # fmt: skip
-    return target.packed(out, layer)
+    return own.packed(out, layer)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._call import AttentionCall
+from ._call import AttentionCall, Options, attend
 from ._call_checks import check_layouts, check_mask, check_projections
 from ._gather import trace_quietly
 from ._static import static_graph, static_layout, static_layouts
+from .backends._values import NO_EXTRAS
 from .backends.base import Backend, Extras, ScoreBias
 from .dispatch import Plan
 from .errors import ArgumentError, LayoutError
@@ -83,29 +83,10 @@ def varlen_attention(
         scores = q @ k.transpose(-1, -2) * scale
         out = scores.masked_fill(hidden, -inf).softmax(-1) @ v
     """
-    options = dict(
-        causal=causal, window=window, scale=scale, softcap=softcap, dropout_p=dropout_p, return_lse=return_lse,
-        deterministic=deterministic, batch_invariant=batch_invariant,
-    )  # fmt: skip
-    call = AttentionCall(query, key, value, layout, layout_kv, Extras(alibi_slopes, sinks, score_bias), options, backend)
-    return call.run(module=None)
-
-
-def attend_for(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: SeqLayout,
-    layout_kv: SeqLayout,
-    options: dict[str, Any],
-    backend: str | Backend,
-    extras: Extras | None = None,
-    reason: str | None = None,
-) -> Tensor:
-    """`varlen_attention` on behalf of a module, whose name stands in the record, with the reason for what it could not do."""
-    out: Tensor = AttentionCall(query, key, value, layout, layout_kv, extras or Extras(), options, backend).run(module, reason)
-    return out
+    options = Options(causal, window, scale, softcap, dropout_p, return_lse, deterministic, batch_invariant)
+    plain = alibi_slopes is None and score_bias is None and sinks is None
+    extras = NO_EXTRAS if plain else Extras(alibi_slopes, sinks, score_bias)
+    return attend(query, key, value, layout, layout_kv, options, extras, backend)
 
 
 def plan_attention(
@@ -122,7 +103,7 @@ def plan_attention(
     names = {"alibi_slopes", "sinks", "score_bias"}
     extras = Extras(**{k: semantics.pop(k) for k in names & set(semantics)})
     backend = semantics.pop("backend", "auto")
-    return AttentionCall(query, key, value, layout, layout_kv, extras, semantics, backend).plan(thorough)
+    return AttentionCall(query, key, value, layout, layout_kv, extras, Options(**semantics), backend).plan(thorough)
 
 
 # -------------------------------------------------------------------- padded tensors
@@ -223,14 +204,14 @@ def _layout_for(x: Tensor, mask: Tensor | None, name: str = "key_padding_mask", 
 def pack_rows(layout: SeqLayout, x: Tensor, name: str = "x") -> Tensor:
     """`SeqLayout.pack`, without the copy where nothing is padded (the dense route)."""
     layout._check(x, (layout.batch_size, layout.padded_len), name)
-    if not is_tracing(x) and layout.is_dense:
+    if layout.is_dense:
         return x.reshape(layout.num_rows, *x.shape[2:])
     return layout.pack(x)
 
 
 def unpack_rows(layout: SeqLayout, x: Tensor) -> Tensor:
     """`SeqLayout.unpack`, without the copy where nothing is padded (the dense route)."""
-    if not is_tracing(x) and layout.is_dense:
+    if layout.is_dense:
         return x.reshape(layout.batch_size, layout.padded_len, *x.shape[1:])
     return layout.unpack(x)
 
@@ -312,9 +293,10 @@ def varlen_mha(
         assert layout is not None
         layout._check(x, (layout.num_rows,), "x")
         rows = without_slack(layout, x)
-    projected = rows if in_proj_weight is None else F.linear(rows, in_proj_weight, in_proj_bias)
-    parts = (projected,) * 3 if in_proj_weight is None else projected.chunk(3, dim=-1)
-    query, key, value = (p.unflatten(-1, (num_heads, -1)) for p in parts)
+    if in_proj_weight is None:
+        query = key = value = rows.view(*rows.shape[:-1], num_heads, width // num_heads)
+    else:
+        query, key, value = F.linear(rows, in_proj_weight, in_proj_bias).view(rows.shape[0], 3, num_heads, width // num_heads).unbind(1)
     out = varlen_attention(query, key, value, layout, **options).flatten(1)
     if out_proj_weight is not None:
         out = F.linear(out, out_proj_weight, out_proj_bias)

@@ -329,7 +329,9 @@ class SeqLayout:
     @property
     def is_dense(self) -> bool:
         """Known on the host to have no padding: then packed is ``x.reshape(B*S, ...)``. Never in a graph, which is for all lengths."""
-        return not is_tracing(self.cu_seqlens) and self.lengths is not None and self.lengths == (self.padded_len,) * self.batch_size
+        if self.lengths is None or is_tracing(self.cu_seqlens):
+            return False
+        return self.lengths == (self.padded_len,) * self.batch_size
 
     @property
     def seq_ids(self) -> Tensor:
@@ -380,7 +382,7 @@ class SeqLayout:
         Raises:
             LayoutError: ``x`` does not have T rows, or is on another device.
         """
-        self._check(x, (self.num_rows,), "x")
+        self._check(x, (self.token_indices.shape[0],), "x")
         if not (x.is_floating_point() or x.is_complex()) and pad_value != int(pad_value):
             raise ArgumentError(f"`pad_value` must be an integer for a tensor of {x.dtype}, but is {pad_value}.")
         value = pad_value if x.is_floating_point() or x.is_complex() else int(pad_value)
@@ -568,7 +570,7 @@ class SeqLayout:
                 f"T={self.num_rows}), but has shape {tuple(x.shape)}. Nothing is sliced to fit: build the layout "
                 f"from the mask that belongs to this tensor.{frames}"
             )
-        if x.device != self.device:
+        if x.device != self.cu_seqlens.device:
             raise LayoutError(
                 f"`{name}` is on {x.device}, but the layout is on {self.device}: call layout.to({str(x.device)!r}) once per batch."
             )
@@ -617,7 +619,7 @@ def padding_of(mask: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def moved(layout: SeqLayout, device: torch.device) -> SeqLayout:
     """``layout`` on ``device``. To a GPU only the index tensors move, without waiting; the lengths stay on the host."""
-    if layout.device == device:
+    if layout.cu_seqlens.device == device:
         return layout
     if layout.device.type == "cpu" and device.type == "cuda":
         return layout.pin_memory().to(device, non_blocking=True)

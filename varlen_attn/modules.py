@@ -12,22 +12,23 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ._call import Options, attend
 from ._call_checks import check_holes, check_layouts
 from ._gather import trace_quietly
 from ._masks import read_masks
 from ._mha_checks import check_inputs, mha_shape_check
 from ._static import static_layouts
-from ._streams import nested_like, nested_rows
+from ._streams import Prepared, nested_like, nested_rows
 from .backends._maths import visible_mask
+from .backends._values import NO_EXTRAS
 from .backends.base import Backend, state
 from .dense import additive_mask, dense_attention, dense_kernel_name
 from .dispatch import requested_backend
 from .errors import ArgumentError, BackendRefused, LayoutError
-from .functional import attend_for, full_layout, pack_rows, unpack_rows, without_slack
+from .functional import full_layout, pack_rows, unpack_rows, without_slack
 from .layout import SeqLayout, is_tracing
 from .problem import Semantics
 from .records import announced_dense
@@ -154,6 +155,9 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             ArgumentError, LayoutError: layouts that do not fit.
             BackendRefused: the ordered backend can not run the call.
         """
+        prepared: Any = layout
+        if type(prepared) is Prepared:
+            return self._of_stack(query, key, prepared)
         trace_quietly()
         key = query if key is None else key
         value = key if value is None else value
@@ -197,6 +201,19 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         if unbatched:
             return out[0], None if weights is None else weights[0]
         return out if packed or self.batch_first else out.transpose(0, 1), weights
+
+    forward.takes_prepared = True  # type: ignore[attr-defined]
+
+    def _of_stack(self, query: Tensor, key: Tensor | None, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
+        """Packed rows of a stack of layers, which has checked everything and zeroes slack rows at its end."""
+        layout, layout_kv, causal, mask, _ = prepared
+        key = query if key is None else key
+        dense = mask is not None or self.bias_k is not None or self.add_zero_attn
+        if dense or (layout is not layout_kv and (causal or self.window is not None)):
+            return VarlenMultiheadAttention.forward(
+                self, query, key, key, attn_mask=mask, is_causal=causal, layout=layout, layout_kv=layout_kv
+            )
+        return self._attend(query, key, key, layout, layout_kv, causal, self.window, self.backend), None
 
     # ---------------------------------------------------------------- which way
 
@@ -272,12 +289,12 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Input projections of ``(..., E)`` to ``(..., N, H)``; one matrix product where inputs are one object."""
         bias, size = self.in_proj_bias, self.embed_dim
+        if query is key and key is value and self._qkv_same_embed_dim:
+            return _linear(query, self.in_proj_weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
         if not self._qkv_same_embed_dim:
             biases = (None, None, None) if bias is None else bias.chunk(3)
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             parts = [_linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
-        elif query is key and key is value:
-            parts = [*_linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)]
         elif key is value:
             w_q, w_kv = self.in_proj_weight.split([size, 2 * size])
             b_q, b_kv = (None, None) if bias is None else bias.split([size, 2 * size])
@@ -285,7 +302,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         else:
             biases = (None, None, None) if bias is None else bias.chunk(3)
             parts = [_linear(x, w, b) for x, w, b in zip((query, key, value), self.in_proj_weight.chunk(3), biases, strict=True)]
-        return tuple(rearrange(p, "... (n h) -> ... n h", n=self.num_heads) for p in parts)
+        return tuple(p.unflatten(-1, (self.num_heads, self.head_dim)) for p in parts)
 
     def _project_out(self, x: Tensor) -> Tensor:
         """As torch, by its weights; whatever has been put in its place (LoRA, quantised) is called."""
@@ -306,17 +323,27 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         window: tuple[int | None, int | None] | None,
         order: str | Backend,
     ) -> Tensor:
-        layout_q, layout_k = layouts
-        q, k, v = self._project(*inputs.each(layouts, without_slack if inputs.packed else pack_rows)[:3])
-        options = {
-            "causal": "top_left" if causal else False,
-            "window": window,
-            "dropout_p": self.dropout if self.training else 0.0,
-        }
-        out = attend_for(self, q, k, v, layout_q, layout_k, options, order)
+        rows = inputs.each(layouts, without_slack if inputs.packed else pack_rows)
+        out = self._attend(*rows[:3], *layouts, causal, window, order)
+        return without_slack(layouts[0], out) if inputs.packed else unpack_rows(layouts[0], out)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: SeqLayout,
+        layout_kv: SeqLayout,
+        causal: bool,
+        window: tuple[int | None, int | None] | None,
+        order: str | Backend,
+    ) -> Tensor:
+        """``(T, E)``, ``(Tk, kdim)``, ``(Tk, vdim)`` -> ``(T, E)``: projections, attention, output projection."""
+        q, k, v = self._project(query, key, value)
+        options = Options("top_left" if causal else False, window, None, None, self.dropout if self.training else 0.0)
+        out = attend(q, k, v, layout, layout_kv, options, NO_EXTRAS, order, self)
         del q, k, v  # in evaluation nobody else holds them, and the padded output is large
-        out = self._project_out(rearrange(out, "t n h -> t (n h)"))
-        return without_slack(layout_q, out) if inputs.packed else unpack_rows(layout_q, out)
+        return self._project_out(out.flatten(1))
 
     def _bias(
         self,
@@ -370,7 +397,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             note = announced_dense(self, q, k, v, dense_kernel_name(q, bias, dropout_p, need_weights), why)
         with note:
             out, weights = dense_attention(q, k, v, bias, dropout_p=dropout_p, need_weights=need_weights)
-        out = self._project_out(rearrange(out, "b l n h -> b l (n h)"))
+        out = self._project_out(out.flatten(2))
         out = layout_q.pack(out) if inputs.packed else _without_padding(layout_q, out)
         if weights is not None and not layout_q.is_dense:
             weights = weights.masked_fill(layout_q.padding_mask()[:, None, :, None], 0.0)

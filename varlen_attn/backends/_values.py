@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -26,14 +27,16 @@ class Extras:
     score_bias: ScoreBias | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
+NO_EXTRAS = Extras()
+
+
+class Call(NamedTuple):
     """One call beside its query, key and value."""
 
     layout_q: SeqLayout
     layout_kv: SeqLayout
     semantics: Semantics
-    extras: Extras = Extras()
+    extras: Extras = NO_EXTRAS
 
     @property
     def layouts(self) -> tuple[SeqLayout, SeqLayout]:
@@ -41,4 +44,4 @@ class Call:
 
     def on(self, layout_q: SeqLayout, layout_kv: SeqLayout) -> Call:
         """The same call on other layouts."""
-        return Call(layout_q, layout_kv, self.semantics, self.extras)
+        return self._replace(layout_q=layout_q, layout_kv=layout_kv)

@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._call import Options as Asked
+from .._call import attend
 from .._host_lengths import HostLengths
 from ..backends._maths import safe_softmax
+from ..backends._values import NO_EXTRAS
 from ..backends.base import Extras, repeat_kv, state, wide_dtype
 from ..errors import ArgumentError, LayoutError
-from ..functional import attend_for, pack_rows, unpack_rows
+from ..functional import pack_rows, unpack_rows
 from ..layout import SeqLayout
 from ..records import announced_dense
 from ._hf_mask import Packing, VarlenMask
@@ -108,12 +111,10 @@ def _is_rows(mask: Tensor | None, way: Packing, query: Tensor) -> bool:
 
 def _attend(module: nn.Module, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, way: Packing, options: Options, reason: str | None) -> Tensor:
     bias = None if options.bias is None else options.bias[0]
-    semantics = dict(
-        causal=way.causal, window=way.window, scale=options.scaling, softcap=options.softcap, dropout_p=options.dropout,
-        return_lse=False, deterministic=None, batch_invariant=False,
-    )  # fmt: skip
-    extras = Extras(None, options.sinks, bias)
-    return attend_for(module, q_TNH, k_TKH, v_TKH, way.layout_q, way.layout_kv, semantics, "auto", extras, reason)
+    asked = Asked(way.causal, way.window, options.scaling, options.softcap, options.dropout)
+    extras = NO_EXTRAS if bias is None and options.sinks is None else Extras(None, options.sinks, bias)
+    out: Tensor = attend(q_TNH, k_TKH, v_TKH, way.layout_q, way.layout_kv, asked, extras, module=module, reason=reason)
+    return out
 
 
 # -------------------------------------------------------------------- which way
