@@ -607,7 +607,7 @@ def test_a_stage_that_ends_its_process_costs_itself_only(tmp_path: Path) -> None
     assert told["hangs"]["the process"].startswith("hung: did not end after ")
     assert told["poisons"]["the process"].endswith("RuntimeError: CUDA error: an illegal memory access was encountered")
     assert result["stages"]["aborts"]["checks"][0]["name"] == "fine", "what it had until then"
-    assert "what it said last" in result["stages"]["aborts"]["tail"]
+    assert "what it said last" in result["stages"]["aborts"]["output"]
     log = out.with_suffix(".log").read_text()
     assert "what it said last" in log
     assert "Traceback" in log

@@ -39,7 +39,7 @@ PASSED, FAILED, CUT, SKIPPED, NEEDS_GPU, RUNNING = "passed", "failed", "cut: bud
 CRASHED, HUNG, POISONED, ABSENT = "crashed", "hung", "poisoned the device", "not here"
 APART = ("flex", "flash4")  # they compile kernels for each kind of call: stages of their own ask them
 WITH_ALL = ("sdpa_padded", "reference")  # what a stage about one backend leaves in
-_TAIL = 1500  # characters of output that stand in the JSON
+_SHOWN = 1500  # characters of output that stand in the JSON, from its begin and from its end
 _ROOT = str(Path(__file__).parent.parent.parent)
 _fork = multiprocessing.get_context("fork")
 
@@ -230,7 +230,8 @@ class Worker:
         text = self.output.read_text(errors="replace")[self.read :] if self.output.exists() else ""
         self.read += len(text)
         if self.row["status"] not in (PASSED, ABSENT) and text.strip():
-            self.row["tail"] = text[-_TAIL:].replace(_ROOT, ".")
+            shown = text if len(text) < 2 * _SHOWN else f"{text[:_SHOWN]}\n...\n{text[-_SHOWN:]}"
+            self.row["output"] = shown.replace(_ROOT, ".")
         if self.log is not None and text.strip():
             with self.log.open("a") as log:
                 log.write(f"\n===== {self.stage.name}: {self.row['status']}, {self.row['seconds']} s\n{text}")
@@ -309,7 +310,7 @@ class Group:
         rows = [(self.parts[number], row) for number, row in sorted(self.rows.items())]
         checks = [{**check, "name": _named(part.name, check["name"])} for part, row in rows for check in row.get("checks", [])]
         facts = {part.name: {"status": row["status"], "seconds": row.get("seconds"), **row.get("facts", {})} for part, row in rows}
-        tails = [f"{part.name}: {row['tail']}" for part, row in rows if row.get("tail")]
+        outputs = [f"{part.name}: {row['output']}" for part, row in rows if row.get("output")]
         states = {row["status"] for _, row in rows}
         unfinished = self.waiting or states & {RUNNING, CUT}
         worst = next((s for s in (POISONED, CRASHED, HUNG, FAILED) if s in states), None)
@@ -317,7 +318,7 @@ class Group:
         found |= {"status": status, "seconds": round(time.monotonic() - self.began, 1), "checks": checks, "facts": facts}
         if self.waiting:
             found["facts"]["left out for time"] = [self.parts[number].name for number in self.waiting]
-        return found | ({"tail": "\n".join(tails)} if tails else {})
+        return found | ({"output": "\n".join(outputs)} if outputs else {})
 
 
 def _named(part: str, check: str) -> str:
