@@ -110,7 +110,9 @@ class _Run:
             self._watch(None, stage)
         group.stop()
         row = group.row()
-        dead = [name for name, part in row["facts"].items() if isinstance(part, dict) and part.get("status") in (CRASHED, HUNG, POISONED)]
+        dead = [
+            name for name, part in row["facts"].items() if isinstance(part, dict) and part.get("status") in (CRASHED, HUNG, POISONED, CUT)
+        ]
         named = tuple(backend.name for backend in BACKENDS if backend.name in dead)
         if named:  # a backend that ends its process for a small batch would do so in every stage
             row["facts"]["left out of later stages"] = list(named)
@@ -136,11 +138,7 @@ class _Run:
     def _tell(self, stage: Stage, row: Result) -> None:
         self.result["stages"][stage.name] = row
         _write(self.result, self.out)
-        line = f"{stage.name:12} {row['status']:16} {row['seconds']:6.1f} s"
-        print(line, flush=True)
-        if self.log is not None:
-            with self.log.open("a") as log:
-                log.write(line + "\n")
+        _say(f"{stage.name:12} {row['status']:16} {row['seconds']:6.1f} s, {self.setting.left():5.0f} s left", self.log)
 
 
 def run(stages: Sequence[Stage], setting: Setting, head: Result, out: Path | None) -> Result:
@@ -157,6 +155,13 @@ def _write(result: Result, out: Path | None) -> None:
     draft = out.with_suffix(".part")
     draft.write_text(json.dumps(result, indent=1, default=str) + "\n")
     os.replace(draft, out)
+
+
+def _say(text: str, log: Path | None) -> None:
+    print(text, flush=True)
+    if log is not None:
+        with log.open("a") as file:
+            file.write(text + "\n")
 
 
 def accepted(result: Result) -> bool:
@@ -247,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     head |= {"only": [stage.name for stage in stages] if asked.only or asked.again else None, "without": list(without)}
     result = run(stages, setting, head, out)
-    print("", summary(result), *([f"written: {out}"] if out else []), sep="\n")
+    _say("\n".join(["", summary(result), *([f"written: {out}"] if out else [])]), out.with_suffix(".log") if out else None)
     return 0 if result["accepted"] else 1
 
 

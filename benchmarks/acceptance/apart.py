@@ -60,7 +60,7 @@ def _right(backend: str, cases: tuple[Case, ...], dtype: torch.dtype | None, set
     for case in cases:
         numerics.every_backend(case, dtype or half(setting.device), setting.device, tallies)
     for tally in tallies.values():
-        tally.write(findings, may_refuse=False)
+        tally.write(findings, may_refuse=tally.name != "auto")
 
 
 def flex_times(setting: Setting, findings: Findings) -> None:

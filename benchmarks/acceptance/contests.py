@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -229,30 +228,14 @@ def packers(case: Case, absent: dict[str, str]) -> dict[str, Callable[[], Moved]
 
 
 def _by_triton(flat: Sequence[Tensor], layout: SeqLayout) -> Callable[[], Moved]:
-    module = next(filter(None, map(_imported, ("benchmarks.fused_rows", "benchmarks._fused_rows", "varlen_attn._fused_rows"))), None)
-    if module is None:
-        raise Absent("the kernel is not part of this version")
-    forth = module.Rows(layout.token_indices, 0, None)
-    back = module.Rows(layout.gather_indices, 1, None)
-
-    def move() -> Moved:
-        before, module.setting = module.setting, "1"  # for this call alone: ours must not take it
-        try:
-            if not module.serves(*flat):
-                raise Absent(f"the kernel {module.why_not() or 'does not serve these tensors'}")
-            moved: Moved = module.move(forth, back, flat)
-            return moved
-        finally:
-            module.setting = before
-
-    return move
-
-
-def _imported(name: str) -> Any:
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module("benchmarks.fused_rows")
     except ImportError:
-        return None
+        raise Absent("benchmarks.fused_rows is not there") from None
+    if (reason := module.why_not()) is not None:
+        raise Absent(f"it {reason}")
+    forth, back = module.rows_of(layout)
+    return partial(module.move, forth, back, flat)
 
 
 def layouts(case: Case) -> dict[str, Callable[[], SeqLayout]]:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -107,10 +108,14 @@ def _begin(log: Path | None) -> None:
         faulthandler.enable(sys.stdout)
 
 
-def _serve(stages: Sequence[Stage], setting: Setting, only: str, parent: Connection, connection: Connection, log: Path) -> None:
+def _serve(
+    stages: Sequence[Stage], setting: Setting, only: str, shared: bool, parent: Connection, connection: Connection, log: Path
+) -> None:  # fmt: skip
     parent.close()
     _begin(log)
-    if setting.device == "cuda":
+    if shared:  # it may be stopped for a while: then it must hold no lock of a common cache, and compile in no other process
+        os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(prefix="varlen_attn-")}
+    elif setting.device == "cuda":
         torch.set_num_threads(max(1, min(8, (os.cpu_count() or 2) // 2)))
     _leave_out(setting, only)
     with contextlib.suppress(EOFError):
@@ -137,8 +142,7 @@ def ask(question: Callable[[], Any], seconds: float = 120.0) -> Any:
         sender.send(question())
         os._exit(0)
 
-    process = _fork.Process(target=answer)
-    process.start()
+    process = _started(answer)
     sender.close()
     try:
         return receiver.recv() if receiver.poll(seconds) else None
@@ -146,6 +150,14 @@ def ask(question: Callable[[], Any], seconds: float = 120.0) -> Any:
         return None
     finally:
         _kill(process)
+
+
+def _started(target: Callable[..., None], *arguments: Any) -> Any:
+    process = _fork.Process(target=target, args=arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: those of numpy and torch compute, and hold no lock
+        process.start()
+    return process
 
 
 def _kill(process: Any) -> None:
@@ -161,10 +173,11 @@ class Worker:
     Attributes:
         row: what is known of the stage it was told last.
         busy: that stage has not ended.
+        shared: others compile beside it.
     """
 
-    def __init__(self, stages: Sequence[Stage], only: str = "", log: Path | None = None) -> None:
-        self.stages, self.only, self.log = stages, only, log
+    def __init__(self, stages: Sequence[Stage], only: str = "", log: Path | None = None, shared: bool = False) -> None:
+        self.stages, self.only, self.log, self.shared = stages, only, log, shared
         self.process: Any = None
         self.row: Row = {}
         self.busy = False
@@ -187,8 +200,7 @@ class Worker:
         handle, name = tempfile.mkstemp(prefix="varlen_attn-", suffix=".log")
         os.close(handle)
         self.output, self.read = Path(name), 0
-        self.process = _fork.Process(target=_serve, args=(self.stages, setting, self.only, self.connection, theirs, self.output))
-        self.process.start()
+        self.process = _started(_serve, self.stages, setting, self.only, self.shared, self.connection, theirs, self.output)
         theirs.close()
 
     def look(self) -> bool:
@@ -266,7 +278,7 @@ class Group:
         self.rows: dict[int, Row] = {}
         self.paused: float | None = None
         self.waiting = list(range(len(self.parts)))
-        self.workers = [Worker(self.parts, stage.only, log) for _ in range(min(stage.processes, len(self.parts)))]
+        self.workers = [Worker(self.parts, stage.only, log, shared=stage.early) for _ in range(min(stage.processes, len(self.parts)))]
         self.running: dict[Worker, int] = {}
 
     @property
@@ -279,7 +291,7 @@ class Group:
             self.rows[number] = worker.row
             if not worker.busy:
                 del self.running[worker]
-                if self.stage.processes == len(self.parts) or not self.waiting:
+                if not self.waiting:
                     worker.stop()
         for worker in self.workers:
             if self.waiting and worker not in self.running and self.paused is None:
