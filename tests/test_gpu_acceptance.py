@@ -1,5 +1,5 @@
 """The acceptance of a GPU, as far as it can be shown without one: that it runs and passes here with small shapes, that what is wrong fails
-it, that time runs out in order, and that what it writes is what the README says."""
+it, that time runs out in order, and that what it writes is what docs/gpu.md says."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_backend_that_drops_causal_is_not_accepted(
     assert wrong["sdpa_padded"] is False
     assert wrong["cpu"] is True
     assert "\nNOT ACCEPTED" in told
-    assert "numerics: sdpa_padded: 8 ran, 0 refused; lengths, causal, float32: AssertionError: output: error" in told
+    assert "numerics: sdpa_padded: 4 ran, 0 refused; lengths, causal, float32: AssertionError: output: error" in told
 
 
 def leaking(original: Callable[..., Any], query: Tensor, *rest: Any) -> Any:
@@ -972,7 +972,7 @@ def test_a_library_that_is_carried_along(tmp_path: Path, monkeypatch: pytest.Mon
         environment.load_library(tmp_path / "broken.so", None)
 
 
-# -------------------------------------------------------------------- the README
+# -------------------------------------------------------------------- docs/gpu.md
 
 
 def recorded() -> dict[str, Any]:
@@ -983,24 +983,31 @@ def recorded() -> dict[str, Any]:
         "forward": {"microseconds": {"torch, mask": 200.0, "ours, whole path, auto": 100.0},
                     "times faster than torch, mask": {"ours, whole path, auto": 2.0, "ours, kernel only, auto": 4.0}},
     }  # fmt: skip
+    encoder = {
+        "model": "6 layers", "tokens": 100,
+        "evaluation": {"milliseconds": {"as it comes": 8.0, "after enable": 4.0}, "times faster than as it comes": {"after enable": 2.0}},
+    }  # fmt: skip
     return {
-        "environment": {**HEAD, "cuda": "13.0", "driver": None, "cudnn": 91900},
+        "environment": {**HEAD, "cuda": "13.0", "driver": None, "cudnn": 91900, "backends": {"torch_varlen": "available"}},
         "accepted": True,
         "stages": {
-            "env": {"status": "passed", "says": "the machine", "checks": [check], "facts": {"backends": {"torch_varlen": "available"}}},
+            "env": {"status": "passed", "says": "the machine", "checks": [check, {**check, "required": False, "holds": False}]},
             "numerics": {"status": "passed", "says": "float64", "checks": [check], "facts": {"torch_varlen": {"ran": 60}}},
             "kernels": {"status": "passed", "checks": [check], "facts": {"torch_varlen": {"forward": ["flash_fwd<T>"], "backward": []}}},
             "nosync": {"status": "failed", "checks": [{**check, "name": "torch_varlen, capacity", "holds": False, "detail": "a | b"}]},
             "timing": {"status": "passed", "checks": [check], "facts": {"rows": [row]}},
+            "encoders": {"status": "passed", "checks": [check], "facts": {"rows": [encoder]}},
         },
     }
 
 
-def test_the_readme_says_what_has_run_where() -> None:
+def test_the_page_says_what_has_run_where() -> None:
     text = what_ran.block([recorded()])
     assert text.startswith("**NVIDIA H100 80GB HBM3** (compute capability 9.0), torch 2.11.0, CUDA 13.0, cuDNN 91900, varlen_attn 0.1.0, ")
     assert "2026-01-01: accepted." in text
+    assert "| env | the machine | passed, 1 of 1, 0 of 1 goals |" in text
     assert "| nosync |  | **failed**, 0 of 1 |" in text
+    assert "| 6 layers | 100 | evaluation | 8.00 | 4.00 | 2.00 | - |" in text
     assert "- nosync, torch_varlen, capacity: a \\| b" in text
     assert "| torch_varlen | 60 | flash_fwd\\<T> | yes | **no** | - | - | - | - |" in text
     assert "| B 32 | torch_varlen | 200 | 100 | 2.00 | 4.00 | - | - | - | - |" in text
@@ -1010,8 +1017,11 @@ def test_the_readme_says_what_has_run_where() -> None:
     assert not set(text) & {"#"}, "no heading: the README finds its rows by sections"
 
 
-def test_without_a_run_the_readme_says_so() -> None:
-    assert what_ran.block([]).startswith("No run on a GPU is recorded.")
+def test_what_has_not_run_is_said() -> None:
+    text = what_ran.block([])
+    assert text.startswith("No run on a GPU is recorded.\n\n| stage |")
+    assert text.count("has not run") == len(stages.STAGES)
+    assert "| graph | one CUDA graph for all lengths | has not run |" in what_ran.block([recorded()])
 
 
 def test_results_of_all_gpus_are_found(tmp_path: Path) -> None:
@@ -1022,10 +1032,6 @@ def test_results_of_all_gpus_are_found(tmp_path: Path) -> None:
 
 
 def test_the_committed_block_is_what_the_results_say() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert what_ran.block(what_ran.load()) == text.split(what_ran.BEGIN)[1].split(what_ran.END)[0].strip(), (
-        "run `python -m benchmarks.report`"
-    )
-    changed = report.readme(text, report.load(), [recorded()])
-    assert "NVIDIA H100" in changed
-    assert report.readme(changed, report.load(), what_ran.load()) == text
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    assert report.gpu_page(text, what_ran.load()) == text, "run `python -m benchmarks.report`"
+    assert "NVIDIA H100" in report.gpu_page(text, [recorded()])

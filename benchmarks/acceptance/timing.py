@@ -178,12 +178,12 @@ def _judge(
 # -------------------------------------------------------------------- the mini test
 
 
-def minitest(setting: Setting, findings: Findings, steps: int = STEPS) -> None:
+def minitest(setting: Setting, findings: Findings) -> None:
     """The columns of `benchmarks.bench_minitest`, with fewer steps; it compares with float64 before it times."""
     dtype = setting.dtype
     size = (mini.LENGTH, mini.BATCH) if setting.device == "cuda" else (16, 3)
     inputs = mini.Inputs.of(dtype, setting.device, *size)
-    rows = list(mini.bench(inputs, str(dtype).removeprefix("torch."), setting.device, steps))
+    rows = list(mini.bench(inputs, str(dtype).removeprefix("torch."), setting.device, 2 if setting.small else STEPS))
     findings.facts["rows"] = rows
     ours = [row for row in rows if row["row"] == mini.OURS and "absent" not in row]
     findings.check("ours has every column", len(ours) == len(mini.COLUMNS), f"{len(ours)} of {len(mini.COLUMNS)}")
