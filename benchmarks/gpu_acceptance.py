@@ -63,9 +63,6 @@ class _Run:
 
     def all(self) -> Result:
         try:
-            for stage in self.stages:
-                if stage.early and stage.parts and not self._why_not(stage):
-                    self.groups[stage.name] = Group(stage, self.setting, self.log)
             for number, stage in enumerate(self.stages):
                 row = self._one(number, stage)
                 self._tell(stage, row)
@@ -90,6 +87,9 @@ class _Run:
         return self._together(stage, group) if stage.parts else self._alone(number, stage)
 
     def _alone(self, number: int, stage: Stage) -> Result:
+        for early in self.stages:
+            if early.early and early.name not in self.groups and not self._why_not(early):
+                self.groups[early.name] = Group(early, self.setting, self.log)
         worker = self.workers[stage.only]
         for group in self.groups.values() if stage.quiet else ():
             group.pause()

@@ -170,7 +170,7 @@ class Stage:
         only: the backend that it is about; all others but `sdpa_padded` and `reference` are left out.
         parts: what it consists of, in place of ``run``: stages, each of which may end its process.
         processes: how many of its parts run at once.
-        early: its parts begin with the whole run.
+        early: its parts begin before the first stage that has none, and run beside the others.
     """
 
     name: str

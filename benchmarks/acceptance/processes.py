@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -114,7 +115,7 @@ def _serve(
     parent.close()
     _begin(log)
     if shared:  # it may be stopped for a while: then it must hold no lock of a common cache, and compile in no other process
-        os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(prefix="varlen_attn-")}
+        os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(log.with_name("cache"))}
     elif setting.device == "cuda":
         torch.set_num_threads(max(1, min(8, (os.cpu_count() or 2) // 2)))
     _leave_out(setting, only)
@@ -197,9 +198,7 @@ class Worker:
 
     def _start(self, setting: Setting) -> None:
         self.connection, theirs = _fork.Pipe()
-        handle, name = tempfile.mkstemp(prefix="varlen_attn-", suffix=".log")
-        os.close(handle)
-        self.output, self.read = Path(name), 0
+        self.output, self.read = Path(tempfile.mkdtemp(prefix="varlen_attn-")) / "log", 0
         self.process = _started(_serve, self.stages, setting, self.only, self.shared, self.connection, theirs, self.output)
         theirs.close()
 
@@ -260,7 +259,7 @@ class Worker:
                 self._ended()
             self.connection.close()
             _kill(self.process)
-            self.output.unlink(missing_ok=True)
+            shutil.rmtree(self.output.parent, ignore_errors=True)
             self.process = None
 
 

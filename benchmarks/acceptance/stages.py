@@ -30,7 +30,7 @@ from .findings import Stage
 __all__ = ["STAGES"]
 
 STAGES: tuple[Stage, ...] = (
-    Stage("smoke", "every backend computes a small batch", smoke.run, 20, parts=smoke.parts, processes=8),
+    Stage("smoke", "every backend computes a small batch", smoke.run, 30, parts=smoke.parts, processes=8),
     Stage("env", "the machine, its speed, and which backends accept it", environment.run, 12, quiet=True),
     Stage("numerics", "every backend against float64, with NaN at padding", numerics.run, 35),
     Stage("kernels", "the kernels that ran are those that were promised", kernels.run, 20),
