@@ -19,6 +19,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -970,6 +971,10 @@ def test_a_library_that_is_carried_along(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(RuntimeError, match=r"registers no torch\.ops\.flash_attn_3\.fwd"):
         environment.load_library(packed, runtime)
     assert asked == ["libcudart.so.12 True", "fa3.so b'code'"]
+    wheel = tmp_path / "nvidia_cuda_runtime.whl"
+    with zipfile.ZipFile(wheel, "w") as packed_runtime:
+        packed_runtime.writestr("nvidia/cuda_runtime/lib/libcudart.so.12", b"code")
+    assert environment._from_wheel(wheel).read_bytes() == b"code"
     with pytest.raises(RuntimeError, match="there is no file"):
         environment.load_library(tmp_path / "nothing.so", None)
     monkeypatch.undo()
