@@ -11,9 +11,9 @@
 #   make sanitize        the compiled CPU kernel under the address and undefined-behaviour sanitizers (needs g++)
 #   make test-thorough   many more property-test examples
 #   make docs            the table of docs/transformers.md, from the architectures in the tests
-#   make gpu             accept the library on a CUDA device, and run the tests of all backends there (under half an hour)
-#   make gpu-acceptance  only the first part of that (8 minutes at most)
-#   make gpu-tests       only the second
+#   make gpu             accept the library on a CUDA device (9 minutes at most)
+#   make gpu-again       what did not pass in FILE, slowly, with all errors in its log: make gpu-again FILE=acceptance.json
+#   make gpu-tests       the tests that need a CUDA device, and those of all backends there
 #   make real            models with their published weights, on speech and text: same scores and vectors, and times (minutes)
 
 PYTHON ?= python3
@@ -48,7 +48,7 @@ WITH_NATIVE := tests/backends/test_conformance.py tests/backends/test_cpu_native
 SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)"
 
-.PHONY: help setup demo demo-text examples test check format bench bench-full bench-check test-thorough sanitize docs gpu gpu-acceptance gpu-tests \
+.PHONY: help setup demo demo-text examples test check format bench bench-full bench-check test-thorough sanitize docs gpu gpu-again gpu-tests \
   real clean
 .DEFAULT_GOAL := help
 
@@ -128,23 +128,18 @@ docs: $(STAMP)
 	$(OFFLINE) TRANSFORMERS_VERBOSITY=error $(BIN)/python -W ignore -m tests.integrations.table
 
 # Another Python where nothing can be installed, but a torch for CUDA is there: `make gpu GPU_PYTHON=python3`. The acceptance needs torch and
-# einops, the tests pytest, hypothesis and numpy too; without these `make gpu` says that they did not run. GPU_OPTIONS are those of
-# benchmarks.gpu_acceptance. Everything runs, whatever fails before. Few examples, because some kernels are compiled for each of them;
-# what compilers warn of there is no failure.
+# einops, the tests pytest, hypothesis and numpy too. GPU_OPTIONS are those of benchmarks.gpu_acceptance. Of the tests everything runs,
+# whatever fails before. Few examples, because some kernels are compiled for each of them; what compilers warn of there is no failure.
 GPU_PYTHON ?= $(BIN)/python
 GPU_TESTS := $(GPU_PYTHON) -m pytest -q -p no:cacheprovider -W default --device cuda
 
-gpu gpu-acceptance gpu-tests: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
+gpu gpu-again gpu-tests: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 
 gpu:
-	@status=0; \
-	$(MAKE) --no-print-directory gpu-acceptance || status=1; \
-	if $(GPU_PYTHON) -c 'import hypothesis, numpy, pytest' 2>/dev/null; then $(MAKE) --no-print-directory gpu-tests || status=1; \
-	else echo "the tests were not run: $(GPU_PYTHON) has no pytest, no hypothesis or no numpy"; fi; \
-	exit $$status
+	@$(GPU_PYTHON) -m benchmarks.gpu_acceptance $(GPU_OPTIONS)
 
-gpu-acceptance:
-	@$(GPU_PYTHON) -m benchmarks.gpu_acceptance --device cuda $(GPU_OPTIONS)
+gpu-again:
+	@$(GPU_PYTHON) -m benchmarks.gpu_acceptance --again $(FILE) $(GPU_OPTIONS)
 
 gpu-tests:
 	@status=0; \

@@ -17,6 +17,7 @@ from .measure import RESULTS
 from .workloads import WORKLOADS
 
 README = Path(__file__).parent.parent / "README.md"
+GPU_PAGE = README.parent / "docs" / "gpu.md"
 BEGIN, END = "<!-- benchmarks: begin (make bench writes this block) -->", "<!-- benchmarks: end -->"
 
 
@@ -347,10 +348,14 @@ def block(results: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join([*parts, sections.losses(results), notes])
 
 
-def readme(text: str, results: dict[str, dict[str, Any]], on_gpus: Sequence[dict[str, Any]]) -> str:
-    """The README with its blocks written anew."""
-    text = _between(text, what_ran.BEGIN, what_ran.END, what_ran.block(on_gpus))
+def readme(text: str, results: dict[str, dict[str, Any]]) -> str:
+    """The README with its block written anew."""
     return _between(text, BEGIN, END, block(results))
+
+
+def gpu_page(text: str, on_gpus: Sequence[dict[str, Any]]) -> str:
+    """docs/gpu.md with its block written anew."""
+    return _between(text, what_ran.BEGIN, what_ran.END, what_ran.block(on_gpus))
 
 
 def _between(text: str, begin: str, end: str, new: str) -> str:
@@ -365,7 +370,8 @@ def main() -> None:
     results = load(options.results)
     (options.results / "tables.md").write_text(tables(results))
     if options.results == RESULTS:
-        README.write_text(readme(README.read_text(), results, what_ran.load()))
+        README.write_text(readme(README.read_text(), results))
+        GPU_PAGE.write_text(gpu_page(GPU_PAGE.read_text(), what_ran.load()))
     drawn = plots.draw(results, options.results) if plots.available() else ["no pictures: matplotlib is not installed (`make bench` does)"]
     print("written:", options.results / "tables.md", *drawn)
 

@@ -1,4 +1,4 @@
-"""What has run on which GPU: ``results/*/acceptance.json`` to Markdown, for the README."""
+"""What has run on which GPU: ``results/*/acceptance.json`` to Markdown, for docs/gpu.md."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .acceptance.stages import STAGES
 from .markdown import table
 from .measure import RESULTS
 
 __all__ = ["BEGIN", "END", "block", "load", "times"]
 
 BEGIN, END = "<!-- acceptance: begin (python -m benchmarks.report writes this block) -->", "<!-- acceptance: end -->"
-NOTHING = "No run on a GPU is recorded. `make gpu` makes one, with a table for here."
+NOTHING = "No run on a GPU is recorded."
+NOT_RUN = "has not run"
 _CELLS = {True: "yes", False: "**no**", None: "-"}
 _SHOWN = 8  # statements that do not hold
 
@@ -27,8 +29,17 @@ def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def block(results: Sequence[Result]) -> str:
-    """What stands between the markers of the README."""
-    return "\n\n".join(part for result in results for part in _of_gpu(result)) if results else NOTHING
+    """What stands between the markers of docs/gpu.md."""
+    if not results:
+        return f"{NOTHING}\n\n{_stages({})}"
+    return "\n\n".join(part for result in results for part in _of_gpu(result))
+
+
+def _stages(found: Mapping[str, Result]) -> str:
+    """A line for each stage, those that have not run too."""
+    rows: dict[str, Result] = {stage.name: {"says": stage.says, "status": NOT_RUN} for stage in STAGES}
+    rows.update(found)
+    return table(["stage", "shows", "result"], [[name, row.get("says", ""), _told(row)] for name, row in rows.items()])
 
 
 def _of_gpu(result: Result) -> list[str]:
@@ -38,7 +49,7 @@ def _of_gpu(result: Result) -> list[str]:
     parts = [
         f"**{head['device']}** (compute capability {head['capability']}), torch {head['torch']}, {cuda}, "
         f"varlen_attn {head['varlen_attn']}, {head['date']}: {verdict}.",
-        table(["stage", "shows", "result"], [[name, row.get("says", ""), _told(row)] for name, row in result["stages"].items()]),
+        _stages(result["stages"]),
     ]
     missed = [f"{name}, {c['name']}: {c['detail']}" for name, row in result["stages"].items() for c in _missed(row)]
     if missed:
@@ -48,9 +59,12 @@ def _of_gpu(result: Result) -> list[str]:
 
 
 def _told(row: Result) -> str:
-    checks = row.get("checks", [])
-    status = row["status"] if row["status"] == "passed" else f"**{row['status']}**"
-    return f"{status}, {sum(c['holds'] for c in checks)} of {len(checks)}" if checks else status
+    status = row["status"] if row["status"] in ("passed", "not here", NOT_RUN) else f"**{row['status']}**"
+    told = [status]
+    for wanted, word in ((True, ""), (False, " goals")):
+        checks = [c for c in row.get("checks", []) if c["required"] is wanted]
+        told += [f"{sum(c['holds'] for c in checks)} of {len(checks)}{word}"] if checks else []
+    return ", ".join(told)
 
 
 def _missed(row: Result) -> list[dict[str, Any]]:
@@ -65,7 +79,7 @@ def _plain(text: str) -> str:
 def _backends(result: Result) -> list[str]:
     """A line for each backend that was here: what of it holds; a dash where it refuses, or was not asked."""
     stages = result["stages"]
-    names = [name for name, state in stages.get("env", {}).get("facts", {}).get("backends", {}).items() if state == "available"]
+    names = [name for name, state in result["environment"].get("backends", {}).items() if state == "available"]
     lines = []
     for name in names:
         numbers = stages.get("numerics", {}).get("facts", {}).get(name)
@@ -98,7 +112,32 @@ def _holds(stages: Mapping[str, Result], stage: str, backend: str) -> bool | Non
 
 
 def times(result: Result) -> list[str]:
-    """Times on the device, of the automatic choice and of torch's."""
+    """Whole models by the clock, then one attention by the device."""
+    return [*_of_models(result), *_of_attention(result)]
+
+
+def _of_models(result: Result) -> list[str]:
+    rows = [row for stage in ("encoders", "bert") for row in result["stages"].get(stage, {}).get("facts", {}).get("rows", [])]
+    lines = []
+    for row in rows:
+        for way in ("evaluation", "training"):
+            found = row.get(way, {})
+            taken, faster = found.get("milliseconds", {}), found.get("times faster than as it comes", {})
+            if "as it comes" in taken:
+                cells = [
+                    (taken, "as it comes"),
+                    (taken, "after enable"),
+                    (faster, "after enable"),
+                    (faster, "after enable, lengths on the host"),
+                ]
+                lines.append(
+                    [row["model"], row["tokens"], way, *(format(values[name], ".2f") if name in values else "-" for values, name in cells)]
+                )
+    header = ["model", "tokens", "", "as it comes, ms", "after `enable`, ms", "times faster", "times faster, lengths on the host"]
+    return [table(header, lines)] if lines else []
+
+
+def _of_attention(result: Result) -> list[str]:
     rows = result["stages"].get("timing", {}).get("facts", {}).get("rows", [])
     lines = [[row["shape"], row["auto"], *_line(row, "forward"), *_line(row, "forward+backward")] for row in rows]
     if not lines:

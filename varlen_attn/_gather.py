@@ -51,7 +51,7 @@ def is_tracing(*tensors: Tensor) -> bool:
     """Whether values must not be read: under `torch.compile`, `torch.export` or `torch.jit.trace`, or on fake tensors."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
-    for t in tensors:  # no generator, which is one more frame for each of many calls
+    for t in tensors:  # noqa: SIM110 (a generator is one more frame in each of many calls)
         if isinstance(t, FakeTensor):
             return True
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,24 +22,20 @@ from ..measure import Absent
 from .cases import here
 from .findings import one_line
 
-__all__ = ["AGAIN", "BARE", "BASE", "KERNEL", "WHOLE", "contestants", "layouts", "movers", "verified"]
+__all__ = ["AGAIN", "BARE", "BASE", "KERNEL", "WHOLE", "contestants", "layouts", "movers", "packers", "verified"]
 
 BASE, KERNEL, WHOLE, BARE, AGAIN = "torch, mask", "ours, kernel only", "ours, whole path", "bare kernel", "bare kernel again"
 _DENSE = "no mask"  # in a name: computes padding too, a lower bound for padded calls and not compared
 _FLEX = "flex_attention, mask built before"
-_COMPILED = (_FLEX, f"{KERNEL}, flex", f"{WHOLE}, flex")
 _LEFT_OUT = ("reference", "sdpa_padded")
 _ENOUGH = 1024  # tokens that are compared with float64; their results depend on no others
 
 
-def contestants(case: Case, compiled: bool = True) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """All that can run, the default masked call first, and the reasons of those that can not; ``compiled``: also who compiles kernels."""
+def contestants(case: Case) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """All that can run, the default masked call first, and the reasons of those that can not."""
     found: dict[str, Contestant] = {}
     absent: dict[str, str] = {}
     for name, make in _makers(case).items():
-        if name in _COMPILED and not compiled:
-            absent[name] = "compiles kernels for every shape, and is timed at one"
-            continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # prototypes say that they are, and forced kernels why they do not run
@@ -58,9 +55,11 @@ def _makers(case: Case) -> dict[str, Callable[[Case], Contestant]]:
         f"torch, {_DENSE}, flash": partial(_forced, kernel=SDPBackend.FLASH_ATTENTION, masked=False),
         f"torch, {_DENSE}, cuDNN": partial(_forced, kernel=SDPBackend.CUDNN_ATTENTION, masked=False),
         "nested tensors, packed before": others.nested,
-        _FLEX: others.flex,
         "xformers": others.xformers,
+        "flash-attn, unpad and pad": _unpadded,
     }
+    if "flex" in here(case.device):  # it is left out where nothing shall be compiled
+        makers[_FLEX] = others.flex
     for backend in ("auto", *here(case.device, omit=_LEFT_OUT)):
         makers[f"{KERNEL}, {backend}"] = partial(others.our_backend, backend=backend)
         makers[f"{WHOLE}, {backend}"] = partial(_whole, backend=backend)
@@ -81,6 +80,24 @@ def _forced(case: Case, kernel: SDPBackend, masked: bool) -> Contestant:
 
 def _whole(case: Case, backend: str) -> Contestant:
     return replace(others.with_packing(case), attend=partial(padded_attention, layout=case.layout, backend=backend))
+
+
+def _unpadded(case: Case) -> Contestant:
+    """What flash-attn offers for padded batches: its own functions around its kernel, the mask read in every call."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+        from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
+    except ImportError as error:
+        raise Absent(f"flash-attn is not installed or broken ({error})") from None
+    tokens = case.keep[:, 0, 0]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows, index, offsets, longest = unpad_input(q, tokens)[:4]
+        keys, values = (index_first_axis(x.flatten(0, 1), index) for x in (k, v))
+        out: Tensor = pad_input(flash_attn_varlen_func(rows, keys, values, offsets, offsets, longest, longest), index, *q.shape[:2])
+        return out
+
+    return replace(others.with_packing(case), attend=attend)
 
 
 # -------------------------------------------------------------------- the kernels themselves, without this package around them
@@ -194,6 +211,31 @@ def movers(case: Case) -> dict[str, Callable[[], Moved]]:
         return (*packed, layout.unpack(rows).view(slots, width))
 
     return {"index_select, index_copy_": by_index, "jagged operations of aten": jagged, "ours": ours}
+
+
+def packers(case: Case, absent: dict[str, str]) -> dict[str, Callable[[], Moved]]:
+    """Pack q, k and v: three times `index_select`, and one Triton kernel for all, if it is there."""
+    q, k, v = case.padded(heads_first=False)[:3]
+    flat, index = [x.flatten(0, 1).flatten(1) for x in (q, k, v)], case.layout.token_indices
+    found: dict[str, Callable[[], Moved]] = {"index_select": lambda: tuple(x.index_select(0, index) for x in flat)}
+    try:
+        found["one Triton kernel"] = _by_triton(flat, case.layout)
+        found["one Triton kernel"]()
+    except Exception as error:
+        found.pop("one Triton kernel", None)
+        absent["one Triton kernel for packing"] = one_line(error)
+    return found
+
+
+def _by_triton(flat: Sequence[Tensor], layout: SeqLayout) -> Callable[[], Moved]:
+    try:
+        module = importlib.import_module("benchmarks.fused_rows")
+    except ImportError:
+        raise Absent("benchmarks.fused_rows is not there") from None
+    if (reason := module.why_not()) is not None:
+        raise Absent(f"it {reason}")
+    forth, back = module.rows_of(layout)
+    return partial(module.move, forth, back, flat)
 
 
 def layouts(case: Case) -> dict[str, Callable[[], SeqLayout]]:

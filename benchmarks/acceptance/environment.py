@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,10 @@ def driver_version(text: str) -> str | None:
     return found.group(0) if found else None
 
 
-def facts(device: str) -> dict[str, Any]:
-    """What every number depends on; no names of machines."""
+def facts(device: str) -> dict[str, Any] | None:
+    """What every number depends on; no names of machines. None without that device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return None
     found: dict[str, Any] = {
         "device": cpu_name(),
         "type": device,
@@ -54,6 +57,7 @@ def facts(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "backends": {row["name"]: "available" if row["available"] else row["reason"] for row in varlen_attn.backends()},
     }
     if device == "cuda":
         driver = Path("/proc/driver/nvidia/version")
@@ -83,22 +87,23 @@ def load_library(library: Path, runtime: Path | None) -> None:
 
     Args:
         library: an ``.so`` of flash-attention 3 with torch's stable ABI.
-        runtime: the ``libcudart`` that it was linked to, if that is another than torch's: loaded before it, for all.
+        runtime: the ``libcudart`` that it was linked to, if that is another than torch's, or a wheel that holds one:
+            loaded before it, for all.
 
     Raises:
-        SystemExit: a file is not there, can not be loaded, or registers no such operations.
+        RuntimeError: a file is not there, can not be loaded, or registers no such operations.
     """
     for path in (library, *([runtime] if runtime else [])):
         if not path.exists():
-            raise SystemExit(f"there is no file {path}")
+            raise RuntimeError(f"there is no file {path}")
     try:
         if runtime is not None:
-            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(_from_wheel(runtime)), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(_unpacked(library)))
     except OSError as error:
-        raise SystemExit(f"{library} can not be loaded: {error}") from None
+        raise RuntimeError(f"{library} can not be loaded: {error}") from None
     if not hasattr(torch.ops.flash_attn_3, "fwd"):
-        raise SystemExit(f"{library} registers no torch.ops.flash_attn_3.fwd")
+        raise RuntimeError(f"{library} registers no torch.ops.flash_attn_3.fwd")
 
 
 def _unpacked(library: Path) -> Path:
@@ -111,10 +116,18 @@ def _unpacked(library: Path) -> Path:
     return target
 
 
+def _from_wheel(runtime: Path) -> Path:
+    if runtime.suffix != ".whl":
+        return runtime
+    with zipfile.ZipFile(runtime) as wheel:
+        name = next((name for name in wheel.namelist() if Path(name).name.startswith("libcudart.so")), None)
+        if name is None:
+            raise RuntimeError(f"{runtime} holds no libcudart.so")
+        return Path(wheel.extract(name, tempfile.mkdtemp(prefix="varlen_attn-")))
+
+
 def run(setting: Setting, findings: Findings) -> None:
-    rows = varlen_attn.backends()
-    findings.facts["backends"] = {row["name"]: "available" if row["available"] else row["reason"] for row in rows}
-    there = [row["name"] for row in rows if row["available"]]
+    there = [row["name"] for row in varlen_attn.backends() if row["available"]]
     findings.check("a backend is there", bool(there), ", ".join(there))
     if setting.small:
         return

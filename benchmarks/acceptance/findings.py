@@ -6,10 +6,12 @@ import math
 import signal
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,7 +22,6 @@ from varlen_attn import BackendRefused
 __all__ = ["Findings", "OutOfTime", "Setting", "Stage", "Tally", "half", "one_line", "time_limit"]
 
 _SHOWN = 4  # failures of one kind that are told in full
-_COMPILED = 1.0  # seconds, more than a case takes: what is beyond is a compiler's, and not held against a tally's other cases
 
 
 def half(device: str) -> torch.dtype:
@@ -35,10 +36,19 @@ class Setting:
     Attributes:
         device: "cuda" or "cpu". On a CPU shapes are small: that is a rehearsal of the stages, and says nothing about a GPU.
         deadline: when the time for everything is over, by `time.monotonic`.
+        without: backends that are left out of every stage.
+        patient: a stage may take any time that is left. Otherwise it is cut at twice its estimate.
+        grace: seconds after which a stage that should have been cut is taken to hang.
+        fa3_library, cudart: a library of flash-attention 3 that is not installed, and the CUDA runtime that it was linked to.
     """
 
     device: str
     deadline: float = math.inf
+    without: tuple[str, ...] = ()
+    patient: bool = False
+    grace: float = 30.0
+    fa3_library: Path | None = None
+    cudart: Path | None = None
 
     @property
     def small(self) -> bool:
@@ -70,9 +80,16 @@ class Findings:
 
     checks: list[Check] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    listener: Callable[[Findings], None] | None = None
 
     def check(self, name: str, holds: bool, detail: object = "", *, required: bool = True) -> None:
         self.checks.append(Check(name, bool(holds), required, str(detail)))
+        self.publish()
+
+    def publish(self) -> None:
+        """Report what is known so far. It is kept if the process dies before the stage ends."""
+        if self.listener is not None:
+            self.listener(self)
 
     @contextmanager
     def trying(self, name: str, *, required: bool = True) -> Iterator[None]:
@@ -80,6 +97,7 @@ class Findings:
         try:
             yield
         except Exception as error:
+            traceback.print_exc()
             self.check(name, False, one_line(error), required=required)
 
     @property
@@ -100,15 +118,11 @@ class Tally:
     def __init__(self, name: str, seconds: float = math.inf) -> None:
         self.name, self.seconds = name, seconds
         self.ran, self.left_out, self.spent = 0, 0, 0.0
-        self.elsewhere = 0  # cases that were not asked here, because others answer them
         self.refused: dict[str, str] = {}
         self.failures: list[str] = []
 
     def attempt(self, label: str, call: Callable[[], object]) -> None:
-        """Run a case: it may refuse, and must not raise anything else. Cases beyond the tally's seconds are left out, and counted.
-
-        A case that takes long compiles, and spends a second of them only.
-        """
+        """Run a case: it may refuse, and must not raise anything else. Cases beyond the tally's seconds are left out, and counted."""
         if self.spent > self.seconds:
             self.left_out += 1
             return
@@ -119,21 +133,20 @@ class Tally:
         except BackendRefused as refusal:
             self.refused[label] = _first_reason(refusal)
         except Exception as error:
+            traceback.print_exc()
             self.failures.append(f"{label}: {one_line(error)}")
-        self.spent += min(time.perf_counter() - began, _COMPILED)
+        self.spent += time.perf_counter() - began
 
     def write(self, findings: Findings, *, may_refuse: bool = True, may_leave_out: bool = True) -> None:
         """One check: something ran, nothing failed, and nothing was refused or left out for time that may not be."""
         failures = self.failures + ([] if may_refuse else [f"{label} refused: {why}" for label, why in self.refused.items()])
         shown = "; ".join(failures[:_SHOWN]) + (f"; and {len(failures) - _SHOWN} more" if len(failures) > _SHOWN else "")
         counts = f"{self.ran} ran, {len(self.refused)} refused"
-        counts += f", {self.elsewhere} asked elsewhere" if self.elsewhere else ""
         counts += f", {self.left_out} left out for time" if self.left_out else ""
         complete = may_leave_out or not self.left_out
         findings.check(self.name, not failures and self.ran > 0 and complete, f"{counts}; {shown}" if shown else counts)
         findings.facts[self.name] = {
-            "ran": self.ran, "refused": dict(Counter(self.refused.values())), "left_out": self.left_out, "elsewhere": self.elsewhere,
-            "failed": failures,
+            "ran": self.ran, "refused": dict(Counter(self.refused.values())), "left_out": self.left_out, "failed": failures,
         }  # fmt: skip
 
 
@@ -153,14 +166,29 @@ class Stage:
         seconds: what it takes on a GPU, by estimate; it is not begun with less left.
         needs_gpu: there is nothing of it to do on a CPU.
         required: acceptance waits for it. What fails in a stage that is not counts all the same, only lack of time does not.
+        quiet: it measures time. Nothing else runs beside it.
+        only: the backend that it is about; all others but `sdpa_padded` and `reference` are left out.
+        parts: what it consists of, in place of ``run``: stages, each of which may end its process.
+        processes: how many of its parts run at once.
+        early: its parts begin before the first stage that has none, and run beside the others.
     """
 
     name: str
     says: str
-    run: Callable[[Setting, Findings], None]
+    run: Callable[[Setting, Findings], object]
     seconds: float
     needs_gpu: bool = False
     required: bool = True
+    quiet: bool = False
+    only: str = ""
+    parts: Callable[[Setting], tuple[Stage, ...]] | None = None
+    processes: int = 1
+    early: bool = False
+
+    def limit(self, setting: Setting) -> float:
+        """Seconds after which it is cut."""
+        left = max(setting.left(), 0.0)
+        return left if setting.patient else min(left, 2 * self.seconds + 15)
 
 
 class OutOfTime(BaseException):

@@ -16,7 +16,7 @@ from .cases import Batch, Case, attend, here, leaves_of, mask_of
 from .findings import Findings, Setting, one_line
 from .traced import kernels_of
 
-__all__ = ["FLASH_CLASS", "flash_class", "run"]
+__all__ = ["FLASH_CLASS", "by_name", "flash_class", "run"]
 
 FLASH_CLASS = ("flash3", "flash4", "torch_varlen", "flash2", "nested")
 # Of backward passes; what shows of a forward, a backend says itself. From the strings of torch's and flash-attn's libraries and from
@@ -42,6 +42,14 @@ _HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 
 
 def run(setting: Setting, findings: Findings) -> None:
+    batch = by_name(setting, findings)
+    _what_torch_chooses(batch, setting.device, findings)
+    if not setting.small:
+        flash_class(setting, findings)
+
+
+def by_name(setting: Setting, findings: Findings) -> Batch:
+    """What a profiler sees of every backend that is here; the batch that was computed."""
     device = setting.device
     dtype = setting.dtype
     case = Case("", (40, 5, 64), 64) if setting.small else Case("", (1024, 300, 700, 5), 1024, heads=(8, 8))
@@ -50,9 +58,7 @@ def run(setting: Setting, findings: Findings) -> None:
     for name in here(device):
         with findings.trying(name):
             _of_backend(name, batch, backward.get(name, ""), findings)
-    _what_torch_chooses(batch, device, findings)
-    if not setting.small:
-        flash_class(setting, findings)
+    return batch
 
 
 def _of_backend(name: str, batch: Batch, backward: str, findings: Findings) -> None:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from varlen_attn import explain
-
 from .cases import Batch, Case, Results, compare, given, here
-from .findings import Findings, Setting, Tally, half
+from .findings import Findings, Setting, Tally
 
-__all__ = ["CASES", "OF_FLEX", "run"]
+__all__ = ["CASES", "every_backend", "run"]
 
 SHARE = 15.0  # seconds for one backend: a slow one does not take the time of all others
-COMPILES = "flex"  # for every kind of call, seconds each: it has cases of its own, and so has the automatic choice where it is flex
-COMPLETE = ("auto", COMPILES)  # of these nothing may be left out
 
 
 def _alibi(heads: int, columns: int, device: str) -> dict[str, Any]:
@@ -74,17 +70,7 @@ CASES: tuple[Case, ...] = (
     Case("score bias, a table", _MIXED, 130, options=_table),
     Case("score bias, a function", _MIXED, 130, options=given(score_bias=_distance)),
 )
-# What flex is there for first; then what it is chosen for where lengths are on the device only. Kinds of kernels: seven in half precision,
-# two in float32.
-OF_FLEX = (
-    "score bias, a function", "score bias, a table", "softcap", "ALiBi", "sinks", "lengths", "lengths, causal", "S % 128 == 64, causal",
-    "window, cross", "cross, top-left", "holes", "all empty", "grouped heads",
-)  # fmt: skip
-_OF_FLEX_FLOAT32 = (
-    *(case for case in CASES if case.name in ("lengths", "lengths, causal", "window", "cross", "padding left")),
-    Case("head dim 256, many rows", _MIXED, 130, dims=(256, 256), options=given(causal=True)),
-)
-DTYPES = {"cuda": (torch.bfloat16, torch.float16, torch.float32), "cpu": (torch.float32, torch.bfloat16)}
+DTYPES = {"cuda": (torch.bfloat16, torch.float16, torch.float32), "cpu": (torch.float32,)}
 
 
 def verify(batch: Batch, exact: Results, plain: Results, backend: str, capacity: bool) -> None:
@@ -95,43 +81,19 @@ def verify(batch: Batch, exact: Results, plain: Results, backend: str, capacity:
 def run(setting: Setting, findings: Findings, cases: tuple[Case, ...] = CASES) -> None:
     """A check for each backend, and one for the automatic choice, which may refuse nothing."""
     tallies = {name: Tally(name, SHARE) for name in ("auto", *here(setting.device))}
-    compiled = {name: tallies[name] for name in COMPLETE} if COMPILES in tallies else {}
-    others = {name: tally for name, tally in tallies.items() if name != COMPILES}
     try:
         for case in cases:
             for dtype in DTYPES[setting.device]:
-                _every_backend(case.shrunk() if setting.small else case, dtype, setting.device, others, omit=COMPILES)
-        for case, dtype in _of_flex(cases, setting.device) if compiled else ():
-            _every_backend(case, dtype, setting.device, compiled)
+                every_backend(case.shrunk() if setting.small else case, dtype, setting.device, tallies)
     finally:
         for name, tally in tallies.items():
-            tally.write(findings, may_refuse=name != "auto", may_leave_out=name not in COMPLETE)
+            tally.write(findings, may_refuse=name != "auto", may_leave_out=name != "auto")
 
 
-def _of_flex(cases: Sequence[Case], device: str) -> list[tuple[Case, torch.dtype]]:
-    by_name = {case.name: case for case in cases}
-    return [(by_name[name], half(device)) for name in OF_FLEX if name in by_name] + [(case, torch.float32) for case in _OF_FLEX_FLOAT32]
-
-
-def _every_backend(case: Case, dtype: torch.dtype, device: str, tallies: Mapping[str, Tally], omit: str = "") -> None:
-    """``omit``: a backend that is not asked even where it is the automatic choice."""
+def every_backend(case: Case, dtype: torch.dtype, device: str, tallies: Mapping[str, Tally]) -> None:
     batch = Batch.of(case, dtype, device)
     exact, plain = (batch.specification(wanted) for wanted in (torch.float64, dtype))
     for name, tally in tallies.items():
         for capacity in (False, True):
-            if omit and name == "auto" and _chosen(batch, capacity) == omit:
-                tally.elsewhere += 1
-                continue
             label = f"{case.name}, {str(dtype).removeprefix('torch.')}{', capacity' if capacity else ''}"
             tally.attempt(label, partial(verify, batch, exact, plain, name, capacity))
-
-
-def _chosen(batch: Batch, capacity: bool) -> str:
-    """The automatic choice; nothing where asking fails, because the call itself says why."""
-    layout, layout_kv = batch.layouts(capacity)
-    of_keys = layout if layout_kv is None else layout_kv
-    query, key, value = (x.pack(y) for x, y in zip((layout, of_keys, of_keys), batch.qkv, strict=True))
-    try:
-        return explain(query, key, value, layout, layout_kv, **batch.options).backend
-    except Exception:
-        return ""
