@@ -18,7 +18,7 @@ from . import dispatch
 from ._call_checks import autocasts, check_extras, check_holes, check_layouts, check_shapes, common_dtype
 from ._gather import is_plain, profiler_enabled
 from ._padded_rows import PaddedRows
-from ._static import note_static, refuse_order, static_attention, static_graph
+from ._static import note_static, refuse_order, static_attention
 from .backends import BACKENDS
 from .backends._kept import kept
 from .backends._values import NO_EXTRAS
@@ -197,7 +197,7 @@ class AttentionCall:
         return replace(plan, route=way.name, route_reason=way.reason) if thorough or state.records else plan
 
     def run(self, module: torch.nn.Module | None, reason: str | None = None) -> Any:
-        if isinstance(self.layout_q, PaddedRows) and isinstance(self.layout_kv, PaddedRows) and static_graph():
+        if isinstance(self.layout_q, PaddedRows) and isinstance(self.layout_kv, PaddedRows):
             return self._run_static(self.layout_q, self.layout_kv, module)
         call = Call(self.layout_q, self.layout_kv, self.semantics, self.extras)
         qkv, device_type = (self.query, self.key, self.value), self.query.device.type
