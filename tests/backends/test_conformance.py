@@ -27,10 +27,15 @@ DTYPES = {
     "cuda": (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32),
 }
 Results = tuple[Tensor, Tensor | None, tuple[Tensor, ...]]  # output, log-sum-exp, gradients
-each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
-# A case is drawn once for all of them, and its reference computed once. `flex` is apart: on a GPU it compiles for each kind of call.
-FLEX = [b for b in BACKENDS if b.name == "flex"]
-each_group = pytest.mark.parametrize("group", [[b for b in BACKENDS if b not in FLEX], FLEX], ids=["together", "flex"])
+# Apart from the others: what is compiled for each kind of call on a GPU, and what is built only for some of the tests.
+APART = {"flex": [], "cpu_native": [pytest.mark.native_too]}
+each_backend = pytest.mark.parametrize("backend", [pytest.param(b, id=b.name, marks=APART.get(b.name, [])) for b in BACKENDS])
+# A case is drawn once for all of a group, and its reference computed once.
+each_group = pytest.mark.parametrize(
+    "group",
+    [pytest.param([b for b in BACKENDS if b.name not in APART], id="together")]
+    + [pytest.param([b for b in BACKENDS if b.name == name], id=name, marks=marks) for name, marks in APART.items()],
+)
 
 
 @contextmanager
