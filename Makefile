@@ -4,7 +4,7 @@
 #   make demo-text       the same for MiniLM with its published weights, alone and as a SentenceTransformer (a minute, and 84 MB)
 #   make test            the tests, in WORKERS processes (2): kernels in Triton's interpreter, what the compiled kernel changes, all others
 #   make coverage        the same but for the first, with coverage, which must not fall below its floor
-#   make check           ruff, ruff format, mypy
+#   make check           ruff, ruff format, mypy, and bounds of how large the library is
 #   make examples        two classifiers, each trained padded and packed: same losses, times and memory beside each other
 #   make bench           the benchmarks of benchmarks/, written to benchmarks/results/ and README.md (about half an hour)
 #   make bench-full      the same with every workload, 100 steps of the mini test, and memory of whole encoders (hours)
@@ -171,6 +171,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy varlen_attn benchmarks examples
+	$(BIN)/python -m benchmarks.house
 
 format: $(STAMP)
 	$(BIN)/ruff format .
