@@ -18,6 +18,7 @@ from torch import Tensor
 
 from varlen_attn import BACKENDS, BackendRefused, SeqLayout, explain, padded_attention, record, varlen_attention
 from varlen_attn.backends.base import Backend
+from varlen_attn.dispatch import Plan
 from varlen_attn.testing import assert_within_budget, poison
 from varlen_attn.testing.strategies import AttentionCase, Batch, HeadShape, attention_cases, batches, head_shapes, semantics
 
@@ -73,12 +74,13 @@ def moved(case: AttentionCase, device: str) -> tuple[tuple[Tensor, Tensor, Tenso
 def is_refused(call: Callable[[], Any], backend: Backend) -> bool:
     """Whether the backend refuses; then with reasons and fixes, and so does forcing it."""
     try:
-        call()
+        plan = call()
     except BackendRefused as error:
         text = str(error)
         assert backend.name in text
         assert "Fix: " in text
         return True
+    assert not isinstance(plan, Plan) or plan.backend == backend.name, "an order runs, or it is refused"
     return False
 
 
