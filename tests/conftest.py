@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from varlen_attn import _native
 
@@ -17,6 +17,8 @@ _COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, Healt
 settings.register_profile("default", max_examples=60, **_COMMON)
 settings.register_profile("fast", max_examples=10, **_COMMON)
 settings.register_profile("thorough", max_examples=1000, **_COMMON)
+# Where each example compiles kernels: few, always the same, and none to make a failing one smaller.
+settings.register_profile("gpu", max_examples=8, derandomize=True, phases=[Phase.explicit, Phase.generate], **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
@@ -38,7 +40,13 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.config.getoption("--device"))
 
 
+# Where files are dealt out to several processes, those that take longest are dealt first.
+LONGEST = ("test_matrix", "test_compile", "test_hf_enable", "test_static", "test_encoder_training", "test_flex", "test_hf_training")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1083,11 +1083,11 @@ tracing = pytest.mark.filterwarnings("ignore:.*should not be instantiated", "ign
 
 
 @tracing
-@pytest.mark.parametrize("level", ["attention", "model"])
-def test_enable_then_compile(level: Any) -> None:
+@pytest.mark.parametrize(("level", "layers"), [("attention", 1), ("model", 2)])
+def test_enable_then_compile(level: Any, layers: int) -> None:
     """With nested tensors in evaluation the process would end at level "attention": compiled code of layers can not be asked for them."""
     torch._dynamo.reset()
-    model = stack()
+    model = stack(layers)
     want = briefly(copy.deepcopy(model))
     enable(model, level)
     assert_same(briefly(torch.compile(model, backend="eager")), want)

@@ -89,6 +89,7 @@ def test_every_dropout_of_a_layer_drops() -> None:  # R-24
 # -------------------------------------------------------------------- dtypes
 
 
+@pytest.mark.native_too
 @rows_without_tokens
 @each_class
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -115,6 +116,7 @@ def test_lower_precision_is_within_the_error_budget(host: type[nn.Module], norm_
 # -------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.native_too
 @rows_without_tokens
 @each_stack
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -165,14 +167,14 @@ def right_padded(lengths: list[int], size: int = 8) -> Tensor:
 
 
 def compiled_like_eager(
-    model: nn.Module, options: Callable[[int, list[int]], dict[str, Any]], tensors: int, backend: Any = None, batches: int = len(LENGTHS)
+    model: nn.Module, options: Callable[[int, list[int]], dict[str, Any]], tensors: int, batches: int = len(LENGTHS)
 ) -> int:
     """Outputs and, in training, gradients of a compiled model and of the model; how many graphs were compiled."""
     from torch import _dynamo  # before the layouts: they mark themselves where it is loaded
 
     _dynamo.reset()
     counting = _Counting()
-    compiled = torch.compile(model, fullgraph=True, backend=backend or counting)
+    compiled = torch.compile(model, fullgraph=True, backend=counting)
     for i, lengths in enumerate(LENGTHS[:batches]):
         x = [torch.randn(3, 8, E, requires_grad=model.training) for _ in range(tensors)]
         given = options(i, lengths)
@@ -190,11 +192,12 @@ def compiled_like_eager(
 @dynamo_warns
 @rows_without_tokens
 @pytest.mark.parametrize(
-    ("given", "training"), [("mask", True), ("mask", False), ("mask and causal hint", True), ("layout", True), ("layout", False)]
+    ("given", "training", "layers"),
+    [("mask", True, 2), ("mask", False, 1), ("mask and causal hint", True, 1), ("layout", True, 1), ("layout", False, 1)],
 )
-def test_one_graph_of_an_encoder_for_all_lengths(given: str, training: bool) -> None:
+def test_one_graph_of_an_encoder_for_all_lengths(given: str, training: bool, layers: int) -> None:
     """R-18, R-19: fullgraph, many totals including 0 and 1, at most two compilations."""
-    model = build(nn.TransformerEncoder, ours=True, dtype=torch.float32).train(training)
+    model = build(nn.TransformerEncoder, ours=True, layers=layers, dtype=torch.float32).train(training)
 
     def options(i: int, lengths: list[int]) -> dict[str, Any]:
         if given == "layout":
@@ -222,7 +225,13 @@ def test_one_graph_of_a_decoder_for_all_lengths(given: str, training: bool) -> N
 
 @dynamo_warns
 @rows_without_tokens
-@pytest.mark.parametrize("mask", [torch.zeros(8, 8).masked_fill(CAUSAL, -torch.inf), CAUSAL.flip(0)], ids=("causal", "any"))
+@pytest.mark.parametrize(
+    "mask",
+    [
+        pytest.param(torch.zeros(8, 8).masked_fill(CAUSAL, -torch.inf), id="causal", marks=pytest.mark.native_too),
+        pytest.param(CAUSAL.flip(0), id="any"),
+    ],
+)
 def test_attention_masks_while_tracing(mask: Tensor) -> None:
     """Nothing can be compared: without the hint a mask is used as it is, with it it is trusted, as torch documents."""
     model = build(nn.TransformerEncoder, ours=True, layers=1, dtype=torch.float32).eval()
@@ -235,15 +244,6 @@ def test_attention_masks_while_tracing(mask: Tensor) -> None:
         hinted = compiled(x, mask, padding, is_causal=True)
     torch.testing.assert_close(hinted, model(x, CAUSAL, padding))
     assert [c.backend for c in log.calls] in (["cpu"], ["cpu_native"])
-
-
-@dynamo_warns
-@rows_without_tokens
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch about itself
-def test_inductor_compiles_an_encoder() -> None:  # R-18
-    model = build(nn.TransformerEncoder, ours=True, layers=1, dtype=torch.float32)
-    compiled_like_eager(model, lambda i, n: {"src_key_padding_mask": right_padded(n)}, 1, backend="inductor", batches=4)
 
 
 # -------------------------------------------------------------------- several processes
@@ -287,6 +287,7 @@ def _train(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.alone
 @rows_without_tokens
 def test_two_processes_average_their_gradients(tmp_path: Path) -> None:
     """Every parameter takes part even where a process has no token at all, so that no process waits for another for ever."""

@@ -307,6 +307,7 @@ def test_cross_attention_has_two_masks(backend: str, data: st.DataObject, q_mask
         assert not got.any()
 
 
+@pytest.mark.native_too
 def test_masks_say_what_layouts_say() -> None:  # R-26
     torch.manual_seed(0)
     q, k = torch.randn(2, 3, 2, 4), torch.randn(2, 5, 2, 4)
@@ -326,6 +327,7 @@ def test_masks_say_what_layouts_say() -> None:  # R-26
     )
 
 
+@pytest.mark.native_too
 def test_lse_of_padded_attention() -> None:
     x = torch.randn(2, 3, 2, 4)
     mask = torch.tensor([[False, False, True], [True, False, False]])
@@ -392,6 +394,7 @@ def test_mha_against_torch(bias: bool, batch: Batch, heads: int, causal: bool) -
         assert_close64(a, b, name)
 
 
+@pytest.mark.native_too
 def test_mha_forms_agree() -> None:
     torch.manual_seed(0)
     x, mask = torch.randn(2, 4, 6), torch.tensor([[False] * 4, [False, False, True, True]])
@@ -409,6 +412,7 @@ def test_mha_forms_agree() -> None:
     assert torch.equal(varlen_mha(x, mask, window=(1, 0)), varlen_mha(x, layout=layout, window=(1, 0)))
 
 
+@pytest.mark.native_too
 def test_packing_once_is_packing_in_every_layer() -> None:  # R-06
     torch.manual_seed(0)
     x, mask = torch.randn(3, 5, 6), torch.arange(5) >= torch.tensor([5, 2, 3])[:, None]
@@ -519,7 +523,7 @@ def ragged(lengths: list[int], seed: int = 0) -> tuple[SeqLayout, Tensor, Tensor
 
 
 LENGTHS = [5, 5, 64, 0, 1, 33, 5, 129]  # equal neighbours share a call; others cross the kernel's blocks
-OPTIONS = [{}, dict(causal=True), dict(window=(3, 1)), dict(softcap=2.0), dict(alibi_slopes=torch.rand(4))]
+OPTIONS = [{}, dict(causal=True), dict(window=(3, 1)), dict(softcap=2.0), dict(alibi_slopes=torch.arange(1, 5) / 8)]
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
@@ -561,6 +565,7 @@ def test_a_sequence_does_not_see_its_batch_mates(backend: str, option: dict[str,
         assert not torch.equal(a[start:end], b[start:end])
 
 
+@pytest.mark.native_too
 def test_a_mask_that_changes_changes_the_result() -> None:  # R-02, S1
     x = torch.randn(2, 4, 8)
     mask = torch.zeros(2, 4, dtype=torch.bool)
@@ -618,6 +623,7 @@ def test_slack_rows_are_exactly_zero(backend: str) -> None:  # R-10, S17 and row
 # -------------------------------------------------------------------- dtypes
 
 
+@pytest.mark.native_too
 def test_single_and_double_precision_stay_what_they_are() -> None:  # R-23
     layout, q, k, v = ragged([40, 7])
     want = varlen_attention(q.double(), k.double(), v.double(), layout)
@@ -640,6 +646,7 @@ def test_mixed_dtypes_are_named() -> None:  # R-23, row 2 of 3a
         varlen_attention(q, k.double(), v, layout)
 
 
+@pytest.mark.native_too
 @on_each
 def test_autocast_casts_and_the_result_has_its_dtype(backend: str) -> None:  # R-23
     layout, q, k, v = ragged([9, 4])
@@ -666,6 +673,7 @@ def test_autocast_casts_and_the_result_has_its_dtype(backend: str) -> None:  # R
 # -------------------------------------------------------------------- dropout
 
 
+@pytest.mark.native_too
 def test_dropout_without_saying_whether_this_is_training() -> None:  # R-24, S11
     x = torch.randn(2, 3, 8)
     with pytest.raises(ArgumentError, match=r"`training` must be True or False where dropout_p > 0, but is None \(dropout_p is 0.5\)"):
@@ -676,6 +684,7 @@ def test_dropout_without_saying_whether_this_is_training() -> None:  # R-24, S11
     assert torch.equal(varlen_mha(x, dropout_p=0.0), plain)
 
 
+@pytest.mark.native_too
 @pytest.mark.parametrize("option", [{}, dict(causal=True), dict(softcap=5.0)], ids=str)
 @on_each
 def test_dropout_drops_what_it_says(backend: str, option: dict[str, Any]) -> None:
@@ -738,6 +747,7 @@ def test_strided_and_broadcast_inputs_and_gradients(backend: str) -> None:  # R-
             assert torch.equal(a, b)
 
 
+@pytest.mark.native_too
 def test_many_sequences() -> None:  # R-22: more than 65535
     layout = SeqLayout.from_lengths([1, 0] * 70_000)
     q = torch.randn(70_000, 1, 4, requires_grad=True)
@@ -747,6 +757,7 @@ def test_many_sequences() -> None:  # R-22: more than 65535
     assert float(dq.abs().max()) < 1e-5
 
 
+@pytest.mark.native_too
 @pytest.mark.parametrize("option", [{}, dict(window=(3, 0)), dict(softcap=2.0)], ids=str)
 @on_each
 def test_deterministic_mode_repeats_bits_and_raises_nothing(backend: str, option: dict[str, Any]) -> None:  # R-42, S26, row 37 of 3a
@@ -819,6 +830,7 @@ class _Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.native_too
 @pytest.mark.parametrize("option", [{}, dict(causal=True)], ids=str)
 def test_no_matrix_of_scores(option: dict[str, Any]) -> None:
     """R-53: memory grows with the tokens, not with (B, S, S), and not with the padding."""
@@ -837,6 +849,7 @@ def test_no_matrix_of_scores(option: dict[str, Any]) -> None:
 # -------------------------------------------------------------------- checkpoints and graphs
 
 
+@pytest.mark.native_too
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
@@ -877,6 +890,7 @@ class _Counting:
 TOTALS = ([5, 2, 0], [1, 3, 1], [1, 0, 0], [0, 0, 0], [8, 1, 0], [2, 1, 1], [4, 4, 2], [8, 8, 8], [0, 0, 3])
 
 
+@pytest.mark.native_too
 @dynamo_warns
 def test_one_graph_for_all_totals() -> None:
     """R-18, row 36 of 3a: fullgraph, forward and backward, many totals including 0 and 1, at most two compilations."""
@@ -921,7 +935,7 @@ def test_a_layout_made_inside_the_graph() -> None:  # R-19
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("option", [("", [-1, -1], None), ("bottom_right", [-1, -1], None), ("", [2, 0], torch.rand(4))], ids=str)
+@pytest.mark.parametrize("option", [("", [-1, -1], None), ("bottom_right", [-1, -1], None), ("", [2, 0], torch.arange(1, 5) / 8)], ids=str)
 @pytest.mark.parametrize("lengths", [[3, 0, 5], [4, 4], [0, 0]], ids=str)
 def test_our_ops_pass_opcheck(lengths: list[int], option: tuple[str, list[int], Tensor | None]) -> None:
     layout, q, k, v = ragged(lengths)
@@ -945,6 +959,7 @@ def test_forced_backends_run_or_refuse() -> None:  # R-11
         varlen_attention(q, k, v, layout, backend="sdpa_padded", batch_invariant=True)
 
 
+@pytest.mark.native_too
 def test_fake_and_meta_tensors_have_shapes() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -970,6 +985,7 @@ def test_a_default_device_does_not_reach_into_a_call(backend: str, option: dict[
 # -------------------------------------------------------------------- transforms, sinks that are off
 
 
+@pytest.mark.native_too
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's, when it first differentiates forward
 def test_forward_mode_derivatives_are_right_on_the_backend_that_auto_picks() -> None:
     """R-55: the packed kernel has a backward only; under `torch.func` the same numbers come from eager maths."""
@@ -1003,6 +1019,7 @@ def test_sinks_of_minus_infinity_are_no_sinks(backend: str) -> None:
     assert torch.autograd.grad(got.sum(), query)[0].isfinite().all()
 
 
+@pytest.mark.native_too
 def test_flops_are_those_of_real_tokens() -> None:
     """Two matrix products forward, five backward, on the pairs of each sequence."""
     from torch.utils.flop_counter import FlopCounterMode

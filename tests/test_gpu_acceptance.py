@@ -592,6 +592,7 @@ def test_stages_that_do_not_fit_are_skipped_and_not_passed() -> None:
     assert not outcome(dataclasses.replace(late, run=failing))["accepted"]
 
 
+@pytest.mark.alone
 def test_a_stage_is_cut_where_the_budget_ends() -> None:
     result = outcome(Stage("a", "", passing, 0), Stage("b", "", endless, 0), Stage("c", "", passing, 0.0), seconds=0.3)
     assert [row["status"] for row in result["stages"].values()] == ["passed", "cut: budget", "skipped: budget"]
@@ -795,6 +796,7 @@ def test_turns_of_a_device() -> None:
     assert {len(t.rounds) for t in gpu_time.device_times(calls, "cpu", rounds=9, budget=0.0).values()} == {3}
 
 
+@pytest.mark.alone
 def test_calls_are_queued_before_the_device_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device sleeps while the host queues, so that nothing of the host's time lies between the events."""
     order: list[str] = []

@@ -132,6 +132,7 @@ def test_matches_torch_forward_and_every_gradient(options: dict[str, Any], form:
                     assert_same(x, y, "gradient of " + what)
 
 
+@pytest.mark.native_too
 @given(batch=batches(), data=st.data())
 def test_any_mask_form_matches_torch(batch: Batch, data: st.DataObject) -> None:
     """R-15, R-28: any mask in any legal dtype; shapes are the input's, train and eval agree."""
@@ -296,6 +297,7 @@ def _encoder_input() -> tuple[Tensor, Tensor]:
     return torch.randn(2, 5, 16), padding
 
 
+@pytest.mark.native_too
 @pytest.mark.parametrize("built", ["layer", "before the swap", "after the swap"])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_torchs_fast_path_does_not_bypass_it(built: str) -> None:
@@ -328,6 +330,7 @@ def test_torchs_fast_path_does_not_bypass_it(built: str) -> None:
     assert (got - want)[~padding].abs().max() < 1e-5
 
 
+@pytest.mark.native_too
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 @pytest.mark.parametrize("mask_check", [True, False])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -348,6 +351,7 @@ def test_encoder_layers_agree_in_training_and_evaluation(side: str, mask_check: 
     assert (evaluated[1, ~padding[1]] - alone[0]).abs().max() < 1e-5
 
 
+@pytest.mark.native_too
 def test_compiled_encoder_layer_traces_without_breaks() -> None:
     x, padding = _encoder_input()
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0)
@@ -363,6 +367,7 @@ def test_compiled_encoder_layer_traces_without_breaks() -> None:
 # -------------------------------------------------------------------- orders, records, copies
 
 
+@pytest.mark.native_too
 def test_orders_are_kept() -> None:
     """R-11: an order runs or raises, on the dense way too."""
     _, ours = pair()
@@ -378,6 +383,7 @@ def test_orders_are_kept() -> None:
         assert ours(x, need_weights=True)[1] is not None
 
 
+@pytest.mark.native_too
 def test_the_record_says_what_weights_cost() -> None:  # R-46
     _, ours = pair()
     x = torch.randn(2, 4, E, dtype=torch.float64)
@@ -413,6 +419,7 @@ def test_window_and_backend_of_the_constructor_and_of_the_call() -> None:  # R-4
             windowed(x, key_padding_mask=holes, need_weights=need_weights, backend="auto")
 
 
+@pytest.mark.native_too
 def test_dropout_only_in_training() -> None:  # R-24
     ours = VarlenMultiheadAttention(E, N, dropout=0.5, batch_first=True)
     x = torch.randn(2, 6, E)
@@ -438,6 +445,7 @@ def test_copies_pickles_and_state_dicts() -> None:  # R-16
         assert len(other._forward_pre_hooks) == 1, "the copy still blocks torch's fast path"
 
 
+@pytest.mark.native_too
 def test_autocast_and_mixed_biases() -> None:  # R-23
     ours = VarlenMultiheadAttention(E, N, batch_first=True)
     x = torch.randn(2, 4, E)
@@ -623,6 +631,7 @@ def test_a_wrapped_output_projection_is_called() -> None:
         assert not got[padding].any()
 
 
+@pytest.mark.native_too
 def test_dense_calls_have_a_plan_too() -> None:  # R-46
     _, ours = pair()
     with record() as log:

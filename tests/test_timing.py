@@ -7,6 +7,8 @@ import pytest
 from varlen_attn import _timing
 from varlen_attn._timing import Timing, facts, interleave, ratio
 
+pytestmark = pytest.mark.alone
+
 
 def test_contestants_take_turns() -> None:
     """A B B A A B ...: a disturbance meets all of them."""

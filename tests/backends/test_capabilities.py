@@ -172,6 +172,7 @@ def test_rocm_never_drops_softcap() -> None:  # R-02
     assert plan(None, packages=FLASH, rocm=True, softcap=30.0).backend == "sdpa_padded"  # type: ignore[arg-type]
 
 
+@pytest.mark.native_too
 def test_the_choice_without_a_gpu() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         packed = "cpu" if why_not() or dtype == torch.float64 else "cpu_native"
@@ -228,6 +229,7 @@ def test_a_semantic_never_lands_on_a_backend_without_it(options: dict[str, Any],
                 assert refusal.fix.strip(), decision
 
 
+@pytest.mark.native_too
 def test_a_plan_names_every_backend_once() -> None:
     names = [b.name for b in BACKENDS]
     assert names == [
@@ -252,6 +254,7 @@ def test_a_plan_depends_on_nothing_else() -> None:  # R-41
         torch.backends.cuda.enable_flash_sdp(True)
 
 
+@pytest.mark.native_too
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
 def test_every_backend_names_its_kernel(backend: Backend) -> None:
     for device_type, dropout_p in itertools.product(("cpu", "cuda"), (0.0, 0.1)):

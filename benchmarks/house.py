@@ -1,0 +1,112 @@
+"""How large the library is, and how much Python a call runs: ``make check`` fails where either has grown past its bound.
+
+Lines of code are those with a token that is no comment and no docstring. Calls are the frames of this package that Python enters or
+resumes, in evaluation without gradients. A bound is what was counted when it was written, and 3 %: raise it where the growth is meant.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tokenize
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+import varlen_attn
+from varlen_attn import _native
+
+HOME = Path(varlen_attn.__file__).parent
+BOUNDS = {
+    "lines of code": 10_049,
+    "calls of a layer of nn.TransformerEncoder": 240,
+    "calls of a layer of BertModel": 181,
+    "calls of varlen_mha": 188,
+}
+WITH_CPU = 58  # more calls where the compiled kernel is not built, and backend `cpu` runs
+_QUIET = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
+
+
+def code_lines(source: str) -> int:
+    lines: set[int] = set()
+    for statement in _statements(source):
+        if any(token.type != tokenize.STRING for token in statement):  # a statement of nothing but a string is a docstring
+            lines.update(line for token in statement for line in range(token.start[0], token.end[0] + 1))
+    return len(lines)
+
+
+def _statements(source: str) -> Iterator[list[tokenize.TokenInfo]]:
+    statement: list[tokenize.TokenInfo] = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in _QUIET:
+            statement.append(token)
+        elif token.type == tokenize.NEWLINE:
+            yield statement
+            statement = []
+
+
+def calls(call: Callable[[], Any], home: Path = HOME) -> int:
+    """How many frames of code below ``home`` the second call enters: what is kept is kept by then."""
+    entered = 0
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal entered
+        entered += event == "call" and frame.f_code.co_filename.startswith(str(home))
+
+    call()
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return entered
+
+
+def a_further_layer(model: Callable[[int], Callable[[], Any]]) -> int:
+    return (calls(model(5)) - calls(model(1))) // 4
+
+
+def measured() -> dict[str, int]:
+    from transformers import BertConfig, BertModel
+
+    x, padding = torch.randn(2, 4, 16), torch.tensor([[False] * 4, [False] * 2 + [True] * 2])
+    weights: dict[str, Any] = {"in_proj_weight": torch.randn(48, 16), "out_proj_weight": torch.randn(16, 16)}
+
+    def encoder(layers: int) -> Callable[[], Any]:
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval()
+        varlen_attn.enable(model)
+        return lambda: model(x, src_key_padding_mask=padding)
+
+    def bert(layers: int) -> Callable[[], Any]:
+        config = BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32)
+        model = BertModel(config).eval()
+        varlen_attn.enable(model)
+        return lambda: model(torch.ones(2, 4, dtype=torch.long), attention_mask=(~padding).long())
+
+    with torch.no_grad():
+        counts = (
+            sum(code_lines(path.read_text()) for path in HOME.rglob("*.py")),
+            a_further_layer(encoder),
+            a_further_layer(bert),
+            calls(lambda: varlen_attn.varlen_mha(x, padding, num_heads=2, **weights)),
+        )
+    return dict(zip(BOUNDS, counts, strict=True))
+
+
+def main() -> int:
+    more = WITH_CPU if _native.why_not() else 0
+    bounds = {what: bound + (more if "calls" in what else 0) for what, bound in BOUNDS.items()}
+    found = measured()
+    for what, count in found.items():
+        print(f"{what}: {count}, {'above the' if count > bounds[what] else 'of a'} bound of {bounds[what]}")
+    return int(any(count > bounds[what] for what, count in found.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
