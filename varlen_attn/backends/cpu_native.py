@@ -12,7 +12,6 @@ the kernel's own where libtorch has none for this CPU.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +19,14 @@ from torch import Tensor
 from .. import _native
 from .._gather import is_transformed
 from ..problem import Problem
-from ._flops import register_flops
-from ._own_op import own_op
-from .base import HALF, Backend, Call, Capabilities, Refusal, Result, observe, pad_head_dim
+from ._ops import define_ops
+from .base import HALF, Backend, Call, Capabilities, Refusal, Result, observe, pad_head_dim, state
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in attention.h
 _UNLIMITED = 1 << 40  # a side of a window that cuts nothing
 _MULTIPLE = 16  # of head dimensions: whole vectors of every instruction set
 
 
-@own_op("cpu_native_forward")
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -46,7 +43,8 @@ def _forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """``(T,N,H), (Tk,K,H), (Tk,K,Hv) -> (T,N,Hv)``, lse ``(N,T)``. Rows that see no key: 0 and -inf."""
-    observe("cpu_native", query.shape[0])
+    if state.records:
+        observe("cpu_native", query.shape[0])
     out = query.new_empty((*query.shape[:2], value.shape[2]))
     lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
     call = _Call(query, key, value, cu_q, cu_k, slopes, sinks, seed, sides, bottom_right, scale, softcap, dropout_p)
@@ -55,13 +53,6 @@ def _forward(
     return out, lse
 
 
-@torch.library.register_fake("varlen_attn::cpu_native_forward")  # type: ignore[untyped-decorator]
-def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    out = query.new_empty((*query.shape[:2], value.shape[2]))
-    return out, query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
-
-
-@own_op("cpu_native_backward")
 def _backward(
     grad: Tensor,
     query: Tensor,
@@ -80,7 +71,7 @@ def _backward(
     softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and, in parts ``(Q, N)`` to be added up, of the sinks; exactly 0 where nothing is seen."""
+    """Gradients of query, key, value and sinks; exactly 0 where nothing is seen."""
     dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
     dsinks = lse.new_zeros((cu_q.shape[0] - 1 if sinks is not None else 0, query.shape[1]))
     call = _Call(query, key, value, cu_q, cu_k, slopes, sinks, seed, sides, bottom_right, scale, softcap, dropout_p)
@@ -88,16 +79,7 @@ def _backward(
     call.point(out=out.contiguous(), lse=lse.contiguous(), grad=grad, dq=dq, dk=dk, dv=dv, dsinks=dsinks)
     call.arguments.grad_row, call.arguments.grad_head, _ = grad.stride()
     _native.library().backward(call.arguments)
-    return dq, dk, dv, dsinks
-
-
-@torch.library.register_fake("varlen_attn::cpu_native_backward")  # type: ignore[untyped-decorator]
-def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
-    slopes: Tensor | None, sinks: Tensor | None, *options: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    dsinks = lse.new_empty((cu_q.shape[0] - 1 if sinks is not None else 0, query.shape[1]))
-    return *(x.new_empty(x.shape) for x in (query, key, value)), dsinks
+    return dq, dk, dv, dsinks.flatten() if sinks is None else dsinks.sum(0)
 
 
 class _Call:
@@ -149,31 +131,7 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and even else x.clone(memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, cu_q, cu_k, slopes, sinks, seed, *ctx.options = inputs
-    out, lse = output
-    # Without this the log-sum-exp would look differentiable and its gradient be dropped without a word.
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(query, key, value, out, lse, cu_q, cu_k, slopes, sinks, seed)
-
-
-def _autograd(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # read once: under checkpointing a second time is an error
-    *grads, dsinks = _backward(grad, *saved, *ctx.options)
-    has_sinks = saved[8] is not None
-    return (*grads, None, None, None, dsinks.sum(0) if has_sinks else None, *[None] * 6)
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "the backward of backend 'cpu_native' is not differentiable: the compiled kernel has no second derivative. "
-        "Order backend='reference' for it."
-    )
-
-
-torch.library.register_autograd("varlen_attn::cpu_native_forward", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("varlen_attn::cpu_native_backward", _no_second_derivative)
-register_flops()
+_op = define_ops("cpu_native", _forward, _backward, kernel="the compiled kernel")
 
 
 class CpuNative(Backend):
@@ -205,8 +163,6 @@ class CpuNative(Backend):
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         assert not is_transformed()
-        if not torch.compiler.is_compiling():
-            register_flops()
         value_dim = value.shape[-1]
         query, key = pad_head_dim(_MULTIPLE, query, key)
         (value,) = pad_head_dim(_MULTIPLE, value)
@@ -214,7 +170,7 @@ class CpuNative(Backend):
         low, high = semantics.visible_range(0)
         # Drawn outside of the op, which is a pure function of it: recomputation under checkpointing draws the same.
         seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu") if semantics.dropout_p else None
-        out, lse = _forward(
+        out, lse = _op(
             query, key, value, call.layout_q.cu_seqlens, call.layout_kv.cu_seqlens, call.extras.alibi_slopes, call.extras.sinks, seed,
             [-_UNLIMITED if low is None else low, _UNLIMITED if high is None else high], semantics.causal != "top_left",
             semantics.factor, semantics.softcap or 0.0, semantics.dropout_p,
