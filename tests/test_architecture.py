@@ -64,7 +64,7 @@ MUTABLE = {
     "integrations._hf_mask._thread",  # the last layout with the mask that it was made of; forwards under way
     "_native._found", "_native._hashes",  # the compiled kernel or why there is none; what its name says of its sources
     "backends._kept._kept", "backends.flex._kernels",  # what is derived from layouts, gone with them; one compiled kernel a kind of call
-    "backends.flash2._probed", "backends.flash3._probed", "backends.flash4._probed",  # what a package can do, asked once
+    "backends._packages._probed", "backends.flash3._probed",  # what a package can do, asked once
     "backends.torch_varlen._parameters",
 }  # fmt: skip
 
