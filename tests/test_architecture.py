@@ -26,8 +26,8 @@ RANKS = (
     ("backends._kept", "backends._values"),
     ("backends._limits",),
     ("backends.base",),
-    ("backends._*",),  # maths that several backends share
-    ("backends._cpu_groups", "backends._flash_op"),
+    ("backends._*",),  # math that several backends share
+    ("backends._cpu_groups", "backends._flash_op", "backends._maths"),
     ("backends._cpu_plan",),
     ("backends.*",),
     ("backends",),
@@ -40,7 +40,8 @@ RANKS = (
     ("testing._batch", "_token_wise"),
     ("testing._recorder",),
     ("testing._invariance",),
-    ("testing", "dense", "data", "_masks", "_mha_checks"),
+    ("testing", "data", "_masks", "_mha_checks"),
+    ("dense",),
     ("_streams",),
     ("testing.strategies", "modules"),
     ("encoder",),
@@ -148,7 +149,7 @@ def test_the_rules_can_fail() -> None:
     assert seen("layout", "from .problem import Problem") == [("varlen_attn.problem", True)]
     assert seen("dispatch", "from . import functional") == [("varlen_attn.functional", True)]
     assert seen("backends.flash2", "def f():\n    import flash_attn.x") == [("flash_attn.x", False)]
-    assert rank("dispatch") > rank("backends.cpu") == rank("backends.flash2") > rank("backends._maths") > rank("backends.base")
+    assert rank("dispatch") > rank("backends.cpu") == rank("backends.flash2") > rank("backends._dense") > rank("backends.base")
     assert rank("problem") > rank("layout") > rank("errors")
     with pytest.raises(AssertionError, match="no place in RANKS"):
         rank("helpers")

@@ -11,7 +11,7 @@ from ._padded_rows import PaddedRows
 from ._static import here, static_graph
 from .layout import SeqLayout, is_tracing, layout_and_flags, moved
 
-__all__ = ["MaskFacts", "read_masks", "wants_grad"]
+__all__ = ["MaskFacts", "additive_mask", "read_masks", "wants_grad"]
 
 
 class MaskFacts(NamedTuple):
@@ -63,6 +63,13 @@ def read_masks(x: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | N
 
 def wants_grad(mask: Tensor | None) -> bool:
     return mask is not None and mask.requires_grad and torch.is_grad_enabled()
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """torch's bool masks (True is hidden) as 0 and -inf; float masks as they are."""
+    if mask.is_floating_point():
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, float("-inf"))
 
 
 def _is_not_causal(mask: Tensor) -> Tensor:

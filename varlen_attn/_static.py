@@ -12,12 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._index import refuse_bad_values
 from ._padded_rows import PaddedRows
-from .backends._maths import attend, needs_maths, visible_mask
+from .backends._dense import EAGER, FUSED, attend_dense, needs_eager
 from .backends.base import Backend, Extras, constant_while_tracing, repeat_kv, state
 from .dispatch import choose, problem_of_fields
 from .errors import BackendRefused
@@ -28,8 +27,6 @@ from .records import Call, write
 __all__ = ["here", "static_attention", "static_graph", "static_kernel", "static_layout", "static_layouts"]
 
 REASON = "exported: static control flow"
-FUSED = "aten::scaled_dot_product_attention with a mask"
-EAGER = "eager matmul, softmax, matmul on the padded batch"
 
 Fields = tuple[tuple[str, Any], ...]
 
@@ -76,7 +73,7 @@ def static_layouts(
 
 def static_kernel(semantics: Semantics) -> str:
     """What `static_attention` calls."""
-    return EAGER if needs_maths(semantics) or semantics.alibi or semantics.return_lse else FUSED
+    return EAGER if needs_eager(semantics) or semantics.alibi or semantics.return_lse else FUSED
 
 
 def static_attention(
@@ -89,31 +86,18 @@ def static_attention(
     key, value = repeat_kv(int(query.shape[1]), key, value)  # of rows: of (B, K, S, H), torch.export in 2.11 guards on its strides
     q = layout_q.unpack(query).transpose(1, 2)
     k, v = (layout_kv.unpack(x).transpose(1, 2) for x in (key, value))
-    visible = key_real = None if layout_kv.padding is None else ~layout_kv.padding[:, None, None, :]
+    visible = None if layout_kv.padding is None else ~layout_kv.padding[:, None, None, :]
     positions: tuple[Tensor, Tensor] | None = None
     offset: int | Tensor = 0
     if semantics.causal or semantics.window or semantics.alibi or semantics.score_bias:
         positions = layout_q.counts()[:, None, :, None], layout_kv.counts()[:, None, None, :]
         if layout_q is not layout_kv:
             offset = (layout_kv.token_counts() - layout_q.token_counts())[:, None, None, None]
-    lse = None
-    if static_kernel(semantics) == EAGER:
-        out, lse = attend(q, k, v, semantics, extras, offset=offset, key_real=key_real, positions=positions)
-    else:
-        if positions is not None:
-            near = visible_mask(semantics, *positions, offset)
-            visible = near if key_real is None or near is None else near & key_real
-        out = _fused(q, k, v, visible, semantics.factor)
-    packed_lse = layout_q.pack(lse.transpose(1, 2)).transpose(0, 1) if lse is not None and semantics.return_lse else None
+    out, lse, _ = attend_dense(
+        q, k, v, semantics, extras, visible=visible, offset=offset, positions=positions, kernel=static_kernel(semantics)
+    )
+    packed_lse = layout_q.pack(lse.transpose(1, 2)).transpose(0, 1) if lse is not None else None
     return layout_q.pack(out.transpose(1, 2)), packed_lse
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-    """Rows that see nothing give 0 wherever the graph runs: some kernels, and ONNX, make NaN of them, so they see all and are zeroed."""
-    if visible is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    blind = ~visible.any(-1, keepdim=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible | blind, scale=scale).masked_fill(blind, 0.0)
 
 
 # -------------------------------------------------------------------- what is recorded

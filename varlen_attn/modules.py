@@ -6,6 +6,7 @@ Same constructor, `state_dict`, forward arguments and results. Padded input is p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -18,14 +19,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ._call import Options, attend
 from ._call_checks import check_holes, check_layouts
 from ._gather import trace_quietly
-from ._masks import read_masks
+from ._masks import additive_mask, read_masks
 from ._mha_checks import check_inputs, mha_shape_check
-from ._static import static_layouts
+from ._static import static_graph, static_layouts
 from ._streams import Prepared, nested_like, nested_rows
-from .backends._maths import visible_mask
+from .backends._dense import EAGER, attend_dense, dense_kernel_here, visible_mask
 from .backends._values import NO_EXTRAS
 from .backends.base import Backend, state
-from .dense import additive_mask, dense_attention, dense_kernel_name
 from .dispatch import requested_backend
 from .errors import ArgumentError, BackendRefused, LayoutError
 from .functional import full_layout, pack_rows, unpack_rows, without_slack
@@ -359,22 +359,26 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         """All masks as one additive tensor that broadcasts to ``(B, N, L, S)``; None if nothing is hidden."""
         layout_q, layout_k = layouts
         dtype, device = inputs.query.dtype, inputs.query.device
-        terms: list[Tensor] = []
+        terms: list[Tensor] = []  # bool ones hide where they are True
         if mask is not None and mask.is_floating_point():
-            terms.append(mask.to(device, dtype)[:, None, None])
+            terms.append(mask.to(device)[:, None, None])
         elif not layout_k.is_dense:
-            hidden = layout_k.padding_mask()[:, None, None]
-            terms.append(torch.zeros((), dtype=dtype, device=device).masked_fill(hidden, float("-inf")))
+            terms.append(layout_k.padding_mask()[:, None, None])
         if attn_mask is not None:
-            added = additive_mask(attn_mask.to(device), dtype)
-            shape = (layout_k.batch_size, self.num_heads) if added.dim() == 3 else (1, 1)
-            terms.append(added.to(dtype).view(*shape, *added.shape[-2:]))
+            shape = (layout_k.batch_size, self.num_heads) if attn_mask.dim() == 3 else (1, 1)
+            terms.append(attn_mask.to(device).view(*shape, *attn_mask.shape[-2:]))
         if causal:  # torch compares columns
-            after = torch.ones(layout_q.padded_len, layout_k.padded_len, dtype=torch.bool, device=device).triu(1)
-            terms.append(additive_mask(after, dtype)[None, None])
+            terms.append(torch.ones(layout_q.padded_len, layout_k.padded_len, dtype=torch.bool, device=device).triu(1)[None, None])
         if window is not None:
-            terms.append(additive_mask(~_in_window(inputs, layouts, causal, window), dtype))
-        return sum(terms[1:], start=terms[0]) if terms else None
+            # Counted in tokens, around the aligned position (bottom-right unless causal), as packed attention counts. The rows that
+            # zero_padding_rows=False keeps are counted with the tokens of their own sequence.
+            real_q, real_k = (~x.padding_mask() for x in (layout_k if inputs.self_attention else layout_q, layout_k))
+            offset = 0 if causal else (real_k.sum(1) - real_q.sum(1)).view(-1, 1, 1, 1)
+            rows, columns = real_q.cumsum(1)[:, None, :, None], real_k.cumsum(1)[:, None, None]
+            near = visible_mask(Semantics.of(window=window), rows, columns, offset)
+            terms += [] if near is None else [~near]
+        added = [additive_mask(x, dtype).to(dtype) for x in terms]
+        return sum(added[1:], start=added[0]) if added else None
 
     def _dense(
         self, inputs: _Inputs, layouts: tuple[SeqLayout, SeqLayout], bias: Tensor | None, need_weights: bool, why: str
@@ -393,17 +397,20 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
             extra += 1
         bias = None if bias is None else F.pad(bias.to(q.dtype), (0, extra))
-        dropout_p = self.dropout if self.training else 0.0
+        semantics = Semantics(scale=math.sqrt(1.0 / self.head_dim), dropout_p=self.dropout if self.training else 0.0)
+        eager = need_weights or static_graph() or (bias is not None and bias.requires_grad)
+        kernel = EAGER if eager else dense_kernel_here(semantics, q, k, v)
         note: AbstractContextManager[object] = nullcontext()
         if state.records and not is_tracing(q):
-            note = announced_dense(self, q, k, v, dense_kernel_name(q, bias, dropout_p, need_weights), why)
+            note = announced_dense(self, q, k, v, kernel, why)
         with note:
-            out, weights = dense_attention(q, k, v, bias, dropout_p=dropout_p, need_weights=need_weights)
-        out = self._project_out(out.flatten(2))
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            out, _, weights = attend_dense(q, k, v, semantics, bias=bias, kernel=kernel, wide=False)
+        out = self._project_out(out.transpose(1, 2).flatten(2))
         out = layout_q.pack(out) if inputs.packed else _without_padding(layout_q, out)
         if weights is not None and not layout_q.is_dense:
             weights = weights.masked_fill(layout_q.padding_mask()[:, None, :, None], 0.0)
-        return out, weights
+        return out, weights if need_weights else None
 
     def _nested(
         self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Tensor | None], options: dict[str, Any]
@@ -423,22 +430,6 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         rows_v = rows_k if value is key else nested_rows(value)[0]
         out, weights = self.forward(rows_q, rows_k, rows_v, layout=layout_q, layout_kv=layout_k, **options)
         return nested_like(query, out, layout_q), weights
-
-
-def _in_window(inputs: _Inputs, layouts: tuple[SeqLayout, SeqLayout], causal: bool, window: tuple[int | None, int | None]) -> Tensor:
-    """``(B, 1, L, S)``: as the packed way counts, in tokens and around the aligned position (bottom-right unless causal)."""
-    layout_q, layout_k = layouts
-    # The rows that zero_padding_rows=False keeps are counted with the tokens of their own sequence.
-    rows, columns = (_token_counts(x) for x in (layout_k if inputs.self_attention else layout_q, layout_k))
-    lengths_q, lengths_k = (x.cu_seqlens.to(torch.int64).diff().view(-1, 1, 1, 1) for x in layouts)
-    offset = 0 if causal or inputs.self_attention else lengths_k - lengths_q
-    visible = visible_mask(Semantics.of(window=window), rows[:, None, :, None], columns[:, None, None, :], offset)
-    return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=rows.device) if visible is None else visible
-
-
-def _token_counts(layout: SeqLayout) -> Tensor:
-    """``(B, S)``: the packed position of each column; of padding, that of the token before."""
-    return (~layout.padding_mask()).cumsum(1) - 1
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from varlen_attn import BACKENDS, BackendRefused, varlen_attention
-from varlen_attn.backends import sdpa_padded
-from varlen_attn.backends._masked import EAGER, masked_kernel_name
+from varlen_attn.backends import _dense
+from varlen_attn.backends._dense import EAGER, dense_kernel
 from varlen_attn.dispatch import Plan, choose
 from varlen_attn.problem import Problem, Semantics
 from varlen_attn.testing import assert_within_budget, reference_attention
@@ -123,9 +123,9 @@ def test_rocm_is_a_machine_of_its_own() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_fused_kernel_is_taken_for_granted(dtype: torch.dtype) -> None:
     for device_type, rocm in (("mps", False), ("xpu", False), ("cuda", True)):
-        assert masked_kernel_name(device_type, dtype, rocm) == EAGER
-    assert masked_kernel_name("cpu", dtype) != EAGER
-    assert (masked_kernel_name("cuda", dtype, False) == EAGER) == (dtype == torch.float64)
+        assert dense_kernel(Semantics(), device_type, dtype, rocm=rocm) == EAGER
+    assert dense_kernel(Semantics(), "cpu", dtype) != EAGER
+    assert (dense_kernel(Semantics(), "cuda", dtype, rocm=False) == EAGER) == (dtype == torch.float64)
 
 
 class _Ops(TorchDispatchMode):
@@ -148,7 +148,7 @@ def test_the_last_resort_there_is_eager_and_right(case: AttentionCase) -> None: 
     qkv, grad = case.tensors()[:3], case.tensors()[3]
     layouts = (case.layout, case.layout_kv)
     with pytest.MonkeyPatch.context() as patch, _Ops() as ops:
-        patch.setattr(sdpa_padded, "masked_kernel_name", lambda device_type, dtype, *rocm: masked_kernel_name("mps", dtype))
+        patch.setattr(_dense, "dense_kernel", lambda semantics, device_type, dtype, **machine: dense_kernel(semantics, "mps", dtype))
         out, lse = varlen_attention(*qkv, *layouts, backend="sdpa_padded", return_lse=True, **options)
         grads = torch.autograd.grad(out, qkv, grad)
     assert not [name for name in ops.names if "attention" in name or "sdp" in name]

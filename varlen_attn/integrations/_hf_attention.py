@@ -12,24 +12,22 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._call import Options as Asked
 from .._call import attend
 from .._host_lengths import HostLengths
-from ..backends._maths import safe_softmax
+from ..backends._dense import EAGER, attend_dense
 from ..backends._values import NO_EXTRAS
-from ..backends.base import Extras, repeat_kv, state, wide_dtype
+from ..backends.base import Extras, state, wide_dtype
 from ..errors import ArgumentError, LayoutError
 from ..functional import pack_rows, unpack_rows
 from ..layout import SeqLayout
+from ..problem import Semantics
 from ..records import announced_dense
 from ._hf_mask import Packing, VarlenMask
 
 __all__ = ["NotPackable", "captured", "collected", "varlen_attention_forward"]
-
-EAGER = "eager matmul, softmax, matmul"
 
 
 class NotPackable(ArgumentError):
@@ -280,24 +278,17 @@ def _eager(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool | None, options: Options
 ) -> tuple[Tensor, Tensor | None]:
     """Everything that ``sdpa`` has no argument for; in float32 for half precision."""
-    dtype, wide = query.dtype, wide_dtype(query.dtype)
-    len_q, num_heads = query.shape[2], query.shape[1]
-    bias = options.bias
-    if mask is None and len_q > 1 and _is_causal(module, is_causal):
+    len_q, bias, visible = query.shape[2], options.bias, None
+    causal = mask is None and len_q > 1 and _is_causal(module, is_causal)
+    if causal:
         key, value = key[:, :, :len_q], value[:, :, :len_q]  # the rest of a static cache is the future
         bias = None if bias is None else bias[..., :len_q]
-        mask = torch.ones(len_q, key.shape[2], dtype=torch.bool, device=query.device).tril()
-    q, k, v = (x.to(wide) for x in (query, *repeat_kv(num_heads, key, value)))
-    scores = q @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if options.scaling is None else options.scaling)
-    if options.softcap is not None:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    if bias is not None:
-        scores = scores + bias
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None and mask.dtype == torch.bool:
+        visible = mask
     elif mask is not None:
-        scores = scores + mask
-    blind = torch.isneginf(scores).all(-1, keepdim=True)
-    weights = F.dropout(safe_softmax(scores, blind, options.sinks), options.dropout)
-    out = (weights @ v).to(dtype).transpose(1, 2).contiguous()
-    return out, weights.to(dtype)
+        bias = mask if bias is None else bias.to(wide_dtype(query.dtype)) + mask
+    scale = query.shape[-1] ** -0.5 if options.scaling is None else options.scaling
+    semantics = Semantics("top_left" if causal else False, None, scale, options.softcap, options.dropout)
+    out, _, weights = attend_dense(query, key, value, semantics, Extras(None, options.sinks), visible=visible, bias=bias)
+    assert weights is not None
+    return out.transpose(1, 2).contiguous(), weights.to(query.dtype)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from varlen_attn import SeqLayout, varlen_attention
-from varlen_attn.backends import _masked
-from varlen_attn.backends._masked import _efficient_cuda
+from varlen_attn.backends import _dense
+from varlen_attn.backends._dense import EFFICIENT, attend_dense
 from varlen_attn.backends.mem_efficient import MemEfficient
+from varlen_attn.problem import Semantics
 
 from .stand_ins import efficient_forward, for_cpu, on_cpu
 
@@ -29,7 +30,7 @@ def test_a_mask_of_padding_is_not_written_out() -> None:  # R-34, R-53
     q, k, v = (torch.randn(3, 4, 7, 8) for _ in range(3))
     visible = torch.arange(7) < torch.tensor([7, 3, 0])[:, None, None, None]
     with on_cpu(_scaled_dot_product_efficient_attention=kernel):
-        out, lse = _efficient_cuda(q, k, v, visible, None, 0.5)
+        out, lse, _ = attend_dense(q, k, v, Semantics(scale=0.5), visible=visible, kernel=EFFICIENT)
     (mask,) = seen
     assert mask.shape == (3, 4, 7, 7)
     assert mask.stride() == (16, 0, 0, 1), "one row a sequence, whatever the heads and queries, and rows of 16"
@@ -43,12 +44,12 @@ def test_a_mask_of_padding_is_not_written_out() -> None:  # R-34, R-53
 @pytest.mark.parametrize("wraps", [2**32, 50, 20, 5])
 def test_dropout_of_the_padded_call_is_one_mask_forward_and_backward(wraps: int, monkeypatch: pytest.MonkeyPatch) -> None:  # R-25
     """On a kernel that numbers its random numbers in fewer bits in the forward: calls beyond are halved until both agree."""
-    monkeypatch.setattr(_masked, "_MAX_DROPPED", wraps - 1)
+    monkeypatch.setattr(_dense, "_MAX_DROPPED", wraps - 1)
     q, k, v = (torch.randn(3, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (5, 4, 4))
     visible = torch.arange(4) < torch.tensor([4, 3, 0])[:, None, None, None]
 
     def run(p: float) -> Tensor:
-        return _efficient_cuda(q, k, v, visible, None, 0.5, p)[0]
+        return attend_dense(q, k, v, Semantics(scale=0.5, dropout_p=p), visible=visible, kernel=EFFICIENT)[0]
 
     with padded_kernel(wraps) as calls:
         out = run(0.5)
@@ -64,7 +65,7 @@ def test_a_padded_call_in_one_part_would_drop_other_weights() -> None:
     """The same on the kernel as it is, whose numbers wrap: what the test above would find."""
     q, k, v = (torch.randn(3, 2, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     with padded_kernel(50):
-        out, _ = _efficient_cuda(q, k, v, torch.ones(1, 1, 1, 5, dtype=torch.bool), None, 0.5, 0.5)
+        out = attend_dense(q, k, v, Semantics(scale=0.5, dropout_p=0.5), kernel=EFFICIENT)[0]
         (dv,) = torch.autograd.grad(out, v, out.detach())
     assert float(((dv * v).sum() / out.square().sum() - 1).detach().abs()) > 0.05
 
