@@ -83,7 +83,7 @@ class Launch:
         costs = Costs.of(query, torch.get_num_threads())
         self.queries, self.keys, self.order = plan_for(offsets_q, offsets_k, (query.shape[0], key.shape[0]), how, costs)
         self.covers_q, self.covers_k = self.queries.covers, self.keys.covers
-        self.tiles: list[list[Tile]] | None = None  # where no call is a whole group, as usual
+        self.tiles: list[list[Tile]] | None = None  # None where each group is one kernel call, as usual
         if near:
             return
         sides = None if left < 0 else left, None if right < 0 else right
@@ -142,7 +142,7 @@ def read(side: Side, *tensors: Tensor, zeroed: int | None = None) -> Iterator[tu
 
 
 class Target:
-    """A packed tensor like ``like`` that results of groups are written to. Nothing is written to rows outside of groups.
+    """A packed tensor like ``like`` that results of groups are written to. Without ``covered``, rows that nothing is written to are 0.
 
     Attributes:
         rows: the tensor. Where one result is all of it, without a copy.
@@ -150,9 +150,8 @@ class Target:
 
     def __init__(self, side: Side, like: Tensor, covered: bool, dtype: torch.dtype | None = None):
         self.side, self.like, self.covered, self.dtype = side, like, covered, dtype or like.dtype
-        self.is_whole = covered and len(side.spans) == 1 and not side.members
-        self.rows = like
-        if not self.is_whole:
+        self.rows = like  # until there is memory for it
+        if not covered or len(side.spans) != 1 or side.members:
             self._allocate()
 
     def _allocate(self) -> None:

@@ -34,17 +34,9 @@ _WIDE_BACKWARD_BELOW = 192  # tokens: half-precision backward in float32 is 2 to
 
 
 def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    slopes: Tensor | None,
-    scale: float,
-    causal: str,
-    window: list[int],
-    single: bool,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, slopes: Tensor | None, scale: float, causal: str,
+    window: list[int], single: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(T,N,H), (Tk,K,H), (Tk,K,H) -> (T,N,H)``, lse ``(N,T)``. Rows that see no key: 0 and -inf."""
     if state.records:
         observe("cpu", query.shape[0])
@@ -67,20 +59,9 @@ def _forward(
 
 
 def _backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    slopes: Tensor | None,
-    scale: float,
-    causal: str,
-    window: list[int],
-    single: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
+    slopes: Tensor | None, scale: float, causal: str, window: list[int], single: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value; exactly 0 where nothing is seen."""
     launch = Launch(query, key, cu_q, cu_k, slopes, causal, window, single)
     half = query.dtype in HALF
