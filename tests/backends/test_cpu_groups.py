@@ -80,40 +80,49 @@ def test_every_sequence_is_in_one_group_and_padded_with_its_own_rows(
     """Whatever the costs: queries, keys and places of results belong together, and padding reads no neighbour."""
     lengths_q = [a for a, _ in pairs]
     lengths_k = lengths_q if alike else [b for _, b in pairs]
-    found = plan(lengths_q, costs, lengths_k, how, slack)
+    queries, keys, order = plan(lengths_q, costs, lengths_k, how, slack)
     starts_q, starts_k = offsets(lengths_q), offsets(lengths_k)
-    pieces = [iter([x for wave in waves for x in wave.rows.split(wave.sizes)]) for waves in (found.waves_q, found.waves_k)]
+    pieces = [iter([x for rows, sizes, _ in side.waves for x in rows.split(sizes)]) for side in (queries, keys)]
+    num_views = len(queries.spans) - len(queries.members)
+    assert len(keys.spans) == len(queries.spans) == len(queries.biases) == len(keys.biases)
     places, seen = [], []
-    for group in found.groups:
-        if group.queries is None or group.keys is None:
-            members = [
-                i for i in range(len(pairs)) if group.q_start <= starts_q[i] < group.q_start + group.size * group.len_q and lengths_q[i]
-            ]
-            assert [(lengths_q[i], lengths_k[i]) for i in members] == [(group.len_q, group.len_k)] * group.size
-            assert [starts_k[i] for i in members] == [group.k_start + n * group.len_k for n in range(group.size)]
-            places += range(group.q_start, group.q_start + group.size * group.len_q)
+    for index, ((q_start, size, len_q), (k_start, k_size, len_k)) in enumerate(zip(queries.spans, keys.spans, strict=True)):
+        assert size == k_size
+        if index < num_views:
+            assert queries.biases[index] is keys.biases[index] is None
+            members = [i for i in range(len(pairs)) if q_start <= starts_q[i] < q_start + size * len_q and lengths_q[i]]
+            assert [(lengths_q[i], lengths_k[i]) for i in members] == [(len_q, len_k)] * size
+            assert [starts_k[i] for i in members] == [k_start + n * len_k for n in range(size)]
+            places += range(q_start, q_start + size * len_q)
             seen += members
             continue
         for side, rows, length, lengths, starts in (
-            (group.queries, next(pieces[0]).tolist(), group.len_q, lengths_q, starts_q),
-            (group.keys, next(pieces[1]).tolist(), group.len_k, lengths_k, starts_k),
+            (queries, next(pieces[0]).tolist(), len_q, lengths_q, starts_q),
+            (keys, next(pieces[1]).tolist(), len_k, lengths_k, starts_k),
         ):
-            want = [starts[i] + min(n, lengths[i] - 1) for i in side.sequences for n in range(length)]
+            numbers, cuts, is_padded = side.members[index - num_views]
+            bias = side.biases[index]
+            assert len(numbers) == size
+            want = [starts[i] + min(n, lengths[i] - 1) for i in numbers for n in range(length)]
             assert rows == want
-            real = [n < lengths[i] for i in side.sequences for n in range(length)]
-            assert side.padded == (not all(real))
-            assert sum(side.cuts[:: 2 if side.padded else 1]) == sum(real)
-            assert side.bias is None or (side.bias.flatten() == 0).tolist() == real
-            assert not side.padded or how == "near"
-        assert group.queries.sequences == group.keys.sequences
-        places += [starts_q[i] + n if n < lengths_q[i] else -1 for i in group.queries.sequences for n in range(group.len_q)]
-        seen += group.queries.sequences
+            real = [n < lengths[i] for i in numbers for n in range(length)]
+            assert is_padded == (bias is not None) == (not all(real))
+            assert cuts[:: 2 if is_padded else 1] == [lengths[i] for i in numbers]
+            assert sum(cuts) == len(real)
+            assert bias is None or (bias.shape == (size, 1, 1, length) and (bias.flatten() == 0).tolist() == real)
+            assert not is_padded or how == "near"
+        numbers = queries.members[index - num_views][0]
+        assert numbers == keys.members[index - num_views][0]
+        places += [starts_q[i] + n if n < lengths_q[i] else -1 for i in numbers for n in range(len_q)]
+        seen += numbers
+    for side in (queries, keys):
+        gathered, hidden = [x for x in side.biases if x is not None], [x for *_, x in side.waves]
+        assert sum(len(x) for x in hidden) == sum(int(x.isinf().sum()) for x in gathered)
     assert sorted(seen) == [i for i, (a, b) in enumerate(zip(lengths_q, lengths_k, strict=True)) if a and b]
-    assert how != "single" or all(group.size == 1 for group in found.groups)
-    order = list(range(starts_q[-1] + slack)) if found.order is None else found.order.tolist()
+    assert how != "single" or all(size == 1 for _, size, _ in queries.spans)
     covered = {row for row in places if row >= 0}
-    assert found.covers_q == (len(covered) == starts_q[-1] + slack)
-    for row, place in enumerate(order):
+    assert queries.covers == (len(covered) == starts_q[-1] + slack)
+    for row, place in enumerate(range(starts_q[-1] + slack) if order is None else order.tolist()):
         assert place == len(places) if row not in covered else places[place] == row
 
 
@@ -121,26 +130,28 @@ def test_padding_costs_no_more_than_the_call_it_saves() -> None:
     """Lengths one apart share a call while that is cheaper; the waste of a group stays below the cost of a call."""
     costs = Costs(call=100.0, token=1.0, pair=0.0, copy=0.0, wave=10**6)
     lengths = list(range(20, 60))
-    groups = plan(lengths, costs).groups
-    wastes = [group.size * group.len_q - sum(lengths[i] for i in group.queries.sequences) for group in groups if group.queries]
+    queries, _, _ = plan(lengths, costs)
+    gathered = zip(queries.spans[-len(queries.members) :], queries.members, strict=True)
+    wastes = [size * length - sum(lengths[i] for i in numbers) for (_, size, length), (numbers, _, _) in gathered]
     assert all(50 < waste <= 100 for waste in wastes[:-1])
     assert wastes[-1] <= 100
-    assert len(plan(lengths, NEVER).groups) == len(lengths)
+    assert len(plan(lengths, NEVER)[0].spans) == len(lengths)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 64])
 def test_long_sequences_are_left_alone(threads: int) -> None:
     """Copies of them would take longer than calls; short ones of equal length share one also where others stand between."""
     costs = Costs.of(torch.empty(1, 8, 64), threads)
-    long = plan([4000, 2000, 4000, 2000, 4000], costs)
-    assert len(long.groups) == 5
-    assert not long.waves_q
-    assert len(plan([8, 16, 8, 16, 8, 16] * 4, costs, how="equal").groups) == 2
+    long, _, _ = plan([4000, 2000, 4000, 2000, 4000], costs)
+    assert len(long.spans) == 5
+    assert not long.waves
+    assert len(plan([8, 16, 8, 16, 8, 16] * 4, costs, how="equal")[0].spans) == 2
     dear = Costs(call=10.0, token=1.0, pair=1.0, copy=1.0, wave=10**6)
-    assert len(plan([4, 8, 4], dear).groups) == 2
-    assert len(plan([100, 50, 100], dear).groups) == 3
-    assert len(plan([512] * 16, costs).groups) == 1
-    assert not plan([512] * 16, costs).waves_q
+    assert len(plan([4, 8, 4], dear)[0].spans) == 2
+    assert len(plan([100, 50, 100], dear)[0].spans) == 3
+    equal, _, _ = plan([512] * 16, costs)
+    assert len(equal.spans) == 1
+    assert not equal.waves
 
 
 def test_costs_follow_the_class_of_machine_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

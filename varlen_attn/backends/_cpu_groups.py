@@ -28,6 +28,7 @@ _WAVE_BYTES = (1 << 19, 1 << 20)  # of one gathered tensor, for one thread and f
 _NOWHERE = -(1 << 62)
 _KEPT = 8  # plans: one for each pair of layouts of a step, with a reserve
 
+Span = tuple[int, int, int]  # first row, size and length of a group
 _plans: dict[tuple[object, ...], Plan] = {}
 
 
@@ -77,75 +78,29 @@ class Run(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Where the queries, or the keys, of a gathered group go to.
+    """The queries of all groups, or the keys.
 
     Attributes:
-        sequences: their numbers.
-        cuts: true length and padding of each, in turns; where nothing is padded, only lengths.
-        padded: whether anything is.
-        bias: ``(size, 1, 1, length)`` float32, -inf at padding, to add to scores; None if there is none.
+        spans: first row, size and padded length of each group. Those that are views come first, in packed order; then those gathered,
+            which have no first row.
+        waves: what is gathered together: packed rows, one group after another, at padding the last of their sequence; rows of each
+            group; places of padding.
+        members: of each gathered group the numbers of its sequences; true length and padding of each, in turns, or only lengths where
+            nothing is padded; and whether anything is.
+        biases: of each group, ``(size, 1, 1, length)`` float32, -inf at padding; None without padding.
+        lengths: of all sequences.
+        covers: whether every row is in a group.
     """
 
-    sequences: list[int]
-    cuts: list[int]
-    padded: bool
-    bias: Tensor | None
+    spans: list[Span]
+    waves: list[tuple[Tensor, list[int], Tensor]]
+    members: list[tuple[list[int], list[int], bool]]
+    biases: list[Tensor | None]
+    lengths: list[int]
+    covers: bool
 
 
-class Gather(NamedTuple):
-    """Where the queries, or the keys, of a wave come from.
-
-    Attributes:
-        rows: packed rows, one group after another; at padding the last of their sequence.
-        sizes: rows of each group.
-        padding: places of padding among ``rows``.
-    """
-
-    rows: Tensor
-    sizes: list[int]
-    padding: Tensor
-
-
-class Group(NamedTuple):
-    """``size`` sequences of one kernel call, of ``len_q`` queries and ``len_k`` keys with padding.
-
-    A view of the rows from ``q_start`` and ``k_start`` on, unless ``queries`` and ``keys`` say that it is gathered.
-    """
-
-    q_start: int
-    k_start: int
-    size: int
-    len_q: int
-    len_k: int
-    queries: Side | None = None
-    keys: Side | None = None
-
-    def key_mask(self, dtype: torch.dtype) -> Tensor | None:
-        """To add to the scores; None without padding. Given float32 for float64, the kernel reads it wrongly and says nothing."""
-        bias = None if self.keys is None else self.keys.bias
-        return bias.double() if bias is not None and dtype == torch.float64 else bias
-
-
-class Plan(NamedTuple):
-    """All groups of a batch: views first, in packed order, then those of each wave.
-
-    Attributes:
-        groups: those that have queries and keys.
-        waves_q, waves_k: how the groups after the views are gathered.
-        lengths_q, lengths_k: of all sequences.
-        covers_q, covers_k: whether every row is in a group.
-        order: ``(T,)``, for each packed row its place among the rows of all groups; the place after the last for rows without a
-            group. None if that is where they stand anyway.
-    """
-
-    groups: list[Group]
-    waves_q: list[Gather]
-    waves_k: list[Gather]
-    lengths_q: list[int]
-    lengths_k: list[int]
-    covers_q: bool
-    covers_k: bool
-    order: Tensor | None
+Plan = tuple[Side, Side, Tensor | None]  # queries and keys of all groups that have both, and `_order`
 
 
 def runs(offsets_q: Sequence[int], offsets_k: Sequence[int], single: bool) -> Iterator[Run]:
@@ -182,19 +137,10 @@ def _make(offsets_q: tuple[int, ...], offsets_k: tuple[int, ...], rows: tuple[in
     bags = [[run] for run in found] if how == "single" or len(found) < 2 else list(_merge(found, how == "near", costs))
     views = sorted(bag[0] for bag in bags if len(bag) == 1)
     gathered = [bag for bag in bags if len(bag) > 1]
-    groups = [Group(*run[:5]) for run in views]
-    covers = sum(r.size * r.len_q for r in found) == rows[0], sum(r.size * r.len_k for r in found) == rows[1]
-    same = offsets_q == offsets_k
-    lengths_q = [b - a for a, b in itertools.pairwise(offsets_q)]
-    lengths_k = lengths_q if same else [b - a for a, b in itertools.pairwise(offsets_k)]
-    if not gathered:
-        order = None if covers[0] else _order(lengths_q, views, [], rows[0])
-        return Plan(groups, [], [], lengths_q, lengths_k, *covers, order)
-    waves_q, queries = _sides(gathered, 0, costs.wave)
-    waves_k, keys = (waves_q, queries) if same else _sides(gathered, 1, costs.wave)
-    groups += [Group(-1, -1, len(q.sequences), b[0].len_q, b[0].len_k, q, k) for b, q, k in zip(gathered, queries, keys, strict=True)]
-    order = _order(lengths_q, views, gathered, rows[0])
-    return Plan(groups, waves_q, waves_k, lengths_q, lengths_k, *covers, order)
+    queries = _side(0, offsets_q, views, gathered, rows[0], costs.wave)
+    keys = queries if (offsets_k, rows[1]) == (offsets_q, rows[0]) else _side(1, offsets_k, views, gathered, rows[1], costs.wave)
+    in_place = queries.covers and not gathered
+    return queries, keys, None if in_place else _order(queries.lengths, views, gathered, rows[0])
 
 
 def _merge(found: list[Run], near: bool, costs: Costs) -> Iterator[list[Run]]:
@@ -227,28 +173,36 @@ def _worth_it(bag: list[Run], costs: Costs, waste: float) -> Iterable[list[Run]]
     return [bag] if costs.copy * rows + waste < costs.call * (len(bag) - 1) else [[run] for run in bag]
 
 
-def _sides(bags: list[list[Run]], side: int, wave: int) -> tuple[list[Gather], list[Side]]:
-    """Queries (0) or keys (1): the waves and each group. Indices in one go, because every operation costs microseconds."""
+def _side(side: int, offsets: tuple[int, ...], views: list[Run], bags: list[list[Run]], num_rows: int, wave: int) -> Side:
+    """Queries (0) or keys (1). Indices of all groups in one go, because every operation costs microseconds."""
+    spans: list[Span] = [(run[side], run.size, run[3 + side]) for run in views]
+    covered = sum(run.size * run[3 + side] for run in itertools.chain(views, *bags))
+    all_lengths = [b - a for a, b in itertools.pairwise(offsets)]
+    if not bags:
+        return Side(spans, [], [], [None] * len(spans), all_lengths, covered == num_rows)
     starts: list[int] = []
-    lengths: list[int] = []
     padded: list[int] = []
-    shapes = []
+    members = []
     for bag in bags:
-        before = len(starts)
-        for run in bag:
-            length = run[3 + side]
-            starts += range(run[side], run[side] + run.size * length, length)
-            lengths += [length] * run.size
-        longest = max(lengths[before:])
-        shapes.append((len(starts) - before, longest))
-        padded += [longest] * (len(starts) - before)
-    rows_R, hidden_R = _spread(starts, lengths, padded)
-    sizes = [count * longest for count, longest in shapes]
-    biases = torch.zeros(len(rows_R), device="cpu").masked_fill_(hidden_R, float("-inf")).split(sizes)
-    sides = [_side(bag, side, shape, bias) for bag, shape, bias in zip(bags, shapes, biases, strict=True)]
+        numbers = [run.first + i for run in bag for i in range(run.size)]
+        lengths = [all_lengths[i] for i in numbers]
+        size, longest = len(numbers), max(lengths)
+        starts += [offsets[i] for i in numbers]
+        padded += [longest] * size
+        spans.append((-1, size, longest))
+        is_padded = sum(lengths) < size * longest
+        cuts = [n for length in lengths for n in (length, longest - length)] if is_padded else lengths
+        members.append((numbers, cuts, is_padded))
+    rows_R, hidden_R = _spread(starts, [all_lengths[i] for numbers, _, _ in members for i in numbers], padded)
+    sizes = [size * longest for _, size, longest in spans[len(views) :]]
+    every = torch.zeros(len(rows_R), device="cpu").masked_fill_(hidden_R, float("-inf")).split(sizes)
+    biases = [
+        x.view(size, 1, 1, longest) if m[2] else None for x, m, (_, size, longest) in zip(every, members, spans[len(views) :], strict=True)
+    ]
     shares = _waves(sizes, wave)
     pieces = (x.split([sum(share) for share in shares]) for x in (rows_R, hidden_R))
-    return [Gather(rows, share, hidden.nonzero().squeeze(1)) for share, rows, hidden in zip(shares, *pieces, strict=True)], sides
+    waves = [(rows, share, hidden.nonzero().squeeze(1)) for share, rows, hidden in zip(shares, *pieces, strict=True)]
+    return Side(spans, waves, members, [*[None] * len(views), *biases], all_lengths, covered == num_rows)
 
 
 def _waves(sizes: list[int], most: int) -> list[list[int]]:
@@ -260,15 +214,6 @@ def _waves(sizes: list[int], most: int) -> list[list[int]]:
         else:
             waves.append([size])
     return waves
-
-
-def _side(bag: list[Run], side: int, shape: tuple[int, int], bias: Tensor) -> Side:
-    count, longest = shape
-    numbers = [run.first + i for run in bag for i in range(run.size)]
-    lengths = [run[3 + side] for run in bag for _ in range(run.size)]
-    if sum(lengths) == count * longest:
-        return Side(numbers, lengths, False, None)
-    return Side(numbers, [n for length in lengths for n in (length, longest - length)], True, bias.view(count, 1, 1, longest))
 
 
 def _table(*columns: list[int]) -> Tensor:
@@ -288,8 +233,8 @@ def _spread(starts_Q: list[int], lengths_Q: list[int], padded_Q: list[int]) -> t
 
 
 def _order(lengths: list[int], views: list[Run], bags: list[list[Run]], num_rows: int) -> Tensor:
-    """See `Plan`. With a sequence of slack rows at the end."""
-    shifts, done = [-1] * (len(lengths) + 1), 0
+    """``(T,)``, for each packed row its place among the rows of all groups; the place after the last for rows without a group."""
+    shifts, done = [-1] * (len(lengths) + 1), 0  # slack rows count as one more sequence
     for bag in [*([run] for run in views), *bags]:
         longest = bag[0].len_q
         for run in bag:

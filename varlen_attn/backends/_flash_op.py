@@ -67,7 +67,7 @@ def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Callabl
 
     def backward_op(
         grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
-        sinks: Tensor | None, max_q: int, max_k: int, scale: float, causal: bool, window: list[int], softcap: float, deterministic: bool,
+        sinks: Tensor | None, *options: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         dsinks = grad.new_zeros((query.shape[1] if sinks is not None else 0,), dtype=torch.float32)
         if 0 in (query.shape[0], key.shape[0]):
@@ -77,8 +77,7 @@ def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Callabl
         if sinks is not None:
             lse = _joined(lse, sinks)
             dsinks = _sinks_gradient(grad, out, lse, sinks)
-        arguments = Arguments(max_q, max_k, scale, causal, window, softcap, deterministic)
-        dq, dk, dv = backward(grad, query, key, value, out, lse, cu_q, cu_k, arguments)
+        dq, dk, dv = backward(grad, query, key, value, out, lse, cu_q, cu_k, Arguments(*options))
         return dq, dk, dv, dsinks
 
     return define_ops(name, forward_op, backward_op, kernel="the kernel", device="default")

@@ -28,20 +28,9 @@ _MULTIPLE = 16  # of head dimensions: whole vectors of every instruction set
 
 
 def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    sides: list[int],
-    bottom_right: bool,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, slopes: Tensor | None, sinks: Tensor | None,
+    seed: Tensor | None, sides: list[int], bottom_right: bool, scale: float, softcap: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(T,N,H), (Tk,K,H), (Tk,K,Hv) -> (T,N,Hv)``, lse ``(N,T)``. Rows that see no key: 0 and -inf."""
     if state.records:
         observe("cpu_native", query.shape[0])
@@ -69,25 +58,10 @@ def _backward(
 
 
 def _launch(
-    run: Callable[[_native.Arguments], None],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    sides: list[int],
-    bottom_right: bool,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    *,
-    gradients: tuple[Tensor | None, ...] = (None,) * 5,
-) -> None:
+    run: Callable[[_native.Arguments], None], query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor,
+    cu_k: Tensor, slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None, sides: list[int], bottom_right: bool, scale: float,
+    softcap: float, dropout_p: float, *, gradients: tuple[Tensor | None, ...] = (None,) * 5,
+) -> None:  # fmt: skip
     """Call the kernel. One function without helpers: on short sequences each costs as much as a part of their attention."""
     (rows_q, heads, dim), (rows_k, kv_heads, value_dim) = query.shape, value.shape
     if (rows_k, cu_k.numel(), cu_q.dtype, cu_k.dtype) != (key.shape[0], cu_q.numel(), torch.int32, torch.int32):
