@@ -25,7 +25,7 @@ from ..errors import ArgumentError, LayoutError
 from ..functional import pack_rows, unpack_rows
 from ..layout import SeqLayout
 from ..records import announced_dense
-from ._hf_mask import Packing, VarlenMask
+from ._hf_mask import Meaning, Packing, VarlenMask
 
 __all__ = ["NotPackable", "captured", "collected", "varlen_attention_forward"]
 
@@ -74,45 +74,52 @@ def varlen_attention_forward(
     Raises:
         LayoutError: ``cu_seq_lens_q`` does not fit the query.
     """
-    chosen = next((name for name, x in kwargs.items() if name.endswith("indices") and x is not None), None)
-    if chosen is not None:
-        raise NotPackable(
-            f"`{chosen}` must not be given to attention, but is, by {type(module).__name__}: it chooses keys in a way that only kernels "
-            "of its own understand. Call varlen_attn.enable(model), which leaves such models alone."
-        )
-    wants_weights = bool(kwargs.get("output_attentions")) or "attentions" in captured()
-    options = Options(scaling, dropout, softcap, position_bias, s_aux, wants_weights)
-    mask = attention_mask
-    if kwargs.get("cu_seq_lens_q") is not None and not torch.compiler.is_compiling():
+    for name in kwargs:
+        if name.endswith("indices") and kwargs[name] is not None:
+            raise NotPackable(
+                f"`{name}` must not be given to attention, but is, by {type(module).__name__}: it chooses keys in a way that only kernels "
+                "of its own understand. Call varlen_attn.enable(model), which leaves such models alone."
+            )
+    mask, wants_weights, has_offsets = attention_mask, bool(kwargs.get("output_attentions")), kwargs.get("cu_seq_lens_q") is not None
+    meaning = mask.meaning if isinstance(mask, VarlenMask) else None
+    plain = position_bias is None and not wants_weights and not has_offsets
+    if (
+        plain
+        and meaning is not None
+        and meaning.stack is not None
+        and (1, query.shape[2], key.shape[2]) == (query.shape[0], *meaning.shape[2:])
+    ):
+        return _attend_rows(module, query, key, value, meaning.stack, Options(scaling, dropout, softcap, None, s_aux, False)), None
+    options = Options(scaling, dropout, softcap, position_bias, s_aux, wants_weights or "attentions" in collected())
+    if has_offsets and not torch.compiler.is_compiling():
         way: Packing | str = _given_offsets(module, query, key, mask, is_causal, options, kwargs)
         if isinstance(way, str):
             mask = _same_document(mask, query, key, _is_causal(module, is_causal), kwargs)
-    elif isinstance(mask, VarlenMask):
-        way = _by_mask(mask, query, key, options)
+    elif meaning is not None:
+        way = _by_mask(meaning, query, key, options)
     else:
         way = "nothing is padded" if mask is None else "a mask of the model's or the caller's own"
     if isinstance(way, str):
         return _dense(module, query, key, value, mask, is_causal, options, way, kwargs)
-    if _is_rows(mask, way, query):
-        q_TNH, k_TKH, v_TKH = (x[0].transpose(0, 1) for x in (query, key, value))
-        return _attend(module, q_TNH, k_TKH, v_TKH, way, options, None)[None], None
+    if (query.shape[0], query.shape[2]) != (way.layout_q.batch_size, way.layout_q.padded_len):
+        return _attend_rows(module, query, key, value, way, options), None
     q_TNH = pack_rows(way.layout_q, query.transpose(1, 2), "query")
     columns = slice(way.layout_kv.padded_len)
     k_TKH, v_TKH = (pack_rows(way.layout_kv, x[:, :, columns].transpose(1, 2)) for x in (key, value))
-    reason = (isinstance(mask, VarlenMask) and mask.meaning.padded_because) or "a call by itself: the layers around it compute padding"
+    reason = (meaning is not None and meaning.padded_because) or "a call by itself: the layers around it compute padding"
     return unpack_rows(way.layout_q, _attend(module, q_TNH, k_TKH, v_TKH, way, options, reason)), None
 
 
-def _is_rows(mask: Tensor | None, way: Packing, query: Tensor) -> bool:
-    """Whether the columns are packed rows already."""
-    stack = isinstance(mask, VarlenMask) and mask.meaning.rows is way.layout_q
-    return stack or (query.shape[0], query.shape[2]) != (way.layout_q.batch_size, way.layout_q.padded_len)
+def _attend_rows(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, way: Packing, options: Options) -> Tensor:
+    """For columns that are packed rows already."""
+    return _attend(module, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), way, options, None)[None]
 
 
 def _attend(module: nn.Module, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, way: Packing, options: Options, reason: str | None) -> Tensor:
-    bias = None if options.bias is None else options.bias[0]
     asked = Asked(way.causal, way.window, options.scaling, options.softcap, options.dropout)
-    extras = NO_EXTRAS if bias is None and options.sinks is None else Extras(None, options.sinks, bias)
+    extras = NO_EXTRAS
+    if options.bias is not None or options.sinks is not None:
+        extras = Extras(None, options.sinks, None if options.bias is None else options.bias[0])
     out: Tensor = attend(q_TNH, k_TKH, v_TKH, way.layout_q, way.layout_kv, asked, extras, module=module, reason=reason)
     return out
 
@@ -120,8 +127,7 @@ def _attend(module: nn.Module, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, way:
 # -------------------------------------------------------------------- which way
 
 
-def _by_mask(mask: VarlenMask, query: Tensor, key: Tensor, options: Options) -> Packing | str:
-    meaning = mask.meaning
+def _by_mask(meaning: Meaning, query: Tensor, key: Tensor, options: Options) -> Packing | str:
     batch_size, _, len_q, len_k = meaning.shape
     if (query.shape[0], query.shape[2]) != (batch_size, len_q) or (key.shape[0], key.shape[2]) != (batch_size, len_k):
         return "the mask was made for tensors of another shape"

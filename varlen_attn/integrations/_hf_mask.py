@@ -62,7 +62,9 @@ class Meaning:
         padding: ``(B, K)``, True is a token; None for no padding.
         first_query: the key column at which the first query stands.
         rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows.
+        stack: how all layers of that stack attend; None once somebody looked at the mask.
         forwards: of the models in whose forwards the mask was made, the innermost last.
+        packed_arguments: what layers were given, by name and identity, and the same for packed rows.
         numbers: the mask as somebody was given it to compute with. Whoever has it may write to it, so from then on it is what counts.
     """
 
@@ -78,11 +80,11 @@ class Meaning:
     ) -> None:
         self.shape, self.device, self.pattern, self.padding = shape, device, pattern, padding
         self.first_query, self.rows = first_query, rows
+        self.stack = None if rows is None else Packing(rows, rows, pattern.causal, pattern.window)
         self.forwards = _under_way()
         self.numbers: Tensor | None = None
         self._make = make
-        self._packed_tensors: list[tuple[Tensor, Tensor]] = []
-        self._alike: list[Meaning] = []
+        self.packed_arguments: dict[tuple[str, int], tuple[Any, Any]] = {}
 
     @property
     def padded_because(self) -> str | None:
@@ -111,7 +113,7 @@ class Meaning:
     def look(self) -> Tensor:
         """The mask for code that computes with it, or writes to it."""
         if self.numbers is None:
-            self.numbers = self._dense.contiguous()
+            self.numbers, self.stack = self._dense.contiguous(), None
         return self.numbers
 
     @cached_property
@@ -140,8 +142,8 @@ class Meaning:
 
     @cached_property
     def _packing(self) -> Packing | str:
-        if self.rows is not None:
-            return Packing(self.rows, self.rows, self.pattern.causal, self.pattern.window)
+        if self.stack is not None:
+            return self.stack
         if self.pattern.documents is not None:
             return Packing(self.keys, self.keys, self.pattern.causal, self.pattern.window)
         return self._causal() if self.pattern.causal else self._bidirectional()
@@ -193,26 +195,11 @@ class Meaning:
 
     def is_of_columns_of(self, other: Meaning) -> bool:
         """Whether both are masks of one self-attention: the same columns, the same padding."""
-        if self is other or any(x is other for x in self._alike):
-            return True
         if self.shape != other.shape or self.first_query != other.first_query or self.pattern.documents is not None:
             return False
-        alike = self.keys is other.keys
-        if not alike and self.padding is not None and other.padding is not None:
-            alike = torch.equal(self.padding, other.padding)
-        if alike:
-            self._alike.append(other)
-        return alike
-
-    def pack(self, x: Tensor) -> Tensor:
-        """``(B, S, ...)`` or ``(1, S, ...)`` -> ``(1, T, ...)``; a tensor that every layer is given is packed once."""
-        for seen, rows in self._packed_tensors:
-            if seen is x:
-                return rows
-        rows = self.keys.pack(x.expand(self.shape[0], *x.shape[1:]))[None]
-        if not x.requires_grad:
-            self._packed_tensors.append((x, rows))
-        return rows
+        if self.keys is other.keys:
+            return True
+        return self.padding is not None and other.padding is not None and torch.equal(self.padding, other.padding)
 
     def to(self, device: torch.device) -> Meaning:
         pattern = self.pattern

@@ -157,7 +157,7 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
         for module, state, implementation in before:
             module.set_attn_implementation(implementation)
             for stack in state.stacks:
-                stack_hooks.install(module.get_submodule(stack), module.config)
+                stack_hooks.install(module.get_submodule(stack))
             if state.stacks:
                 stack_hooks.watch(trees[id(module)], module, state.stacks, state.guarded)
             setattr(module, _STATE, state)
@@ -395,7 +395,7 @@ class _Part:
         return None
 
     def _pack(self, name: str, layers: nn.ModuleList, trials: list[Trial], expected: list[dict[str, Any]]) -> str | None:
-        stack_hooks.install(layers, self.model.config)
+        stack_hooks.install(layers)
         stack_hooks.watch(self.tree, self.model, guarded=self.guarded)
         reason = self.compare(trials[:1], expected[:1])
         if reason is None and not self._was_packed(name):
