@@ -29,6 +29,7 @@ from ._hf_mask import Meaning, Packing, VarlenMask
 
 __all__ = ["NotPackable", "captured", "collected", "varlen_attention_forward"]
 
+_OTHER_MASK = "a mask of the model's or the caller's own"
 EAGER = "eager matmul, softmax, matmul"
 
 
@@ -92,13 +93,14 @@ def varlen_attention_forward(
         return _attend_rows(module, query, key, value, meaning.stack, Options(scaling, dropout, softcap, None, s_aux, False)), None
     options = Options(scaling, dropout, softcap, position_bias, s_aux, wants_weights or "attentions" in collected())
     if has_offsets and not torch.compiler.is_compiling():
-        way: Packing | str = _given_offsets(module, query, key, mask, is_causal, options, kwargs)
+        layouts, causal = _given_layouts(query, key, mask, kwargs), _is_causal(module, is_causal)
+        way = _by_offsets(*layouts, mask, causal, options)
         if isinstance(way, str):
-            mask = _same_document(mask, query, key, _is_causal(module, is_causal), kwargs)
+            mask = _same_document(mask, *layouts, causal)
     elif meaning is not None:
         way = _by_mask(meaning, query, key, options)
     else:
-        way = "nothing is padded" if mask is None else "a mask of the model's or the caller's own"
+        way = "nothing is padded" if mask is None else _OTHER_MASK
     if isinstance(way, str):
         return _dense(module, query, key, value, mask, is_causal, options, way, kwargs)
     if (query.shape[0], query.shape[2]) != (way.layout_q.batch_size, way.layout_q.padded_len):
@@ -154,26 +156,24 @@ def _by_mask(meaning: Meaning, query: Tensor, key: Tensor, options: Options) -> 
 _BIAS_FILL = 0.6
 
 
-def _given_offsets(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None, options: Options, kwargs: dict[str, Any]
-) -> Packing | str:
+def _given_layouts(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> tuple[SeqLayout, SeqLayout]:
     """The caller packed the batch: ``(1, T)`` columns, and where each sequence begins."""
     if isinstance(mask, VarlenMask) and mask.meaning.padding is not None and not mask.meaning.keys.is_dense:
         raise LayoutError(
             "`attention_mask` must not hide columns where cu_seq_lens_q is given, whose columns are all tokens, but does: pass one of both."
         )
-    layout_q = _offsets_layout(kwargs["cu_seq_lens_q"], query, "q")
-    offsets_k = kwargs.get("cu_seq_lens_k")
-    same = offsets_k is None or offsets_k is kwargs["cu_seq_lens_q"]
-    layout_k = layout_q if same and key.shape[2] == query.shape[2] else _offsets_layout(offsets_k, key, "k")
+    offsets_q, offsets_k = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
+    layout_q = _offsets_layout(offsets_q, query, "q")
+    same = (offsets_k is None or offsets_k is offsets_q) and key.shape[2] == query.shape[2]
+    return layout_q, layout_q if same else _offsets_layout(offsets_k, key, "k")
+
+
+def _by_offsets(layout_q: SeqLayout, layout_k: SeqLayout, mask: Tensor | None, causal: bool, options: Options) -> Packing | str:
     if options.bias is not None or options.weights:
         return "a position bias by columns, or attention weights, of packed columns"
     if isinstance(mask, VarlenMask):
-        pattern = mask.meaning.pattern
-        return Packing(layout_q, layout_k, pattern.causal, pattern.window)
-    if mask is not None:
-        return "a mask of the model's or the caller's own"
-    return Packing(layout_q, layout_k, _is_causal(module, is_causal), None)
+        return Packing(layout_q, layout_k, mask.meaning.pattern.causal, mask.meaning.pattern.window)
+    return Packing(layout_q, layout_k, causal, None) if mask is None else _OTHER_MASK
 
 
 def _offsets_layout(offsets: Tensor | None, x: Tensor, side: str) -> SeqLayout:
@@ -202,15 +202,12 @@ def _kept_layout(offsets: Tensor) -> SeqLayout | None:
     return layout if same else None
 
 
-def _same_document(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, kwargs: dict[str, Any]) -> Tensor:
+def _same_document(mask: Tensor | None, layout_q: SeqLayout, layout_k: SeqLayout, causal: bool) -> Tensor:
     """``mask`` without what crosses from one sequence into another."""
-    layout_q = _offsets_layout(kwargs["cu_seq_lens_q"], query, "q")
-    offsets_k = kwargs.get("cu_seq_lens_k")
-    layout_k = layout_q if offsets_k is None else _offsets_layout(offsets_k, key, "k")
     together = (layout_q.seq_ids[:, None] == layout_k.seq_ids)[None, None]
     if mask is None:
         ends = torch.repeat_interleave(layout_k.cu_seqlens[1:] - layout_q.cu_seqlens[1:], layout_q.cu_seqlens.diff())
-        rows, columns = (torch.arange(layout.num_rows, device=query.device) for layout in (layout_q, layout_k))
+        rows, columns = (torch.arange(layout.num_rows, device=together.device) for layout in (layout_q, layout_k))
         return together & (columns <= (rows + ends)[:, None]) if causal else together  # aligned at the ends
     if mask.dtype == torch.bool:
         return mask & together

@@ -11,8 +11,9 @@ import inspect
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
@@ -53,6 +54,69 @@ class Packing(NamedTuple):
     window: Window | None
 
 
+# -------------------------------------------------------------------- forwards
+
+
+@dataclass(eq=False)
+class Forward:
+    """A model's forward under way.
+
+    Attributes:
+        tree: of the model that was enabled, whose or whose part's forward it is.
+        model: whose it is.
+        padded_because: why its layers must not run packed, which may turn out after a mask was made.
+        in_rows: whether a layer handed on rows, and the last did not put them back yet.
+    """
+
+    tree: object
+    model: object
+    padded_because: str | None
+    in_rows: bool = False
+
+
+class _Thread(threading.local):
+    """Lists are replaced and not changed: these are of all threads."""
+
+    forwards: Sequence[Forward] = ()
+    seen: list[Tensor] | None = None
+    made: tuple[Tensor, SeqLayout] | None = None
+
+
+_thread = _Thread()
+
+
+def enter_forward(tree: object, model: object, reason: str | None) -> None:
+    """A model's forward begins; ``reason`` is why its layers must not run packed, None if they may."""
+    left = next((i for i, f in enumerate(_thread.forwards) if f.model is model), None)  # interrupted, and never left
+    _thread.forwards = [*_thread.forwards[:left], Forward(tree, model, reason)]
+
+
+def _under_way() -> list[Forward]:
+    """Forwards of the innermost model and of those around it; not of a model that only happens to run, or was interrupted."""
+    return [f for f in _thread.forwards if f.tree is _thread.forwards[-1].tree]
+
+
+def leave_forward() -> Forward | None:
+    """It ends."""
+    forwards, _thread.forwards = _thread.forwards, _thread.forwards[:-1]
+    return forwards[-1] if forwards else None
+
+
+@contextmanager
+def paddings() -> Iterator[list[Tensor]]:
+    """The masks of tokens, ``(B, K)``, that a model makes inside: of tokens, of frames."""
+    seen: list[Tensor] = []
+    before, _thread.seen = _thread.seen, seen
+    try:
+        yield seen
+    finally:
+        _thread.seen = before
+
+
+# -------------------------------------------------------------------- masks
+
+
+@dataclass(eq=False, repr=False)
 class Meaning:
     """What a mask says.
 
@@ -61,30 +125,27 @@ class Meaning:
         pattern: of the columns.
         padding: ``(B, K)``, True is a token; None for no padding.
         first_query: the key column at which the first query stands.
+        make: transformers' own mask.
         rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows.
-        stack: how all layers of that stack attend; None once somebody looked at the mask.
         forwards: of the models in whose forwards the mask was made, the innermost last.
+        stack: how all layers of that stack attend; None once somebody looked at the mask.
         packed_arguments: what layers were given, by name and identity, and the same for packed rows.
         numbers: the mask as somebody was given it to compute with. Whoever has it may write to it, so from then on it is what counts.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int, int],
-        device: torch.device,
-        pattern: Pattern,
-        padding: Tensor | None,
-        first_query: int,
-        make: Callable[[], Tensor],
-        rows: SeqLayout | None = None,
-    ) -> None:
-        self.shape, self.device, self.pattern, self.padding = shape, device, pattern, padding
-        self.first_query, self.rows = first_query, rows
-        self.stack = None if rows is None else Packing(rows, rows, pattern.causal, pattern.window)
-        self.forwards = _under_way()
-        self.numbers: Tensor | None = None
-        self._make = make
+    shape: tuple[int, int, int, int]
+    device: torch.device
+    pattern: Pattern
+    padding: Tensor | None
+    first_query: int
+    make: Callable[[], Tensor]
+    rows: SeqLayout | None = None
+    forwards: list[Forward] = field(default_factory=_under_way)
+
+    def __post_init__(self) -> None:
+        self.stack = None if self.rows is None else Packing(self.rows, self.rows, self.pattern.causal, self.pattern.window)
         self.packed_arguments: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self.numbers: Tensor | None = None
 
     @property
     def padded_because(self) -> str | None:
@@ -108,7 +169,7 @@ class Meaning:
 
     @cached_property
     def _dense(self) -> Tensor:
-        return self._make()
+        return self.make()
 
     def look(self) -> Tensor:
         """The mask for code that computes with it, or writes to it."""
@@ -189,9 +250,7 @@ class Meaning:
         """The same for the packed rows ``(1, T)`` of a self-attention without cached keys."""
         total = self.keys.num_rows
         make = partial(_block_diagonal, self.keys, self.pattern)
-        meaning = Meaning((1, 1, total, total), self.device, self.pattern, None, 0, make, rows=self.keys)
-        meaning.forwards = self.forwards
-        return VarlenMask(meaning)
+        return VarlenMask(Meaning((1, 1, total, total), self.device, self.pattern, None, 0, make, self.keys, self.forwards))
 
     def is_of_columns_of(self, other: Meaning) -> bool:
         """Whether both are masks of one self-attention: the same columns, the same padding."""
@@ -253,53 +312,6 @@ class VarlenMask(Tensor):
 # -------------------------------------------------------------------- layouts
 
 
-_thread = threading.local()
-
-
-class Forward:
-    """A model's forward under way.
-
-    Attributes:
-        tree: of the model that was enabled, whose or whose part's forward it is.
-        model: whose it is.
-        padded_because: why its layers must not run packed, which may turn out after a mask was made.
-        in_rows: whether a layer handed on rows, and the last did not put them back yet.
-    """
-
-    def __init__(self, tree: object, model: object, padded_because: str | None) -> None:
-        self.tree, self.model, self.padded_because, self.in_rows = tree, model, padded_because, False
-
-
-def enter_forward(tree: object, model: object, reason: str | None) -> None:
-    """A model's forward begins; ``reason`` is why its layers must not run packed, None if they may."""
-    forwards: list[Forward] = getattr(_thread, "forwards", [])
-    left = next((i for i, f in enumerate(forwards) if f.model is model), len(forwards))  # interrupted, and never left
-    _thread.forwards = [*forwards[:left], Forward(tree, model, reason)]
-
-
-def _under_way() -> list[Forward]:
-    """Forwards of the innermost model and of those around it; not of a model that only happens to run, or was interrupted."""
-    forwards: list[Forward] = getattr(_thread, "forwards", [])
-    return [f for f in forwards if f.tree is forwards[-1].tree]
-
-
-def leave_forward() -> Forward | None:
-    """It ends."""
-    forwards: list[Forward] = getattr(_thread, "forwards", [])
-    _thread.forwards = forwards[:-1]
-    return forwards[-1] if forwards else None
-
-
-@contextmanager
-def paddings() -> Iterator[list[Tensor]]:
-    """The masks of tokens, ``(B, K)``, that a model makes inside: of tokens, of frames."""
-    before, _thread.seen = getattr(_thread, "seen", None), []
-    try:
-        yield _thread.seen
-    finally:
-        _thread.seen = before
-
-
 def _layout_of(real: Tensor) -> SeqLayout:
     """The layout of a mask of tokens, ``(B, K)`` bool.
 
@@ -310,9 +322,8 @@ def _layout_of(real: Tensor) -> SeqLayout:
         return known
     if real.device.type != "cpu" or is_tracing(real):
         return SeqLayout.from_attention_mask(real, validate=False)
-    seen: tuple[Tensor, SeqLayout] | None = getattr(_thread, "made", None)
-    if seen is not None and torch.equal(seen[0], real):
-        return seen[1]
+    if _thread.made is not None and torch.equal(_thread.made[0], real):
+        return _thread.made[1]
     layout = SeqLayout.from_attention_mask(real, validate=False)
     with torch.inference_mode(False):
         _thread.made = (real.detach().clone(), layout)
@@ -381,9 +392,8 @@ def varlen_mask(
     if padding is not None and tuple(padding.shape) != (batch_size, kv_length):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]  # transformers' error, or its broadcasting
     make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-    seen = getattr(_thread, "seen", None)
-    if seen is not None and padding is not None:
-        seen.append(padding)
+    if _thread.seen is not None and padding is not None:
+        _thread.seen.append(padding)
     return VarlenMask(Meaning((batch_size, 1, q_length, kv_length), device, pattern, padding, q_offset - kv_offset, make))
 
 
