@@ -53,13 +53,8 @@ class LayerHook:
         hidden = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden, Tensor) or torch.compiler.is_compiling():
             return None
-        for mask in (*args, *kwargs.values()):
-            if isinstance(mask, VarlenMask):
-                break
-        else:
-            return None
-        meaning = mask.meaning
-        if meaning.rows is not None:
+        meaning = _meaning_of(args, kwargs)
+        if meaning is None or meaning.rows is not None:
             return None
         # Only a batch with padding is packed, so the shape of rows is another.
         is_rows = hidden.shape[:2] != meaning.shape[::2] and hidden.shape[:2] == (1, meaning.keys.num_rows)
@@ -84,12 +79,11 @@ class LayerHook:
         return tuple(packed[: len(args)]), dict(zip(kwargs, packed[len(args) :], strict=True))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        mask = next((x for x in (*args, *kwargs.values()) if isinstance(x, VarlenMask)), None)
-        layout = None if mask is None else mask.meaning.rows
-        if layout is None or not self.last:  # pickles of earlier versions have this after every layer
+        meaning = _meaning_of(args, kwargs)
+        if meaning is None or meaning.rows is None or not self.last:  # pickles of earlier versions have this after every layer
             return None
-        assert mask is not None
-        mask.meaning.hands_on(rows=False)
+        layout = meaning.rows
+        meaning.hands_on(rows=False)
         states = collected().get("hidden_states", [])
         for i, x in enumerate(states):  # of the layers before; this one's is collected after it was unpacked
             if x is not None and x.shape[:2] == (1, layout.num_rows):
@@ -97,6 +91,14 @@ class LayerHook:
         if isinstance(result, Tensor):
             return layout.unpack(result[0])
         return (layout.unpack(result[0][0]), *result[1:])
+
+
+def _meaning_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None:
+    """Of the first mask that a layer is given."""
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, VarlenMask):
+            return x.meaning
+    return None
 
 
 def _why_padded(hidden: Tensor, meaning: Meaning) -> str | None:
@@ -247,9 +249,10 @@ class ModelHook:
         for labels in (given.get("labels"), given.get("shift_labels")):
             if isinstance(labels, Tensor) and labels.shape == mask.shape and _counts_padding(labels, mask):
                 return "labels at padding or just after it that are not -100, so that the loss counts it"
-        ids, pad = given.get("input_ids"), getattr(self.config.get_text_config(), "pad_token_id", None)
-        if self.looks_at_ids and (ids is None or pad is None or ids.shape != mask.shape or not bool((mask.bool() | (ids == pad)).all())):
-            return "other ids than pad_token_id at padding, which the head looks at"
+        if self.looks_at_ids:
+            ids, pad = given.get("input_ids"), getattr(self.config.get_text_config(), "pad_token_id", None)
+            if ids is None or pad is None or ids.shape != mask.shape or not bool((mask.bool() | (ids == pad)).all()):
+                return "other ids than pad_token_id at padding, which the head looks at"
         return None
 
 
@@ -318,17 +321,13 @@ def is_ours(hook: Any) -> bool:
     return isinstance(getattr(hook, "__self__", None), LayerHook | ModelHook)
 
 
-def remove(*modules: nn.Module) -> None:
-    """The inverse of `install` for layers, and of `watch` for models."""
-    _remove(modules, LayerHook | ModelHook)
-
-
 def unwatch(model: nn.Module) -> None:
-    """The inverse of `watch` alone."""
-    _remove(model.modules(), ModelHook)
+    """The inverse of `watch`."""
+    remove(model.modules(), ModelHook)
 
 
-def _remove(modules: Iterable[nn.Module], kind: Any) -> None:
+def remove(modules: Iterable[nn.Module], kind: Any = LayerHook | ModelHook) -> None:
+    """The inverse of `install` for layers, and of `watch` for models."""
     for module in modules:
         before = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
         after = (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)

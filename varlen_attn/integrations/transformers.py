@@ -123,7 +123,7 @@ def _check_whole(root: Any, tree: stack_hooks.Tree, whole: _Part, rows: list[Row
             stack_hooks.watch(tree, module, state.stacks, state.guarded)
         elif reason is not None:
             for stack in state.stacks:
-                stack_hooks.remove(*module.get_submodule(stack))
+                stack_hooks.remove(module.get_submodule(stack))
             setattr(module, _STATE, State(state.before, (), False))
     if reason is None:
         return rows
@@ -140,7 +140,7 @@ def disable(model: nn.Module) -> list[Row]:
         module.set_attn_implementation(state.before)
         delattr(module, _STATE)
         rows.append((names[id(module)], type(module).__name__, "restored", ""))
-    stack_hooks.remove(*model.modules())
+    stack_hooks.remove(model.modules())
     return rows[::-1]
 
 
@@ -407,7 +407,7 @@ class _Part:
             stack_hooks.watch(self.tree, self.model, guarded=True)
             reason = self.compare(odd)
         if reason is not None:
-            stack_hooks.remove(*layers)
+            stack_hooks.remove(layers)
         return reason
 
     def _was_packed(self, name: str) -> bool:
