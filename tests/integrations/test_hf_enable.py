@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from varlen_attn import ArgumentError, SeqLayout, VarlenError, VarlenWarning, re
 from varlen_attn._host_lengths import HostLengths
 from varlen_attn.convert import Report, disable, enable, enabled
 from varlen_attn.integrations._hf_attention import varlen_attention_forward
-from varlen_attn.integrations._hf_stack import LayerHook, is_ours
+from varlen_attn.integrations._hf_mask import VarlenMask, varlen_mask
+from varlen_attn.integrations._hf_stack import LayerHook, _packed, is_ours
 from varlen_attn.integrations.transformers import register
 
 from .tiny import COLUMNS, assert_close, attention_mask, batch, build, error, quietly, reasons, seq2seq, shake, token_ids
@@ -1357,3 +1359,78 @@ def test_a_user_who_sets_another_implementation_afterwards() -> None:
     disable(model)
     assert model.config._attn_implementation == "sdpa"
     assert hooks(model) == []
+
+
+# -------------------------------------------------------------------- what a stack costs
+
+
+def calls_of_the_integration(model: nn.Module) -> int:
+    """Python calls of a forward, comprehensions included."""
+    folder, count = str(Path(varlen_attn.integrations.__file__).parent), 0  # type: ignore[attr-defined]
+
+    def profiler(frame: Any, event: str, _: Any) -> None:
+        nonlocal count
+        count += event == "call" and frame.f_code.co_filename.startswith(folder)
+
+    with torch.no_grad():
+        model(**batch(), use_cache=False)
+        sys.setprofile(profiler)
+        try:
+            model(**batch(), use_cache=False)
+        finally:
+            sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("name", ["Bert", "Llama", "ModernBert"])
+def test_a_further_layer_takes_over_what_the_first_one_settled(name: str) -> None:
+    counts = []
+    for layers in (4, 6):
+        model = build(name, num_hidden_layers=layers)
+        enable(model)
+        counts.append(calls_of_the_integration(model))
+    assert 0 < counts[1] - counts[0] <= 2 * 8
+
+
+def test_a_forward_leaves_no_mask_to_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask keeps what layers were given, but never itself."""
+    model = build("Llama")
+    enable(model)
+    made: list[Any] = []
+    init = VarlenMask.__init__
+
+    def spy(self: VarlenMask, meaning: Any) -> None:
+        made.append(weakref.ref(meaning))
+        init(self, meaning)
+
+    monkeypatch.setattr(VarlenMask, "__init__", spy)
+    gc.disable()
+    try:
+        with torch.no_grad():
+            model(**batch())
+        assert len(made) == 2  # the padded one and the one of rows
+        assert all(meaning() is None for meaning in made)
+    finally:
+        gc.enable()
+
+
+def test_arguments_of_layers_are_packed_once_unless_they_may_change() -> None:
+    meaning = varlen_mask(4, COLUMNS, COLUMNS, attention_mask=attention_mask().bool()).meaning  # type: ignore[union-attr]
+    x, hidden = torch.randn(4, COLUMNS, 2), torch.randn(4, COLUMNS, 3)
+    rows = meaning.keys.pack(hidden)[None]
+
+    def packed(x: Any) -> Any:
+        return _packed("states", x, meaning, hidden, rows)
+
+    assert packed(x) is packed(x)
+    assert packed((x, None)) is not None
+    assert packed((x, None))[0] is packed(x)
+    assert packed(hidden) is packed((hidden,))[0] is rows
+    growing = [x]
+    assert len(packed(growing)) == 1
+    growing.append(x)
+    assert len(packed(growing)) == 2
+    weight = x.clone().requires_grad_()
+    assert packed(weight) is not packed(weight)
+    assert packed((weight,)) is not packed((weight,))
+    assert torch.equal(packed(weight), packed(x))

@@ -182,10 +182,10 @@ class Meaning:
         """Of the key columns. One transfer, unless the host knows the lengths."""
         if self.pattern.documents is not None:
             return SeqLayout.from_document_ids(self.pattern.documents + 1)
-        if self.padding is None:
-            batch_size, _, _, num_columns = self.shape
-            return SeqLayout.from_lengths([num_columns] * batch_size, num_columns, device=self.device)
-        return _layout_of(self.padding)
+        return self._all(self.shape[3]) if self.padding is None else _layout_of(self.padding)
+
+    def _all(self, columns: int) -> SeqLayout:
+        return SeqLayout.from_lengths([columns] * self.shape[0], columns, device=self.device)
 
     @property
     def is_plain(self) -> bool:
@@ -210,40 +210,33 @@ class Meaning:
         return self._causal() if self.pattern.causal else self._bidirectional()
 
     def _causal(self) -> Packing | str:
-        batch_size, _, len_q, len_k = self.shape
+        _, _, len_q, len_k = self.shape
         last = self.first_query + len_q  # no query sees the columns from here on: a static cache's future
         if last > len_k or self.first_query < 0:
             return f"queries stand at columns {self.first_query} to {last} of {len_k} keys"
-        keys = self.keys if last == len_k or self.padding is None else _layout_of(self.padding[:, :last])
-        if self.padding is None and last < len_k:
-            keys = SeqLayout.from_lengths([last] * batch_size, last, device=self.device)
+        keys = self.keys if last == len_k else self._all(last) if self.padding is None else _layout_of(self.padding[:, :last])
         window = self.pattern.window
         if keys.lengths is None:
             return "only the device knows the lengths"
         if self.first_query == 0 and keys.is_dense:
             return Packing(keys, keys, True, window)
         if self.first_query == 0 and keys.right_padded:
-            return Packing(self._all_queries, keys, "top_left", window)
+            return Packing(self._all(len_q), keys, "top_left", window)
         if keys.has_holes or not _reaches_last_column(self.padding, keys, last):
             return "padding on both sides or with tokens after it, where the padded rows must stay what they are"
         if self.first_query == 0:
             return Packing(keys, keys, True, window)  # rows before the first token see nothing
         if self.padding is None:
-            return Packing(self._all_queries, keys, True, window)
+            return Packing(self._all(len_q), keys, True, window)
         return Packing(_layout_of(self.padding[:, self.first_query : last]), keys, True, window)
 
     def _bidirectional(self) -> Packing | str:
         window = self.pattern.window
         if window is None:
-            return Packing(self._all_queries, self.keys, False, None)
+            return Packing(self._all(self.shape[2]), self.keys, False, None)
         if self.first_query == 0 and self.shape[2] == self.shape[3] and self.keys.is_dense:
             return Packing(self.keys, self.keys, False, window)
         return "a window around queries at padding"
-
-    @cached_property
-    def _all_queries(self) -> SeqLayout:
-        batch_size, _, len_q, _ = self.shape
-        return SeqLayout.from_lengths([len_q] * batch_size, len_q, device=self.device)
 
     @cached_property
     def packed(self) -> VarlenMask:

@@ -6,7 +6,8 @@ the next layer as it is, and the hook of the last one puts the tokens back. Posi
 padded code on padded tensors, so that rotary, absolute and convolutional positions are what they were.
 
 The hooks hold no state: rows are told from padded tensors by their shape, against the mask that every layer is given. So layers
-may be checkpointed, recomputed, shared or skipped.
+may be checkpointed, recomputed, shared or skipped. What the first layer settles for all is kept on that mask: arguments that were packed,
+and how attention is computed.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class LayerHook:
         rows = hidden if is_rows else meaning.keys.pack(hidden)[None]
         packed: list[Any] = []
         for name, x in (*zip(self.names, args, strict=False), *kwargs.items()):
-            y = None if x is None else _packed(name, x, meaning, hidden, rows)
+            known = meaning.packed_arguments.get((name, id(x)))
+            y = known[1] if known is not None else _packed(name, x, meaning, hidden, rows)
             if y is _REFUSED and is_rows:
                 raise VarlenError(
                     f"the layers of {type(module).__name__} were given packed rows, but now `{name}`, which can not be packed: call "
