@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from varlen_attn import ArgumentError, SeqLayout, VarlenError, VarlenWarning, re
 from varlen_attn._host_lengths import HostLengths
 from varlen_attn.convert import Report, disable, enable, enabled
 from varlen_attn.integrations._hf_attention import varlen_attention_forward
-from varlen_attn.integrations._hf_stack import LayerHook, is_ours
+from varlen_attn.integrations._hf_mask import VarlenMask, varlen_mask
+from varlen_attn.integrations._hf_stack import LayerHook, _packed, is_ours
 from varlen_attn.integrations.transformers import register
 
 from .tiny import COLUMNS, assert_close, attention_mask, batch, build, error, quietly, reasons, seq2seq, shake, token_ids
@@ -84,8 +86,9 @@ def images(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 
 def packing(model: nn.Module) -> int:
-    """How many hooks of ours the layers of stacks have: two each."""
-    return sum(isinstance(getattr(hook, "__self__", None), LayerHook) for _, hook in hooks(model))
+    """How many layers of stacks pack."""
+    found = (hook for m in model.modules() for hook in m._forward_pre_hooks.values())
+    return sum(isinstance(getattr(hook, "__self__", None), LayerHook) for hook in found)
 
 
 def packed_calls(model: nn.Module, **inputs: Any) -> int:
@@ -207,7 +210,7 @@ def test_enabling_twice_is_enabling_once(name: str, level: Any) -> None:
     second = enable(model, level=level)
     assert first == second
     assert len(hooks(model)) == middle
-    assert packing(model) == (4 if level == "model" else 0)
+    assert packing(model) == (2 if level == "model" else 0)
     assert middle == 0 or level == "model"
     assert_close(states(model), expected)
     disable(model)
@@ -218,7 +221,7 @@ def test_enabling_twice_is_enabling_once(name: str, level: Any) -> None:
 def test_another_level_replaces_the_one_before() -> None:
     model = build("Bert")
     before = anatomy(model)
-    for level, number in (("model", 4), ("attention", 0), ("auto", 4)):
+    for level, number in (("model", 2), ("attention", 0), ("auto", 2)):
         enable(model, level=level)  # type: ignore[arg-type]
         assert packing(model) == number
     disable(model)
@@ -367,7 +370,7 @@ def test_a_block_in_an_enabled_model(outer: Any, inner: Any) -> None:
     number, calls = len(hooks(model)), packed_calls(model, **batch())
     expected = states(model)
     with enabled(model, level=inner):
-        assert packing(model) == (4 if inner == "model" else 0)
+        assert packing(model) == (2 if inner == "model" else 0)
     assert len(hooks(model)) == number
     assert packed_calls(model, **batch()) == calls
     assert torch.equal(states(model), expected)
@@ -412,7 +415,7 @@ def test_copies_stay_enabled(name: str, level: Any, how: Callable[[nn.Module], A
     disable(model)
     assert packed_calls(copied, **batch()) == number
     assert copied.config._attn_implementation == "varlen_attn"
-    assert packing(copied) == 2 * number
+    assert packing(copied) == number
     disable(copied)
     assert hooks(copied) == []
     assert copied.config._attn_implementation == "sdpa"
@@ -420,12 +423,12 @@ def test_copies_stay_enabled(name: str, level: Any, how: Callable[[nn.Module], A
     assert error(states(model), expected) == 0
 
 
-def test_the_copy_of_a_layer_goes_by_its_own_configuration() -> None:
-    """The hooks of a copy know the copied configuration: whether layers are dropped is a question to that."""
+def test_a_copy_goes_by_its_own_configuration() -> None:
+    """The hook of a copy knows the copied configuration: whether layers are dropped is a question to that."""
     model = build("Bart", encoder_layerdrop=0.0)
     enable(model)
     copied = copy.deepcopy(model)
-    (hook,) = (h for h in copied.encoder.layers[0]._forward_pre_hooks.values() if is_ours(h))
+    (hook,) = (h for h in copied.encoder._forward_pre_hooks.values() if is_ours(h))
     assert hook.__self__.config is copied.encoder.config
 
 
@@ -515,7 +518,7 @@ def test_one_model_at_two_places_is_enabled_once() -> None:
     model = nn.ModuleDict({"a": inner, "b": inner, "c": build("Llama")})
     report = enable(model)
     assert [m.module for m in report.converted if m.kind.startswith("2 x")] == ["a.encoder.layer", "c.layers"]
-    assert packing(model) == 8
+    assert packing(model) == 4
     disable(model)
     assert hooks(model) == []
 
@@ -1356,3 +1359,78 @@ def test_a_user_who_sets_another_implementation_afterwards() -> None:
     disable(model)
     assert model.config._attn_implementation == "sdpa"
     assert hooks(model) == []
+
+
+# -------------------------------------------------------------------- what a stack costs
+
+
+def calls_of_the_integration(model: nn.Module) -> int:
+    """Python calls of a forward, comprehensions included."""
+    folder, count = str(Path(varlen_attn.integrations.__file__).parent), 0  # type: ignore[attr-defined]
+
+    def profiler(frame: Any, event: str, _: Any) -> None:
+        nonlocal count
+        count += event == "call" and frame.f_code.co_filename.startswith(folder)
+
+    with torch.no_grad():
+        model(**batch(), use_cache=False)
+        sys.setprofile(profiler)
+        try:
+            model(**batch(), use_cache=False)
+        finally:
+            sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("name", ["Bert", "Llama", "ModernBert"])
+def test_a_further_layer_takes_over_what_the_first_one_settled(name: str) -> None:
+    counts = []
+    for layers in (4, 6):
+        model = build(name, num_hidden_layers=layers)
+        enable(model)
+        counts.append(calls_of_the_integration(model))
+    assert 0 < counts[1] - counts[0] <= 2 * 8
+
+
+def test_a_forward_leaves_no_mask_to_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask keeps what layers were given, but never itself."""
+    model = build("Llama")
+    enable(model)
+    made: list[Any] = []
+    init = VarlenMask.__init__
+
+    def spy(self: VarlenMask, meaning: Any) -> None:
+        made.append(weakref.ref(meaning))
+        init(self, meaning)
+
+    monkeypatch.setattr(VarlenMask, "__init__", spy)
+    gc.disable()
+    try:
+        with torch.no_grad():
+            model(**batch())
+        assert len(made) == 2  # the padded one and the one of rows
+        assert all(meaning() is None for meaning in made)
+    finally:
+        gc.enable()
+
+
+def test_arguments_of_layers_are_packed_once_unless_they_may_change() -> None:
+    meaning = varlen_mask(4, COLUMNS, COLUMNS, attention_mask=attention_mask().bool()).meaning  # type: ignore[union-attr]
+    x, hidden = torch.randn(4, COLUMNS, 2), torch.randn(4, COLUMNS, 3)
+    rows = meaning.keys.pack(hidden)[None]
+
+    def packed(x: Any) -> Any:
+        return _packed("states", x, meaning, hidden, rows)
+
+    assert packed(x) is packed(x)
+    assert packed((x, None)) is not None
+    assert packed((x, None))[0] is packed(x)
+    assert packed(hidden) is packed((hidden,))[0] is rows
+    growing = [x]
+    assert len(packed(growing)) == 1
+    growing.append(x)
+    assert len(packed(growing)) == 2
+    weight = x.clone().requires_grad_()
+    assert packed(weight) is not packed(weight)
+    assert packed((weight,)) is not packed((weight,))
+    assert torch.equal(packed(weight), packed(x))

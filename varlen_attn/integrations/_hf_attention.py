@@ -25,9 +25,11 @@ from ..functional import pack_rows, unpack_rows
 from ..layout import SeqLayout
 from ..problem import Semantics
 from ..records import announced_dense
-from ._hf_mask import Packing, VarlenMask
+from ._hf_mask import Meaning, Packing, VarlenMask
 
 __all__ = ["NotPackable", "captured", "collected", "varlen_attention_forward"]
+
+_OTHER_MASK = "a mask of the model's or the caller's own"
 
 
 class NotPackable(ArgumentError):
@@ -72,45 +74,53 @@ def varlen_attention_forward(
     Raises:
         LayoutError: ``cu_seq_lens_q`` does not fit the query.
     """
-    chosen = next((name for name, x in kwargs.items() if name.endswith("indices") and x is not None), None)
-    if chosen is not None:
-        raise NotPackable(
-            f"`{chosen}` must not be given to attention, but is, by {type(module).__name__}: it chooses keys in a way that only kernels "
-            "of its own understand. Call varlen_attn.enable(model), which leaves such models alone."
-        )
-    wants_weights = bool(kwargs.get("output_attentions")) or "attentions" in captured()
-    options = Options(scaling, dropout, softcap, position_bias, s_aux, wants_weights)
-    mask = attention_mask
-    if kwargs.get("cu_seq_lens_q") is not None and not torch.compiler.is_compiling():
-        way: Packing | str = _given_offsets(module, query, key, mask, is_causal, options, kwargs)
+    for name in kwargs:
+        if name.endswith("indices") and kwargs[name] is not None:
+            raise NotPackable(
+                f"`{name}` must not be given to attention, but is, by {type(module).__name__}: it chooses keys in a way that only kernels "
+                "of its own understand. Call varlen_attn.enable(model), which leaves such models alone."
+            )
+    mask, wants_weights, has_offsets = attention_mask, bool(kwargs.get("output_attentions")), kwargs.get("cu_seq_lens_q") is not None
+    meaning = mask.meaning if isinstance(mask, VarlenMask) else None
+    plain = position_bias is None and not wants_weights and not has_offsets
+    if (
+        plain
+        and meaning is not None
+        and meaning.stack is not None
+        and (1, query.shape[2], key.shape[2]) == (query.shape[0], *meaning.shape[2:])
+    ):
+        return _attend_rows(module, query, key, value, meaning.stack, Options(scaling, dropout, softcap, None, s_aux, False)), None
+    options = Options(scaling, dropout, softcap, position_bias, s_aux, wants_weights or "attentions" in collected())
+    if has_offsets and not torch.compiler.is_compiling():
+        layouts, causal = _given_layouts(query, key, mask, kwargs), _is_causal(module, is_causal)
+        way = _by_offsets(*layouts, mask, causal, options)
         if isinstance(way, str):
-            mask = _same_document(mask, query, key, _is_causal(module, is_causal), kwargs)
-    elif isinstance(mask, VarlenMask):
-        way = _by_mask(mask, query, key, options)
+            mask = _same_document(mask, *layouts, causal)
+    elif meaning is not None:
+        way = _by_mask(meaning, query, key, options)
     else:
-        way = "nothing is padded" if mask is None else "a mask of the model's or the caller's own"
+        way = "nothing is padded" if mask is None else _OTHER_MASK
     if isinstance(way, str):
         return _dense(module, query, key, value, mask, is_causal, options, way, kwargs)
-    if _is_rows(mask, way, query):
-        q_TNH, k_TKH, v_TKH = (x[0].transpose(0, 1) for x in (query, key, value))
-        return _attend(module, q_TNH, k_TKH, v_TKH, way, options, None)[None], None
+    if (query.shape[0], query.shape[2]) != (way.layout_q.batch_size, way.layout_q.padded_len):
+        return _attend_rows(module, query, key, value, way, options), None
     q_TNH = pack_rows(way.layout_q, query.transpose(1, 2), "query")
     columns = slice(way.layout_kv.padded_len)
     k_TKH, v_TKH = (pack_rows(way.layout_kv, x[:, :, columns].transpose(1, 2)) for x in (key, value))
-    reason = (isinstance(mask, VarlenMask) and mask.meaning.padded_because) or "a call by itself: the layers around it compute padding"
+    reason = (meaning is not None and meaning.padded_because) or "a call by itself: the layers around it compute padding"
     return unpack_rows(way.layout_q, _attend(module, q_TNH, k_TKH, v_TKH, way, options, reason)), None
 
 
-def _is_rows(mask: Tensor | None, way: Packing, query: Tensor) -> bool:
-    """Whether the columns are packed rows already."""
-    stack = isinstance(mask, VarlenMask) and mask.meaning.rows is way.layout_q
-    return stack or (query.shape[0], query.shape[2]) != (way.layout_q.batch_size, way.layout_q.padded_len)
+def _attend_rows(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, way: Packing, options: Options) -> Tensor:
+    """For columns that are packed rows already."""
+    return _attend(module, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), way, options, None)[None]
 
 
 def _attend(module: nn.Module, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, way: Packing, options: Options, reason: str | None) -> Tensor:
-    bias = None if options.bias is None else options.bias[0]
     asked = Asked(way.causal, way.window, options.scaling, options.softcap, options.dropout)
-    extras = NO_EXTRAS if bias is None and options.sinks is None else Extras(None, options.sinks, bias)
+    extras = NO_EXTRAS
+    if options.bias is not None or options.sinks is not None:
+        extras = Extras(None, options.sinks, None if options.bias is None else options.bias[0])
     out: Tensor = attend(q_TNH, k_TKH, v_TKH, way.layout_q, way.layout_kv, asked, extras, module=module, reason=reason)
     return out
 
@@ -118,8 +128,7 @@ def _attend(module: nn.Module, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, way:
 # -------------------------------------------------------------------- which way
 
 
-def _by_mask(mask: VarlenMask, query: Tensor, key: Tensor, options: Options) -> Packing | str:
-    meaning = mask.meaning
+def _by_mask(meaning: Meaning, query: Tensor, key: Tensor, options: Options) -> Packing | str:
     batch_size, _, len_q, len_k = meaning.shape
     if (query.shape[0], query.shape[2]) != (batch_size, len_q) or (key.shape[0], key.shape[2]) != (batch_size, len_k):
         return "the mask was made for tensors of another shape"
@@ -146,26 +155,24 @@ def _by_mask(mask: VarlenMask, query: Tensor, key: Tensor, options: Options) -> 
 _BIAS_FILL = 0.6
 
 
-def _given_offsets(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None, options: Options, kwargs: dict[str, Any]
-) -> Packing | str:
+def _given_layouts(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> tuple[SeqLayout, SeqLayout]:
     """The caller packed the batch: ``(1, T)`` columns, and where each sequence begins."""
     if isinstance(mask, VarlenMask) and mask.meaning.padding is not None and not mask.meaning.keys.is_dense:
         raise LayoutError(
             "`attention_mask` must not hide columns where cu_seq_lens_q is given, whose columns are all tokens, but does: pass one of both."
         )
-    layout_q = _offsets_layout(kwargs["cu_seq_lens_q"], query, "q")
-    offsets_k = kwargs.get("cu_seq_lens_k")
-    same = offsets_k is None or offsets_k is kwargs["cu_seq_lens_q"]
-    layout_k = layout_q if same and key.shape[2] == query.shape[2] else _offsets_layout(offsets_k, key, "k")
+    offsets_q, offsets_k = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
+    layout_q = _offsets_layout(offsets_q, query, "q")
+    same = (offsets_k is None or offsets_k is offsets_q) and key.shape[2] == query.shape[2]
+    return layout_q, layout_q if same else _offsets_layout(offsets_k, key, "k")
+
+
+def _by_offsets(layout_q: SeqLayout, layout_k: SeqLayout, mask: Tensor | None, causal: bool, options: Options) -> Packing | str:
     if options.bias is not None or options.weights:
         return "a position bias by columns, or attention weights, of packed columns"
     if isinstance(mask, VarlenMask):
-        pattern = mask.meaning.pattern
-        return Packing(layout_q, layout_k, pattern.causal, pattern.window)
-    if mask is not None:
-        return "a mask of the model's or the caller's own"
-    return Packing(layout_q, layout_k, _is_causal(module, is_causal), None)
+        return Packing(layout_q, layout_k, mask.meaning.pattern.causal, mask.meaning.pattern.window)
+    return Packing(layout_q, layout_k, causal, None) if mask is None else _OTHER_MASK
 
 
 def _offsets_layout(offsets: Tensor | None, x: Tensor, side: str) -> SeqLayout:
@@ -194,15 +201,12 @@ def _kept_layout(offsets: Tensor) -> SeqLayout | None:
     return layout if same else None
 
 
-def _same_document(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, kwargs: dict[str, Any]) -> Tensor:
+def _same_document(mask: Tensor | None, layout_q: SeqLayout, layout_k: SeqLayout, causal: bool) -> Tensor:
     """``mask`` without what crosses from one sequence into another."""
-    layout_q = _offsets_layout(kwargs["cu_seq_lens_q"], query, "q")
-    offsets_k = kwargs.get("cu_seq_lens_k")
-    layout_k = layout_q if offsets_k is None else _offsets_layout(offsets_k, key, "k")
     together = (layout_q.seq_ids[:, None] == layout_k.seq_ids)[None, None]
     if mask is None:
         ends = torch.repeat_interleave(layout_k.cu_seqlens[1:] - layout_q.cu_seqlens[1:], layout_q.cu_seqlens.diff())
-        rows, columns = (torch.arange(layout.num_rows, device=query.device) for layout in (layout_q, layout_k))
+        rows, columns = (torch.arange(layout.num_rows, device=together.device) for layout in (layout_q, layout_k))
         return together & (columns <= (rows + ends)[:, None]) if causal else together  # aligned at the ends
     if mask.dtype == torch.bool:
         return mask & together

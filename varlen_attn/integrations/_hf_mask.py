@@ -11,8 +11,9 @@ import inspect
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
@@ -53,6 +54,69 @@ class Packing(NamedTuple):
     window: Window | None
 
 
+# -------------------------------------------------------------------- forwards
+
+
+@dataclass(eq=False)
+class Forward:
+    """A model's forward under way.
+
+    Attributes:
+        tree: of the model that was enabled, whose or whose part's forward it is.
+        model: whose it is.
+        padded_because: why its layers must not run packed, which may turn out after a mask was made.
+        in_rows: whether a layer handed on rows, and the last did not put them back yet.
+    """
+
+    tree: object
+    model: object
+    padded_because: str | None
+    in_rows: bool = False
+
+
+class _Thread(threading.local):
+    """Lists are replaced and not changed: these are of all threads."""
+
+    forwards: Sequence[Forward] = ()
+    seen: list[Tensor] | None = None
+    made: tuple[Tensor, SeqLayout] | None = None
+
+
+_thread = _Thread()
+
+
+def enter_forward(tree: object, model: object, reason: str | None) -> None:
+    """A model's forward begins; ``reason`` is why its layers must not run packed, None if they may."""
+    left = next((i for i, f in enumerate(_thread.forwards) if f.model is model), None)  # interrupted, and never left
+    _thread.forwards = [*_thread.forwards[:left], Forward(tree, model, reason)]
+
+
+def _under_way() -> list[Forward]:
+    """Forwards of the innermost model and of those around it; not of a model that only happens to run, or was interrupted."""
+    return [f for f in _thread.forwards if f.tree is _thread.forwards[-1].tree]
+
+
+def leave_forward() -> Forward | None:
+    """It ends."""
+    forwards, _thread.forwards = _thread.forwards, _thread.forwards[:-1]
+    return forwards[-1] if forwards else None
+
+
+@contextmanager
+def paddings() -> Iterator[list[Tensor]]:
+    """The masks of tokens, ``(B, K)``, that a model makes inside: of tokens, of frames."""
+    seen: list[Tensor] = []
+    before, _thread.seen = _thread.seen, seen
+    try:
+        yield seen
+    finally:
+        _thread.seen = before
+
+
+# -------------------------------------------------------------------- masks
+
+
+@dataclass(eq=False, repr=False)
 class Meaning:
     """What a mask says.
 
@@ -61,28 +125,27 @@ class Meaning:
         pattern: of the columns.
         padding: ``(B, K)``, True is a token; None for no padding.
         first_query: the key column at which the first query stands.
+        make: transformers' own mask.
         rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows.
         forwards: of the models in whose forwards the mask was made, the innermost last.
+        stack: how all layers of that stack attend; None once somebody looked at the mask.
+        packed_arguments: what layers were given, by name and identity, and the same for packed rows.
         numbers: the mask as somebody was given it to compute with. Whoever has it may write to it, so from then on it is what counts.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int, int],
-        device: torch.device,
-        pattern: Pattern,
-        padding: Tensor | None,
-        first_query: int,
-        make: Callable[[], Tensor],
-        rows: SeqLayout | None = None,
-    ) -> None:
-        self.shape, self.device, self.pattern, self.padding = shape, device, pattern, padding
-        self.first_query, self.rows = first_query, rows
-        self.forwards = _under_way()
+    shape: tuple[int, int, int, int]
+    device: torch.device
+    pattern: Pattern
+    padding: Tensor | None
+    first_query: int
+    make: Callable[[], Tensor]
+    rows: SeqLayout | None = None
+    forwards: list[Forward] = field(default_factory=_under_way)
+
+    def __post_init__(self) -> None:
+        self.stack = None if self.rows is None else Packing(self.rows, self.rows, self.pattern.causal, self.pattern.window)
+        self.packed_arguments: dict[tuple[str, int], tuple[Any, Any]] = {}
         self.numbers: Tensor | None = None
-        self._make = make
-        self._packed_tensors: list[tuple[Tensor, Tensor]] = []
-        self._alike: list[Meaning] = []
 
     @property
     def padded_because(self) -> str | None:
@@ -106,12 +169,12 @@ class Meaning:
 
     @cached_property
     def _dense(self) -> Tensor:
-        return self._make()
+        return self.make()
 
     def look(self) -> Tensor:
         """The mask for code that computes with it, or writes to it."""
         if self.numbers is None:
-            self.numbers = self._dense.contiguous()
+            self.numbers, self.stack = self._dense.contiguous(), None
         return self.numbers
 
     @cached_property
@@ -119,10 +182,10 @@ class Meaning:
         """Of the key columns. One transfer, unless the host knows the lengths."""
         if self.pattern.documents is not None:
             return SeqLayout.from_document_ids(self.pattern.documents + 1)
-        if self.padding is None:
-            batch_size, _, _, num_columns = self.shape
-            return SeqLayout.from_lengths([num_columns] * batch_size, num_columns, device=self.device)
-        return _layout_of(self.padding)
+        return self._all(self.shape[3]) if self.padding is None else _layout_of(self.padding)
+
+    def _all(self, columns: int) -> SeqLayout:
+        return SeqLayout.from_lengths([columns] * self.shape[0], columns, device=self.device)
 
     @property
     def is_plain(self) -> bool:
@@ -140,79 +203,55 @@ class Meaning:
 
     @cached_property
     def _packing(self) -> Packing | str:
-        if self.rows is not None:
-            return Packing(self.rows, self.rows, self.pattern.causal, self.pattern.window)
+        if self.stack is not None:
+            return self.stack
         if self.pattern.documents is not None:
             return Packing(self.keys, self.keys, self.pattern.causal, self.pattern.window)
         return self._causal() if self.pattern.causal else self._bidirectional()
 
     def _causal(self) -> Packing | str:
-        batch_size, _, len_q, len_k = self.shape
+        _, _, len_q, len_k = self.shape
         last = self.first_query + len_q  # no query sees the columns from here on: a static cache's future
         if last > len_k or self.first_query < 0:
             return f"queries stand at columns {self.first_query} to {last} of {len_k} keys"
-        keys = self.keys if last == len_k or self.padding is None else _layout_of(self.padding[:, :last])
-        if self.padding is None and last < len_k:
-            keys = SeqLayout.from_lengths([last] * batch_size, last, device=self.device)
+        keys = self.keys if last == len_k else self._all(last) if self.padding is None else _layout_of(self.padding[:, :last])
         window = self.pattern.window
         if keys.lengths is None:
             return "only the device knows the lengths"
         if self.first_query == 0 and keys.is_dense:
             return Packing(keys, keys, True, window)
         if self.first_query == 0 and keys.right_padded:
-            return Packing(self._all_queries, keys, "top_left", window)
+            return Packing(self._all(len_q), keys, "top_left", window)
         if keys.has_holes or not _reaches_last_column(self.padding, keys, last):
             return "padding on both sides or with tokens after it, where the padded rows must stay what they are"
         if self.first_query == 0:
             return Packing(keys, keys, True, window)  # rows before the first token see nothing
         if self.padding is None:
-            return Packing(self._all_queries, keys, True, window)
+            return Packing(self._all(len_q), keys, True, window)
         return Packing(_layout_of(self.padding[:, self.first_query : last]), keys, True, window)
 
     def _bidirectional(self) -> Packing | str:
         window = self.pattern.window
         if window is None:
-            return Packing(self._all_queries, self.keys, False, None)
+            return Packing(self._all(self.shape[2]), self.keys, False, None)
         if self.first_query == 0 and self.shape[2] == self.shape[3] and self.keys.is_dense:
             return Packing(self.keys, self.keys, False, window)
         return "a window around queries at padding"
-
-    @cached_property
-    def _all_queries(self) -> SeqLayout:
-        batch_size, _, len_q, _ = self.shape
-        return SeqLayout.from_lengths([len_q] * batch_size, len_q, device=self.device)
 
     @cached_property
     def packed(self) -> VarlenMask:
         """The same for the packed rows ``(1, T)`` of a self-attention without cached keys."""
         total = self.keys.num_rows
         make = partial(_block_diagonal, self.keys, self.pattern)
-        meaning = Meaning((1, 1, total, total), self.device, self.pattern, None, 0, make, rows=self.keys)
-        meaning.forwards = self.forwards
-        return VarlenMask(meaning)
+        return VarlenMask(Meaning((1, 1, total, total), self.device, self.pattern, None, 0, make, self.keys, self.forwards))
 
     def is_of_columns_of(self, other: Meaning) -> bool:
         """Whether both are masks of one self-attention: the same columns, the same padding."""
-        if self is other or any(x is other for x in self._alike):
-            return True
         if self.shape != other.shape or self.first_query != other.first_query or self.pattern.documents is not None:
             return False
-        alike = self.keys is other.keys
-        if not alike and self.padding is not None and other.padding is not None:
-            alike = torch.equal(self.padding, other.padding)
-        if alike:
-            self._alike.append(other)
-        return alike
-
-    def pack(self, x: Tensor) -> Tensor:
-        """``(B, S, ...)`` or ``(1, S, ...)`` -> ``(1, T, ...)``; a tensor that every layer is given is packed once."""
-        for seen, rows in self._packed_tensors:
-            if seen is x:
-                return rows
-        rows = self.keys.pack(x.expand(self.shape[0], *x.shape[1:]))[None]
-        if not x.requires_grad:
-            self._packed_tensors.append((x, rows))
-        return rows
+        if self.keys is other.keys:
+            return True
+        return self.padding is not None and other.padding is not None and torch.equal(self.padding, other.padding)
 
     def to(self, device: torch.device) -> Meaning:
         pattern = self.pattern
@@ -266,53 +305,6 @@ class VarlenMask(Tensor):
 # -------------------------------------------------------------------- layouts
 
 
-_thread = threading.local()
-
-
-class Forward:
-    """A model's forward under way.
-
-    Attributes:
-        tree: of the model that was enabled, whose or whose part's forward it is.
-        model: whose it is.
-        padded_because: why its layers must not run packed, which may turn out after a mask was made.
-        in_rows: whether a layer handed on rows, and the last did not put them back yet.
-    """
-
-    def __init__(self, tree: object, model: object, padded_because: str | None) -> None:
-        self.tree, self.model, self.padded_because, self.in_rows = tree, model, padded_because, False
-
-
-def enter_forward(tree: object, model: object, reason: str | None) -> None:
-    """A model's forward begins; ``reason`` is why its layers must not run packed, None if they may."""
-    forwards: list[Forward] = getattr(_thread, "forwards", [])
-    left = next((i for i, f in enumerate(forwards) if f.model is model), len(forwards))  # interrupted, and never left
-    _thread.forwards = [*forwards[:left], Forward(tree, model, reason)]
-
-
-def _under_way() -> list[Forward]:
-    """Forwards of the innermost model and of those around it; not of a model that only happens to run, or was interrupted."""
-    forwards: list[Forward] = getattr(_thread, "forwards", [])
-    return [f for f in forwards if f.tree is forwards[-1].tree]
-
-
-def leave_forward() -> Forward | None:
-    """It ends."""
-    forwards: list[Forward] = getattr(_thread, "forwards", [])
-    _thread.forwards = forwards[:-1]
-    return forwards[-1] if forwards else None
-
-
-@contextmanager
-def paddings() -> Iterator[list[Tensor]]:
-    """The masks of tokens, ``(B, K)``, that a model makes inside: of tokens, of frames."""
-    before, _thread.seen = getattr(_thread, "seen", None), []
-    try:
-        yield _thread.seen
-    finally:
-        _thread.seen = before
-
-
 def _layout_of(real: Tensor) -> SeqLayout:
     """The layout of a mask of tokens, ``(B, K)`` bool.
 
@@ -323,9 +315,8 @@ def _layout_of(real: Tensor) -> SeqLayout:
         return known
     if real.device.type != "cpu" or is_tracing(real):
         return SeqLayout.from_attention_mask(real, validate=False)
-    seen: tuple[Tensor, SeqLayout] | None = getattr(_thread, "made", None)
-    if seen is not None and torch.equal(seen[0], real):
-        return seen[1]
+    if _thread.made is not None and torch.equal(_thread.made[0], real):
+        return _thread.made[1]
     layout = SeqLayout.from_attention_mask(real, validate=False)
     with torch.inference_mode(False):
         _thread.made = (real.detach().clone(), layout)
@@ -394,9 +385,8 @@ def varlen_mask(
     if padding is not None and tuple(padding.shape) != (batch_size, kv_length):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]  # transformers' error, or its broadcasting
     make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-    seen = getattr(_thread, "seen", None)
-    if seen is not None and padding is not None:
-        seen.append(padding)
+    if _thread.seen is not None and padding is not None:
+        _thread.seen.append(padding)
     return VarlenMask(Meaning((batch_size, 1, q_length, kv_length), device, pattern, padding, q_offset - kv_offset, make))
 
 

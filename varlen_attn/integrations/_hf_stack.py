@@ -6,12 +6,14 @@ the next layer as it is, and the hook of the last one puts the tokens back. Posi
 padded code on padded tensors, so that rotary, absolute and convolutional positions are what they were.
 
 The hooks hold no state: rows are told from padded tensors by their shape, against the mask that every layer is given. So layers
-may be checkpointed, recomputed, shared or skipped.
+may be checkpointed, recomputed, shared or skipped. What the first layer settles for all is kept on that mask: arguments that were packed,
+and how attention is computed.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -34,54 +36,56 @@ _FOREIGN = ("encoder", "cross", "memory", "bias", "cu_seq", "visual", "image", "
 
 
 class LayerHook:
-    """Before and after one layer: packs its arguments, and unpacks its result if it is the last.
+    """Before a layer: packs its arguments. After the last one: puts the tokens back.
 
-    An object and not a function, so that deep copies and pickles of a model keep it, with the copied configuration.
+    An object and not a function, so that deep copies and pickles of a model keep it.
 
     Attributes:
         names: the positional parameters of the layer's ``forward``.
         last: whether the tokens are put back after this layer.
-        config: of the model: layers that are skipped at random in training can not hand on rows.
     """
 
-    def __init__(self, layer: nn.Module, last: bool, config: Any) -> None:
+    def __init__(self, layer: nn.Module, last: bool) -> None:
         parameters = inspect.signature(type(layer).forward).parameters.values()
         self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
-        self.last, self.config = last, config
+        self.last = last
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        named = [*zip(self.names, args, strict=False), *kwargs.items()]
-        mask = next((x for _, x in named if isinstance(x, VarlenMask)), None)
-        if mask is None or not named or torch.compiler.is_compiling():
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(hidden, Tensor) or torch.compiler.is_compiling():
             return None
-        hidden = named[0][1] if args else kwargs.get("hidden_states")
-        meaning = mask.meaning
-        if not isinstance(hidden, Tensor) or meaning.rows is not None:
+        meaning = _meaning_of(args, kwargs)
+        if meaning is None or meaning.rows is not None:
             return None
-        is_rows = self._is_rows(hidden, meaning)
-        reason = None if is_rows else meaning.padded_because or self._why_padded(module, hidden, meaning)
-        refused = [name for name, x in named if not _can_pack(name, x, meaning, hidden)]
-        if refused and is_rows:
-            raise VarlenError(
-                f"the layers of {type(module).__name__} were given packed rows, but now `{refused[0]}`, which can not be packed: call "
-                'varlen_attn.enable(model, level="attention").'
-            )
-        if reason or refused:
-            meaning.keep_padded(reason or f"the layers are given `{refused[0]}`, which is not by token, or asked for it")
+        # Only a batch with padding is packed, so the shape of rows is another.
+        is_rows = hidden.shape[:2] != meaning.shape[::2] and hidden.shape[:2] == (1, meaning.keys.num_rows)
+        if not is_rows and (reason := meaning.padded_because or _why_padded(hidden, meaning)) is not None:
+            meaning.keep_padded(reason)
             return None
-        meaning.hands_on(rows=True)
-        packed = [_packed(x, meaning, hidden) for _, x in named]
+        rows = hidden if is_rows else meaning.keys.pack(hidden)[None]
+        packed: list[Any] = []
+        for name, x in (*zip(self.names, args, strict=False), *kwargs.items()):
+            known = meaning.packed_arguments.get((name, id(x)))
+            y = known[1] if known is not None else _packed(name, x, meaning, hidden, rows)
+            if y is _REFUSED and is_rows:
+                raise VarlenError(
+                    f"the layers of {type(module).__name__} were given packed rows, but now `{name}`, which can not be packed: call "
+                    'varlen_attn.enable(model, level="attention").'
+                )
+            if y is _REFUSED:
+                meaning.keep_padded(f"the layers are given `{name}`, which is not by token, or asked for it")
+                return None
+            packed.append(y)
+        if not is_rows:
+            meaning.hands_on(rows=True)
         return tuple(packed[: len(args)]), dict(zip(kwargs, packed[len(args) :], strict=True))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        if not self.last:
+        meaning = _meaning_of(args, kwargs)
+        if meaning is None or meaning.rows is None or not self.last:  # pickles of earlier versions have this after every layer
             return None
-        mask = next((x for x in (*args, *kwargs.values()) if isinstance(x, VarlenMask)), None)
-        layout = None if mask is None else mask.meaning.rows
-        if layout is None:
-            return None
-        assert mask is not None
-        mask.meaning.hands_on(rows=False)
+        layout = meaning.rows
+        meaning.hands_on(rows=False)
         states = collected().get("hidden_states", [])
         for i, x in enumerate(states):  # of the layers before; this one's is collected after it was unpacked
             if x is not None and x.shape[:2] == (1, layout.num_rows):
@@ -90,76 +94,85 @@ class LayerHook:
             return layout.unpack(result[0])
         return (layout.unpack(result[0][0]), *result[1:])
 
-    @staticmethod
-    def _is_rows(hidden: Tensor, meaning: Meaning) -> bool:
-        """Whether the layer before handed on rows. Only a batch with padding is packed, so the two shapes differ."""
-        batch_size, _, padded_len, _ = meaning.shape
-        if hidden.shape[:2] == (batch_size, padded_len) or hidden.shape[0] != 1:
-            return False
-        return bool(hidden.shape[1] == meaning.keys.num_rows)
 
-    def _why_padded(self, module: nn.Module, hidden: Tensor, meaning: Meaning) -> str | None:
-        """None for the padded tokens of a self-attention, where nothing is asked for that rows do not have."""
-        batch_size, _, len_q, len_k = meaning.shape
-        keys = meaning.keys
-        if meaning.numbers is not None:
-            return LOOKED_AT
-        if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != len_k or meaning.first_query != 0:
-            return "there are cached keys, or keys of others"
-        if meaning.pattern.documents is not None or keys.is_dense:
-            return "nothing is padded"
-        if keys.lengths is None or not keys.total:
-            return "only the device knows the lengths" if keys.lengths is None else "no row has a token"
-        asked = [name for name in captured() if name != "hidden_states"]
-        if asked:
-            return f"asked for {', '.join(asked)} of every layer"
-        if 0 in keys.lengths:
-            return "a row without tokens, which a pooler may read"
-        if keys.has_holes:  # windows count columns, and this layer does not know whether one after it has a window
-            return "padding between tokens"
-        if not meaning.pattern.causal and not keys.right_padded:  # encoders pool their first column, which must be what it was
-            return "an encoder with padding before its tokens, which a pooler may read"
-        return None
+def _meaning_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None:
+    """Of the first mask that a layer is given."""
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, VarlenMask):
+            return x.meaning
+    return None
 
 
-def _can_pack(name: str, x: Any, meaning: Meaning, hidden: Tensor) -> bool:
+def _why_padded(hidden: Tensor, meaning: Meaning) -> str | None:
+    """None for the padded tokens of a self-attention, where nothing is asked for that rows do not have."""
+    batch_size, _, len_q, len_k = meaning.shape
+    if meaning.numbers is not None:
+        return LOOKED_AT
+    if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != len_k or meaning.first_query != 0:
+        return "there are cached keys, or keys of others"
+    keys = meaning.keys
+    if meaning.pattern.documents is not None or keys.is_dense:
+        return "nothing is padded"
+    if keys.lengths is None or not keys.total:
+        return "only the device knows the lengths" if keys.lengths is None else "no row has a token"
+    asked = [name for name in captured() if name != "hidden_states"]
+    if asked:
+        return f"asked for {', '.join(asked)} of every layer"
+    if 0 in keys.lengths:
+        return "a row without tokens, which a pooler may read"
+    if keys.has_holes:  # windows count columns, and this layer does not know whether one after it has a window
+        return "padding between tokens"
+    if not meaning.pattern.causal and not keys.right_padded:  # encoders pool their first column, which must be what it was
+        return "an encoder with padding before its tokens, which a pooler may read"
+    return None
+
+
+_REFUSED = object()
+
+
+def _packed(name: str, x: Any, meaning: Meaning, hidden: Tensor, rows: Tensor) -> Any:
+    """An argument of a layer for ``rows``, or `_REFUSED`. What every layer is given is packed once."""
+    known = meaning.packed_arguments.get((name, id(x)))
+    if known is not None:
+        return known[1]
+    y: Any = _REFUSED
+    keep = True
     if x is None or isinstance(x, bool | int | float | str):
-        return not (x and name in _ASKING_FOR_MORE)
-    if any(part in name for part in _FOREIGN):
-        return False
-    if isinstance(x, tuple | list):
-        return all(_can_pack(name, y, meaning, hidden) for y in x)
-    if isinstance(x, VarlenMask):
-        return x.meaning.is_of_columns_of(meaning)
-    if isinstance(x, Tensor):
+        y = _REFUSED if x and name in _ASKING_FOR_MORE else x
+    elif _is_foreign(name):
+        return _REFUSED
+    elif isinstance(x, VarlenMask):
+        keep = x.meaning is not meaning  # which would hold itself
+        y = x.meaning.packed if not keep or x.meaning.is_of_columns_of(meaning) else _REFUSED
+    elif x is hidden:
+        return rows
+    elif isinstance(x, Tensor):
+        keep = not x.requires_grad  # a layer that is computed again for its gradients packs again
         by_token = x.dim() >= 2 and x.shape[0] in (1, meaning.shape[0]) and x.shape[1] == meaning.shape[2]
-        return by_token or x is hidden or x.dim() == 0 or name == "cache_position"
-    return _is_growing_cache(x)
+        if by_token or x.dim() == 0 or name == "cache_position":
+            y = meaning.keys.pack(x.expand(meaning.shape[0], *x.shape[1:]))[None] if x.dim() >= 2 else x
+    elif isinstance(x, tuple | list):
+        parts = tuple(_packed(name, z, meaning, hidden, rows) for z in x)
+        keep = isinstance(x, tuple) and all((name, id(z)) in meaning.packed_arguments for z in x)
+        y = _REFUSED if any(z is _REFUSED for z in parts) else parts
+    elif type(x) is _cache_classes()[0]:
+        y = _cache_classes()[1](x, meaning.keys)
+    if keep and y is not _REFUSED:
+        meaning.packed_arguments[name, id(x)] = x, y
+    return y
 
 
-def _packed(x: Any, meaning: Meaning, hidden: Tensor) -> Any:
-    if isinstance(x, VarlenMask):
-        return x.meaning.packed
-    if isinstance(x, tuple | list):
-        return tuple(_packed(y, meaning, hidden) for y in x)
-    if isinstance(x, Tensor):
-        if x is hidden:
-            return x if LayerHook._is_rows(x, meaning) else meaning.keys.pack(x)[None]
-        return meaning.pack(x) if x.dim() >= 2 else x
-    return _packed_cache_class()(x, meaning.keys) if _is_growing_cache(x) else x
+@cache
+def _is_foreign(name: str) -> bool:
+    return any(part in name for part in _FOREIGN)
 
 
 # -------------------------------------------------------------------- caches
 
 
-def _is_growing_cache(x: Any) -> bool:
-    from transformers.cache_utils import DynamicCache
-
-    return type(x) is DynamicCache
-
-
 @cache
-def _packed_cache_class() -> Any:
+def _cache_classes() -> tuple[Any, Any]:
+    """The caches that grow with their tokens, and a view of them for layers that run packed."""
     from transformers.cache_utils import DynamicCache
 
     class PackedCache(DynamicCache):  # type: ignore[misc]
@@ -174,7 +187,7 @@ def _packed_cache_class() -> Any:
             super().update(keys, values, *args, **kwargs)
             return key_states, value_states
 
-    return PackedCache
+    return DynamicCache, PackedCache
 
 
 # -------------------------------------------------------------------- hooks on models
@@ -217,11 +230,12 @@ class ModelHook:
     def _changed(self, module: nn.Module) -> str | None:
         """What is not as it was when the model was enabled."""
         stacks = [module.get_submodule(name) for name in self.stacks]
-        if not all(_is_whole(layers) for layers in stacks) or self.depth != getattr(self.config, "num_hidden_layers", None):
+        if not all(map(_is_whole, stacks)) or self.depth != getattr(self.config, "num_hidden_layers", None):
             return "its layers were changed since it was enabled: enable it again"
         if module.training and any(getattr(self.config, name, 0) for name in _SKIPPING_LAYERS):
             return "layers are skipped at random in training (layerdrop)"
-        if any(_chooses_rows(hook) for layers in stacks for m in layers.modules() for hook in m._forward_pre_hooks.values()):
+        # To look at all modules costs as much as a layer.
+        if "peft" in sys.modules and any(_chooses_rows(h) for s in stacks for m in s.modules() for h in m._forward_pre_hooks.values()):
             return "adapters by row of the batch"
         return None
 
@@ -237,9 +251,10 @@ class ModelHook:
         for labels in (given.get("labels"), given.get("shift_labels")):
             if isinstance(labels, Tensor) and labels.shape == mask.shape and _counts_padding(labels, mask):
                 return "labels at padding or just after it that are not -100, so that the loss counts it"
-        ids, pad = given.get("input_ids"), getattr(self.config.get_text_config(), "pad_token_id", None)
-        if self.looks_at_ids and (ids is None or pad is None or ids.shape != mask.shape or not bool((mask.bool() | (ids == pad)).all())):
-            return "other ids than pad_token_id at padding, which the head looks at"
+        if self.looks_at_ids:
+            ids, pad = given.get("input_ids"), getattr(self.config.get_text_config(), "pad_token_id", None)
+            if ids is None or pad is None or ids.shape != mask.shape or not bool((mask.bool() | (ids == pad)).all()):
+                return "other ids than pad_token_id at padding, which the head looks at"
         return None
 
 
@@ -252,10 +267,18 @@ def _counts_padding(labels: Tensor, mask: Tensor) -> bool:
 
 
 def _is_whole(layers: Any) -> bool:
-    """Whether every layer of a stack takes rows, and the last one puts the tokens back."""
-    owners = [[getattr(hook, "__self__", None) for hook in layer._forward_hooks.values()] for layer in layers]
-    last = [next((owner.last for owner in found if isinstance(owner, LayerHook)), None) for found in owners]
-    return last == [False] * (len(last) - 1) + [True]
+    """Whether every layer of a stack takes rows, and the last one alone puts the tokens back."""
+    if not len(layers):
+        return False
+    for i, layer in enumerate(layers, 1):
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(owner := getattr(hook, "__self__", None), LayerHook):
+                break
+        else:
+            return False
+        if owner.last != (i == len(layers)):
+            return False
+    return any(map(is_ours, layer._forward_hooks.values()))
 
 
 def _chooses_rows(hook: Any) -> bool:
@@ -286,30 +309,27 @@ def watch(tree: Tree, model: Any, stacks: tuple[str, ...] = (), guarded: bool = 
 # -------------------------------------------------------------------- hooks on layers
 
 
-def install(layers: nn.ModuleList, config: Any) -> None:
+def install(layers: nn.ModuleList) -> None:
     """Let a stack run packed."""
     for i, layer in enumerate(layers):
-        hook = LayerHook(layer, i == len(layers) - 1, config)
+        hook = LayerHook(layer, i == len(layers) - 1)
         # Before hooks of others, which then see what the layer sees.
         layer.register_forward_pre_hook(hook.before, with_kwargs=True, prepend=True)
-        layer.register_forward_hook(hook.after, with_kwargs=True, prepend=True)
+        if hook.last:
+            layer.register_forward_hook(hook.after, with_kwargs=True, prepend=True)
 
 
 def is_ours(hook: Any) -> bool:
     return isinstance(getattr(hook, "__self__", None), LayerHook | ModelHook)
 
 
-def remove(*modules: nn.Module) -> None:
-    """The inverse of `install` for layers, and of `watch` for models."""
-    _remove(modules, LayerHook | ModelHook)
-
-
 def unwatch(model: nn.Module) -> None:
-    """The inverse of `watch` alone."""
-    _remove(model.modules(), ModelHook)
+    """The inverse of `watch`."""
+    remove(model.modules(), ModelHook)
 
 
-def _remove(modules: Iterable[nn.Module], kind: Any) -> None:
+def remove(modules: Iterable[nn.Module], kind: Any = LayerHook | ModelHook) -> None:
+    """The inverse of `install` for layers, and of `watch` for models."""
     for module in modules:
         before = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
         after = (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)

@@ -226,10 +226,10 @@ def _needed(hook: Any) -> bool:
 def difference(trial: Trial, expected: dict[str, Any], got: dict[str, Any], made: list[Tensor]) -> str | None:
     """Which result differs where it counts, in words; None if all agree."""
     for name, reference in expected.items():
-        pairs = zip(_tensors(reference), _tensors(got.get(name)), strict=False)
-        if len(_tensors(reference)) != len(_tensors(got.get(name))):
+        before, after = _tensors(reference), _tensors(got.get(name))
+        if len(before) != len(after):
             return f"{name} has another number of tensors"
-        for a, b in pairs:
+        for a, b in zip(before, after, strict=True):
             if a.shape != b.shape:
                 return f"{name} has shape {tuple(b.shape)}, not {tuple(a.shape)}"
             if not a.is_floating_point() or not a.numel():
@@ -243,14 +243,10 @@ def difference(trial: Trial, expected: dict[str, Any], got: dict[str, Any], made
             usual = a[a.abs() < _HUGE]  # the rest are scores of hidden keys and their like
             scale = usual.abs().max() if usual.numel() else a.new_ones(())
             a, b = a.clamp(-_HUGE, _HUGE).nan_to_num(), b.clamp(-_HUGE, _HUGE).nan_to_num()
-            tolerance = 1e-3 if reference_dtype(reference) in (torch.float32, torch.float64) else 5e-2
+            tolerance = 1e-3 if before[0].dtype in (torch.float32, torch.float64) else 5e-2
             if bool(((a - b).abs() > tolerance * scale + 1e-6).any()):
                 return f"{name} differs by {float((a - b).abs().max()):.1e} in a trial"
     return None
-
-
-def reference_dtype(x: Any) -> torch.dtype:
-    return _tensors(x)[0].dtype
 
 
 def _tensors(x: Any) -> list[Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -82,17 +82,13 @@ def roots(model: nn.Module) -> list[tuple[str, Any]]:
     """The outermost models of transformers inside ``model``, by name."""
     from transformers import PreTrainedModel
 
-    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
-        if isinstance(module, PreTrainedModel):
-            yield name, module
-            return
-        for child_name, child in module.named_children():
-            yield from walk(f"{name}.{child_name}" if name else child_name, child)
-
-    seen: dict[int, tuple[str, Any]] = {}
-    for name, module in walk("", model):
-        seen.setdefault(id(module), (name, module))
-    return list(seen.values())
+    names: list[str] = []
+    found: dict[int, tuple[str, Any]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PreTrainedModel) and not _is_inside(name, names):
+            names.append(name)
+            found.setdefault(id(module), (name, module))
+    return list(found.values())
 
 
 def enable(model: nn.Module, level: str, hooks: str) -> list[Row]:
@@ -100,25 +96,26 @@ def enable(model: nn.Module, level: str, hooks: str) -> list[Row]:
     rows: list[Row] = []
     closed = [name for name, module in model.named_modules() if _is_compiled(module)]
     for name, root in roots(model):
-        compiled = any(not outer or f"{name}.".startswith(f"{outer}.") for outer in closed)
+        compiled = _is_inside(name, closed)
         disable(root)
         tree = stack_hooks.Tree()
         parts = _parts(root)
-        whole = None if parts == [("", root)] or level != "model" else _Part("", root, level, hooks, compiled, tree).expected()
+        whole = None if parts == [("", root)] or level != "model" else _Part("", root, level, hooks, compiled, tree)
+        if whole is not None:
+            whole.run_trials()
         for part_name, part in parts:
             rows += _Part(part_name, part, level, hooks, compiled, tree).enable(name)
-        if whole is not None and any(state.stacks for _, state in _states(root)):
+        if whole is not None and _is_packed(root):
             rows = _check_whole(root, tree, whole, rows)
-        if any(state.stacks for _, state in _states(root)):
+        if _is_packed(root):
             stack_hooks.watch(tree, root, guarded=whole is not None)
     return rows
 
 
-def _check_whole(root: Any, tree: stack_hooks.Tree, whole: tuple[_Part, list[Trial], list[dict[str, Any]]], rows: list[Row]) -> list[Row]:
+def _check_whole(root: Any, tree: stack_hooks.Tree, whole: _Part, rows: list[Row]) -> list[Row]:
     """Try the model around its parts, whose heads may read padding too; if they do, no part runs packed."""
-    part, trials, expected = whole
     stack_hooks.watch(tree, root, guarded=True)
-    reason = part.compare([t._replace(full=True) for t in trials], expected)
+    reason = whole.compare([(trial._replace(full=True), expected) for trial, expected in whole.trials])
     stack_hooks.unwatch(root)
     kept = _states(root)
     for module, state in kept:
@@ -126,7 +123,7 @@ def _check_whole(root: Any, tree: stack_hooks.Tree, whole: tuple[_Part, list[Tri
             stack_hooks.watch(tree, module, state.stacks, state.guarded)
         elif reason is not None:
             for stack in state.stacks:
-                stack_hooks.remove(*module.get_submodule(stack))
+                stack_hooks.remove(module.get_submodule(stack))
             setattr(module, _STATE, State(state.before, (), False))
     if reason is None:
         return rows
@@ -143,7 +140,7 @@ def disable(model: nn.Module) -> list[Row]:
         module.set_attn_implementation(state.before)
         delattr(module, _STATE)
         rows.append((names[id(module)], type(module).__name__, "restored", ""))
-    stack_hooks.remove(*model.modules())
+    stack_hooks.remove(model.modules())
     return rows[::-1]
 
 
@@ -157,12 +154,12 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
         for module, state, implementation in before:
             module.set_attn_implementation(implementation)
             for stack in state.stacks:
-                stack_hooks.install(module.get_submodule(stack), module.config)
+                stack_hooks.install(module.get_submodule(stack))
             if state.stacks:
                 stack_hooks.watch(trees[id(module)], module, state.stacks, state.guarded)
             setattr(module, _STATE, state)
         for _, root in roots(model):
-            if any(state.stacks for _, state in _states(root)):
+            if _is_packed(root):
                 stack_hooks.watch(trees[id(root)], root)
 
     return restore
@@ -172,7 +169,20 @@ def _states(model: nn.Module) -> list[tuple[Any, State]]:
     return [(module, state) for module in model.modules() if isinstance(state := vars(module).get(_STATE), State)]
 
 
+def _is_packed(model: nn.Module) -> bool:
+    return any(state.stacks for _, state in _states(model))
+
+
 # -------------------------------------------------------------------- what a model is made of
+
+
+def _is_inside(name: str, outer: Iterable[str]) -> bool:
+    """Whether a module is one of others, or inside of one."""
+    return any(not other or f"{name}.".startswith(f"{other}.") for other in outer)
+
+
+def _joined(*names: str) -> str:
+    return ".".join(filter(None, names))
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -183,22 +193,14 @@ def _parts(root: Any) -> list[tuple[str, Any]]:
     """The model itself, or, where it is made of several (text and images, encoder and decoder), the parts that may be tried alone."""
     from transformers import PreTrainedModel
 
-    parts: list[tuple[str, Any]] = []
+    parts: dict[str, Any] = {}
     for name, module in root.named_modules():
-        inside = any(name == other or not other or name.startswith(f"{other}.") for other, _ in parts)
-        if isinstance(module, PreTrainedModel) and not inside and (not _is_composite(module) or not _sub_models(module)):
-            parts.append((name, module))
-    return parts or [("", root)]
-
-
-def _is_composite(model: Any) -> bool:
-    return len(getattr(model.config, "sub_configs", {})) > 0
-
-
-def _sub_models(model: Any) -> list[Any]:
-    from transformers import PreTrainedModel
-
-    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is not model.config]
+        if not isinstance(module, PreTrainedModel) or _is_inside(name, parts):
+            continue
+        composite = len(getattr(module.config, "sub_configs", {})) > 0
+        if not (composite and any(isinstance(m, PreTrainedModel) and m.config is not module.config for m in module.modules())):
+            parts[name] = module
+    return list(parts.items()) or [("", root)]
 
 
 def _calls_interface(module: nn.Module) -> bool:
@@ -227,9 +229,9 @@ def _attentions(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[tup
         if _calls_interface(module):
             through.append((name, module))
         elif "Attention" in type(module).__name__ and not type(module).__module__.startswith("torch."):
-            inside = any(_calls_interface(m) or isinstance(m, nn.MultiheadAttention) for m in module.modules())
+            known = any(_calls_interface(m) or isinstance(m, nn.MultiheadAttention) for m in module.modules())
             # An attention inside of an attention is named once, by the outermost.
-            if not inside and not any(name.startswith(f"{other}.") for other, _ in own):
+            if not known and not _is_inside(name, (other for other, _ in own)):
                 own.append((name, module))
     return through, own
 
@@ -246,7 +248,7 @@ class _Stack(NamedTuple):
 def _stacks(model: nn.Module) -> list[_Stack]:
     found: list[_Stack] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module) or any(name.startswith(f"{other.name}.") for other in found):
+        if not isinstance(module, nn.ModuleList) or not len(module) or _is_inside(name, (other.name for other in found)):
             continue
         attends = [any(_calls_interface(m) for m in layer.modules()) and not _calls_interface(layer) for layer in module]
         if any(attends):
@@ -270,35 +272,32 @@ class _Part:
     def __init__(self, name: str, model: Any, level: str, hooks: str, compiled: bool, tree: stack_hooks.Tree) -> None:
         self.name, self.model, self.level, self.hooks, self.compiled, self.tree = name, model, level, hooks, compiled, tree
         self.through, self.own = _attentions(model)
+        self.stacks = _stacks(model)
+        self.trials: list[tuple[Trial, dict[str, Any]]] = []
         self.why_not_packed: dict[str, str] = {}
         self.packed: list[str] = []
         self.guarded = False
 
     def enable(self, root: str) -> list[Row]:
         reason = self._why_not() or self._attention()
-        prefix = ".".join(x for x in (root, self.name) if x)
         if reason is None:
             setattr(self.model, _STATE, State(self.before, tuple(self.packed), self.guarded))
-        return list(self._rows(prefix, reason))
+        return [(_joined(root, self.name, name), kind, action, why) for name, kind, action, why in self._rows(reason)]
 
-    def _rows(self, prefix: str, reason: str | None) -> Iterator[Row]:
-        def full(name: str) -> str:
-            return ".".join(x for x in (prefix, name) if x)
-
+    def _rows(self, reason: str | None) -> Iterator[Row]:
         if reason is not None:
-            rows = [*self.through, *self.own] or [("", self.model)]
-            for name, module in rows:
-                yield full(name), type(module).__name__, "left alone", reason
+            for name, module in [*self.through, *self.own] or [("", self.model)]:
+                yield name, type(module).__name__, "left alone", reason
             return
-        for name, layers, *_ in _stacks(self.model):
+        for name, layers, *_ in self.stacks:
             kind = f"{len(layers)} x {type(layers[0]).__name__}"
             if name in self.packed:
                 guarded = ", where padding holds pad_token_id" if self.guarded else ""
-                yield full(name), kind, "converted", f"packed once around the stack{guarded}"
+                yield name, kind, "converted", f"packed once around the stack{guarded}"
             else:
-                yield full(name), kind, "left alone", f"not packed as a whole: {self.why_not_packed.get(name, _ATTENTION_ONLY)}"
+                yield name, kind, "left alone", f"not packed as a whole: {self.why_not_packed.get(name, _ATTENTION_ONLY)}"
         for name, module in self.through:
-            yield full(name), type(module).__name__, "converted", ""
+            yield name, type(module).__name__, "converted", ""
 
     def _why_not(self) -> str | None:
         """Before anything is changed."""
@@ -315,12 +314,12 @@ class _Part:
         """Set the implementation, and see that the model uses it and gives what it gave; else the reason, and nothing is changed."""
         register()
         self.before = _implementation(self.model.config)
-        trials, expected, untried = self._expected()
+        untried = self.run_trials()
         self.model.set_attn_implementation(NAME)
         if self.model.config._attn_implementation != NAME:
             reason: str | None = "transformers does not let its attention implementation be set"
         elif untried is None:
-            reason = self.compare(trials, expected)
+            reason = self.compare(self.trials)
         elif all(getattr(m, "_supports_sdpa", True) for m in self.model.modules()):
             reason = None  # what `sdpa` can compute, dense calls of ours are
         else:
@@ -328,8 +327,8 @@ class _Part:
         if reason is not None:
             self.model.set_attn_implementation(self.before)
             return reason
-        for stack in _stacks(self.model) if self.level == "model" else ():
-            why = untried or self._why_not_stack(stack) or self._pack(stack.name, stack.layers, trials, expected)
+        for stack in self.stacks if self.level == "model" else ():
+            why = untried or self._why_not_stack(stack) or self._pack(stack.name, stack.layers)
             if why is None:
                 self.packed.append(stack.name)
             else:
@@ -339,38 +338,35 @@ class _Part:
             stack_hooks.watch(self.tree, self.model, tuple(self.packed), self.guarded)
         return None
 
-    def expected(self) -> tuple[_Part, list[Trial], list[dict[str, Any]]]:
-        """For `_check_whole`; no trials where it can not be tried by text alone."""
-        trials, expected, _ = self._expected()
-        return self, trials, expected
-
-    def _expected(self) -> tuple[list[Trial], list[dict[str, Any]], str | None]:
-        """What the model gives before, or why that is not known."""
+    def run_trials(self) -> str | None:
+        """Keep what the model gives before; or say why that is not known."""
         try:
             trials = prepare(self.model)
             if isinstance(trials, str):
-                return [], [], trials
-            return trials, [run(self.model, trial, self._stack_names()) for trial in trials], None
+                return trials
+            self.trials = [(trial, self._run(trial)) for trial in trials]
         except Exception as error:
-            return [], [], f"it could not be tried: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            return f"it could not be tried: {_in_one_line(error)}"
+        return None
 
-    def compare(self, trials: Sequence[Trial], expected: Sequence[dict[str, Any]]) -> str | None:
+    def _run(self, trial: Trial) -> dict[str, Any]:
+        return run(self.model, trial, [stack.name for stack in self.stacks])
+
+    def compare(self, trials: Sequence[tuple[Trial, dict[str, Any]]]) -> str | None:
+        """Whether the model gives something else now, and what."""
         try:
-            for trial, reference in zip(trials, expected, strict=True):
+            for trial, expected in trials:
                 with record(self.model) as log, paddings() as made:
-                    got = run(self.model, trial, self._stack_names())
-                reason = difference(trial, reference, got, made)
+                    got = self._run(trial)
+                reason = difference(trial, expected, got, made)
                 self.log: Record = log
                 if reason is not None or not len(log):
                     return reason or "its layers never call transformers' attention interface"
         except NotPackable as error:
             return str(error)
         except Exception as error:
-            return f"a trial failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            return f"a trial failed: {_in_one_line(error)}"
         return None
-
-    def _stack_names(self) -> list[str]:
-        return [stack.name for stack in _stacks(self.model)]
 
     # ---------------------------------------------------------------- the stack
 
@@ -394,30 +390,33 @@ class _Part:
             return f'layer {hooked} has hooks, which would see packed rows: allow it with hooks="packed"'
         return None
 
-    def _pack(self, name: str, layers: nn.ModuleList, trials: list[Trial], expected: list[dict[str, Any]]) -> str | None:
-        stack_hooks.install(layers, self.model.config)
+    def _pack(self, name: str, layers: nn.ModuleList) -> str | None:
+        stack_hooks.install(layers)
         stack_hooks.watch(self.tree, self.model, guarded=self.guarded)
-        reason = self.compare(trials[:1], expected[:1])
+        reason = self.compare(self.trials[:1])
         if reason is None and not self._was_packed(name):
             reason = "its layers were not given a mask of padding alone"
         # What is packed with padding on the left is a decoder's, whose padding sees nothing: its poolers must not see it either.
-        trials = [t._replace(full=True) for t in trials]
-        others = [(t, e) for t, e in zip(trials[1:], expected[1:], strict=True) if not t.odd_ids]
-        odd = [(t, e) for t, e in zip(trials, expected, strict=True) if t.odd_ids]
+        trials = [(trial._replace(full=True), expected) for trial, expected in self.trials]
+        odd = [(trial, expected) for trial, expected in trials if trial.odd_ids]
         if reason is None:
-            reason = self.compare(*zip(*others, strict=True))
-        if reason is None and not self.guarded and odd and self.compare(*zip(*odd, strict=True)) is not None:
+            reason = self.compare([(trial, expected) for trial, expected in trials[1:] if not trial.odd_ids])
+        if reason is None and not self.guarded and self.compare(odd) is not None:
             self.guarded = True
             stack_hooks.unwatch(self.model)
             stack_hooks.watch(self.tree, self.model, guarded=True)
-            reason = self.compare(*zip(*odd, strict=True))
+            reason = self.compare(odd)
         if reason is not None:
-            stack_hooks.remove(*layers)
+            stack_hooks.remove(layers)
         return reason
 
     def _was_packed(self, name: str) -> bool:
         calls = [c for c in self.log.calls if (c.module or "").startswith(f"{name}.")]
         return any(c.rows is not None and c.slots is not None and c.rows < c.slots for c in calls)
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 # Across columns, or over all of a batch's positions.
