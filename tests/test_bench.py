@@ -46,7 +46,7 @@ def test_the_fast_path_is_as_it_was() -> None:
 def test_a_wrong_contestant_is_never_timed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = bench._ours
     monkeypatch.setattr(bench, "_ours", lambda *given: wrong(*given) * 1.05)
-    monkeypatch.setattr(bench, "interleave", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(bench, "timings", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(AssertionError, match=r"ours, \w+, output: error"):
         list(bench.rows([bench.Batch("two", (16, 5), 16)], replace(SMALL, dtype=dtype), ["forward"]))
 

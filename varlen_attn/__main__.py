@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,46 +98,40 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     batch.add_argument("--fill", type=_share, metavar="0.4", help="one batch of 16 x 512 positions, this share of them tokens")
 
 
+def _parsed(must: str, parse: Callable[[str], Any], fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """The type of an option: what ``parse`` makes of the text, where that raises no ValueError and fits."""
+
+    def parsed(text: str) -> Any:
+        with suppress(ValueError):
+            value = parse(text)
+            if fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {must}, but is {text!r}")
+
+    return parsed
+
+
+_positive = _parsed("an integer of at least 1", int, lambda number: number >= 1)
+_share = _parsed("a number above 0 and at most 1", float, lambda share: 0 < share <= 1)
+_side = _parsed(
+    "a number of tokens or 'none'",
+    lambda text: None if text.lower() == "none" else int(text),
+    lambda number: number is None or number >= 0,
+)
+_capability = _parsed(
+    "a compute capability such as 9.0",
+    lambda text: tuple(map(int, (text if "." in text else f"{text}.0").split("."))),
+    lambda numbers: len(numbers) == 2 and min(numbers) >= 0,
+)
+_package = _parsed(
+    "NAME=VERSION such as flash-attn=2.8.3",
+    lambda text: tuple(re.split("=+", text, maxsplit=1)),
+    lambda parts: len(parts) == 2 and all(parts),
+)
+
+
 def _lengths(text: str) -> tuple[int, ...]:
     return tuple(_positive(number.strip()) for number in text.split(","))
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, but is {text!r}")
-    return share
-
-
-def _capability(text: str) -> tuple[int, int]:
-    major, dot, minor = text.partition(".")
-    if not (major.isdigit() and (minor.isdigit() or not dot)):
-        raise argparse.ArgumentTypeError(f"must be a compute capability such as 9.0, but is {text!r}")
-    return int(major), int(minor or 0)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, but is {text!r}")
-    return int(text)
-
-
-def _side(text: str) -> int | None:
-    if text.lower() == "none":
-        return None
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"must be a number of tokens or 'none', but is {text!r}")
-    return int(text)
-
-
-def _package(text: str) -> tuple[str, str]:
-    name, equals, version = text.partition("=")
-    if not (name and equals and version.lstrip("=")):
-        raise argparse.ArgumentTypeError(f"must be NAME=VERSION such as flash-attn=2.8.3, but is {text!r}")
-    return name, version.lstrip("=")
 
 
 def _problem(options: argparse.Namespace) -> Problem:
@@ -147,17 +143,15 @@ def _problem(options: argparse.Namespace) -> Problem:
     kv_heads = options.kv_heads or options.heads
     if options.heads % kv_heads:
         options.parser.error(f"--heads must be a multiple of --kv-heads, but they are {options.heads} and {kv_heads}")
-    stated: dict[str, Any] = {}
-    if options.device is not None:
-        try:
-            stated["device_type"] = torch.device(options.device).type
-        except RuntimeError:
-            options.parser.error(f"--device must be a device of torch such as cpu or cuda, but is {options.device!r}")
-    stated |= {name: getattr(options, name) for name in ("capability", "torch_version", "rocm") if getattr(options, name)}
-    if options.device is None and (options.capability or options.rocm):
-        stated["device_type"] = "cuda"
     if options.torch_version is not None and not options.torch_version[:1].isdigit():
         options.parser.error(f"--torch-version must be a version such as 2.13.0, but is {options.torch_version!r}")
+    device = options.device or ("cuda" if options.capability or options.rocm else None)
+    stated = {name: value for name in ("capability", "torch_version", "rocm") if (value := getattr(options, name))}
+    if device is not None:
+        try:
+            stated["device_type"] = torch.device(device).type
+        except RuntimeError:
+            options.parser.error(f"--device must be a device of torch such as cpu or cuda, but is {device!r}")
     if options.packages is not None:
         stated["packages"] = tuple(options.packages)
     semantics = Semantics.of(
@@ -172,6 +166,11 @@ def _problem(options: argparse.Namespace) -> Problem:
     )  # fmt: skip
 
 
+def _print(options: argparse.Namespace, found: Any, text: Callable[[Any], str]) -> int:
+    print(json.dumps(found, indent=1) if options.json else text(found))
+    return 0
+
+
 def _explain(options: argparse.Namespace) -> int:
     from .dispatch import choose
     from .errors import ArgumentError, BackendRefused, NoBackend
@@ -183,23 +182,19 @@ def _explain(options: argparse.Namespace) -> int:
     except (BackendRefused, NoBackend) as error:
         print(json.dumps({"error": str(error)}, indent=1) if options.json else error, file=sys.stdout if options.json else sys.stderr)
         return 1
-    print(json.dumps(plan.as_dict(), indent=1) if options.json else plan)
-    return 0
+    return _print(options, plan.as_dict(), lambda _: str(plan))
 
 
 def _info(options: argparse.Namespace) -> int:
     from .explain import environment, environment_text
 
-    print(json.dumps(environment(), indent=1) if options.json else environment_text())
-    return 0
+    return _print(options, environment(), environment_text)
 
 
 def _demo(options: argparse.Namespace) -> int:
     from . import demo
 
-    found = demo.facts()
-    print(json.dumps(found, indent=1) if options.json else demo.text(found))
-    return 0
+    return _print(options, demo.facts(), demo.text)
 
 
 def _bench(options: argparse.Namespace) -> int:

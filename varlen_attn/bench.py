@@ -6,12 +6,9 @@ output and all gradients, and only then timed, in turns. `facts` measures, `text
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._compare import Contestant, Example, quiet, timings
 from ._profile import kernel_ran
-from ._timing import PATIENCE, cpu_name, interleave
+from ._timing import PATIENCE
 from ._timing import facts as contest_facts
 from .dispatch import backends
-from .explain import environment
-from .functional import varlen_mha
-from .layout import SeqLayout
+from .explain import environment, headline, table
 from .modules import VarlenMultiheadAttention
 from .records import record
 from .testing import assert_within_budget
@@ -112,64 +108,18 @@ class ByHand(nn.MultiheadAttention):
         return result
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """One batch of numbers: x, a leaf, and the gradient of the output, which is 0 at padding, both ``(B, S, D)``."""
-
-    batch: Batch
-    setting: Setting
-    x: Tensor
-    mask: Tensor
-    grad: Tensor
-
-    @classmethod
-    def of(cls, batch: Batch, setting: Setting) -> _Problem:
-        generator = torch.Generator().manual_seed(1)
-        mask = torch.arange(batch.padded_len) >= torch.tensor(batch.lengths)[:, None]
-        x, grad = (torch.randn(*mask.shape, setting.width, generator=generator).masked_fill(mask[..., None], 0) for _ in range(2))
-        x, grad, mask = x.to(setting.device, setting.dtype), grad.to(setting.device, setting.dtype), mask.to(setting.device)
-        return cls(batch, setting, x.requires_grad_(), mask, grad)
-
-    def layer(self, kind: type[nn.MultiheadAttention], **options: Any) -> nn.MultiheadAttention:
-        torch.manual_seed(0)
-        layer = kind(self.setting.width, self.setting.heads, batch_first=True, **options)
-        nn.init.normal_(layer.in_proj_bias, std=0.02)
-        return layer.to(self.setting.device, self.setting.dtype)
+def _example(batch: Batch, setting: Setting) -> Example:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.arange(batch.padded_len) >= torch.tensor(batch.lengths)[:, None]
+    x = torch.randn(*mask.shape, setting.width, generator=generator).masked_fill(mask[..., None], 0)
+    return Example.of(x.to(setting.device, setting.dtype), mask.to(setting.device), generator)
 
 
-Call = Callable[[], Tensor]
-
-
-def _contestants(problem: _Problem, training: bool) -> tuple[dict[str, tuple[nn.Module, Call]], dict[str, str]]:
-    """By name, the baseline first: whose parameters get gradients, and the call; and the reasons of who is not here."""
-    x, mask = problem.x, problem.mask
-    by_hand, theirs = problem.layer(ByHand).train(training), problem.layer(nn.MultiheadAttention).train(training)
-
-    def of_torch(fast_path: bool) -> Tensor:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        out: Tensor = theirs(x, x, x, key_padding_mask=mask, need_weights=False)[0]
-        return out
-
-    found: dict[str, tuple[nn.Module, Call]] = {
-        BASE: (by_hand, lambda: by_hand(x, mask)),
-        THEIRS: (theirs, partial(of_torch, fast_path=False)),
-    }
-    if not training:
-        found[FAST] = (theirs, partial(of_torch, fast_path=True))
-    if problem.batch.fill == 1:
-        found[UNMASKED] = (by_hand, lambda: by_hand(x, None))
-    absent = {}
-    for row in backends():
-        name = f"{OURS}, {row['name']}"
-        reason = row["reason"] if not row["available"] else _OMITTED.get(row["name"])
-        ours = problem.layer(VarlenMultiheadAttention, backend=row["name"]).train(training)
-        call = partial(_ours, ours, x, mask)
-        reason = reason or _failure(call)
-        if reason is None:
-            found[name] = (ours, call)
-        else:
-            absent[name] = reason
-    return found, absent
+def _layer(setting: Setting, kind: type[nn.MultiheadAttention], **options: Any) -> nn.MultiheadAttention:
+    torch.manual_seed(0)
+    layer = kind(setting.width, setting.heads, batch_first=True, **options)
+    nn.init.normal_(layer.in_proj_bias, std=0.02)
+    return layer.to(setting.device, setting.dtype)
 
 
 def _ours(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
@@ -177,8 +127,32 @@ def _ours(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def _failure(call: Call) -> str | None:
-    """Why the call can not be made: the backend refuses this dtype, or what it stands on breaks."""
+def _contestants(batch: Batch, setting: Setting, example: Example, training: bool) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """By name, the baseline first; and the reasons of those that are not here."""
+    by_hand = Contestant(_layer(setting, ByHand), lambda layer, x, mask: layer(x, mask))
+    theirs = Contestant(
+        _layer(setting, nn.MultiheadAttention), lambda layer, x, mask: layer(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+    )
+    found = {BASE: by_hand, THEIRS: replace(theirs, fast_path=False)}
+    if not training:
+        found[FAST] = theirs
+    if batch.fill == 1:
+        found[UNMASKED] = replace(by_hand, call=lambda layer, x, mask: layer(x, None))
+    absent = {}
+    for row in backends():
+        name = f"{OURS}, {row['name']}"
+        ours = Contestant(_layer(setting, VarlenMultiheadAttention, backend=row["name"]), _ours)
+        reason = _OMITTED.get(row["name"]) if row["available"] else row["reason"]
+        reason = reason or _failure(partial(ours.results, example, training))
+        if reason is None:
+            found[name] = ours
+        else:
+            absent[name] = reason
+    return found, absent
+
+
+def _failure(call: Callable[[], object]) -> str | None:
+    """Why the call can not be made: the backend refuses this dtype, or what it needs fails."""
     try:
         call()
     except RuntimeError as error:
@@ -189,83 +163,36 @@ def _failure(call: Call) -> str | None:
 _OMITTED = {"reference": "the specification, which is not meant to be fast"}
 
 
-def _step(layer: nn.Module, call: Call, problem: _Problem, training: bool) -> Tensor:
-    """What is timed."""
-    with torch.set_grad_enabled(training):
-        if training:
-            layer.zero_grad()
-            problem.x.grad = None
-        out = call()
-        if training:
-            out.backward(problem.grad)
-    return out.detach()
-
-
-# -------------------------------------------------------------------- verified
-
-
-Results = dict[str, Tensor]
-
-
-def _results(out: Tensor, layer: nn.Module, problem: _Problem, training: bool) -> dict[str, Tensor]:
-    found = {"output": out[~problem.mask]}
-    if training:
-        assert problem.x.grad is not None
-        found |= {"gradient of x": problem.x.grad[~problem.mask]}
-        found |= {f"gradient of {name}": weight.grad for name, weight in layer.named_parameters() if weight.grad is not None}
-    return found
-
-
-def _specification(problem: _Problem, dtype: torch.dtype, training: bool) -> dict[str, Tensor]:
-    """`_results` by the reference backend, one sequence at a time, without padding."""
-    layer = problem.layer(nn.MultiheadAttention).to(dtype)
-    same = _Problem(problem.batch, problem.setting, problem.x.detach().to(dtype).requires_grad_(), problem.mask, problem.grad.to(dtype))
-    layout = SeqLayout.from_key_padding_mask(problem.mask)
-
-    def call() -> Tensor:
-        out: Tensor = varlen_mha(
-            same.x, layout=layout, num_heads=problem.setting.heads, in_proj_weight=layer.in_proj_weight, in_proj_bias=layer.in_proj_bias,
-            out_proj_weight=layer.out_proj.weight, out_proj_bias=layer.out_proj.bias, backend="reference",
-        )  # fmt: skip
-        return out
-
-    return _results(_step(layer, call, same, training), layer, same, training)
-
-
-def _verify(calls: dict[str, tuple[nn.Module, Call]], problem: _Problem, training: bool, truth: Results, plain: Results) -> None:
-    """Raise AssertionError unless all results are as near to float64 as plain eager attention is."""
-    for name, (layer, call) in calls.items():
-        found = _results(_step(layer, call, problem, training), layer, problem, training)
-        for what, got in found.items():
-            assert_within_budget(got, truth[what], plain[what], gradient=True, what=f"{name}, {what}")
-
-
 # -------------------------------------------------------------------- measured
 
 
 def rows(batches: Sequence[Batch], setting: Setting, directions: Sequence[str] = DIRECTIONS) -> Iterator[dict[str, Any]]:
     """One contest for each batch and direction, as soon as it is there."""
     for batch in batches:
-        problem = _Problem.of(batch, setting)
+        example = _example(batch, setting)
         trained = DIRECTIONS[1] in directions  # without dropout, evaluation has the same outputs
-        exact, plain = (_specification(problem, dtype, trained) for dtype in (torch.float64, setting.dtype))
+        exact, plain = (_specification(example, setting, dtype, trained) for dtype in (torch.float64, setting.dtype))
         for direction in directions:
-            with _flags(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's fast path and nested tensors say that they are prototypes
-                contest = _contest(problem, direction == DIRECTIONS[1], exact, plain)
-            yield {"batch": str(batch), "name": batch.name, "direction": direction, **contest}
+            training = direction == DIRECTIONS[1]
+            with quiet():
+                calls, absent = _contestants(batch, setting, example, training)
+                for name, contestant in calls.items():
+                    for what, got in contestant.results(example, training).items():
+                        assert_within_budget(got, exact[what], plain[what], gradient=True, what=f"{name}, {what}")
+                kernels = {name: named_kernel(partial(contestant.run, example, training)) for name, contestant in calls.items()}
+                taken = timings(
+                    calls | {AGAIN: calls[BASE]}, [example], training,
+                    rounds=setting.rounds, warm_up=0, budget=setting.budget, patience=PATIENCE, device=setting.device,
+                )  # fmt: skip
+            measured = contest_facts(taken, BASE) | {"kernel": kernels, "absent": absent}
+            yield {"batch": str(batch), "name": batch.name, "direction": direction, **measured}
 
 
-def _contest(problem: _Problem, training: bool, exact: Results, plain: Results) -> dict[str, Any]:
-    calls, absent = _contestants(problem, training)
-    _verify(calls, problem, training, exact, plain)
-    steps: dict[str, Callable[[], object]] = {name: partial(_step, *pair, problem, training) for name, pair in calls.items()}
-    kernels = {name: named_kernel(step) for name, step in steps.items()}
-    setting = problem.setting
-    timings = interleave(
-        {**steps, AGAIN: steps[BASE]}, rounds=setting.rounds, warm_up=0, budget=setting.budget, patience=PATIENCE, device=setting.device
-    )
-    return {**contest_facts(timings, BASE), "kernel": kernels, "absent": absent}
+def _specification(example: Example, setting: Setting, dtype: torch.dtype, training: bool) -> dict[str, Tensor]:
+    """The results of the reference backend, one sequence at a time, without padding."""
+    layer = _layer(setting, VarlenMultiheadAttention, backend="reference").to(dtype)
+    same = Example(example.x.detach().to(dtype).requires_grad_(), example.mask, example.grad.to(dtype))
+    return Contestant(layer, lambda layer, x, mask: layer(x, key_padding_mask=mask)[0]).results(same, training)
 
 
 def named_kernel(step: Callable[[], object]) -> str:
@@ -275,22 +202,9 @@ def named_kernel(step: Callable[[], object]) -> str:
     return f"{seen}: {log.calls[-1].kernel}" if log.calls and seen.startswith("varlen_attn::") else seen
 
 
-@contextmanager
-def _flags() -> Iterator[None]:
-    """torch's fast path is switched off and on for the length of a contest; its loggers, which say why others of its kernels did not
-    run, are silent."""
-    before, silent = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(silent)
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 def facts(batches: Sequence[Batch], setting: Setting, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Everything that is measured, as plain values; ``say`` gets every contest as text, as soon as it is there."""
-    here = {name: value for name, value in environment().items() if name != "backends"} | {"cpu_name": cpu_name()}
+    here = {name: value for name, value in environment().items() if name != "backends"}
     layer = f"width {setting.width}, {setting.heads} heads, {str(setting.dtype).removeprefix('torch.')}, {setting.device}"
     found: dict[str, Any] = {"environment": here, "layer": layer, "rows": []}
     say(_heading(found))
@@ -307,23 +221,20 @@ def text(found: dict[str, Any]) -> str:
 
 
 def _heading(found: dict[str, Any]) -> str:
-    here = found["environment"]
-    where = here["gpu"] or f"{here['cpu_name']} ({here['cpu']})"
     return (
-        f"varlen_attn {here['varlen_attn']} on torch {here['torch']}, {where}, {here['threads']} threads\n"
+        f"{headline(found['environment'])}\n"
         f"One attention layer, {found['layer']}; padded in, padded out. All were compared with float64 before they were timed, in turns.\n"
         f"Times faster: than a layer written with F.scaled_dot_product_attention and a bool mask.\n"
     )
 
 
 def _table(row: dict[str, Any]) -> str:
-    width = max(len(name) for name in (*row["milliseconds"], *row["absent"]))
-    lines = [f"{row['batch']}; {row['direction']}", f"  {'':{width}} {'ms':>9} {'+-':>5} {'faster':>7}  kernel"]
+    cells = [("", "ms", "+-", "faster", "kernel")]
     for name, taken in row["milliseconds"].items():
         times = f"{row['ratio'][name]:.2f}" if name in row["ratio"] else ""
         spread = "once" if name in row["once"] else f"{row['spread'][name]:.0%}"
-        lines.append(f"  {name:{width}} {taken:9.2f} {spread:>5} {times:>7}  {row['kernel'].get(name, '')}".rstrip())
-    return "\n".join([*lines, ""])
+        cells.append((name, f"{taken:.2f}", spread, times, row["kernel"].get(name, "")))
+    return f"{row['batch']}; {row['direction']}\n{table(cells, '<>>><', '  ')}\n"
 
 
 def _remarks(found: list[dict[str, Any]]) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._timing import cpu_name
 from .dispatch import Plan, backends
 from .functional import plan_attention
 from .layout import SeqLayout
 
-__all__ = ["environment", "environment_text", "explain"]
+__all__ = ["environment", "environment_text", "explain", "headline", "table"]
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, layout: SeqLayout, layout_kv: SeqLayout | None = None, **semantics: Any) -> Plan:
@@ -40,21 +42,30 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu_name": cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "backends": backends(),
     }
 
 
-def environment_text() -> str:
+def environment_text(facts: dict[str, Any]) -> str:
     """`environment`, for people."""
-    facts = environment()
-    rows = facts.pop("backends")
-    lines = [f"{name:11} {value if value is not None else 'none'}" for name, value in facts.items()]
-    lines.append("")
-    width = max(len(row["name"]) for row in rows)
-    for row in rows:
-        version = f"{row['package']} {row['version']}" if row["version"] else row["package"]
-        status = "available" if row["available"] else "no: " + row["reason"]
-        lines.append(f"{row['name']:{width}}  {version:22} {status}")
-    return "\n".join(lines)
+    rows = facts["backends"]
+    lines = [f"{name:11} {'none' if value is None else value}" for name, value in facts.items() if name != "backends"]
+    packages = [f"{row['package']} {row['version'] or ''}".rstrip() for row in rows]
+    states = ["available" if row["available"] else f"no: {row['reason']}" for row in rows]
+    return "\n".join([*lines, "", table([*zip((row["name"] for row in rows), packages, states, strict=True)], "<<<")])
+
+
+def headline(facts: dict[str, Any]) -> str:
+    """`environment` in one line."""
+    where = facts["gpu"] or f"{facts['cpu_name']} ({facts['cpu']})"
+    return f"varlen_attn {facts['varlen_attn']} on torch {facts['torch']}, {where}, {facts['threads']} threads"
+
+
+def table(rows: Sequence[Sequence[str]], sides: str, indent: str = "") -> str:
+    """Columns as wide as their longest cell, each to its side: ``<`` left or ``>`` right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows)
+    return "\n".join(indent + line.rstrip() for line in lines)
