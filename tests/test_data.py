@@ -74,7 +74,7 @@ def test_padded_against_a_loop(examples: list[dict[str, Any]], side: Any, multip
             assert batch[key].tolist() == padded([row[:cut] for row in column(examples, key)], size, value, side or "right")
     mask = batch["attention_mask"]
     assert isinstance(mask, HostLengths)
-    assert (mask.lengths, mask.padded_len, mask.padding_side, mask.kind) == (tuple(tokens), size, side or "right", "mask")
+    assert (mask.lengths, mask.known.padded_len, mask.known.padding_side, mask.known.kind) == (tuple(tokens), size, side or "right", "mask")
     assert (mask.dtype, mask.tolist()) == (torch.int64, padded([[1] * n for n in tokens], size, 0, side or "right"))
     assert batch["layout"] is mask.seq_layout
     assert_same(batch["layout"], SeqLayout.from_lengths(tokens, size, side or "right"))
@@ -150,10 +150,10 @@ def test_frames() -> None:
     batch = VarlenCollator(pad_to_multiple_of=4)([{"input_features": x} for x in frames])
     assert torch.equal(batch["input_features"], torch.stack([torch.cat([x, torch.zeros(4 - len(x), 5)]) for x in frames]))
     assert batch["attention_mask"].lengths == (3, 1)
-    assert batch["attention_mask"].padded_len == 4
+    assert batch["attention_mask"].known.padded_len == 4
     left = VarlenCollator(SimpleNamespace(padding_side="left"))([{"input_features": x.tolist()} for x in frames])
     assert torch.equal(left["input_features"][1], torch.cat([torch.zeros(2, 5), frames[1]]))
-    assert left["attention_mask"].padding_side == "left"
+    assert left["attention_mask"].known.padding_side == "left"
 
 
 def test_other_columns_are_stacked() -> None:
@@ -197,7 +197,7 @@ def test_packed_against_a_loop(examples: list[dict[str, Any]], start: int, cut: 
     offsets = batch["cu_seq_lens_q"]
     assert offsets is batch["cu_seq_lens_k"]
     assert isinstance(offsets, HostLengths)
-    assert (offsets.lengths, offsets.kind, offsets.dtype) == (tokens, "offsets", torch.int32)
+    assert (offsets.lengths, offsets.known.kind, offsets.dtype) == (tokens, "offsets", torch.int32)
     assert offsets.tolist() == [sum(tokens[:i]) for i in range(len(tokens) + 1)]
     assert batch["max_length_q"] == batch["max_length_k"] == max(tokens)
     assert type(batch["max_length_q"]) is int
@@ -250,10 +250,10 @@ def test_text() -> None:
     for examples in (["ab", ""], [{"text": "ab"}, {"text": ""}]):
         batch = VarlenCollator(Tokenizer())(examples)
         assert batch["input_ids"].tolist() == [[1, 97, 98, 2], [9, 9, 1, 2]]
-        assert (batch["attention_mask"].lengths, batch["attention_mask"].padding_side) == ((4, 2), "left")
+        assert (batch["attention_mask"].lengths, batch["attention_mask"].known.padding_side) == ((4, 2), "left")
     both = SimpleNamespace(tokenizer=Tokenizer(), feature_extractor=SimpleNamespace(padding_side="right"))
-    assert VarlenCollator(both)(["ab", ""])["attention_mask"].padding_side == "left"
-    assert VarlenCollator(both)([{"input_values": [0.5]}, {"input_values": [0.5, 1.0]}])["attention_mask"].padding_side == "right"
+    assert VarlenCollator(both)(["ab", ""])["attention_mask"].known.padding_side == "left"
+    assert VarlenCollator(both)([{"input_values": [0.5]}, {"input_values": [0.5, 1.0]}])["attention_mask"].known.padding_side == "right"
     batch = VarlenCollator(both, packed=True, max_length=3)([{"text": "ab", "label": 1}, {"text": "", "label": 0}])
     assert batch["input_ids"].tolist() == [[1, 97, 2, 1, 2]]
     assert batch["labels"].tolist() == [1, 0]
@@ -296,7 +296,7 @@ def test_padded_against_transformers(tokenizer: Any, side: str, multiple: int | 
         collate = VarlenCollator(tokenizer, pad_to_multiple_of=multiple)
         for ours in (collate(encoded), collate([{"text": text, "labels": i} for i, text in enumerate(texts)])):
             assert ours["attention_mask"].lengths == (5, 3, 2, 4)
-            assert ours["attention_mask"].padding_side == side
+            assert ours["attention_mask"].known.padding_side == side
             for key, expected in theirs.items():
                 assert torch.equal(ours[key], expected) or key == "token_type_ids", key
         tagged = [dict(tokenizer(text)) for text in texts]
@@ -419,7 +419,7 @@ def test_through_workers(packed: bool) -> None:
         assert here.keys() == there.keys()
         key = "cu_seq_lens_q" if packed else "attention_mask"
         assert there[key].lengths == here[key].lengths
-        assert there[key].kind == here[key].kind
+        assert there[key].known.kind == here[key].known.kind
         assert_same(there["layout"], here["layout"])
         assert_same(there[key].seq_layout, here["layout"])
         if packed:

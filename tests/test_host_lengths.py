@@ -37,8 +37,8 @@ def assert_true(x: Tensor) -> None:
     """Whatever lengths a tensor still has are those of its values."""
     if isinstance(x, HostLengths) and x.known is not None:
         plain = x.as_subclass(Tensor).cpu()
-        if x.kind == "mask":
-            made = HostLengths.as_mask(x.known.lengths, x.padded_len, x.known.padding_side)
+        if x.known.kind == "mask":
+            made = HostLengths.as_mask(x.known.lengths, x.known.padded_len, x.known.padding_side)
             assert torch.equal(plain != 0, made.as_subclass(Tensor) != 0)
         else:
             assert plain.diff().tolist() == list(x.known.lengths)
@@ -55,7 +55,7 @@ def test_masks_against_a_loop(tokens: list[int], slack: int, side: Any, dtype: t
     rows = [[1] * n + [0] * (size - n) for n in tokens]
     rows = rows if side == "right" else [row[::-1] for row in rows]
     assert (x.shape, x.dtype, x.tolist()) == ((len(tokens), size), dtype, rows)
-    assert (x.lengths, x.padded_len, x.padding_side, x.kind) == (tuple(tokens), size, side, "mask")
+    assert (x.lengths, x.known.padded_len, x.known.padding_side, x.known.kind) == (tuple(tokens), size, side, "mask")
     assert_same(x.seq_layout, SeqLayout.from_lengths(tokens, size, side))
 
 
@@ -63,7 +63,12 @@ def test_masks_against_a_loop(tokens: list[int], slack: int, side: Any, dtype: t
 def test_offsets_against_a_loop(tokens: list[int], dtype: torch.dtype) -> None:
     x = HostLengths.as_offsets(tokens, dtype=dtype)
     assert (x.dtype, x.tolist()) == (dtype, [sum(tokens[:i]) for i in range(len(tokens) + 1)])
-    assert (x.lengths, x.padded_len, x.padding_side, x.kind) == (tuple(tokens), max(tokens, default=0), "right", "offsets")
+    assert (x.lengths, x.known.padded_len, x.known.padding_side, x.known.kind) == (
+        tuple(tokens),
+        max(tokens, default=0),
+        "right",
+        "offsets",
+    )
     assert_same(x.seq_layout, SeqLayout.from_lengths(tokens))
     assert_same(x.seq_layout, SeqLayout.from_cu_seqlens(x.as_subclass(Tensor)))
 
@@ -119,7 +124,7 @@ def test_wrong_arguments() -> None:
 
 def test_one_that_was_made_of_nothing_knows_nothing() -> None:
     for x in (HostLengths([1, 2]), torch.ones(2, 3).as_subclass(HostLengths)):
-        assert (x.lengths, x.padded_len, x.padding_side, x.kind, x.seq_layout) == (None,) * 5
+        assert (x.known, x.lengths, x.seq_layout) == (None,) * 3
         assert type(x + 1) is Tensor
 
 
@@ -158,7 +163,7 @@ def test_conversions_keep_lengths(name: str, kind: str, inference: bool) -> None
         return
     assert isinstance(y, HostLengths)
     facts = ("lengths", "padded_len", "padding_side", "kind")
-    assert [getattr(y, f) for f in facts] == [getattr(x, f) for f in facts]
+    assert [getattr(y.known, f) for f in facts] == [getattr(x.known, f) for f in facts]
     assert y.shape == x.shape
     assert y.seq_layout is not None
     assert y.seq_layout.device == y.device
@@ -504,7 +509,7 @@ def test_through_processes() -> None:
     sent = [HostLengths.as_mask([n, 1], 5) for n in range(1, 5)] + [HostLengths.as_offsets([n, 1]) for n in range(4)]
     for x, y in zip(sent, from_workers(sent, num_workers=2, multiprocessing_context="spawn"), strict=True):
         assert torch.equal(x, y)
-        assert (y.lengths, y.kind) == (x.lengths, x.kind)
+        assert (y.lengths, y.known.kind) == (x.lengths, x.known.kind)
         assert_same(y.seq_layout, x.seq_layout)
         y[:1] = 9
         assert (y.lengths, x.lengths is None) == (None, False)
@@ -584,7 +589,7 @@ def test_to_a_device_and_back() -> None:
     pinned = x.pin_memory()
     assert pinned.is_pinned()
     for y in (pinned, x.cuda(), pinned.to("cuda", non_blocking=True), x.cuda().cpu(), x.to("cuda", torch.bool)):
-        assert (y.lengths, y.padding_side) == (x.lengths, "left")
+        assert (y.lengths, y.known.padding_side) == (x.lengths, "left")
     there = pinned.to("cuda", non_blocking=True)
     assert there.seq_layout is there.bool().seq_layout
     assert there.seq_layout.device == there.device

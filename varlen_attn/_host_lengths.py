@@ -154,7 +154,7 @@ class HostLengths(Tensor):
 
     @property
     def known(self) -> Known | None:
-        """All that the host knows; None from the first write on, as everything below."""
+        """All that the host knows; None from the first write on, as `lengths` and `seq_layout`."""
         if self._known is not None:
             with torch._C.DisableTorchFunctionSubclass():
                 if self._version != self._writes:
@@ -165,21 +165,6 @@ class HostLengths(Tensor):
     def lengths(self) -> tuple[int, ...] | None:
         """Q integers."""
         return None if self.known is None else self.known.lengths
-
-    @property
-    def padded_len(self) -> int | None:
-        """S; of offsets the longest length."""
-        return None if self.known is None else self.known.padded_len
-
-    @property
-    def padding_side(self) -> Side | None:
-        """Where the padding of the padded batch stands."""
-        return None if self.known is None else self.known.padding_side
-
-    @property
-    def kind(self) -> Kind | None:
-        """Whether the tensor is a mask or offsets."""
-        return None if self.known is None else self.known.kind
 
     @property
     def seq_layout(self) -> SeqLayout | None:

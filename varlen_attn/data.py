@@ -6,9 +6,9 @@ has to read it back from the device. The masks and offsets made here are `HostLe
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from reprlib import repr as brief
 from typing import Any
 
 import torch
@@ -135,15 +135,11 @@ class VarlenCollator:
 
     def _columns(self, examples: Sequence[str | Mapping[str, Any]]) -> dict[str, list[Any]]:
         if isinstance(examples, str | Mapping) or len(examples) == 0:
-            raise ArgumentError(
-                f"`examples` must be a list of at least one example, but is {reprlib.repr(examples)}: pass a list of dicts."
-            )
+            raise ArgumentError(f"`examples` must be a list of at least one example, but is {brief(examples)}: pass a list of dicts.")
         dicts = [{"text": example} if isinstance(example, str) else example for example in examples]
         for i, example in enumerate(dicts):
             if not isinstance(example, Mapping):
-                raise ArgumentError(
-                    f"`examples[{i}]` must be a dict or text, but is {reprlib.repr(example)}: return dicts from the data set."
-                )
+                raise ArgumentError(f"`examples[{i}]` must be a dict or text, but is {brief(example)}: return dicts from the data set.")
             if example.keys() != dicts[0].keys():
                 raise ArgumentError(
                     f"`examples[{i}]` must have the keys of examples[0], {sorted(dicts[0])}, but has {sorted(example)}: "
@@ -161,9 +157,7 @@ class VarlenCollator:
             raise ArgumentError(f"`processor` must be a tokenizer where examples are text, but is {self.processor!r}: pass one.")
         for i, text in enumerate(texts):
             if not isinstance(text, str):
-                raise ArgumentError(
-                    f"`examples[{i}]['text']` must be a string, but is {reprlib.repr(text)}: leave out examples without text."
-                )
+                raise ArgumentError(f"`examples[{i}]['text']` must be a string, but is {brief(text)}: leave out examples without text.")
         # Without masks, which would be all ones here and have to be read.
         return dict(self._tokenizer(texts, truncation=self.max_length is not None, max_length=self.max_length, return_attention_mask=False))
 
@@ -203,16 +197,14 @@ class VarlenCollator:
         size = -(-max(lengths) // multiple) * multiple
         masks = rows.pop("attention_mask", None)
         mask = HostLengths.as_mask(lengths, size, side) if masks is None else HostLengths.from_mask(_pad(masks, size, 0, side))
-        paddings = {"input_ids": self._pad_id(), "token_type_ids": getattr(owner, "pad_token_type_id", 0), "special_tokens_mask": 1}
-        paddings["labels"] = self.label_pad
+        pad_id = getattr(self._tokenizer, "pad_token_id", 0) if self.pad_token_id is None else self.pad_token_id
+        pad_type = getattr(owner, "pad_token_type_id", 0)
+        paddings = {"input_ids": pad_id, "token_type_ids": pad_type, "special_tokens_mask": 1, "labels": self.label_pad}
         batch: dict[str, Any] = {key: _pad(values, size, paddings.get(key, 0), side) for key, values in rows.items()}
         batch["attention_mask"] = mask
         if self.with_layout:
             batch["layout"] = mask.seq_layout if isinstance(mask, HostLengths) else SeqLayout.from_attention_mask(mask)
         return batch
-
-    def _pad_id(self) -> int:
-        return int(getattr(self._tokenizer, "pad_token_id", 0) if self.pad_token_id is None else self.pad_token_id)
 
     def _packed(self, rows: dict[str, list[Tensor]]) -> dict[str, Any]:
         masks = rows.pop("attention_mask", None)
@@ -238,7 +230,7 @@ def _tensor(value: Any, key: str, i: int) -> Tensor:
         return torch.tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(
-            f"`examples[{i}][{key!r}]` must be a number, or numbers in equal rows, but is {reprlib.repr(value)}: remove the column, "
+            f"`examples[{i}][{key!r}]` must be a number, or numbers in equal rows, but is {brief(value)}: remove the column, "
             "for example with dataset.remove_columns, or encode it."
         ) from error
 
@@ -272,7 +264,7 @@ def _check_mask(masks: list[Tensor]) -> None:
     for i, mask in enumerate(masks):
         if ((mask != 0) & (mask != 1)).any():
             raise ArgumentError(
-                f"`examples[{i}]['attention_mask']` must hold 0 and 1, but holds {reprlib.repr(mask.tolist())}: 1 is a token, 0 is padding."
+                f"`examples[{i}]['attention_mask']` must hold 0 and 1, but holds {brief(mask.tolist())}: 1 is a token, 0 is padding."
             )
 
 
