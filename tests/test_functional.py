@@ -940,7 +940,7 @@ def test_a_layout_made_inside_the_graph() -> None:  # R-19
 def test_our_ops_pass_opcheck(lengths: list[int], option: tuple[str, list[int], Tensor | None]) -> None:
     layout, q, k, v = ragged(lengths)
     causal, window, slopes = option
-    rest = (layout.cu_seqlens, layout.cu_seqlens, 0.25, causal, window, slopes, False)
+    rest = (layout.cu_seqlens, layout.cu_seqlens, slopes, 0.25, causal, window, False)
     ops = torch.ops.varlen_attn
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(ops.cpu_forward.default, (*inputs, *rest))

@@ -55,6 +55,9 @@ class Options(NamedTuple):
     batch_invariant: bool = False
 
 
+_SIDES = {int, type(None)}
+
+
 class Verdict(NamedTuple):
     """What was decided for all calls of one signature.
 
@@ -106,9 +109,11 @@ def _signature(
     query: Tensor, key: Tensor, value: Tensor, layout: Any, layout_kv: Any, options: Options, backend: str | Backend
 ) -> tuple[Any, ...] | None:
     """All that checks and choices depend on, as plain values; None where they can not be made once for many calls."""
-    other = layout if layout_kv is None else layout_kv
+    other, window = layout if layout_kv is None else layout_kv, options.window
     if type(layout) is not SeqLayout or type(other) is not SeqLayout or not is_plain(query):
         return None
+    if type(options.causal) not in (bool, str) or (window is not None and not (type(window) is tuple and {*map(type, window)} <= _SIDES)):
+        return None  # 1 is equal to True, and not allowed in its place
     try:
         shape_q, shape_k, shape_v, device = query.shape, key.shape, value.shape, query.device
         rows, rows_kv = layout.token_indices.shape[0], other.token_indices.shape[0]

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layout import is_tracing
-
 __all__ = ["faithful_copy", "has_hooks", "in_pieces", "is_known"]
 
 TOKEN_WISE = (
@@ -55,7 +53,9 @@ def in_pieces(layer: Any, x: Tensor, feed_forward: Callable[[Tensor], Tensor]) -
 
     That is on a CPU, where no gradients need the inner rows, and with modules whose calls nobody counts.
     """
-    if torch.is_grad_enabled() or layer.training or is_tracing(x) or x.device.type != "cpu" or x.dim() != 2 or len(x) < 2 * _LEAST:
+    if torch.is_grad_enabled() or layer.training or torch.compiler.is_compiling() or type(x) is not Tensor:
+        return feed_forward(x)
+    if torch.jit.is_tracing() or x.device.type != "cpu" or x.dim() != 2 or len(x) < 2 * _LEAST:  # type: ignore[attr-defined]
         return feed_forward(x)
     own = type(layer)._ff_block in (nn.TransformerEncoderLayer._ff_block, nn.TransformerDecoderLayer._ff_block)
     parts = (layer.linear1, layer.activation, layer.dropout, layer.linear2)

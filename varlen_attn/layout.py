@@ -329,9 +329,9 @@ class SeqLayout:
     @property
     def is_dense(self) -> bool:
         """Known on the host to have no padding: then packed is ``x.reshape(B*S, ...)``. Never in a graph, which is for all lengths."""
-        if self.lengths is None or is_tracing(self.cu_seqlens):
+        if torch.compiler.is_compiling() or self.lengths is None or self.lengths != (self.padded_len,) * self.batch_size:
             return False
-        return self.lengths == (self.padded_len,) * self.batch_size
+        return not is_tracing(self.cu_seqlens)
 
     @property
     def seq_ids(self) -> Tensor:

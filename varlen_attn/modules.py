@@ -290,7 +290,9 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         """Input projections of ``(..., E)`` to ``(..., N, H)``; one matrix product where inputs are one object."""
         bias, size = self.in_proj_bias, self.embed_dim
         if query is key and key is value and self._qkv_same_embed_dim:
-            return _linear(query, self.in_proj_weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
+            weight = self.in_proj_weight
+            linear = F.linear if bias is None or bias.dtype == weight.dtype else _linear
+            return linear(query, weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
         if not self._qkv_same_embed_dim:
             biases = (None, None, None) if bias is None else bias.chunk(3)
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)

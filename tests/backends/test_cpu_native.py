@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from hypothesis import given
 from torch import Tensor
 
 from varlen_attn import SeqLayout, _native, explain, padded_attention, record, varlen_attention
+from varlen_attn.backends.base import Call
+from varlen_attn.backends.cpu_native import CpuNative
+from varlen_attn.problem import Semantics
 from varlen_attn.testing import assert_within_budget, reference_attention
 from varlen_attn.testing.strategies import AttentionCase, attention_cases
 
@@ -415,3 +419,24 @@ def test_one_graph_with_dropout_and_sinks_whatever_the_lengths() -> None:  # R-1
         assert x.grad.any() or max(lengths) < 3, "a single weight may be dropped"
     assert len(graphs) <= 2
     torch._dynamo.reset()
+
+
+def test_a_call_is_few_functions_of_ours() -> None:
+    """On short sequences each costs as much as a part of their attention."""
+    layout = SeqLayout.from_lengths([9, 11])
+    x = torch.randn(20, 2, 16)
+    call = Call(layout, layout, Semantics(scale=0.25))
+    backend = CpuNative()
+    backend.run(x, x, x, call)
+    root, seen = str(Path(_native.__file__).parent), []
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(root):
+            seen.append(frame.f_code.co_name)
+
+    sys.setprofile(profile)
+    try:
+        backend.run(x, x, x, call)
+    finally:
+        sys.setprofile(None)
+    assert len(seen) <= 8 + ("torch.utils.flop_counter" in sys.modules), seen

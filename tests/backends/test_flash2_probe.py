@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varlen_attn import SeqLayout, problem, varlen_attention
-from varlen_attn.backends import flash2
+from varlen_attn.backends import _packages, flash2
 from varlen_attn.backends.flash2 import Flash2
 from varlen_attn.problem import Problem, Semantics
 from varlen_attn.testing import assert_within_budget, reference_attention
@@ -36,7 +36,7 @@ def reasons(**fields: Any) -> str:
 def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     def put(version: str | None, execute: Callable[[types.ModuleType], None]) -> None:
         monkeypatch.setitem(problem._versions, "flash-attn", version)
-        monkeypatch.setattr(flash2, "_probed", {})
+        monkeypatch.setattr(_packages, "_probed", {})
         monkeypatch.setattr(sys, "meta_path", [Finder(execute, "flash_attn"), *sys.meta_path])
         for name in [n for n in sys.modules if n.partition(".")[0] == "flash_attn"]:
             monkeypatch.delitem(sys.modules, name)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varlen_attn import SeqLayout, problem, varlen_attention
-from varlen_attn.backends import flash4
+from varlen_attn.backends import _packages
 from varlen_attn.backends.flash4 import Flash4
 from varlen_attn.problem import Problem, Semantics
 
@@ -144,7 +144,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
                 execute(module)
 
         monkeypatch.setitem(problem._versions, "flash-attn-4", version)
-        monkeypatch.setattr(flash4, "_probed", {})
+        monkeypatch.setattr(_packages, "_probed", {})
         monkeypatch.setattr(sys, "meta_path", [Finder(note, "flash_attn"), *sys.meta_path])
         for name in [n for n in sys.modules if n.partition(".")[0] == "flash_attn"]:
             monkeypatch.delitem(sys.modules, name)

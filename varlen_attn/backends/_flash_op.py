@@ -21,9 +21,8 @@ from torch import Tensor
 from ..layout import SeqLayout
 from ..problem import Problem
 from ._fit import aligned, flash_window
-from ._flops import register_flops
-from ._own_op import own_op
-from .base import Call, Refusal, Result, observe, scale_refusals
+from ._ops import define_ops
+from .base import Call, Refusal, Result, observe, scale_refusals, state
 
 _TILE = 128  # rows of a kernel's block
 _MOST_PIECES = 4_095  # sequences that slack rows are cut into: a kernel's grid does not count far (see `_limits`)
@@ -45,19 +44,19 @@ Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Arguments], tuple[Te
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Arguments], tuple[Tensor, Tensor, Tensor]]
 
 
-def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Any:
-    """Register ``varlen_attn::{name}_forward`` and ``_backward`` around a library; returns the first.
+def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Callable[..., Any]:
+    """`define_ops` around a library.
 
     ``forward(query, key, value, cu_q, cu_k, arguments) -> out, lse (N,T)``, ``backward(grad, query, key, value, out, lse, cu_q, cu_k,
     arguments) -> dq, dk, dv``. The log-sum-exp of a row without keys is -inf.
     """
 
-    @own_op(f"{name}_forward", "default")
     def forward_op(
         query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, sinks: Tensor | None, max_q: int, max_k: int,
         scale: float, causal: bool, window: list[int], softcap: float, deterministic: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        observe(name, query.shape[0])
+        if state.records:
+            observe(name, query.shape[0])
         if 0 in (query.shape[0], key.shape[0]):
             blind = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
             return query.new_zeros(query.shape), blind
@@ -66,7 +65,6 @@ def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Any:
         out, lse = forward(query, key, value, cu_q, cu_k, arguments)
         return (out if sinks is None else _with_sinks(out, lse, sinks)), lse
 
-    @own_op(f"{name}_backward", "default")
     def backward_op(
         grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
         sinks: Tensor | None, max_q: int, max_k: int, scale: float, causal: bool, window: list[int], softcap: float, deterministic: bool,
@@ -83,45 +81,7 @@ def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Any:
         dq, dk, dv = backward(grad, query, key, value, out, lse, cu_q, cu_k, arguments)
         return dq, dk, dv, dsinks
 
-    _register_fakes(name)
-    _register_autograd(name, backward_op)
-    register_flops()
-    return forward_op
-
-
-def _register_fakes(name: str) -> None:
-    @torch.library.register_fake(f"varlen_attn::{name}_forward")  # type: ignore[untyped-decorator]
-    def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        return query.new_empty(query.shape), query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
-
-    @torch.library.register_fake(f"varlen_attn::{name}_backward")  # type: ignore[untyped-decorator]
-    def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sinks = rest[4]
-        dsinks = grad.new_empty((query.shape[1] if sinks is not None else 0,), dtype=torch.float32)
-        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), dsinks
-
-
-def _register_autograd(name: str, backward_op: Any) -> None:
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, key, value, cu_q, cu_k, sinks, *ctx.options = inputs
-        out, lse = output
-        # Without this the log-sum-exp would look differentiable and its gradient be dropped without a word.
-        ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(query, key, value, out, lse, cu_q, cu_k, sinks)
-
-    def autograd(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: under checkpointing a second time is an error
-        dq, dk, dv, dsinks = backward_op(grad, *saved, *ctx.options)
-        return (dq, dk, dv, None, None, None if saved[-1] is None else dsinks, *[None] * len(ctx.options))
-
-    def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"the backward of backend {name!r} is not differentiable: the kernel has no second derivative. "
-            "Order backend='reference' for it."
-        )
-
-    torch.library.register_autograd(f"varlen_attn::{name}_forward", autograd, setup_context=setup_context)
-    torch.library.register_autograd(f"varlen_attn::{name}_backward", no_second_derivative)
+    return define_ops(name, forward_op, backward_op, kernel="the kernel", device="default")
 
 
 def _joined(lse: Tensor, sinks: Tensor) -> Tensor:
@@ -166,8 +126,6 @@ def _cover(layout: SeqLayout, pieces: int, rows: int) -> Tensor:
 
 def run_flash_op(op: Any, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
     """`Backend.run` of both."""
-    if not torch.compiler.is_compiling():
-        register_flops()
     cu_q, cu_k, max_q, max_k = covering_offsets(*call.layouts)
     semantics = call.semantics
     out, lse = op(

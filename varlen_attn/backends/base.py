@@ -333,9 +333,14 @@ def result_without_slack(x: Tensor, slack: Tensor) -> Tensor:
 
 def pad_head_dim(multiple: int, *tensors: Tensor, least: int = 0) -> tuple[Tensor, ...]:
     """Zero columns up to one common head dimension, a multiple of ``multiple``: exact as long as the scale is the true one's."""
-    widest = max(least, *(t.shape[-1] for t in tensors))
+    widest = least
+    for t in tensors:
+        widest = max(widest, t.shape[-1])
     width = -(-widest // multiple) * multiple
-    return tuple(F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] != width else t for t in tensors)
+    padded = []
+    for t in tensors:
+        padded.append(t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])))  # noqa: PERF401 (a frame in every call)
+    return tuple(padded)
 
 
 def repeat_kv(num_heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:

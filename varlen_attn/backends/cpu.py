@@ -21,10 +21,9 @@ from torch import Tensor
 from .._gather import is_transformed
 from ..problem import Problem
 from ._cpu_plan import Launch, Target, blocks, chunks
-from ._flops import register_flops
 from ._maths import attend, needs_maths
-from ._own_op import own_op
-from .base import FLOATS, HALF, Backend, Call, Capabilities, Refusal, Result, connected_zeros, observe, pad_head_dim, wide_dtype
+from ._ops import define_ops
+from .base import FLOATS, HALF, Backend, Call, Capabilities, Refusal, Result, connected_zeros, observe, pad_head_dim, state, wide_dtype
 
 # Overloads, because looking one up at every call costs microseconds. None in a torch that has dropped these private ops.
 _KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
@@ -34,21 +33,21 @@ _flash_backward: Any = getattr(getattr(torch.ops.aten, _KERNEL + "_backward", No
 _WIDE_BACKWARD_BELOW = 192  # tokens: half-precision backward in float32 is 2 to 5 times faster below, measured with AMX
 
 
-@own_op("cpu_forward")
 def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     cu_q: Tensor,
     cu_k: Tensor,
+    slopes: Tensor | None,
     scale: float,
     causal: str,
     window: list[int],
-    slopes: Tensor | None,
     single: bool,
 ) -> tuple[Tensor, Tensor]:
     """``(T,N,H), (Tk,K,H), (Tk,K,H) -> (T,N,H)``, lse ``(N,T)``. Rows that see no key: 0 and -inf."""
-    observe("cpu", query.shape[0])
+    if state.records:
+        observe("cpu", query.shape[0])
     call = Launch(query, key, (cu_q, cu_k), causal, window, slopes, single)
     if call.is_plain:
         return _plain_forward(call, query, key, value, scale)
@@ -84,15 +83,6 @@ def _plain_forward(call: Launch, query: Tensor, key: Tensor, value: Tensor, scal
     return out, call.lse(lses, query)
 
 
-@torch.library.register_fake("varlen_attn::cpu_forward")  # type: ignore[untyped-decorator]
-def _(
-    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float, causal: str, window: list[int],
-    slopes: Tensor | None, single: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=wide_dtype(query.dtype)).t()
-
-
-@own_op("cpu_backward")
 def _backward(
     grad: Tensor,
     query: Tensor,
@@ -102,10 +92,10 @@ def _backward(
     lse: Tensor,
     cu_q: Tensor,
     cu_k: Tensor,
+    slopes: Tensor | None,
     scale: float,
     causal: str,
     window: list[int],
-    slopes: Tensor | None,
     single: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; exactly 0 where nothing is seen."""
@@ -119,7 +109,7 @@ def _backward(
     dq = query.new_empty(query.shape) if covered_q else query.new_zeros(query.shape)
     dk, dv = ((x.new_empty if covered_k else x.new_zeros)(x.shape, dtype=kv_dtype) for x in (key, value))
     targets = call.query_target(dq), call.key_target(dk), call.key_target(dv)
-    blocks_q = call.queries(query, grad, out, lse.t()[..., None])
+    blocks_q = call.queries(query, grad.contiguous(), out, lse.t()[..., None])
     for index, (block_q, block_k) in enumerate(zip(blocks_q, call.keys(key, value), strict=True)):
         wide = half and (call.groups[index].len_q < _WIDE_BACKWARD_BELOW or kv_dtype == torch.float32)
         to_q, *to_kv = (target.block(index) for target in targets)
@@ -148,7 +138,7 @@ def _plain_backward(
         grads = [(x.new_empty if c else x.new_zeros)(x.shape) for x, c in zip(inputs, covered, strict=True)]
         targets = [call.query_target(grads[0]), call.key_target(grads[1]), call.key_target(grads[2])]
     # At padding, which repeats a token, the gradient of the output is 0: it must not add to its keys' gradients.
-    blocks_q = call.queries(query, grad, out, lse.t()[..., None], zeroed=1)
+    blocks_q = call.queries(query, grad.contiguous(), out, lse.t()[..., None], zeroed=1)
     for index, (group, (q, g, o, logs), (k, v)) in enumerate(zip(call.groups, blocks_q, call.keys(key, value), strict=True)):
         mask = None if causal else group.key_mask(query.dtype)
         if query.dtype in HALF and group.len_q < _WIDE_BACKWARD_BELOW:
@@ -161,37 +151,7 @@ def _plain_backward(
     return grads[0], grads[1], grads[2]
 
 
-@torch.library.register_fake("varlen_attn::cpu_backward")  # type: ignore[untyped-decorator]
-def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
-    scale: float, causal: str, window: list[int], slopes: Tensor | None, single: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, cu_q, cu_k, *ctx.options, slopes, ctx.single = inputs
-    out, lse = output
-    # Without this the log-sum-exp would look differentiable and its gradient be dropped without a word.
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(query, key, value, out, lse, cu_q, cu_k, slopes)
-
-
-def _autograd(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *saved, slopes = ctx.saved_tensors
-    grads = _backward(grad.contiguous(), *saved, *ctx.options, slopes, ctx.single)
-    return (*grads, *[None] * 7)
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "the backward of backend 'cpu' is not differentiable: ATen's kernel has no second derivative. Order backend='reference' for it."
-    )
-
-
-torch.library.register_autograd("varlen_attn::cpu_forward", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("varlen_attn::cpu_backward", _no_second_derivative)
-register_flops()
+_op = define_ops("cpu", _forward, _backward, kernel="ATen's kernel", lse_by_rows=True)
 
 
 class Cpu(Backend):
@@ -225,8 +185,6 @@ class Cpu(Backend):
         if needs_maths(semantics) or is_transformed():
             # Under torch.func and forward-mode AD too: the op below has a backward only, and would give zeros without an error.
             return _run_maths(query, key, value, call)
-        if not torch.compiler.is_compiling():
-            register_flops()
         value_dim = value.shape[-1]
         query, key, value = pad_head_dim(1, query, key, value)
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -234,9 +192,9 @@ class Cpu(Backend):
         if scale <= 0:  # the kernel scales what it has masked: -inf would become inf or NaN
             query, scale = query * scale, 1.0
         window = [-1 if side is None else side for side in semantics.window or (None, None)]
-        out, lse = _forward(
-            query, key, value, call.layout_q.cu_seqlens, call.layout_kv.cu_seqlens, scale, semantics.causal or "", window,
-            call.extras.alibi_slopes, semantics.batch_invariant,
+        out, lse = _op(
+            query, key, value, call.layout_q.cu_seqlens, call.layout_kv.cu_seqlens, call.extras.alibi_slopes, scale,
+            semantics.causal or "", window, semantics.batch_invariant,
         )  # fmt: skip
         return out[..., :value_dim], lse if semantics.return_lse else None
 

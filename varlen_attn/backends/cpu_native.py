@@ -11,25 +11,22 @@ the kernel's own where libtorch has none for this CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from .._gather import is_transformed
 from ..problem import Problem
-from ._flops import register_flops
-from ._own_op import own_op
-from .base import HALF, Backend, Call, Capabilities, Refusal, Result, observe, pad_head_dim
+from ._ops import define_ops
+from .base import HALF, Backend, Call, Capabilities, Refusal, Result, observe, pad_head_dim, state
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in attention.h
 _UNLIMITED = 1 << 40  # a side of a window that cuts nothing
 _MULTIPLE = 16  # of head dimensions: whole vectors of every instruction set
 
 
-@own_op("cpu_native_forward")
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -46,24 +43,33 @@ def _forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """``(T,N,H), (Tk,K,H), (Tk,K,Hv) -> (T,N,Hv)``, lse ``(N,T)``. Rows that see no key: 0 and -inf."""
-    observe("cpu_native", query.shape[0])
-    out = query.new_empty((*query.shape[:2], value.shape[2]))
-    lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
-    call = _Call(query, key, value, cu_q, cu_k, slopes, sinks, seed, sides, bottom_right, scale, softcap, dropout_p)
-    call.point(out=out, lse=lse)
-    _native.library().forward(call.arguments)
+    if state.records:
+        observe("cpu_native", query.shape[0])
+    rows, heads, _ = query.shape
+    out = query.new_empty((rows, heads, value.shape[2]))
+    lse = query.new_empty((heads, rows), dtype=torch.float32)
+    _launch(
+        _native.library().forward, query, key, value, out, lse, cu_q, cu_k, slopes, sinks, seed, sides, bottom_right, scale, softcap,
+        dropout_p,
+    )  # fmt: skip
     return out, lse
 
 
-@torch.library.register_fake("varlen_attn::cpu_native_forward")  # type: ignore[untyped-decorator]
-def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    out = query.new_empty((*query.shape[:2], value.shape[2]))
-    return out, query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
-
-
-@own_op("cpu_native_backward")
 def _backward(
-    grad: Tensor,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
+    slopes: Tensor | None, sinks: Tensor | None, *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key, value and sinks; exactly 0 where nothing is seen."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
+    dsinks = lse.new_zeros((cu_q.shape[0] - 1 if sinks is not None else 0, query.shape[1]))  # one row a sequence
+    _launch(
+        _native.library().backward, query, key, value, out, lse, cu_q, cu_k, slopes, sinks, *options, gradients=(grad, dq, dk, dv, dsinks)
+    )
+    return dq, dk, dv, dsinks.flatten() if sinks is None else dsinks.sum(0)
+
+
+def _launch(
+    run: Callable[[_native.Arguments], None],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -79,101 +85,43 @@ def _backward(
     scale: float,
     softcap: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and, in parts ``(Q, N)`` to be added up, of the sinks; exactly 0 where nothing is seen."""
-    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
-    dsinks = lse.new_zeros((cu_q.shape[0] - 1 if sinks is not None else 0, query.shape[1]))
-    call = _Call(query, key, value, cu_q, cu_k, slopes, sinks, seed, sides, bottom_right, scale, softcap, dropout_p)
-    grad = _readable(grad)
-    call.point(out=out.contiguous(), lse=lse.contiguous(), grad=grad, dq=dq, dk=dk, dv=dv, dsinks=dsinks)
-    call.arguments.grad_row, call.arguments.grad_head, _ = grad.stride()
-    _native.library().backward(call.arguments)
-    return dq, dk, dv, dsinks
+    *,
+    gradients: tuple[Tensor | None, ...] = (None,) * 5,
+) -> None:
+    """Call the kernel. One function without helpers: on short sequences each costs as much as a part of their attention."""
+    (rows_q, heads, dim), (rows_k, kv_heads, value_dim) = query.shape, value.shape
+    if (rows_k, cu_k.numel(), cu_q.dtype, cu_k.dtype) != (key.shape[0], cu_q.numel(), torch.int32, torch.int32):
+        raise RuntimeError("offsets must be int32, as many for keys as for queries, and there must be as many keys as values")
+    grad, *results = gradients
+    in_pairs = query.dtype == torch.bfloat16
+    strides: tuple[int, ...] = ()
+    pointers = []
+    kept = [query, key, value, out, lse, grad, *results, cu_q, cu_k, slopes, sinks]  # what pointers point into
+    for i, x in enumerate(kept):
+        if x is None:
+            pointers.append(0)
+            continue
+        if i < 3 or i == 5:
+            row, head, last = x.stride()
+            # A head's numbers must be adjacent; rows and heads may stand anywhere, but pairs of bfloat16 are moved as 32 bits.
+            if last != 1 or (in_pairs and (row | head | x.data_ptr() >> 1) % 2):
+                kept[i] = x = x.clone(memory_format=torch.contiguous_format)
+                row, head, _ = x.stride()
+            strides += (row, head)
+        else:
+            kept[i] = x = x.contiguous()
+        pointers.append(x.data_ptr())
+    if grad is None:
+        strides += (0, 0)
+    low, high = sides
+    packed = _native.PACKED.pack(
+        *pointers, *strides, cu_q.shape[0] - 1, rows_q, rows_k, heads, kv_heads, dim, value_dim, _DTYPES[query.dtype], low, high,
+        bottom_right, 0 if seed is None else int(seed), scale, softcap, dropout_p, -1, not torch.backends.mkldnn.enabled,
+    )  # fmt: skip
+    run(_native.Arguments.from_buffer_copy(packed))
 
 
-@torch.library.register_fake("varlen_attn::cpu_native_backward")  # type: ignore[untyped-decorator]
-def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
-    slopes: Tensor | None, sinks: Tensor | None, *options: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    dsinks = lse.new_empty((cu_q.shape[0] - 1 if sinks is not None else 0, query.shape[1]))
-    return *(x.new_empty(x.shape) for x in (query, key, value)), dsinks
-
-
-class _Call:
-    """The arguments of a call, and the tensors that its pointers point into."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        slopes: Tensor | None,
-        sinks: Tensor | None,
-        seed: Tensor | None,
-        sides: list[int],
-        bottom_right: bool,
-        scale: float,
-        softcap: float,
-        dropout_p: float,
-    ) -> None:
-        query, key, value = (_readable(x) for x in (query, key, value))
-        (rows_q, heads, dim), (rows_k, kv_heads, value_dim) = query.shape, value.shape
-        if (rows_k, cu_k.numel(), cu_q.dtype, cu_k.dtype) != (key.shape[0], cu_q.numel(), torch.int32, torch.int32):
-            raise RuntimeError("offsets must be int32, as many for keys as for queries, and there must be as many keys as values")
-        low, high = sides
-        self.kept: list[Tensor] = []
-        self.arguments = _native.Arguments(
-            num_seqs=cu_q.shape[0] - 1, rows_q=rows_q, rows_k=rows_k, heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim,
-            dtype=_DTYPES[query.dtype], low=low, high=high, bottom_right=bottom_right, seed=0 if seed is None else int(seed),
-            scale=scale, softcap=softcap, dropout_p=dropout_p, level=-1, portable=not torch.backends.mkldnn.enabled,
-        )  # fmt: skip
-        for name, x in (("q", query), ("k", key), ("v", value)):
-            setattr(self.arguments, f"{name}_row", x.stride(0))
-            setattr(self.arguments, f"{name}_head", x.stride(1))
-        optional = {name: x.contiguous() for name, x in (("slopes", slopes), ("sinks", sinks)) if x is not None}
-        self.point(q=query, k=key, v=value, cu_q=cu_q.contiguous(), cu_k=cu_k.contiguous(), **optional)
-
-    def point(self, **tensors: Tensor) -> None:
-        """Set pointers; what they point into lives as long as this."""
-        for name, x in tensors.items():
-            self.kept.append(x)
-            setattr(self.arguments, name, x.data_ptr())
-
-
-def _readable(x: Tensor) -> Tensor:
-    """A head's numbers must be adjacent; rows and heads may stand anywhere, but pairs of bfloat16 are moved as 32 bits."""
-    even = x.dtype != torch.bfloat16 or (x.stride(0) | x.stride(1) | x.data_ptr() >> 1) % 2 == 0
-    return x if x.stride(-1) == 1 and even else x.clone(memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, cu_q, cu_k, slopes, sinks, seed, *ctx.options = inputs
-    out, lse = output
-    # Without this the log-sum-exp would look differentiable and its gradient be dropped without a word.
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(query, key, value, out, lse, cu_q, cu_k, slopes, sinks, seed)
-
-
-def _autograd(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # read once: under checkpointing a second time is an error
-    *grads, dsinks = _backward(grad, *saved, *ctx.options)
-    has_sinks = saved[8] is not None
-    return (*grads, None, None, None, dsinks.sum(0) if has_sinks else None, *[None] * 6)
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "the backward of backend 'cpu_native' is not differentiable: the compiled kernel has no second derivative. "
-        "Order backend='reference' for it."
-    )
-
-
-torch.library.register_autograd("varlen_attn::cpu_native_forward", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("varlen_attn::cpu_native_backward", _no_second_derivative)
-register_flops()
+_op = define_ops("cpu_native", _forward, _backward, kernel="the compiled kernel")
 
 
 class CpuNative(Backend):
@@ -204,19 +152,18 @@ class CpuNative(Backend):
         return "varlen_attn::cpu_native_forward"
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
-        assert not is_transformed()
-        if not torch.compiler.is_compiling():
-            register_flops()
         value_dim = value.shape[-1]
-        query, key = pad_head_dim(_MULTIPLE, query, key)
-        (value,) = pad_head_dim(_MULTIPLE, value)
+        if query.shape[-1] % _MULTIPLE:
+            query, key = pad_head_dim(_MULTIPLE, query, key)
+        if value_dim % _MULTIPLE:
+            (value,) = pad_head_dim(_MULTIPLE, value)
         semantics = call.semantics
-        low, high = semantics.visible_range(0)
+        low, high = (None, 0 if semantics.causal else None) if semantics.window is None else semantics.visible_range(0)
         # Drawn outside of the op, which is a pure function of it: recomputation under checkpointing draws the same.
         seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu") if semantics.dropout_p else None
-        out, lse = _forward(
+        out, lse = _op(
             query, key, value, call.layout_q.cu_seqlens, call.layout_kv.cu_seqlens, call.extras.alibi_slopes, call.extras.sinks, seed,
             [-_UNLIMITED if low is None else low, _UNLIMITED if high is None else high], semantics.causal != "top_left",
-            semantics.factor, semantics.softcap or 0.0, semantics.dropout_p,
+            semantics.scale, semantics.softcap or 0.0, semantics.dropout_p,
         )  # fmt: skip
-        return out[..., :value_dim], lse if semantics.return_lse else None
+        return out if value_dim == value.shape[-1] else out[..., :value_dim], lse if semantics.return_lse else None

@@ -18,12 +18,9 @@ Read in its source (2.8.3, with what changed since 2.1); its Triton build is run
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import inspect
 import os
 import sys
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,6 +32,7 @@ from ..problem import Problem, Semantics, version_tuple
 from ._blind import without_blind_queries
 from ._fit import fitted, flash2_bounds, flash_window, nothing
 from ._limits import MAX_SEQUENCES
+from ._packages import probe
 from .base import HALF, Backend, Call, Capabilities, Refusal, Result, scale_refusals
 
 _INTERFACE = "flash_attn.flash_attn_interface"
@@ -45,32 +43,6 @@ _SINCE = (  # version, parameter, what it is for
     ((2, 4, 1), "deterministic", "deterministic gradients"),
     ((2, 6), "softcap", "softcap"),
 )
-
-_probed: dict[str, tuple[str | None, frozenset[str]]] = {}
-
-
-def _probe(version: str) -> tuple[str | None, frozenset[str]]:
-    """Import the installed package once: a sentence if it is broken, and the parameters of its function."""
-    if version not in _probed:
-        _probed[version] = _import(version)
-    return _probed[version]
-
-
-def _import(version: str) -> tuple[str | None, frozenset[str]]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a package warns of at import is not the caller's business
-            module = importlib.import_module(_INTERFACE)
-    except Exception as error:  # a broken binary raises whatever it likes: OSError, ImportError, RuntimeError, AttributeError
-        return f"flash-attn {version} is installed, but importing it raises {type(error).__name__}: {error}", frozenset()
-    function = getattr(module, "flash_attn_varlen_func", None)
-    if function is None:
-        return f"flash-attn {version} is installed, but has no function flash_attn_varlen_func", frozenset()
-    parameters = frozenset(inspect.signature(function).parameters)
-    lacking = [name for name in _CORE if name not in parameters]
-    if lacking:
-        return f"flash_attn_varlen_func of flash-attn {version} has no parameter {', '.join(lacking)}", parameters
-    return None, parameters
 
 
 def _not_installed() -> str:
@@ -125,7 +97,7 @@ class Flash2(Backend):
             return _not_installed() if problem.packages is None else "the package flash-attn is not among those stated"
         if problem.packages is not None:
             return None  # another machine's package: its version is all that is known
-        sentence, parameters = _probe(version)
+        sentence, parameters = probe(f"flash-attn {version}", _INTERFACE, {"flash_attn_varlen_func": _CORE})
         lacking = [name for name, wanted in _wanted(problem.semantics).items() if wanted and name not in parameters]
         if sentence is None and lacking:
             return f"flash_attn_varlen_func of flash-attn {version} has no parameter {', '.join(lacking)}"

@@ -23,7 +23,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from ..problem import Problem, installed_version
 from ._fit import fitted
 from ._flash_op import Arguments, common_refusals, define_flash_ops, run_flash_op
 from ._limits import MAX_SEQUENCES
+from ._packages import load_quietly
 from .base import HALF, Backend, Call, Capabilities, Refusal, Result
 
 _INTERFACE, _CONFIG = "flash_attn_interface", "flash_attn_config"
@@ -79,14 +79,7 @@ def _find() -> Build | str:
         return _describe("torch.ops.flash_attn_3", "flash_attn_3", _CONFIG if _INTERFACE in sys.modules else None)
     sentences: list[str] = []
     for what, namespace, config, load in _sources():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what a package warns of at import is not the caller's business
-                load()
-        except Exception as error:  # a broken binary raises whatever it likes: OSError, ImportError, RuntimeError, AttributeError
-            sentences.append(f"{what} is installed, but loading it raises {type(error).__name__}: {error}")
-            continue
-        build = _describe(what, namespace, config)
+        build = load_quietly(what, "loading", load) or _describe(what, namespace, config)
         if isinstance(build, Build):
             return build
         sentences.append(build)

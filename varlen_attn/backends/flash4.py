@@ -19,9 +19,7 @@ Read in its source (``flash_attn/cute/interface.py`` of 4.0.0b4, b12, b16, b20, 
 from __future__ import annotations
 
 import importlib
-import inspect
 import re
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,6 +29,7 @@ from ..problem import Problem, version_tuple
 from ._fit import fitted
 from ._flash_op import Arguments, common_refusals, define_flash_ops, run_flash_op
 from ._limits import MAX_SEQUENCES
+from ._packages import probe
 from .base import HALF, Backend, Call, Capabilities, Refusal, Result
 
 _INTERFACE = "flash_attn.cute.interface"
@@ -39,32 +38,6 @@ _SHARED = (
     "window_size_left", "window_size_right",
 )  # fmt: skip
 _CORE = {"_flash_attn_fwd": (*_SHARED, "return_lse"), "_flash_attn_bwd": (*_SHARED, "out", "dout", "lse", "deterministic")}
-
-_probed: dict[str, str | None] = {}
-
-
-def _probe(version: str) -> str | None:
-    """Import the installed package once: a sentence if it is broken or not what is called here."""
-    if version not in _probed:
-        _probed[version] = _import(version)
-    return _probed[version]
-
-
-def _import(version: str) -> str | None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a package warns of at import is not the caller's business
-            module = importlib.import_module(_INTERFACE)
-    except Exception as error:  # it compiles, reads environment variables and loads libraries: anything may be raised
-        return f"flash-attn-4 {version} is installed, but importing it raises {type(error).__name__}: {error}"
-    for name, parameters in _CORE.items():
-        function = getattr(module, name, None)
-        if function is None:
-            return f"flash-attn-4 {version} is installed, but has no function {name}"
-        lacking = [p for p in parameters if p not in inspect.signature(function).parameters]
-        if lacking:
-            return f"{name} of flash-attn-4 {version} has no parameter {', '.join(lacking)}"
-    return None
 
 
 def _release(version: str) -> tuple[Any, ...]:
@@ -129,7 +102,9 @@ class Flash4(Backend):
         version = problem.version(self.package)
         if version is None:
             return "the package flash-attn-4 is not " + ("installed" if problem.packages is None else "among those stated")
-        return None if problem.packages is not None else _probe(version)  # of another machine its version is all that is known
+        if problem.packages is not None:
+            return None  # of another machine its version is all that is known
+        return probe(f"flash-attn-4 {version}", _INTERFACE, _CORE)[0]
 
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
         yield from common_refusals(problem)
