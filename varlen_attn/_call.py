@@ -221,7 +221,11 @@ class AttentionCall:
 
     def _run_static(self, layout_q: PaddedRows, layout_kv: PaddedRows, module: torch.nn.Module | None) -> Any:
         """Padded rows in a graph that may not depend on data: no backend is chosen."""
-        refuse_order(self.backend)
+        refuse_order(
+            self.backend,
+            "this call is exported, and only padded attention has static control flow",
+            "export with backend='auto', or write the packing out (layout.pack, varlen_attention, layout.unpack) and use torch.export",
+        )
         slots = self.query.shape[0] if isinstance(self.query.shape[0], int) else None
         note_static(*self._fields(), slots, None if torch.compiler.is_dynamo_compiling() else module)
         device_type = self.query.device.type

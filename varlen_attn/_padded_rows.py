@@ -47,10 +47,6 @@ class PaddedRows(SeqLayout):
             return torch.arange(self.padded_len, device=self.device).expand(self.batch_size, self.padded_len)
         return (~self.padding).to(torch.int64).cumsum(1) - 1
 
-    def token_counts(self) -> Tensor:
-        """``(B,)``: the length of each sequence."""
-        return self.counts()[:, -1] + 1
-
     def padding_mask(self) -> Tensor:
         if self.padding is None:
             return torch.zeros(self.batch_size, self.padded_len, dtype=torch.bool, device=self.device)

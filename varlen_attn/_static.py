@@ -8,7 +8,6 @@ Packing that is written out, ``layout.pack(x)`` and `varlen_attention`, is expor
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ from ._index import refuse_bad_values
 from ._padded_rows import PaddedRows
 from .backends._dense import EAGER, FUSED, attend_dense, needs_eager
 from .backends.base import Backend, Extras, constant_while_tracing, repeat_kv, state
-from .dispatch import choose, problem_of_fields
+from .dispatch import problem_of_fields
 from .errors import BackendRefused
 from .layout import SeqLayout, padding_of
 from .problem import Semantics
-from .records import Call, write
+from .records import dense_call, write
 
 __all__ = ["here", "static_attention", "static_graph", "static_kernel", "static_layout", "static_layouts"]
 
@@ -90,9 +89,9 @@ def static_attention(
     positions: tuple[Tensor, Tensor] | None = None
     offset: int | Tensor = 0
     if semantics.causal or semantics.window or semantics.alibi or semantics.score_bias:
-        positions = layout_q.counts()[:, None, :, None], layout_kv.counts()[:, None, None, :]
+        rows, columns = positions = layout_q.counts()[:, None, :, None], layout_kv.counts()[:, None, None, :]
         if layout_q is not layout_kv:
-            offset = (layout_kv.token_counts() - layout_q.token_counts())[:, None, None, None]
+            offset = columns[..., -1:] - rows[:, :, -1:]
     out, lse, _ = attend_dense(
         q, k, v, semantics, extras, visible=visible, offset=offset, positions=positions, kernel=static_kernel(semantics)
     )
@@ -103,23 +102,17 @@ def static_attention(
 # -------------------------------------------------------------------- what is recorded
 
 
-def refuse_order(order: str | Backend) -> None:
-    """An order is an order: a graph of aten ops runs no backend by name."""
+def refuse_order(order: str | Backend, why: str, fix: str) -> None:
+    """An order is an order: only the padded backend may compute a call on padded tensors."""
     name = order if isinstance(order, str) else order.name
     if name not in ("auto", "sdpa_padded"):
-        raise BackendRefused(
-            f"backend {name!r} was ordered, but this call is exported, and only padded attention has static control flow. "
-            "Fix: export with backend='auto', or write the packing out (layout.pack, varlen_attention, layout.unpack) and use torch.export."
-        )
+        raise BackendRefused(f"backend {name!r} was ordered, but {why}. Fix: {fix}.")
 
 
 @constant_while_tracing
 def note_static(problem: Fields, semantics: Fields, slots: int | None, module: torch.nn.Module | None) -> None:
-    """Write the call into the open records: everything padded is computed, and its plan is that of the packed call, which did not run."""
+    """Write the call into the open records."""
     if not state.records:
         return
     stated = problem_of_fields(problem, semantics)
-    plan = choose(stated, thorough=True)
-    kernel = static_kernel(stated.semantics)
-    plan = replace(plan, backend="dense", kernel=kernel, route="dense", route_reason=REASON)
-    write(Call("dense", kernel, plan, None, slots, slots, traced=True, reason=REASON), module)
+    write(dense_call(stated, static_kernel(stated.semantics), REASON, slots, traced=True), module)

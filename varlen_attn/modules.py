@@ -21,13 +21,13 @@ from ._call_checks import check_holes, check_layouts
 from ._gather import trace_quietly
 from ._masks import additive_mask, read_masks
 from ._mha_checks import check_inputs, mha_shape_check
-from ._static import static_graph, static_layouts
+from ._static import refuse_order, static_graph, static_layouts
 from ._streams import Prepared, nested_like, nested_rows
 from .backends._dense import EAGER, attend_dense, dense_kernel_here, visible_mask
 from .backends._values import NO_EXTRAS
 from .backends.base import Backend, state
 from .dispatch import requested_backend
-from .errors import ArgumentError, BackendRefused, LayoutError
+from .errors import ArgumentError, LayoutError
 from .functional import full_layout, pack_rows, unpack_rows, without_slack
 from .layout import SeqLayout, is_tracing
 from .problem import Semantics
@@ -271,13 +271,8 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         return own, other
 
     def _refuse_dense(self, order: str | Backend, layouts: tuple[SeqLayout, SeqLayout], why: str) -> None:
-        """An order is an order: only the dense backend may compute a call that needs the dense way. It knows one sequence a row."""
-        name = order if isinstance(order, str) else order.name
-        if name not in ("auto", "sdpa_padded"):
-            raise BackendRefused(
-                f"backend {name!r} was ordered, but this call can only be computed the dense way: {why}. "
-                "Fix: drop that option, or order 'sdpa_padded'."
-            )
+        """The dense way is for the padded backend only, and knows one sequence a row."""
+        refuse_order(order, f"this call can only be computed the dense way: {why}", "drop that option, or order 'sdpa_padded'")
         if any(x.row_ids is not None for x in layouts):
             raise LayoutError(
                 f"`layout` has several documents a row, but this call can only be computed the dense way, which knows one: {why}. "

@@ -168,10 +168,7 @@ def announced(plan: Plan, layout: SeqLayout, module: object | None, reason: str 
 
 
 def announced_dense(module: object, query: Tensor, key: Tensor, value: Tensor, kernel: str, reason: str) -> AbstractContextManager[object]:
-    """Write a call that a module computes the dense way, on ``(B, S, N, H)`` tensors, into the open records; surround it with this.
-
-    Everything padded is computed: T is B*S. Its plan is that of the packed call, which did not run, with the reason.
-    """
+    """Write a call that a module computes the dense way, on ``(B, S, N, H)`` tensors, into the open records; surround it with this."""
     problem = Problem(
         device_type=query.device.type,
         dtype=query.dtype,
@@ -181,9 +178,13 @@ def announced_dense(module: object, query: Tensor, key: Tensor, value: Tensor, k
         value_head_dim=value.shape[3],
         needs_grad=torch.is_grad_enabled() and query.requires_grad,
     )
+    return _written(dense_call(problem, kernel, reason, query.shape[0] * query.shape[1]), module)
+
+
+def dense_call(problem: Problem, kernel: str, reason: str, slots: int | None, traced: bool = False) -> Call:
+    """Of B*S ``slots``, all of which are computed. Its plan is that of the packed call, which did not run, with the reason."""
     plan = replace(choose(problem, thorough=True), backend="dense", kernel=kernel, route="dense", route_reason=reason)
-    slots = query.shape[0] * query.shape[1]
-    return _written(Call("dense", kernel, plan, None, slots, slots, reason=reason), module)
+    return Call("dense", kernel, plan, None, slots, slots, traced=traced, reason=reason)
 
 
 def write(call: Call, module: object | None) -> None:

@@ -1,9 +1,10 @@
-"""The padded call on a GPU's memory-efficient kernel: what the kernel is given, shown by a stand-in for it."""
+"""Attention on padded tensors: its kernels agree, and what a GPU's memory-efficient kernel is given, shown by a stand-in for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,11 +13,49 @@ from torch import Tensor
 
 from varlen_attn import SeqLayout, varlen_attention
 from varlen_attn.backends import _dense
-from varlen_attn.backends._dense import EFFICIENT, attend_dense
+from varlen_attn.backends._dense import EAGER, EFFICIENT, FLASH_CPU, FUSED, attend_dense
 from varlen_attn.backends.mem_efficient import MemEfficient
 from varlen_attn.problem import Semantics
 
 from .stand_ins import efficient_forward, for_cpu, on_cpu
+
+
+@pytest.mark.parametrize("columns", [6, 0])
+@pytest.mark.parametrize(("kernel", "biased"), [*product((EAGER, FLASH_CPU, EFFICIENT), (False, True)), (FUSED, False)])
+def test_the_kernels_agree(kernel: str, biased: bool, columns: int) -> None:  # R-07
+    """Against sums of exponentials: queries that see nothing, by either mask or both, give 0 with gradient 0."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, generator=generator) for n in (5, columns, columns))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    visible = torch.rand(2, 1, 5, columns, generator=generator) < 0.5
+    visible[0, :, 2] = False
+    bias = torch.randn(1, 3, 5, columns, dtype=torch.float64, generator=generator) if biased else None
+    seen = visible.expand(2, 3, 5, columns)
+    if bias is not None:
+        bias[:, 1, 3] = -torch.inf
+        bias[:, :, 4, :1] = -torch.inf
+        seen = seen & ~bias.isneginf()
+    semantics = Semantics(scale=0.4, return_lse=True)
+    with padded_kernel(2**62):
+        out, lse, weights = attend_dense(q, k, v, semantics, visible=visible, bias=bias, kernel=kernel)
+        grads = torch.autograd.grad(out.sin().sum(), leaves)
+    scores = 0.4 * q @ k.transpose(-1, -2) + (0 if bias is None else bias.masked_fill(~seen, 0))
+    terms = scores.exp() * seen
+    total = terms.sum(-1, keepdim=True)
+    by_sums = terms / torch.where(total == 0, 1, total)
+    want = by_sums @ v
+    torch.testing.assert_close(out, want)
+    for got, expected in zip(grads, torch.autograd.grad(want.sin().sum(), leaves), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert not out[0, :, 2].any()
+    if lse is not None and kernel != EFFICIENT:  # whose stand-in gives zeros
+        torch.testing.assert_close(lse, total.squeeze(-1).log())
+    if kernel == EFFICIENT and columns:
+        assert lse is not None
+        assert torch.equal(lse.isneginf(), ~seen.any(-1))
+    assert (weights is not None) == (kernel == EAGER or (not columns and kernel != FUSED))
+    if weights is not None:
+        torch.testing.assert_close(weights, by_sums)
 
 
 def test_a_mask_of_padding_is_not_written_out() -> None:  # R-34, R-53

@@ -64,16 +64,14 @@ def dense_kernel(
         return EAGER
     if device_type == "cpu":
         return FLASH_CPU
-    if device_type != "cuda" or dtype == torch.float64 or rocm or (dtype == torch.bfloat16 and (capability or _capability_here()) < (8, 0)):
-        return EAGER
-    return EFFICIENT
+    old = dtype == torch.bfloat16 and (capability or _capability_here()) < (8, 0)
+    return EAGER if device_type != "cuda" or dtype == torch.float64 or rocm or old else EFFICIENT
 
 
 def dense_kernel_here(semantics: Semantics, *tensors: Tensor) -> str:
     """`dense_kernel` for query, key and value."""
-    device_type, dtype = tensors[0].device.type, tensors[0].dtype
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return dense_kernel(semantics, device_type, dtype, needs_grad=grad, transformed=is_transformed(), strict=_strict())
+    query, grad = tensors[0], torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return dense_kernel(semantics, query.device.type, query.dtype, needs_grad=grad, transformed=is_transformed(), strict=_strict())
 
 
 # -------------------------------------------------------------------- masks and biases

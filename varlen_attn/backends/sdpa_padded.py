@@ -1,4 +1,4 @@
-"""Re-pad with zeros, then dense attention with a mask: the last resort, which takes every option on every device."""
+"""Re-pad with zeros, then attention with a mask: the last resort, which takes every option on every device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from ._dense import EAGER, attend_dense, dense_kernel, dense_kernel_here
+from ._dense import EAGER, EFFICIENT, FLASH_CPU, attend_dense, dense_kernel, dense_kernel_here
 from .base import FLOATS, Backend, Call, Capabilities, Result
 
 
@@ -23,9 +23,8 @@ class SdpaPadded(Backend):
         )  # fmt: skip
 
     def seen_as(self, problem: Problem) -> str:
-        if self.kernel(problem) == EAGER:
-            return "(?i)softmax"
-        return "fmha_cutlassF" if problem.device_type == "cuda" else "aten::_scaled_dot_product_flash_attention_for_cpu"
+        names = {EAGER: "(?i)softmax", EFFICIENT: "fmha_cutlassF", FLASH_CPU: "aten::_scaled_dot_product_flash_attention_for_cpu"}
+        return names[self.kernel(problem)]
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         (layout_q, layout_kv), semantics, extras = call.layouts, call.semantics, call.extras
@@ -33,8 +32,7 @@ class SdpaPadded(Backend):
         dense_kv = dense_q if layout_kv is layout_q else layout_kv.compact()
         lengths_q, lengths_k = (x.cu_seqlens.to(torch.int64).diff() for x in (layout_q, layout_kv))
         offset = (lengths_k - lengths_q).view(-1, 1, 1, 1)
-        columns = torch.arange(dense_kv.padded_len, device=key.device)
-        key_real = columns < lengths_k.view(-1, 1, 1, 1)
+        key_real = torch.arange(dense_kv.padded_len, device=key.device) < lengths_k.view(-1, 1, 1, 1)
         q = dense_q.unpack(query).transpose(1, 2)
         k, v = (dense_kv.unpack(x).transpose(1, 2) for x in (key, value))
 
