@@ -27,7 +27,7 @@ RANKS = (
     ("backends._limits",),
     ("backends.base",),
     ("backends._*",),  # math that several backends share
-    ("backends._cpu_groups", "backends._flash_op", "backends._maths"),
+    ("backends._cpu_groups", "backends._flash_op"),
     ("backends._cpu_plan",),
     ("backends.*",),
     ("backends",),
@@ -41,7 +41,6 @@ RANKS = (
     ("testing._recorder",),
     ("testing._invariance",),
     ("testing", "data", "_masks", "_mha_checks"),
-    ("dense",),
     ("_streams",),
     ("testing.strategies", "modules"),
     ("encoder",),

@@ -140,9 +140,14 @@ def broken(name: str, monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any
     monkeypatch.setattr(type(backend(name)), "run", lambda self, *arguments: change(original, *arguments))
 
 
+def asked(call: Any, **changes: Any) -> Any:
+    """The call with other semantics."""
+    return call._replace(semantics=dataclasses.replace(call.semantics, **changes))
+
+
 def without_causal(original: Callable[..., Any], *arguments: Any) -> Any:
-    *tensors, semantics, extras = arguments
-    return original(*tensors, dataclasses.replace(semantics, causal=False), extras)
+    *tensors, call = arguments
+    return original(*tensors, asked(call, causal=False))
 
 
 def test_a_backend_that_drops_causal_is_not_accepted(
@@ -167,7 +172,7 @@ def test_a_backend_that_drops_causal_is_not_accepted(
 def leaking(original: Callable[..., Any], query: Tensor, *rest: Any) -> Any:
     """A row of padding that is read as if it were a token: rows of slack come back as what stood there."""
     out, lse = original(query, *rest)
-    return torch.where(rest[2].valid_rows()[:, None, None], out, 1.0), lse
+    return torch.where(rest[2].layout_q.valid_rows()[:, None, None], out, 1.0), lse
 
 
 def test_rows_beyond_the_last_offset_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,17 +203,17 @@ def test_padding_that_is_read_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def biased(original: Callable[..., Any], *arguments: Any) -> Any:
     """Dropout without the factor 1 / (1 - p)."""
     out, lse = original(*arguments)
-    return out * (1 - arguments[5].dropout_p), lse
+    return out * (1 - arguments[3].semantics.dropout_p), lse
 
 
 def half_as_much(original: Callable[..., Any], *arguments: Any) -> Any:
-    *tensors, semantics, extras = arguments
-    return original(*tensors, dataclasses.replace(semantics, dropout_p=semantics.dropout_p / 2), extras)
+    *tensors, call = arguments
+    return original(*tensors, asked(call, dropout_p=call.semantics.dropout_p / 2))
 
 
 def never(original: Callable[..., Any], *arguments: Any) -> Any:
-    *tensors, semantics, extras = arguments
-    return original(*tensors, dataclasses.replace(semantics, dropout_p=0.0), extras)
+    *tensors, call = arguments
+    return original(*tensors, asked(call, dropout_p=0.0))
 
 
 def other_in_backward(original: Callable[..., Any], *arguments: Any) -> Any:

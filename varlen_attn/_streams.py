@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from ._call_checks import check_layouts
 from ._gather import trace_quietly
-from ._masks import read_masks
+from ._masks import additive_mask, read_masks
 from ._mha_checks import check_inputs
 from ._static import static_layouts
-from .dense import additive_mask
 from .errors import ArgumentError, LayoutError
 from .functional import full_layout, pack_rows, unpack_rows, without_slack
 from .layout import SeqLayout

@@ -45,7 +45,7 @@ class Timing:
 
 def interleave(
     contestants: Mapping[str, Callable[[], object]], *, rounds: int = 7, least: float = 0.02, warm_up: int = 2, budget: float = 25.0,
-    patience: float = float("inf"), device: str = "cpu",
+    fewest: int = 5, patience: float = float("inf"), device: str = "cpu",
 ) -> dict[str, Timing]:  # fmt: skip
     """Time contestants in turns, A B A B ..., so that a slower or busier minute meets all of them.
 
@@ -57,7 +57,7 @@ def interleave(
         rounds: quiet turns wanted; the order is reversed every other time.
         least: seconds of one turn: short calls are repeated. With 0 none is, and no call is spent on finding out.
         warm_up: untimed calls before.
-        budget: stop after so many seconds, but not before 5 rounds (or ``rounds``, if that is fewer).
+        budget, fewest: stop after so many seconds, but not before so many rounds (or ``rounds``, if that is fewer).
         patience: a contestant that takes so many times longer than the first is timed once, outside of the turns. Needs ``least``.
         device: "cuda" is waited for before a clock is read.
     """
@@ -77,7 +77,7 @@ def interleave(
             repeats[name] = max(1, round(least / taken_alone[-1])) if least else 1
     taken: list[tuple[float, dict[str, float]]] = []
     began = time.perf_counter()
-    fewest = min(5, rounds)
+    fewest = min(fewest, rounds)
     while True:
         foreign = _ForeignLoad()
         row = {}

@@ -131,7 +131,7 @@ def _times(theirs: Contestant, ours: Contestant, examples: Sequence[Example], se
     found = {}
     for what, contestants in contests.items():
         with quiet():
-            taken = timings(contestants, examples, what != "forward", rounds=ROUNDS, warm_up=0, budget=seconds)
+            taken = timings(contestants, examples, what != "forward", rounds=ROUNDS, warm_up=0, budget=seconds, fewest=3)
         found[what] = {name: timing.seconds / len(examples) * 1e3 for name, timing in taken.items()}
     return found
 

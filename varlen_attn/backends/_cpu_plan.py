@@ -11,7 +11,7 @@ from torch import Tensor
 from ..layout import SeqLayout
 from ..problem import Semantics
 from ._cpu_groups import Costs, Run, Side, Span, plan_for, runs
-from ._maths import alibi_bias, visible_mask
+from ._dense import alibi_bias, visible_mask
 from .base import wide_dtype
 
 _WINDOW_ROWS = 256  # query rows of one call under a window: enough to fill the kernel's blocks, few enough to skip keys

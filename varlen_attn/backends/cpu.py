@@ -21,7 +21,7 @@ from torch import Tensor
 from .._gather import is_transformed
 from ..problem import Problem
 from ._cpu_plan import Launch, Target, blocks, chunks, read
-from ._maths import attend, needs_maths
+from ._dense import attend_dense, needs_eager
 from ._ops import define_ops
 from .base import FLOATS, HALF, Backend, Call, Capabilities, Refusal, Result, connected_zeros, observe, pad_head_dim, state, wide_dtype
 
@@ -110,25 +110,25 @@ class Cpu(Backend):
         return None if _flash and _flash_backward else f"this torch has no aten::{_KERNEL} with a backward"
 
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
-        if problem.tracing and needs_maths(problem.semantics):
+        if problem.tracing and needs_eager(problem.semantics):
             yield Refusal(
                 "does softcap, dropout, sinks and score biases one sequence at a time, by offsets that tracing can not read",
                 "call it outside the compiled function",
             )
 
     def kernel(self, problem: Problem) -> str:
-        if needs_maths(problem.semantics) or problem.transformed:
+        if needs_eager(problem.semantics) or problem.transformed:
             return "eager matmul, softmax, matmul for each group of equal lengths"
         return f"aten::{_KERNEL}"
 
     def seen_as(self, problem: Problem) -> str:
-        return "softmax" if needs_maths(problem.semantics) or problem.transformed else f"aten::{_KERNEL}"
+        return "softmax" if needs_eager(problem.semantics) or problem.transformed else f"aten::{_KERNEL}"
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         semantics = call.semantics
-        if needs_maths(semantics) or is_transformed():
+        if needs_eager(semantics) or is_transformed():
             # Under torch.func and forward-mode AD too: the op below has a backward only, and would give zeros without an error.
-            return _run_maths(query, key, value, call)
+            return _run_eager(query, key, value, call)
         value_dim = value.shape[-1]
         if value_dim != query.shape[-1]:
             query, key, value = pad_head_dim(1, query, key, value)
@@ -144,13 +144,13 @@ class Cpu(Backend):
         return out if out.shape[-1] == value_dim else out[..., :value_dim], lse if semantics.return_lse else None
 
 
-def _run_maths(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+def _run_eager(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
     """Exact eager attention, a group of equal lengths at a time; autograd does the backward."""
     results, lses = [], []
     groups = list(chunks(*call.layouts, call.semantics.batch_invariant, query.shape[1]))
     spans_q, spans_k = [(g.q_start, g.size, g.len_q) for g in groups], [(g.k_start, g.size, g.len_k) for g in groups]
     for group, q, k, v in zip(groups, blocks(query, spans_q), blocks(key, spans_k), blocks(value, spans_k), strict=True):
-        out, lse = attend(q, k, v, call.semantics, call.extras, offset=group.len_k - group.len_q)
+        out, lse, _ = attend_dense(q, k, v, call.semantics, call.extras, offset=group.len_k - group.len_q)
         results.append(out.transpose(1, 2).flatten(0, 1))
         if lse is not None:
             lses.append(lse.transpose(0, 1).flatten(1))
