@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from varlen_attn import ArgumentError, BackendRefused, LayoutError, SeqLayout, VarlenMultiheadAttention, record, use_backend
+from varlen_attn._streams import Masks, enter
 from varlen_attn.encoder import (
     VarlenTransformerDecoder,
     VarlenTransformerEncoder,
@@ -542,3 +544,84 @@ def test_a_decoder_layer_that_takes_one_layout_is_called_padded() -> None:
     masks = {"tgt_key_padding_mask": PADDING, "memory_key_padding_mask": PADDING.flip(1)}
     assert_close(ours(x, memory, **masks)[~PADDING], theirs(x, memory, **masks)[~PADDING], "padded decoder layer")
     assert seen == [(3, 5, E)] * 2
+
+
+# -------------------------------------------------------------------- what a stack hands to its layers
+
+
+def two_layers(**options: Any) -> VarlenTransformerEncoder:
+    torch.manual_seed(0)
+    layer = VarlenTransformerEncoderLayer(E, N, FF, dropout=0.0, batch_first=True, dtype=torch.float64, **options)
+    return VarlenTransformerEncoder(layer, 2).eval()
+
+
+@pytest.mark.parametrize("where", ["self_attn", "layer"])
+def test_a_hook_sees_and_changes_the_arguments_of_packed_modules(where: str) -> None:
+    """A module with hooks is called with layouts and masks, and not with what the stack has settled for the others."""
+    model, seen = two_layers(), []
+
+    def hook(module: nn.Module, arguments: Any, options: dict[str, Any]) -> Any:
+        seen.append(options["layout"].num_rows)
+        return arguments, {**options, "is_causal": True}
+
+    for layer in model.layers:
+        (layer.self_attn if where == "self_attn" else layer).register_forward_pre_hook(hook, with_kwargs=True)
+    x = batch_of_three()
+    changed = model(x, src_key_padding_mask=PADDING)
+    assert seen == [10, 10]
+    assert_close(changed, two_layers()(x, src_key_padding_mask=PADDING, is_causal=True), "output")
+
+
+def test_a_hook_that_asks_for_weights_gets_them() -> None:
+    model, weights = two_layers(), []
+    attn = model.layers[0].self_attn
+    attn.register_forward_pre_hook(lambda module, args, options: (args, {**options, "need_weights": True}), with_kwargs=True)
+    attn.register_forward_hook(lambda module, args, out: weights.append(out[1]))
+    model(batch_of_three(), src_key_padding_mask=PADDING)
+    assert weights[0].shape == (3, 5, 5)
+
+
+def test_another_forward_of_the_same_name_is_not_taken_for_ours() -> None:
+    """`functools.wraps` copies attributes of functions too."""
+    seen: list[int] = []
+
+    class Layer(VarlenTransformerEncoderLayer):
+        @functools.wraps(VarlenTransformerEncoderLayer.forward)
+        def forward(self, *args: Any, layout: Any, **options: Any) -> Tensor:
+            seen.append(layout.num_rows)
+            return super().forward(*args, layout=layout, **options)
+
+    model, x = two_layers(), batch_of_three()
+    want = model(x, src_key_padding_mask=PADDING)
+    model.layers[1].__class__ = Layer
+    assert torch.equal(model(x, src_key_padding_mask=PADDING), want)
+    assert seen == [10]
+
+
+def test_what_a_stack_has_settled_is_one_value_to_wrappers() -> None:
+    """One that rebuilds all tuples among the arguments would make two layouts of one."""
+    prepared = enter(two_layers().layers[0].self_attn, "src", batch_of_three(), Masks(PADDING, None, False, None, True)).prepared([])
+    assert torch.utils._pytree.tree_map(lambda x: x, {"layout": prepared})["layout"] is prepared
+    assert prepared.layout is prepared.layout_kv
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_slack_rows_that_a_part_of_a_layer_leaves_unwritten_reach_no_gradient(norm_first: bool) -> None:
+    """R-40: as a product of groups does, which writes the rows of its groups only."""
+
+    class Grouped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            return torch.cat([out[:10], torch.full_like(out[10:], float("nan"))])
+
+    model = two_layers(norm_first=norm_first)
+    rows = SeqLayout.from_key_padding_mask(PADDING, capacity=14)
+    if norm_first:
+        for layer in model.layers:
+            layer.linear2.__class__ = Grouped
+    else:
+        model.layers[0].self_attn.register_forward_hook(lambda module, args, out: (torch.cat([out[0][:10], out[0][10:] * 0 + 1]), None))
+    out = model(torch.randn(14, E, dtype=torch.float64), layout=rows)
+    out.square().sum().backward()
+    assert not out[10:].any()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())

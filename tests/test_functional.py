@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1034,3 +1035,18 @@ def test_flops_are_those_of_real_tokens() -> None:
         out.sum().backward()
     assert forward == 4 * (25 + 9) * heads * dim
     assert counter.get_total_flops() == forward * 7 // 2
+
+
+def test_a_value_that_is_refused_is_refused_after_its_equal_too() -> None:
+    """What a call is checked for is decided once a signature, and 1 is equal to True there."""
+    layout = SeqLayout.from_lengths([2, 3])
+    x = torch.randn(5, 2, 8)
+    for right, wrong in (
+        (dict(causal=True), dict(causal=1)),
+        (dict(window=(1, 0)), dict(window=(True, False))),
+        (dict(scale=0.5), dict(scale=np.float32(0.5))),
+        (dict(softcap=2.0), dict(softcap=np.float32(2.0))),
+    ):
+        varlen_attention(x, x, x, layout, **right)
+        with pytest.raises(ArgumentError):
+            varlen_attention(x, x, x, layout, **wrong)

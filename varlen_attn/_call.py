@@ -55,7 +55,7 @@ class Options(NamedTuple):
     batch_invariant: bool = False
 
 
-_SIDES = {int, type(None)}
+_SIDES, _NUMBERS = {int, type(None)}, {int, float, type(None)}
 
 
 class Verdict(NamedTuple):
@@ -112,8 +112,10 @@ def _signature(
     other, window = layout if layout_kv is None else layout_kv, options.window
     if type(layout) is not SeqLayout or type(other) is not SeqLayout or not is_plain(query):
         return None
-    if type(options.causal) not in (bool, str) or (window is not None and not (type(window) is tuple and {*map(type, window)} <= _SIDES)):
-        return None  # 1 is equal to True, and not allowed in its place
+    if type(options.causal) not in (bool, str) or not {type(options.scale), type(options.softcap), type(options.dropout_p)} <= _NUMBERS:
+        return None  # 1 is equal to True, and not allowed in its place; nor are numbers of other packages
+    if window is not None and not (type(window) is tuple and {*map(type, window)} <= _SIDES):
+        return None
     try:
         shape_q, shape_k, shape_v, device = query.shape, key.shape, value.shape, query.device
         rows, rows_kv = layout.token_indices.shape[0], other.token_indices.shape[0]

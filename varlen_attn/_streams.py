@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,11 +14,12 @@ from ._gather import trace_quietly
 from ._masks import additive_mask, read_masks
 from ._mha_checks import check_inputs
 from ._static import static_layouts
+from ._token_wise import has_hooks, is_known
 from .errors import ArgumentError, LayoutError
 from .functional import full_layout, pack_rows, unpack_rows, without_slack
 from .layout import SeqLayout
 
-__all__ = ["Masks", "Prepared", "Stream", "enter", "nested_like", "nested_rows"]
+__all__ = ["Masks", "Prepared", "Stream", "enter", "nested_like", "nested_rows", "takes_prepared"]
 
 Form = Literal["packed", "nested", "unbatched", "batch first", "sequence first"]
 
@@ -70,19 +73,38 @@ class Stream(NamedTuple):
         # Contiguous as torch's, because models call `view` on it.
         return padded if self.form == "batch first" else padded.transpose(0, 1).contiguous()
 
-    def prepared(self, memory: Stream | None = None) -> Prepared:
-        """For attention of these rows to themselves, or to those of ``memory``."""
+    def prepared(self, layers: Iterable[nn.Module], memory: Stream | None = None) -> Prepared:
+        """For attention of these rows to themselves, or to those of ``memory``, in ``layers``."""
         keys = self if memory is None else memory
-        return Prepared(self.layout, keys.layout, keys.causal, keys.mask, self.form != "sequence first")
+        written = not (self.layout.has_slack or keys.layout.has_slack) or all(_writes_all_rows(layer) for layer in layers)
+        return Prepared(self.layout, keys.layout, keys.causal, keys.mask, self.form != "sequence first", written)
 
 
-class Prepared(NamedTuple):
-    """What a stack has settled for the attention of its layers, which they get in place of a layout: nothing is left to be checked.
+def takes_prepared(module: nn.Module, prepared: Prepared) -> bool:
+    """Whether a module of a stack gets what the stack has settled. One with hooks, or with another ``forward``, is called with layouts and
+    masks, as anybody calls it: these may be read there, and changed."""
+    forward = type(module).forward  # a copy of its attributes, as by functools.wraps, is another function
+    if getattr(forward, "takes_prepared", None) is not forward or "forward" in vars(module):
+        return False
+    return prepared.written and not module._forward_pre_hooks and not module._forward_hooks
+
+
+def _writes_all_rows(layer: nn.Module) -> bool:
+    """Whether every part of a layer is known to write slack rows too: what stands there, times 0, must be 0 in gradients of weights."""
+    known = (isinstance(part, nn.MultiheadAttention) or is_known(part) for part in layer.children())
+    return not any(has_hooks(module) for module in layer.modules()) and "forward" not in vars(layer) and all(known)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a stack has settled for the attention of its layers, which they get in place of a layout: nothing is left to be checked. No
+    tuple, because a wrapper that rebuilds arguments would make two layouts of one.
 
     Attributes:
         layout, layout_kv: of queries and of keys.
         causal, mask: as `Stream`, of the keys.
         batch_first: how modules that take no layout are called, unless they say it themselves.
+        written: no part of the layers leaves slack rows unwritten, so that they are zeroed at the ends of the stack only.
     """
 
     layout: SeqLayout
@@ -90,6 +112,7 @@ class Prepared(NamedTuple):
     causal: bool
     mask: Tensor | None
     batch_first: bool
+    written: bool
 
     # ---------------------------------------------------------------- for modules that take no layout
 

@@ -55,7 +55,7 @@ class EnabledMultiheadAttention(VarlenMultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, **options)
 
-    forward.takes_prepared = True  # type: ignore[attr-defined]
+    forward.takes_prepared = forward  # type: ignore[attr-defined]
 
 
 class EnabledMultiheadAttentionWithoutWeights(VarlenMultiheadAttention):

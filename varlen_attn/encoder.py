@@ -17,7 +17,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._streams import Masks, Prepared, enter
+from ._streams import Masks, Prepared, enter, takes_prepared
 from ._token_wise import in_pieces
 from .layout import SeqLayout
 from .modules import VarlenMultiheadAttention
@@ -93,9 +93,9 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
         # Packed rows come from an encoder, which has compared the mask already.
         compare = is_causal or layout is None or src.dim() != 2
         stream = enter(self.self_attn, "src", src, Masks(src_key_padding_mask, src_mask, is_causal, layout, compare))
-        return stream.leave(self._compute(stream.rows, stream.prepared()))
+        return stream.leave(self._compute(stream.rows, stream.prepared([self])))
 
-    forward.takes_prepared = True  # type: ignore[attr-defined]
+    forward.takes_prepared = forward  # type: ignore[attr-defined]
 
     def _compute(self, x: Tensor, prepared: Any) -> Tensor:
         """The layer on packed rows, or on whatever `_attend` takes."""
@@ -174,9 +174,9 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
         """
         first = self.layers[0]
         stream = enter(first.self_attn, "src", src, Masks(src_key_padding_mask, mask, bool(is_causal), layout, compare=True))
-        x, prepared = stream.rows, stream.prepared()
+        x, prepared = stream.rows, stream.prepared(self.layers)
         for layer in self.layers:
-            if hasattr(type(layer).forward, "takes_prepared"):
+            if takes_prepared(layer, prepared):
                 x = layer(x, layout=prepared)
             elif _takes(layer, "layout"):
                 x = layer(x, src_mask=stream.mask, is_causal=stream.causal, layout=stream.layout)
@@ -255,9 +255,9 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
         compare = memory_is_causal or layout_kv is None or memory.dim() != 2
         masks = Masks(memory_key_padding_mask, memory_mask, memory_is_causal, layout_kv, compare)
         source = enter(self.multihead_attn, "memory", memory, masks, target)
-        return target.leave(self._compute(target.rows, source.rows, target.prepared(), target.prepared(source)))
+        return target.leave(self._compute(target.rows, source.rows, target.prepared([self]), target.prepared([self], source)))
 
-    forward.takes_prepared = True  # type: ignore[attr-defined]
+    forward.takes_prepared = forward  # type: ignore[attr-defined]
 
     def _compute(self, x: Tensor, memory: Tensor, own: Prepared, across: Any) -> Tensor:
         if self.norm_first:
@@ -322,9 +322,9 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
         target = enter(first.self_attn, "tgt", tgt, Masks(tgt_key_padding_mask, tgt_mask, bool(tgt_is_causal), layout, compare=True))
         masks = Masks(memory_key_padding_mask, memory_mask, memory_is_causal, layout_kv, compare=True)
         source = enter(first.multihead_attn, "memory", memory, masks, target)
-        x, own, across = target.rows, target.prepared(), target.prepared(source)
+        x, own, across = target.rows, target.prepared(self.layers), target.prepared(self.layers, source)
         for layer in self.layers:
-            if hasattr(type(layer).forward, "takes_prepared"):
+            if takes_prepared(layer, own) and across.written:
                 x = layer(x, source.rows, layout=own, layout_kv=across)
             elif _takes(layer, "layout", "layout_kv"):
                 x = layer(
@@ -343,7 +343,7 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
 
 def _attention(attn: nn.Module, x: Tensor, memory: Tensor, prepared: Prepared) -> Tensor:
     """Attention of packed rows; a module that takes no layout is called as torch calls it, on padded tensors."""
-    if hasattr(type(attn).forward, "takes_prepared"):
+    if takes_prepared(attn, prepared):
         out: Tensor = attn(x, memory, memory, need_weights=False, layout=prepared)[0]
         return out
     if isinstance(attn, VarlenMultiheadAttention):

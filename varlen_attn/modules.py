@@ -156,8 +156,13 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             BackendRefused: the ordered backend can not run the call.
         """
         prepared: Any = layout
-        if type(prepared) is Prepared:
-            return self._of_stack(query, key, prepared)
+        if type(prepared) is Prepared:  # packed rows of a stack, which has checked everything and zeroes slack rows at its ends
+            key = query if key is None else key
+            layout, layout_kv, is_causal, attn_mask = prepared.layout, prepared.layout_kv, prepared.causal, prepared.mask
+            if attn_mask is None and self.bias_k is None and not self.add_zero_attn:
+                window = self.window
+                if layout is layout_kv or not (is_causal or window is not None):
+                    return self._attend(query, key, key, layout, layout_kv, is_causal, window, self.backend), None
         trace_quietly()
         key = query if key is None else key
         value = key if value is None else value
@@ -202,18 +207,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             return out[0], None if weights is None else weights[0]
         return out if packed or self.batch_first else out.transpose(0, 1), weights
 
-    forward.takes_prepared = True  # type: ignore[attr-defined]
-
-    def _of_stack(self, query: Tensor, key: Tensor | None, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
-        """Packed rows of a stack of layers, which has checked everything and zeroes slack rows at its end."""
-        layout, layout_kv, causal, mask, _ = prepared
-        key = query if key is None else key
-        dense = mask is not None or self.bias_k is not None or self.add_zero_attn
-        if dense or (layout is not layout_kv and (causal or self.window is not None)):
-            return VarlenMultiheadAttention.forward(
-                self, query, key, key, attn_mask=mask, is_causal=causal, layout=layout, layout_kv=layout_kv
-            )
-        return self._attend(query, key, key, layout, layout_kv, causal, self.window, self.backend), None
+    forward.takes_prepared = forward  # type: ignore[attr-defined]
 
     # ---------------------------------------------------------------- which way
 
@@ -304,7 +298,8 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
     def _project_out(self, x: Tensor) -> Tensor:
         """As torch, by its weights; whatever has been put in its place (LoRA, quantised) is called."""
         if type(self.out_proj) is NonDynamicallyQuantizableLinear:
-            return _linear(x, self.out_proj.weight, self.out_proj.bias)
+            weight, bias = self.out_proj.weight, self.out_proj.bias
+            return F.linear(x, weight, bias) if bias is None or bias.dtype == weight.dtype else _linear(x, weight, bias)
         projected: Tensor = self.out_proj(x)
         return projected
 
