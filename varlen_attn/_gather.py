@@ -5,8 +5,8 @@ slot: NaN there can not leak.
 
 Both are here twice. `gather_rows` and `scatter_rows` are the formulas: they have all rules of `torch.func`, and T may be 0 or unknown
 while tracing. Inductor makes one kernel of `scatter_rows`, without a temporary (seen in its code for a CPU, torch 2.13); eager torch
-copies all rows once more to put a row of padding before them. So an eager call with many bytes goes through `_take_rows` and
-`_place_rows`.
+copies all rows once more to put a row of padding before them. So an eager call with many bytes goes through `take_rows` and
+`place_rows`.
 
 Bytes moved for N real rows, B*S slots, in sizes of a row; arithmetic, not measured:
 
@@ -15,7 +15,7 @@ path                                  pack                unpack
 ====================================  ==================  ================
 `gather_rows`, `scatter_rows`, eager  2N                  4N + BS
 the same under inductor               2N                  N + BS
-`_take_rows`, `_place_rows`           2N                  2N + BS
+`take_rows`, `place_rows`           2N                  2N + BS
 ====================================  ==================  ================
 
 With slack rows (capacity mode) N counts them too; an eager pack writes those once more.
@@ -90,7 +90,7 @@ class Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, token_indices: Tensor, gather_indices: Tensor, valid_T: Tensor | None) -> Tensor:
         ctx.save_for_backward(token_indices, gather_indices, valid_T)
-        return _take_rows(x, token_indices, valid_T)
+        return take_rows(x, token_indices, valid_T)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -110,7 +110,7 @@ class Unpack(torch.autograd.Function):
         pad_value: float,
     ) -> Tensor:
         ctx.save_for_backward(token_indices, gather_indices, valid_T)
-        return _place_rows(x, token_indices, gather_indices, valid_T, pad_value)
+        return place_rows(x, token_indices, gather_indices, valid_T, pad_value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -142,7 +142,7 @@ def scatter_rows(x: Tensor, gather_indices: Tensor, pad_value: float) -> Tensor:
 # -------------------------------------------------------------------- eager, without gradients
 
 
-def _take_rows(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Tensor:
+def take_rows(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Tensor:
     """`gather_rows`; slack rows are overwritten where they stand."""
     if valid_T is None or x.shape[0] == 0 or is_tracing(x) or x.nbytes <= _SMALL_PACK or not _has_memory(x):
         return gather_rows(x, token_indices, valid_T)
@@ -152,7 +152,7 @@ def _take_rows(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Tens
     return rows
 
 
-def _place_rows(x: Tensor, token_indices: Tensor, gather_indices: Tensor, valid_T: Tensor | None, pad_value: float) -> Tensor:
+def place_rows(x: Tensor, token_indices: Tensor, gather_indices: Tensor, valid_T: Tensor | None, pad_value: float) -> Tensor:
     """`scatter_rows`, by writing where the rows belong instead of reading from where they come."""
     if is_tracing(x) or x.nbytes <= _SMALL_UNPACK or not _has_memory(x):
         return scatter_rows(x, gather_indices, pad_value)

@@ -23,7 +23,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._gather import Pack, Unpack, gather_rows, is_tracing, mark_unbacked, needs_plain_gathers, scatter_rows, trace_quietly
+from ._gather import (
+    Pack,
+    Unpack,
+    gather_rows,
+    is_tracing,
+    mark_unbacked,
+    needs_plain_gathers,
+    place_rows,
+    scatter_rows,
+    take_rows,
+    trace_quietly,
+)
 from ._index import (
     Index,
     Step,
@@ -372,7 +383,11 @@ class SeqLayout:
         valid_T = self.valid_rows() if self.has_slack else None
         if needs_plain_gathers():
             return gather_rows(flat, self.token_indices, valid_T)
-        packed: Tensor = Pack.apply(flat, self.token_indices, self.gather_indices, valid_T)
+        packed: Tensor
+        if torch.is_grad_enabled() and x.requires_grad:
+            packed = Pack.apply(flat, self.token_indices, self.gather_indices, valid_T)
+        else:
+            packed = take_rows(flat, self.token_indices, valid_T)
         mark_unbacked(packed)
         return packed
 
@@ -390,7 +405,10 @@ class SeqLayout:
             padded = scatter_rows(x, self.gather_indices, value)
         else:
             valid_T = self.valid_rows() if self.has_slack else None
-            padded = Unpack.apply(x, self.token_indices, self.gather_indices, valid_T, value)
+            if torch.is_grad_enabled() and x.requires_grad:
+                padded = Unpack.apply(x, self.token_indices, self.gather_indices, valid_T, value)
+            else:
+                padded = place_rows(x, self.token_indices, self.gather_indices, valid_T, value)
         return padded.reshape(self.batch_size, self.padded_len, *x.shape[1:])
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
