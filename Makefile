@@ -29,7 +29,7 @@ PICTURES := $(VENV)/.pictures
 NATIVE := $(VENV)/.native
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
-# flash-attn's Triton kernels and that of benchmarks/fused_rows.py, run by Triton's interpreter: real Python code on a machine without a GPU. Both variables, in a
+# flash-attn's Triton kernels and that of benchmarks/fused_rows.py, run by Triton's interpreter without a GPU. Both variables, in a
 # process of its own: without them `import flash_attn` fails here, and the other tests want exactly that.
 LANE_ENV := FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE TRITON_INTERPRET=1
 FLASH := flash-attn==2.8.3.post2
