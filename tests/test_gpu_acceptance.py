@@ -450,16 +450,17 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     assert state["mode"] == "default", "torch's mode is left as it was"
 
 
-@pytest.mark.parametrize("what", ["nothing", "a copy to the host", "a stream that is waited for"])
+@pytest.mark.parametrize("what", ["nothing", "lengths from page-locked memory", "a copy to the host", "a stream that is waited for"])
 def test_waiting_is_found(what: str, pretended: dict[str, Any]) -> None:
     batch, found = cases.Batch.of(cases.Case("", (3, 5), 6), torch.float32, "cpu"), Findings()
     pretended["trace"] = {
         "nothing": traced.Trace(("k",), (), ()),
+        "lengths from page-locked memory": traced.Trace(("k",), ("Memcpy HtoD (Pinned -> Device)",), ()),
         "a copy to the host": traced.Trace(("k",), ("Memcpy DtoH (Device -> Pageable)",), ()),
         "a stream that is waited for": traced.Trace(("k",), (), ("cudaStreamSynchronize",)),
     }[what]
     nosync._on_gpu("cpu, here", batch, "cpu", (3, 5), found)
-    assert [c.holds for c in found.checks] == [what == "nothing"]
+    assert [c.holds for c in found.checks] == [what in ("nothing", "lengths from page-locked memory")]
 
 
 def test_blind_witnesses_fail_the_control(pretended: dict[str, Any]) -> None:
