@@ -525,3 +525,13 @@ def test_a_record_of_a_model_knows_its_modules_names() -> None:
     assert "first" in str(named)
     assert [call.module for call in named][:2] == ["first", "first"]
     assert len(named) == 4
+
+
+def test_a_backend_may_take_the_values_of_a_call_one_by_one() -> None:
+    class OneByOne(Doubling):
+        def run(self, query: Tensor, key: Tensor, value: Tensor, layout_q: Any, layout_kv: Any, semantics: Any, extras: Any) -> Any:
+            return super().run(query, key, value, layout_q, layout_kv, semantics, extras)
+
+    layout = SeqLayout.from_lengths([2, 3])
+    x = torch.randn(5, 2, 8)
+    assert torch.equal(*(varlen_attention(x, x, x, layout, backend=backend) for backend in (Doubling(), OneByOne())))

@@ -6,6 +6,7 @@ the command line and the tests, so that none of them can disagree.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -82,13 +83,17 @@ class Refusal:
 
 
 def _prepared(run: Callable[..., Result]) -> Callable[..., Result]:
+    """``run`` with what is the same for all backends: a `Call` or its values one by one, on both sides, and no more than
+    `Capabilities.max_sequences` at a time."""
+    takes_values = len(inspect.signature(run).parameters) > len(("self", "query", "key", "value", "call"))
+
     @wraps(run)
     def prepared(self: Backend, query: Tensor, key: Tensor, value: Tensor, call: Any, *rest: Any) -> Result:
         call = Call(call, *rest) if rest else call
         most = self.capabilities.max_sequences
         if most is not None and call.layout_q.num_seqs > most:
-            return in_parts(query, key, value, call, most, partial(run, self))
-        return run(self, query, key, value, call)
+            return in_parts(query, key, value, call, most, partial(prepared, self))
+        return run(self, query, key, value, *call) if takes_values else run(self, query, key, value, call)
 
     return prepared
 
@@ -158,7 +163,7 @@ class Backend(ABC):
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         """``query (T,N,H)``, ``key (Tk,K,H)``, ``value (Tk,K,Hv)`` -> ``out (T,N,Hv)``, lse ``(N,T)`` or None.
 
-        Arguments are checked already; ``call.semantics.scale`` is a number. The values of a `Call` may also be passed one by one.
+        Arguments are checked already; ``call.semantics.scale`` is a number. The values of a `Call` may also be taken and passed one by one.
         """
 
     def __init_subclass__(cls, **options: Any) -> None:
