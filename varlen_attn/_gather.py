@@ -15,7 +15,7 @@ path                                  pack                unpack
 ====================================  ==================  ================
 `gather_rows`, `scatter_rows`, eager  2N                  4N + BS
 the same under inductor               2N                  N + BS
-`take_rows`, `place_rows`           2N                  2N + BS
+`take_rows`, `place_rows`             2N                  2N + BS
 ====================================  ==================  ================
 
 With slack rows (capacity mode) N counts them too; an eager pack writes those once more.
