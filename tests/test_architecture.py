@@ -17,7 +17,7 @@ import varlen_attn
 
 ROOT = Path(varlen_attn.__file__).parent
 RANKS = (
-    ("errors", "_timing"),
+    ("errors", "_state", "_timing"),
     ("_compare", "_gather", "_layout_checks", "_native", "_profile"),
     ("_index",),
     ("layout",),
@@ -58,7 +58,7 @@ RANKS = (
 OPTIONAL_PACKAGES_IN = ("backends.", "integrations.", "demo", "__main__", "testing.strategies")
 IMPORTED_LAZILY = ("testing.strategies",)  # and so may import an optional package at once
 MUTABLE = {
-    "dispatch._plans", "problem._versions", "backends.base.state",  # one cache of choices, one of versions, the thread's stack
+    "dispatch._plans", "problem._versions", "_state.state",  # one cache of choices, one of versions, the thread's stack
     "backends._ops._defined",  # for which backends ops are registered
     "backends._cpu_groups._plans",  # how batches of some lengths are cut, by value
     "integrations._hf_mask._thread",  # the last layout with the mask that it was made of; forwards under way

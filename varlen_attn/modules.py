@@ -21,11 +21,12 @@ from ._call_checks import check_holes, check_layouts
 from ._gather import trace_quietly
 from ._masks import additive_mask, read_masks
 from ._mha_checks import check_inputs, mha_shape_check
+from ._state import state
 from ._static import refuse_order, static_graph, static_layouts
 from ._streams import Prepared, nested_like, nested_rows
 from .backends._dense import EAGER, attend_dense, dense_kernel_here, visible_mask
 from .backends._values import NO_EXTRAS
-from .backends.base import Backend, state
+from .backends.base import Backend
 from .dispatch import requested_backend
 from .errors import ArgumentError, LayoutError
 from .functional import full_layout, pack_rows, unpack_rows, without_slack
