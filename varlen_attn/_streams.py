@@ -21,11 +21,6 @@ from ._token_wise import has_hooks, is_known
 from .errors import ArgumentError, LayoutError
 from .layout import SeqLayout, is_tracing, layout_of_all
 
-__all__ = [
-    "ROWS", "Form", "Masks", "Prepared", "Stream", "batch_first", "enter", "form_of", "full_layout", "given_form", "nested_rows",
-    "pack_rows", "takes_prepared", "unpack_rows",
-]  # fmt: skip
-
 Form = Literal["packed", "nested", "unbatched", "batch first", "sequence first"]
 ROWS = ("packed", "nested")  # forms without padding
 

@@ -270,17 +270,15 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             weight = self.in_proj_weight
             linear = F.linear if bias is None or bias.dtype == weight.dtype else _linear
             return linear(query, weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
-        if not self._qkv_same_embed_dim:
-            biases = (None, None, None) if bias is None else bias.chunk(3)
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            parts = [_linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
-        elif key is value:
+        if key is value and self._qkv_same_embed_dim:
             w_q, w_kv = self.in_proj_weight.split([size, 2 * size])
             b_q, b_kv = (None, None) if bias is None else bias.split([size, 2 * size])
             parts = [_linear(query, w_q, b_q), *_linear(key, w_kv, b_kv).chunk(2, dim=-1)]
         else:
+            apart = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            weights = self.in_proj_weight.chunk(3) if self._qkv_same_embed_dim else apart
             biases = (None, None, None) if bias is None else bias.chunk(3)
-            parts = [_linear(x, w, b) for x, w, b in zip((query, key, value), self.in_proj_weight.chunk(3), biases, strict=True)]
+            parts = [_linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
         return tuple(p.unflatten(-1, (self.num_heads, self.head_dim)) for p in parts)
 
     def _project_out(self, x: Tensor) -> Tensor:
