@@ -50,7 +50,7 @@ def given_form(form: Form, x: Tensor) -> Tensor:
 def pack_rows(layout: SeqLayout, x: Tensor, name: str = "x", form: Form = "batch first") -> Tensor:
     """Packed rows ``(T, ...)`` of ``(B, S, ...)``, without a copy where nothing is padded, or of rows."""
     if form in ROWS:
-        return _without_slack(layout, x)
+        return _without_slack(layout, x) if layout.has_slack else x
     layout._check(x, (layout.batch_size, layout.padded_len), name)
     return x.reshape(layout.num_rows, *x.shape[2:]) if layout.is_dense else layout.pack(x)
 
@@ -58,7 +58,7 @@ def pack_rows(layout: SeqLayout, x: Tensor, name: str = "x", form: Form = "batch
 def unpack_rows(layout: SeqLayout, rows: Tensor, form: Form = "batch first", given: Tensor | None = None) -> Tensor:
     """``rows`` in the form in which the input, ``given``, came; 0 at padding, and without a copy where there is none."""
     if form == "packed":
-        return _without_slack(layout, rows)
+        return _without_slack(layout, rows) if layout.has_slack else rows
     if form == "nested":
         assert given is not None
         if given.layout == torch.jagged:  # with the input's offsets, so that the two can be added
@@ -70,7 +70,7 @@ def unpack_rows(layout: SeqLayout, rows: Tensor, form: Form = "batch first", giv
 
 def _without_slack(layout: SeqLayout, rows: Tensor) -> Tensor:
     """Packed rows that hold nothing are 0, also where the caller's hold NaN, which gradients of weights would see."""
-    return rows.masked_fill(~layout.valid_rows().view(-1, *[1] * (rows.dim() - 1)), 0) if layout.has_slack else rows
+    return rows.masked_fill(~layout.valid_rows().view(-1, *[1] * (rows.dim() - 1)), 0)
 
 
 def nested_rows(x: Tensor) -> tuple[Tensor, SeqLayout]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -176,14 +177,14 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
 
         inputs = _Inputs(query, key, value, form)
         if packed is None:
-            inputs = _Inputs(*inputs.each(form, form, batch_first), form)
+            inputs = inputs if form == "batch first" else _Inputs(*inputs.each(form, form, batch_first), form)
             layout, layout_kv = static_layouts(inputs.query, layout, inputs.key, layout_kv)
         if form == "unbatched" and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
         masks = key_padding_mask, attn_mask
         layouts, causal, why_dense = self._plan(inputs, masks, need_weights, is_causal, window is not None, layout, layout_kv)
         if why_dense is None:
-            rows = inputs.each(*layouts, lambda by, x: pack_rows(by, x, form=form))
+            rows = inputs.each(*layouts, partial(pack_rows, form=form))
             return unpack_rows(layouts[0], self._attend(*rows, *layouts, causal, window, order), form, given), None
         self._refuse_dense(order, layouts, why_dense)
         check_holes(*layouts, Semantics.of(window=window))
