@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -93,14 +93,7 @@ class Plan:
             "dtype": str(problem.dtype).removeprefix("torch."),
             "torch": problem.torch_version,
             "packages": dict(_package_versions(problem)),
-            "decisions": [
-                {
-                    "backend": d.backend,
-                    "accepted": d.accepted,
-                    "reasons": [{"reason": r.reason, "fix": r.fix, "kind": r.kind} for r in d.reasons],
-                }
-                for d in self.decisions
-            ],
+            "decisions": [asdict(d) | {"reasons": [asdict(r) for r in d.reasons]} for d in self.decisions],
         }
 
     def __str__(self) -> str:
