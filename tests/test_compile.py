@@ -310,3 +310,18 @@ def test_a_compiled_layer_in_an_eager_stack_sees_packed_rows() -> None:
         torch.testing.assert_close(compiled(rows, layout=layout), layer(rows, layout=layout))
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("batch", [(0, 4), (2, 0), (2, 4)], ids=["no sequences", "no columns", "no tokens"])
+def test_gradients_of_nothing_are_zeros(batch: tuple[int, int]) -> None:
+    """Of sinks and score biases too."""
+
+    def call(x: Tensor, mask: Tensor, sinks: Tensor, bias: Tensor) -> Tensor:
+        return padded_attention(x, x, x, mask, sinks=sinks, score_bias=bias)
+
+    tensors = [torch.randn(shape, requires_grad=True) for shape in ((*batch, N, 8), (N,), (N, S, S))]
+    x, sinks, bias = tensors
+    torch.compile(call, fullgraph=True, backend="aot_eager")(x, torch.ones(batch, dtype=torch.bool), sinks, bias).sum().backward()
+    for tensor in tensors:
+        assert tensor.grad is not None
+        assert not tensor.grad.any()
