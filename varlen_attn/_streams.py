@@ -19,7 +19,7 @@ from .errors import ArgumentError, LayoutError
 from .functional import full_layout, pack_rows, unpack_rows, without_slack
 from .layout import SeqLayout
 
-__all__ = ["Masks", "Prepared", "Stream", "enter", "nested_like", "nested_rows", "takes_prepared"]
+__all__ = ["Masks", "Prepared", "Stream", "enter", "nested_like", "nested_rows", "refuse_no_sequence", "takes_prepared"]
 
 Form = Literal["packed", "nested", "unbatched", "batch first", "sequence first"]
 
@@ -234,9 +234,19 @@ def nested_rows(x: Tensor) -> tuple[Tensor, SeqLayout]:
     if x.layout == torch.jagged:
         x = x.contiguous()
         return x.values(), SeqLayout.from_nested(x)
+    refuse_no_sequence(x)
     parts = x.unbind()
-    rows = torch.cat(parts) if parts else x.new_zeros((0, 0))
+    rows = torch.cat(parts)
     return rows, SeqLayout.from_lengths([len(p) for p in parts], device=rows.device)
+
+
+def refuse_no_sequence(x: Tensor) -> None:
+    """Of a strided nested tensor, which then has no width: in torch's class and words."""
+    if x.is_nested and x.layout == torch.strided and x.size(0) == 0:
+        raise AssertionError(
+            "MultiheadAttention does not support NestedTensor outside of its fast path. Here it has no sequence, so the width of its rows "
+            "is not known: leave the call out, or pass a padded torch.zeros(0, 0, D)."
+        )
 
 
 def nested_like(nested: Tensor, rows: Tensor, layout: SeqLayout) -> Tensor:

@@ -22,7 +22,7 @@ from ._gather import trace_quietly
 from ._masks import additive_mask, read_masks
 from ._mha_checks import check_inputs, mha_shape_check
 from ._static import refuse_order, static_graph, static_layouts
-from ._streams import Prepared, nested_like, nested_rows
+from ._streams import Prepared, nested_like, nested_rows, refuse_no_sequence
 from .backends._dense import EAGER, attend_dense, dense_kernel_here, visible_mask
 from .backends._values import NO_EXTRAS
 from .backends.base import Backend, state
@@ -407,6 +407,8 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Nested input, as torch's encoder hands over in evaluation: its rows are packed already. Comes back in its own layout."""
         tensors = (query, key, value)
+        for x in tensors:
+            refuse_no_sequence(x)
         if not all(x.is_nested for x in tensors) or query.dim() != 3:
             mha_shape_check(query, key, value, *masks.values(), self.num_heads)
             raise LayoutError("query, key and value must all be nested or all be padded: convert with torch.nested.to_padded_tensor.")
