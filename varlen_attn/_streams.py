@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._call_checks import check_layouts
-from ._gather import trace_quietly
+from ._gather import mark_unbacked, trace_quietly
 from ._masks import additive_mask, read_masks
 from ._mha_checks import check_inputs
 from ._static import static_layouts
@@ -175,6 +175,8 @@ def enter(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Stream |
     facts = read_masks(x, padding, masks.attn, hint=masks.is_causal, compare=masks.compare)
     layout = facts.layout or own or full_layout(x)
     rows = without_slack(layout, x) if form in ("packed", "nested") else pack_rows(layout, x, name)
+    if form not in ("packed", "nested"):  # not the caller's own
+        mark_unbacked(rows)
     causal = masks.is_causal if masks.attn is None else not facts.not_causal
     stream = Stream(rows, layout, causal, None if causal else masks.attn, form, given)
     if not facts.additive:

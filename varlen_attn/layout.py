@@ -389,13 +389,10 @@ class SeqLayout:
         valid_T = self.valid_rows() if self.has_slack else None
         if needs_plain_gathers():
             return gather_rows(flat, self.token_indices, valid_T)
-        packed: Tensor
         if torch.is_grad_enabled() and x.requires_grad:
-            packed = Pack.apply(flat, self.token_indices, self.gather_indices, valid_T)
-        else:
-            packed = take_rows(flat, self.token_indices, valid_T)
-        mark_unbacked(packed)
-        return packed
+            packed: Tensor = Pack.apply(flat, self.token_indices, self.gather_indices, valid_T)
+            return packed
+        return take_rows(flat, self.token_indices, valid_T)
 
     def unpack(self, x: Tensor, pad_value: float = 0) -> Tensor:
         """``(T, ...) -> (B, S, ...)``: tokens at their places, ``pad_value`` at padding; the backward of `pack`.
@@ -435,7 +432,7 @@ class SeqLayout:
         if self.lengths is not None:
             bounds = {"min_seqlen": min(self.lengths, default=0), "max_seqlen": max(self.lengths, default=0)}
         offsets = self.cu_seqlens.to(torch.int64)
-        return torch.nested.nested_tensor_from_jagged(x, offsets=offsets, **bounds)
+        return torch.nested.nested_tensor_from_jagged(x.view_as(x), offsets=offsets, **bounds)  # torch marks what it is given
 
     def pool(self, x: Tensor, how: Pooling) -> Tensor:
         """``(T, ...) -> (Q, ...)``: mean, max, sum, first or last token of each sequence; 0 for an empty one.
