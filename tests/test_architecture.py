@@ -18,7 +18,7 @@ import varlen_attn
 ROOT = Path(varlen_attn.__file__).parent
 RANKS = (
     ("errors", "_timing"),
-    ("_compare", "_gather", "_layout_checks", "_native", "_profile"),
+    ("_clone", "_switch", "_compare", "_gather", "_layout_checks", "_native", "_profile"),
     ("_index",),
     ("layout",),
     ("companions", "_host_lengths", "_padded_rows"),

@@ -25,7 +25,18 @@ from .._host_lengths import HostLengths
 from ..errors import ArgumentError
 from ..layout import SeqLayout, is_tracing
 
-__all__ = ["LOOKED_AT", "Meaning", "Packing", "Pattern", "VarlenMask", "enter_forward", "leave_forward", "paddings", "varlen_mask"]
+__all__ = [
+    "LOOKED_AT",
+    "Meaning",
+    "Packing",
+    "Pattern",
+    "VarlenMask",
+    "enter_forward",
+    "is_entered",
+    "leave_forward",
+    "paddings",
+    "varlen_mask",
+]
 
 Window = tuple[int | None, int | None]
 LOOKED_AT = "a mask that the model looked at, and may have changed"
@@ -96,10 +107,19 @@ def _under_way() -> list[Forward]:
     return [f for f in _thread.forwards if f.tree is _thread.forwards[-1].tree]
 
 
-def leave_forward() -> Forward | None:
-    """It ends."""
-    forwards, _thread.forwards = _thread.forwards, _thread.forwards[:-1]
-    return forwards[-1] if forwards else None
+def is_entered(model: object) -> bool:
+    """Whether a forward of a model is under way, and was entered."""
+    return any(f.model is model for f in _thread.forwards)
+
+
+def leave_forward(model: object) -> Forward | None:
+    """It ends; None if it began before anybody watched."""
+    forwards = _thread.forwards
+    i = next((i for i in reversed(range(len(forwards))) if forwards[i].model is model), None)
+    if i is None:
+        return None
+    _thread.forwards = forwards[:i]
+    return forwards[i]
 
 
 @contextmanager
@@ -128,6 +148,8 @@ class Meaning:
         make: transformers' own mask.
         rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows.
         forwards: of the models in whose forwards the mask was made, the innermost last.
+        config: of the model, which says ``varlen_attn``, unless the model was disabled while its forward is under way.
+        dtype: of the scores.
         stack: how all layers of that stack attend; None once somebody looked at the mask.
         packed_arguments: what layers were given, by name and identity, and the same for packed rows.
         numbers: the mask as somebody was given it to compute with. Whoever has it may write to it, so from then on it is what counts.
@@ -141,6 +163,8 @@ class Meaning:
     make: Callable[[], Tensor]
     rows: SeqLayout | None = None
     forwards: list[Forward] = field(default_factory=_under_way)
+    config: Any = None
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         self.stack = None if self.rows is None else Packing(self.rows, self.rows, self.pattern.causal, self.pattern.window)
@@ -175,7 +199,14 @@ class Meaning:
         """The mask for code that computes with it, or writes to it."""
         if self.numbers is None:
             self.numbers, self.stack = self._dense.contiguous(), None
-        return self.numbers
+        if not self.is_added:
+            return self.numbers
+        return torch.zeros_like(self.numbers, dtype=self.dtype).masked_fill_(~self.numbers, torch.finfo(self.dtype).min)
+
+    @property
+    def is_added(self) -> bool:
+        """Whether the layers attend with ``eager`` by now, which adds masks to scores."""
+        return getattr(self.config, "_attn_implementation", None) == "eager"
 
     @cached_property
     def keys(self) -> SeqLayout:
@@ -243,7 +274,8 @@ class Meaning:
         """The same for the packed rows ``(1, T)`` of a self-attention without cached keys."""
         total = self.keys.num_rows
         make = partial(_block_diagonal, self.keys, self.pattern)
-        return VarlenMask(Meaning((1, 1, total, total), self.device, self.pattern, None, 0, make, self.keys, self.forwards))
+        shape = (1, 1, total, total)
+        return VarlenMask(Meaning(shape, self.device, self.pattern, None, 0, make, self.keys, self.forwards, self.config, self.dtype))
 
     def is_of_columns_of(self, other: Meaning) -> bool:
         """Whether both are masks of one self-attention: the same columns, the same padding."""
@@ -259,7 +291,8 @@ class Meaning:
             pattern = pattern._replace(documents=pattern.documents.to(device))
         padding = None if self.padding is None else self.padding.to(device)
         rows = None if self.rows is None else self.rows.to(device)
-        return Meaning(self.shape, device, pattern, padding, self.first_query, lambda: self.dense.to(device), rows)
+        dense = lambda: self.dense.to(device)  # noqa: E731
+        return Meaning(self.shape, device, pattern, padding, self.first_query, dense, rows, config=self.config, dtype=self.dtype)
 
 
 _KEEPING = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
@@ -293,7 +326,8 @@ class VarlenMask(Tensor):
             return VarlenMask(args[0].meaning)
         if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
             return VarlenMask(args[0].meaning.to(torch.device(kwargs.get("device") or args[0].device)))
-        if func.overloadpacket in _ADDING and any(isinstance(x, Tensor) and x.is_floating_point() for x in args):
+        adding = func.overloadpacket in _ADDING and any(isinstance(x, Tensor) and x.is_floating_point() for x in args)
+        if adding and not any(isinstance(x, VarlenMask) and x.meaning.is_added for x in args):
             raise ArgumentError(
                 "`attention_mask` must not be added to scores, but a model with attention code of its own does that to the mask made for "
                 'attn_implementation="varlen_attn": call varlen_attn.enable(model), which leaves such models alone.'
@@ -387,7 +421,8 @@ def varlen_mask(
     make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     if _thread.seen is not None and padding is not None:
         _thread.seen.append(padding)
-    return VarlenMask(Meaning((batch_size, 1, q_length, kv_length), device, pattern, padding, q_offset - kv_offset, make))
+    shape, known = (batch_size, 1, q_length, kv_length), {"config": kwargs.get("config"), "dtype": kwargs.get("dtype", torch.float32)}
+    return VarlenMask(Meaning(shape, device, pattern, padding, q_offset - kv_offset, make, **known))
 
 
 def _refuse_own_attention(config: Any) -> None:

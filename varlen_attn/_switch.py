@@ -1,0 +1,271 @@
+"""Changing a live model: all at once or not at all, and beside threads that are calling it.
+
+What the library does to a model is a list of steps: a class, a hook, an entry of a dictionary. `Switch` goes from the steps that are there
+to those that are wanted; whatever is raised on the way, it can go back. Every step may be made again, so what was interrupted is repeated.
+
+A forward in another thread may be under way. It keeps what it began with: a step is first left, so that no new call uses it, and removed
+once the forwards that may use it have ended.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import FrameType
+from typing import Any, Protocol
+
+from torch import nn
+
+from .errors import VarlenError
+
+__all__ = ["Class", "Entry", "Hook", "Step", "Switch", "calls_under_way", "torch_class"]
+
+_PATIENCE = 60.0  # seconds that a forward in another thread may still take
+_lock = threading.RLock()
+_ABSENT: Any = object()
+
+
+class Step(Protocol):
+    """One thing that is done to a model. Every method may be called at any time, and again."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Two steps of one key do the same."""
+
+    @property
+    def module(self) -> nn.Module | None:
+        """Whose forwards use it; None if it makes no difference to those that are under way."""
+
+    def make(self) -> None: ...
+
+    def leave(self) -> None:
+        """New calls do without it, and those under way may go on with it."""
+
+    def remove(self) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """An entry of a dictionary, such as an attribute of an object."""
+
+    entries: MutableMapping[str, Any]
+    name: str
+    value: Any
+    before: Any = _ABSENT
+    module: None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return id(self.entries), self.name, id(self.value)
+
+    def make(self) -> None:
+        self.entries[self.name] = self.value
+
+    def leave(self) -> None:
+        if self.before is _ABSENT:
+            self.entries.pop(self.name, None)
+        else:
+            self.entries[self.name] = self.before
+
+    def remove(self) -> None:
+        self.leave()
+
+
+@dataclass(frozen=True, eq=False)
+class Hook:
+    """A hook that gets keywords.
+
+    Attributes:
+        after: a forward hook, else one before it.
+        always: it is called after errors too.
+        number: under which it is registered.
+        behind: numbers of the hooks that come before it.
+    """
+
+    module: nn.Module
+    hook: Callable[..., Any]
+    after: bool
+    always: bool
+    number: int
+    behind: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return id(self.module), self.after, self.number
+
+    @property
+    def _dicts(self) -> tuple[Any, ...]:
+        """Of the hooks, and what says how each is called."""
+        module = self.module
+        if not self.after:
+            return module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+        always = (module._forward_hooks_always_called,) if self.always else ()
+        return module._forward_hooks, module._forward_hooks_with_kwargs, *always
+
+    def make(self) -> None:
+        hooks, *flags = self._dicts
+        for flag in flags:  # first, or a forward that comes between would call it without keywords
+            flag[self.number] = True
+        hooks[self.number] = self.hook
+        for number in [number for number in hooks if number not in (*self.behind, self.number)]:
+            hooks.move_to_end(number)
+
+    def leave(self) -> None:
+        pass
+
+    def remove(self) -> None:
+        for hooks in self._dicts:
+            hooks.pop(self.number, None)
+
+
+def torch_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, before it was enabled. A class that torch has derived from an enabled one since stays."""
+    own = type(module)
+    original = vars(own).get("torch_class")
+    return original if isinstance(original, type) and issubclass(own, original) else own
+
+
+@dataclass(frozen=True, eq=False)
+class Class:
+    """A class for an object of another one. What got a class of somebody else's in the meantime keeps that."""
+
+    module: nn.Module
+    new: type[nn.Module]
+    original: type[nn.Module]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return id(self.module), self.new
+
+    def _become(self, new: type[nn.Module]) -> None:
+        if type(self.module) is not new and torch_class(self.module) is self.original:
+            self.module.__class__ = new
+
+    def make(self) -> None:
+        self._become(self.new)
+
+    def leave(self) -> None:
+        if type(self.module) is not self.original:
+            self._become(_leaving(self.new, self.original))  # type: ignore[arg-type]
+
+    def remove(self) -> None:
+        self._become(self.original)
+
+
+@cache
+def _leaving(new: type[Any], original: type[Any]) -> type[nn.Module]:
+    """For objects that get their class back: a call by anybody is one of ``original``, and what is under way finds all that it needs."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = new if any(name.startswith("layout") for name in kwargs) else original
+        return chosen.forward(self, *args, **kwargs)
+
+    return type(new.__name__, (new,), {"forward": forward, "torch_class": original, "__module__": new.__module__})
+
+
+class Switch:
+    """From the steps that ``find`` sees on a model to those that are wanted.
+
+    Attributes:
+        going, made: what `make` takes away, and what it has added.
+    """
+
+    def __init__(self, find: Callable[[], Sequence[Step]], wanted: Sequence[Step]) -> None:
+        self.find, self.wanted = find, wanted
+        self.going: list[Step] = []
+        self.made: list[Step] = []
+
+    def make(self) -> None:
+        """
+        Raises:
+            VarlenError: called inside of a forward that uses what goes, or one in another thread does not end.
+        """
+        with _lock:
+            present = self.find()
+            there, wanted = {step.key for step in present}, {step.key for step in self.wanted}
+            going = [step for step in present if step.key not in wanted]
+            _refuse_inside(going)
+            self.going = going
+            if not _take_away(going):
+                raise VarlenError(
+                    f"a forward that uses what is taken away is still under way in another thread after {_PATIENCE:.0f} seconds: wait "
+                    "for it before the model is disabled or enabled anew."
+                )
+            for step in self.wanted:
+                if step.key not in there:
+                    self.made.append(step)
+                    step.make()
+
+    def undo(self) -> None:
+        """Whatever was raised, and wherever. It may be interrupted once itself."""
+        try:
+            self._back()
+        except BaseException:
+            self._back()
+            raise
+
+    def _back(self) -> None:
+        with _lock:
+            _take_away(self.made, anyway=True)
+            for step in self.going:
+                step.make()
+
+
+def _take_away(steps: Sequence[Step], anyway: bool = False) -> bool:
+    """False, with nothing removed, if forwards that use them do not end; unless ``anyway``."""
+    for step in reversed(steps):
+        step.leave()
+    modules = {id(step.module) for step in steps if step.module is not None}
+    ended = not modules or _wait_for([frame for frame, module in _all_calls() if id(module) in modules])
+    if ended or anyway:
+        for step in reversed(steps):
+            step.remove()
+    return ended
+
+
+def _refuse_inside(going: Sequence[Step]) -> None:
+    modules = {id(step.module) for step in going if step.module is not None}
+    inside = next((module for _, module in calls_under_way(sys._getframe()) if id(module) in modules), None)
+    if inside is not None:
+        raise VarlenError(
+            f"a model must not be disabled or enabled anew inside of its own forward, but that of {type(inside).__name__} is under way: "
+            "call enable or disable before or after it."
+        )
+
+
+_CALL = nn.Module._call_impl.__code__
+
+
+def calls_under_way(frame: FrameType | None) -> Iterator[tuple[FrameType, nn.Module]]:
+    """The calls of modules in which a frame stands, the innermost first."""
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL or (code.co_name == "forward" and code.co_varnames[:1] == ("self",)):
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module):
+                yield frame, module
+        frame = frame.f_back
+
+
+def _all_calls() -> Iterator[tuple[FrameType, nn.Module]]:
+    """Of all other threads."""
+    for thread, frame in sys._current_frames().items():
+        if thread != threading.get_ident():
+            yield from calls_under_way(frame)
+
+
+def _wait_for(frames: list[FrameType]) -> bool:
+    """Until all of them have returned."""
+    end = time.monotonic() + _PATIENCE
+    while frames:
+        running = {id(frame) for frame, _ in _all_calls()}
+        frames = [frame for frame in frames if id(frame) in running]
+        if time.monotonic() > end:
+            return False
+        if frames:
+            time.sleep(0.0005)
+    return True
