@@ -17,7 +17,7 @@ import varlen_attn
 
 ROOT = Path(varlen_attn.__file__).parent
 RANKS = (
-    ("errors", "_timing"),
+    ("errors", "_state", "_timing"),
     ("_clone", "_switch", "_compare", "_gather", "_layout_checks", "_native", "_profile"),
     ("_index",),
     ("layout",),
@@ -33,15 +33,15 @@ RANKS = (
     ("backends",),
     ("dispatch",),
     ("records",),
-    ("_call_checks", "_static"),
-    ("_call",),
+    ("_call_checks", "_static", "_mha_checks", "_token_wise"),
+    ("_call", "_masks"),
+    ("_streams",),
     ("functional",),
     ("explain",),
-    ("testing._batch", "_token_wise"),
+    ("testing._batch",),
     ("testing._recorder",),
     ("testing._invariance",),
-    ("testing", "data", "_masks", "_mha_checks"),
-    ("_streams",),
+    ("testing", "data"),
     ("testing.strategies", "modules"),
     ("encoder",),
     ("_enablable",),
@@ -58,7 +58,7 @@ RANKS = (
 OPTIONAL_PACKAGES_IN = ("backends.", "integrations.", "demo", "__main__", "testing.strategies")
 IMPORTED_LAZILY = ("testing.strategies",)  # and so may import an optional package at once
 MUTABLE = {
-    "dispatch._plans", "problem._versions", "backends.base.state",  # one cache of choices, one of versions, the thread's stack
+    "dispatch._plans", "problem._versions", "_state.state",  # one cache of choices, one of versions, the thread's stack
     "backends._ops._defined",  # for which backends ops are registered
     "backends._cpu_groups._plans",  # how batches of some lengths are cut, by value
     "integrations._hf_mask._thread",  # the last layout with the mask that it was made of; forwards under way

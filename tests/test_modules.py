@@ -646,12 +646,20 @@ def test_two_layouts_from_the_host_read_nothing() -> None:  # R-05
     _, ours = pair()
     query, key = torch.randn(2, 5, E, dtype=torch.float64), torch.randn(2, 3, E, dtype=torch.float64)
     layouts = {"layout": SeqLayout.from_lengths([2, 4], 5), "layout_kv": SeqLayout.from_lengths([3, 1], 3)}
-    ours._plan(_Inputs(query, key, key), (None, None), False, True, False, **layouts)  # what is asked only once
+    ours._plan(_Inputs(query, key, key, "batch first"), (None, None), False, True, False, **layouts)  # what is asked only once
     with count_reads() as reads:
-        _, causal, why_dense = ours._plan(_Inputs(query, key, key), (None, None), False, True, False, **layouts)
+        _, causal, why_dense = ours._plan(_Inputs(query, key, key, "batch first"), (None, None), False, True, False, **layouts)
     assert not reads
     assert causal
     assert why_dense is None
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_models_may_view_what_torch_gives_contiguous(need_weights: bool) -> None:
+    theirs, ours = pair(batch_first=False)
+    query = torch.randn(4, 2, E, dtype=torch.float64)
+    for module in (theirs, ours):
+        assert module(query, query, query, need_weights=need_weights)[0].view(-1, E).shape == (8, E)
 
 
 def test_repr_shows_what_differs_from_torch() -> None:

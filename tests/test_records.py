@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from varlen_attn import ArgumentError, SeqLayout, VarlenMultiheadAttention, padded_attention, record, varlen_attention
-from varlen_attn._profile import Profile, _kernels, _kernels_below
+from varlen_attn import ArgumentError, SeqLayout, VarlenMultiheadAttention, padded_attention, record, use_backend, varlen_attention
+from varlen_attn._profile import Profile, _alone, _kernels, _kernels_below
+from varlen_attn._state import state
 from varlen_attn.backends.reference import Reference
 from varlen_attn.problem import Problem
 from varlen_attn.records import Call, Record
+
+from .interrupts import Interrupted, lines
 
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 LAYOUT = SeqLayout.from_lengths([5, 7])
@@ -210,3 +214,44 @@ def test_names_of_a_device_are_short_in_the_table() -> None:
     log.settle(Profile(names, {"varlen_attn call 0": names}))
     assert str(log).count("pytorch_flash::flash_fwd_kernel") == 1
     assert log.calls[0].kernels == names
+
+
+def _recorded() -> None:
+    with record():
+        _attend()
+
+
+def _profiled() -> None:
+    with record(kernels=True):
+        _attend()
+
+
+def _ordered() -> None:
+    with use_backend("reference"):
+        _attend()
+
+
+def _attend() -> None:
+    x = rows()
+    varlen_attention(x, x, x, LAYOUT)
+
+
+def _of_the_thread() -> tuple[Any, ...]:
+    return state.override, list(state.records), state.announced, torch.autograd.profiler._is_profiler_enabled, _alone.locked()
+
+
+@pytest.mark.parametrize("what", [_recorded, _profiled, _ordered])
+def test_blocks_that_are_broken_off_at_any_line(what: Callable[[], None]) -> None:
+    for _ in range(2):
+        with lines() as seen:
+            what()
+    before = _of_the_thread()
+    # A profile takes a while: each line of it once.
+    once = {label: i for i, label in enumerate(seen) if what is not _profiled or label.startswith(("_profile", "_state"))}
+    for line in once.values():
+        with suppress(Interrupted), lines(line) as broken:
+            what()
+        now = _of_the_thread()
+        state.records.clear()
+        state.override, state.announced = before[0], before[2]
+        assert now == before, f"at {broken[-1]}"

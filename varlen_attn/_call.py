@@ -18,6 +18,7 @@ from . import dispatch
 from ._call_checks import autocasts, check_extras, check_holes, check_layouts, check_shapes, common_dtype
 from ._gather import is_plain, profiler_enabled
 from ._padded_rows import PaddedRows
+from ._state import state
 from ._static import note_static, refuse_order, static_attention
 from .backends import BACKENDS
 from .backends._kept import kept
@@ -30,7 +31,6 @@ from .backends.base import (
     connected_zeros,
     grad_without_slack,
     result_without_slack,
-    state,
     wide_dtype,
 )
 from .dispatch import Plan, choose, choose_while_tracing, requested_backend, route

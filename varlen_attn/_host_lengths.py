@@ -18,8 +18,6 @@ from torch.utils import _pytree as pytree
 from ._layout_checks import check_rank, host_lengths
 from .layout import SeqLayout
 
-__all__ = ["HostLengths", "Known"]
-
 Kind = Literal["mask", "offsets"]
 Side = Literal["right", "left"]
 

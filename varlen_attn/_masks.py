@@ -11,8 +11,6 @@ from ._padded_rows import PaddedRows
 from ._static import here, static_graph
 from .layout import SeqLayout, is_tracing, layout_and_flags, moved
 
-__all__ = ["MaskFacts", "additive_mask", "read_masks", "wants_grad"]
-
 
 class MaskFacts(NamedTuple):
     """What is known of the masks of one call.
@@ -39,18 +37,18 @@ def read_masks(x: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | N
         compare: look whether it is; otherwise it is taken as any mask.
     """
     questions: dict[str, Tensor] = {}
+    hidden = key_padding_mask
     if key_padding_mask is not None and key_padding_mask.is_floating_point():
-        questions["additive"] = ((key_padding_mask != 0) & ~torch.isneginf(key_padding_mask)).any()
+        hidden = torch.isneginf(key_padding_mask)
+        questions["additive"] = ((key_padding_mask != 0) & ~hidden).any()
     if attn_mask is not None and compare:
         questions["not causal"] = _is_not_causal(attn_mask)
     layout: SeqLayout | None = None
     answers: dict[str, bool] = {}
-    if key_padding_mask is not None and static_graph():
-        hidden = torch.isneginf(key_padding_mask) if key_padding_mask.is_floating_point() else key_padding_mask
+    if hidden is not None and static_graph():
         layout = PaddedRows.of(x, here(hidden, x))
-    elif key_padding_mask is not None:
-        real = ~torch.isneginf(key_padding_mask) if key_padding_mask.is_floating_point() else ~key_padding_mask
-        layout, values = layout_and_flags(real, [q.to(key_padding_mask.device) for q in questions.values()])
+    elif hidden is not None:
+        layout, values = layout_and_flags(~hidden, [q.to(hidden.device) for q in questions.values()])
         layout = moved(layout, x.device)
         answers = dict(zip(questions, values, strict=True)) if values else {}
     elif not is_tracing(x):

@@ -47,7 +47,10 @@ def check_inputs(
             batch, len_q, len_k = packed[0].batch_size, packed[0].padded_len, packed[1].padded_len
         if mask is not None:
             _check_key_padding_mask(mask if mask.dim() == 2 else mask[None], batch, len_k)
-        _check_attn_mask(attn_mask, batch * module.num_heads, len_q, len_k)
+        if attn_mask is not None:
+            expected = (len_q, len_k) if attn_mask.dim() == 2 else (batch * module.num_heads, len_q, len_k)
+            if tuple(attn_mask.shape) != expected:
+                raise RuntimeError(f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}.")
     except (AssertionError, RuntimeError) as error:
         order = "(B, L, E)" if module.batch_first else "(L, B, E)"
         shown = None if mask is None else tuple(mask.shape)
@@ -89,11 +92,3 @@ def _check_key_padding_mask(mask: Tensor, batch: int, len_k: int) -> None:
     for i, expected in enumerate((batch, len_k)):
         if mask.shape[i] != expected:
             raise AssertionError(f"Expected key_padded_mask.shape[{i}] to be {expected}, but got {mask.shape[i]}")
-
-
-def _check_attn_mask(mask: Tensor | None, rows: int, len_q: int, len_k: int) -> None:
-    if mask is None:
-        return
-    expected = (len_q, len_k) if mask.dim() == 2 else (rows, len_q, len_k)
-    if tuple(mask.shape) != expected:
-        raise RuntimeError(f"The shape of the {mask.dim()}D attn_mask is {mask.shape}, but should be {expected}.")

@@ -11,8 +11,6 @@ from torch import Tensor
 from .errors import LayoutError
 from .layout import SeqLayout, layout_of_all
 
-__all__ = ["PaddedRows"]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PaddedRows(SeqLayout):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ._state import undone
 from .errors import ArgumentError
 
 # What to look for in a profile, the most telling first. Ops that only choose a kernel (`aten::scaled_dot_product_attention`) are not here.
@@ -73,25 +74,30 @@ def _running() -> Iterator[Any]:
     """The one profiler of the process, alone, from start to stop."""
     from torch.profiler import ProfilerActivity, profile
 
-    if torch.autograd.profiler._is_profiler_enabled or not _alone.acquire(blocking=False):
-        raise ArgumentError(
-            "`kernels` must be False while a profiler is running, but is True: leave out the outer torch.profiler or record(kernels=True), "
-            "also that of another thread."
-        )
-    try:
-        on_cuda = torch.cuda.is_available()
-        profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])], acc_events=True)
+    on_cuda = torch.cuda.is_available()
+    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])], acc_events=True)
+    held: list[bool] = []
+
+    def undo() -> None:
+        if not held:
+            return
+        with _without_stderr():
+            if torch.autograd.profiler._is_profiler_enabled:
+                if on_cuda:
+                    torch.cuda.synchronize()  # kernels are launched without waiting, and those that end later are not seen
+                profiler.stop()
+        _alone.release() if held.pop() else None
+
+    with undone(undo):
+        held += [True] if not torch.autograd.profiler._is_profiler_enabled and _alone.acquire(blocking=False) else []
+        if not held:
+            raise ArgumentError(
+                "`kernels` must be False while a profiler is running, but is True: leave out the outer torch.profiler or "
+                "record(kernels=True), also that of another thread."
+            )
         with _without_stderr():
             profiler.start()
-        try:
-            yield profiler
-        finally:
-            if on_cuda:
-                torch.cuda.synchronize()  # kernels are launched without waiting, and those that end later are not seen
-            with _without_stderr():
-                profiler.stop()
-    finally:
-        _alone.release()
+        yield profiler
 
 
 def _kernels_below(event: Any) -> tuple[str, ...]:
@@ -132,14 +138,9 @@ def kernel_ran(call: Callable[[], object]) -> str:
 def _without_stderr() -> Iterator[None]:
     """The profiler's C++ writes two lines there for each profile, whatever its log level; Python's own errors come later."""
     sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
+    with open(os.devnull, "wb") as nowhere, open(os.dup(2), "wb") as kept, undone(lambda: os.dup2(kept.fileno(), 2)):
         os.dup2(nowhere.fileno(), 2)
-    try:
         yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def pick_kernel(names: Sequence[str], patterns: Sequence[str] = _OPS) -> str:

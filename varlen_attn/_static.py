@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ._index import refuse_bad_values
 from ._padded_rows import PaddedRows
+from ._state import state
 from .backends._dense import EAGER, FUSED, attend_dense, needs_eager
-from .backends.base import Backend, Extras, constant_while_tracing, repeat_kv, state
+from .backends.base import Backend, Extras, constant_while_tracing, repeat_kv
 from .dispatch import problem_of_fields
 from .errors import BackendRefused
 from .layout import SeqLayout, padding_of

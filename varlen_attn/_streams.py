@@ -1,9 +1,12 @@
-"""How a stack of layers takes in what it is given and gives it back: padded either way round, unbatched, packed or nested."""
+"""The one way in and out: what a call, a module or a stack is given becomes packed rows, and its result gets the form of the input.
+
+That form is padded either way round, unbatched, packed or nested.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,15 +16,82 @@ from ._call_checks import check_layouts
 from ._gather import trace_quietly
 from ._masks import additive_mask, read_masks
 from ._mha_checks import check_inputs
-from ._static import static_layouts
+from ._static import static_graph, static_layout, static_layouts
 from ._token_wise import has_hooks, is_known
 from .errors import ArgumentError, LayoutError
-from .functional import full_layout, pack_rows, unpack_rows, without_slack
-from .layout import SeqLayout
-
-__all__ = ["Masks", "Prepared", "Stream", "enter", "nested_like", "nested_rows", "takes_prepared"]
+from .layout import SeqLayout, is_tracing, layout_of_all
 
 Form = Literal["packed", "nested", "unbatched", "batch first", "sequence first"]
+ROWS = ("packed", "nested")  # forms without padding
+
+
+# -------------------------------------------------------------------- one tensor
+
+
+def form_of(attn: nn.Module, x: Tensor, layout: SeqLayout | None) -> Form:
+    """How ``x`` is given to ``attn``, which says where the batch is."""
+    if x.is_nested:
+        return "nested"
+    if x.dim() == 2:
+        return "unbatched" if layout is None else "packed"
+    return "batch first" if attn.batch_first else "sequence first"
+
+
+def batch_first(form: Form, x: Tensor) -> Tensor:
+    """``(B, S, ...)``; rows stay rows."""
+    return x[None] if form == "unbatched" else x.transpose(0, 1) if form == "sequence first" else x
+
+
+def given_form(form: Form, x: Tensor) -> Tensor:
+    """The reverse of `batch_first`. Contiguous as torch's, because models call `view` on it."""
+    return x[0] if form == "unbatched" else x.transpose(0, 1).contiguous() if form == "sequence first" else x
+
+
+def pack_rows(layout: SeqLayout, x: Tensor, name: str = "x", form: Form = "batch first") -> Tensor:
+    """Packed rows ``(T, ...)`` of ``(B, S, ...)``, without a copy where nothing is padded, or of rows."""
+    if form in ROWS:
+        return _without_slack(layout, x) if layout.has_slack else x
+    layout._check(x, (layout.batch_size, layout.padded_len), name)
+    return x.reshape(layout.num_rows, *x.shape[2:]) if layout.is_dense else layout.pack(x)
+
+
+def unpack_rows(layout: SeqLayout, rows: Tensor, form: Form = "batch first", given: Tensor | None = None) -> Tensor:
+    """``rows`` in the form in which the input, ``given``, came; 0 at padding, and without a copy where there is none."""
+    if form == "packed":
+        return _without_slack(layout, rows) if layout.has_slack else rows
+    if form == "nested":
+        assert given is not None
+        if given.layout == torch.jagged:  # with the input's offsets, so that the two can be added
+            return torch.nested.nested_tensor_from_jagged(rows, offsets=given.offsets())  # type: ignore[attr-defined]
+        return torch.nested.as_nested_tensor(list(layout.split(rows)), layout=torch.strided)
+    padded = rows.reshape(layout.batch_size, layout.padded_len, *rows.shape[1:]) if layout.is_dense else layout.unpack(rows)
+    return padded if form == "batch first" else given_form(form, padded)
+
+
+def _without_slack(layout: SeqLayout, rows: Tensor) -> Tensor:
+    """Packed rows that hold nothing are 0, also where the caller's hold NaN, which gradients of weights would see."""
+    return rows.masked_fill(~layout.valid_rows().view(-1, *[1] * (rows.dim() - 1)), 0)
+
+
+def nested_rows(x: Tensor) -> tuple[Tensor, SeqLayout]:
+    """The packed rows of a nested tensor, and their layout."""
+    if x.layout == torch.jagged:
+        x = x.contiguous()
+        return x.values(), SeqLayout.from_nested(x)
+    parts = x.unbind()
+    rows = torch.cat(parts) if parts else x.new_zeros((0, 0))
+    return rows, SeqLayout.from_lengths([len(p) for p in parts], device=rows.device)
+
+
+def full_layout(x: Tensor) -> SeqLayout:
+    """Of ``x (B, S, ...)`` without padding."""
+    if static_graph():
+        return static_layout(x, None)
+    every = layout_of_all(x.shape[0], x.shape[1], x.device)  # from sizes alone: no list of lengths travels to a device
+    return every if is_tracing(x) else replace(every, lengths=(x.shape[1],) * x.shape[0])
+
+
+# -------------------------------------------------------------------- a stack's tensors
 
 
 class Masks(NamedTuple):
@@ -32,14 +102,15 @@ class Masks(NamedTuple):
         attn: ``(L, S)`` or ``(B*N, L, S)``, True hides.
         is_causal: query i sees keys up to i, with or without ``attn``.
         layout: in place of ``key_padding``.
-        compare: look whether ``attn`` is causal, one read with that of the layout; layers inside of a stack need not look again.
+        compare: look whether ``attn`` is causal, one read with that of the layout, also with packed rows and no word of `is_causal`: these
+            come to layers from a stack, which has looked.
     """
 
     key_padding: Tensor | None
     attn: Tensor | None
     is_causal: bool
     layout: SeqLayout | None
-    compare: bool
+    compare: bool = False
 
 
 class Stream(NamedTuple):
@@ -63,15 +134,7 @@ class Stream(NamedTuple):
 
     def leave(self, rows: Tensor) -> Tensor:
         """``rows`` in the form in which the input came; 0 at padding."""
-        if self.form == "packed":
-            return without_slack(self.layout, rows)
-        if self.form == "nested":
-            return nested_like(self.given, rows, self.layout)
-        padded = unpack_rows(self.layout, rows)
-        if self.form == "unbatched":
-            return padded[0]
-        # Contiguous as torch's, because models call `view` on it.
-        return padded if self.form == "batch first" else padded.transpose(0, 1).contiguous()
+        return unpack_rows(self.layout, rows, self.form, self.given)
 
     def prepared(self, layers: Iterable[nn.Module], memory: Stream | None = None) -> Prepared:
         """For attention of these rows to themselves, or to those of ``memory``, in ``layers``."""
@@ -156,40 +219,28 @@ def enter(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Stream |
     else:
         check_layouts(None, masks.layout)
     trace_quietly()
-    form = _form(attn, x, masks.layout)
+    form, given, own = form_of(attn, x, masks.layout), x, masks.layout
     if masks.layout is not None and masks.key_padding is not None:
         raise ArgumentError("pass a key padding mask or a layout, not both: nothing says which one counts.")
     if form == "nested" and not (masks.layout is None and masks.key_padding is None):
         raise ArgumentError("a nested tensor says itself where its sequences are: pass no key padding mask or layout with it.")
-    given, own = x, masks.layout
     if form == "nested":
         x, own = nested_rows(x)
-    _check(attn, name, x, own if form in ("packed", "nested") else None, masks, queries)
-    padding = masks.key_padding
-    if form == "unbatched":
-        x, padding = x[None], None if padding is None else padding[None]
-    elif form == "sequence first":
-        x = x.transpose(0, 1)
-    if form in ("batch first", "sequence first"):
+    packed_by = own if form in ROWS else None
+    _check(attn, name, x, packed_by, masks, queries)
+    padding = masks.key_padding[None] if form == "unbatched" and masks.key_padding is not None else masks.key_padding
+    x = batch_first(form, x)
+    if packed_by is None:
         own, _ = static_layouts(x, own, x, None)
-    facts = read_masks(x, padding, masks.attn, hint=masks.is_causal, compare=masks.compare)
+    facts = read_masks(x, padding, masks.attn, hint=masks.is_causal, compare=masks.compare or masks.is_causal or form != "packed")
     layout = facts.layout or own or full_layout(x)
-    rows = without_slack(layout, x) if form in ("packed", "nested") else pack_rows(layout, x, name)
     causal = masks.is_causal if masks.attn is None else not facts.not_causal
-    stream = Stream(rows, layout, causal, None if causal else masks.attn, form, given)
+    stream = Stream(pack_rows(layout, x, name, form), layout, causal, None if causal else masks.attn, form, given)
     if not facts.additive:
         return stream
     assert padding is not None
-    added = _added_to_scores(padding.to(rows.device, rows.dtype), stream, queries or stream, int(attn.num_heads))  # type: ignore[arg-type]
+    added = _added_to_scores(padding.to(x.device, x.dtype), stream, queries or stream, int(attn.num_heads))  # type: ignore[arg-type]
     return stream._replace(causal=False, mask=added)
-
-
-def _form(attn: nn.Module, x: Tensor, layout: SeqLayout | None) -> Form:
-    if x.is_nested:
-        return "nested"
-    if x.dim() == 2:
-        return "unbatched" if layout is None else "packed"
-    return "batch first" if attn.batch_first else "sequence first"
 
 
 def _check(attn: nn.Module, name: str, x: Tensor, packed_by: SeqLayout | None, masks: Masks, queries: Stream | None) -> None:
@@ -198,16 +249,15 @@ def _check(attn: nn.Module, name: str, x: Tensor, packed_by: SeqLayout | None, m
         packed_by._check(x, (packed_by.num_rows,), name)
     if not isinstance(attn, nn.MultiheadAttention):
         return  # its business
-    if queries is None:
-        check_inputs(attn, x, x, x, masks.key_padding, masks.attn, None if packed_by is None else (packed_by, packed_by))
-    elif packed_by is not None:
-        check_inputs(attn, queries.rows, x, x, None, masks.attn, (queries.layout, packed_by))
-    elif queries.form in ("packed", "nested"):
+    if queries is not None and packed_by is None and queries.form in ROWS:
         raise LayoutError(
             "`memory` must be packed where the targets are, with a layout of its own: pass layout_kv.pack(memory) and layout_kv=layout_kv."
         )
+    if packed_by is not None:
+        query, layout = (x, packed_by) if queries is None else (queries.rows, queries.layout)
+        check_inputs(attn, query, x, x, None, masks.attn, (layout, packed_by))
     else:
-        check_inputs(attn, queries.given, x, x, masks.key_padding, masks.attn, None)
+        check_inputs(attn, x if queries is None else queries.given, x, x, masks.key_padding, masks.attn, None)
 
 
 def _added_to_scores(padding: Tensor, stream: Stream, queries: Stream, num_heads: int) -> Tensor:
@@ -224,23 +274,3 @@ def _added_to_scores(padding: Tensor, stream: Stream, queries: Stream, num_heads
 def _after(len_q: int, len_k: int, device: torch.device) -> Tensor:
     """True at the keys after each query."""
     return torch.ones(len_q, len_k, dtype=torch.bool, device=device).triu(1)
-
-
-# -------------------------------------------------------------------- nested tensors
-
-
-def nested_rows(x: Tensor) -> tuple[Tensor, SeqLayout]:
-    """The packed rows of a nested tensor, and their layout."""
-    if x.layout == torch.jagged:
-        x = x.contiguous()
-        return x.values(), SeqLayout.from_nested(x)
-    parts = x.unbind()
-    rows = torch.cat(parts) if parts else x.new_zeros((0, 0))
-    return rows, SeqLayout.from_lengths([len(p) for p in parts], device=rows.device)
-
-
-def nested_like(nested: Tensor, rows: Tensor, layout: SeqLayout) -> Tensor:
-    """``rows`` in the nested layout of the input; jagged ones share its offsets, so that the two can be added."""
-    if nested.layout == torch.jagged:
-        return torch.nested.nested_tensor_from_jagged(rows, offsets=nested.offsets())  # type: ignore[attr-defined]
-    return torch.nested.as_nested_tensor(list(layout.split(rows)), layout=torch.strided)

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["PATIENCE", "QUIET", "Timing", "cpu_name", "facts", "interleave", "ratio"]
-
 PATIENCE = 4.0  # a contestant that takes so many times longer than the baseline is timed once
 QUIET = 0.03  # share of the machine taken by others, up to which a round counts as quiet
 
@@ -61,7 +59,7 @@ def interleave(
         patience: a contestant that takes so many times longer than the first is timed once, outside of the turns. Needs ``least``.
         device: "cuda" is waited for before a clock is read.
     """
-    wait = torch.cuda.synchronize if device == "cuda" else _nothing
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None  # a CPU is never waited for
     # One thread: its own CPU time, which other processes hardly touch. More threads wait for each other: wall time.
     by_cpu_time = torch.get_num_threads() == 1 and device == "cpu"
     clock = time.process_time if by_cpu_time else time.perf_counter
@@ -94,10 +92,6 @@ def interleave(
             break
     kept = sorted(taken, key=lambda entry: entry[0])[: max(fewest, min(quiet, rounds))]
     return {name: once.get(name) or Timing(tuple(row[name] for _, row in kept), kept[-1][0]) for name in contestants}
-
-
-def _nothing() -> None:
-    """A CPU is never waited for."""
 
 
 def _seconds(call: Callable[[], object], wait: Callable[[], None]) -> float:

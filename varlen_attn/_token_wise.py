@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["faithful_copy", "has_hooks", "in_pieces", "is_known"]
-
 TOKEN_WISE = (
     nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.Dropout,
     nn.ReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.LeakyReLU, nn.Hardswish, nn.Tanh, nn.Sigmoid,

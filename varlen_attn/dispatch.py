@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 
+from ._state import state, undone
 from .backends import BACKENDS
-from .backends.base import Backend, Refusal, constant_while_tracing, state
+from .backends.base import Backend, Refusal, constant_while_tracing
 from .errors import ArgumentError, BackendRefused, NoBackend
 from .layout import SeqLayout
 from .problem import Problem, Semantics
@@ -92,14 +93,7 @@ class Plan:
             "dtype": str(problem.dtype).removeprefix("torch."),
             "torch": problem.torch_version,
             "packages": dict(_package_versions(problem)),
-            "decisions": [
-                {
-                    "backend": d.backend,
-                    "accepted": d.accepted,
-                    "reasons": [{"reason": r.reason, "fix": r.fix, "kind": r.kind} for r in d.reasons],
-                }
-                for d in self.decisions
-            ],
+            "decisions": [asdict(d) | {"reasons": [asdict(r) for r in d.reasons]} for d in self.decisions],
         }
 
     def __str__(self) -> str:
@@ -222,7 +216,7 @@ def requested_backend(backend: str | Backend) -> str | Backend:
             raise ArgumentError(f"`backend` must be 'auto', a name or a Backend, but is {backend!r}.")
         return backend
     if state.override is not None:
-        return state.override
+        return state.override  # type: ignore[no-any-return]
     if _environment_order not in _NAMES:
         raise ArgumentError(f"`{_ENVIRONMENT}` must be 'auto' or one of {list(_NAMES[1:])}, but is {_environment_order!r}.")
     return _environment_order
@@ -237,11 +231,14 @@ def use_backend(name: str | Backend) -> Iterator[None]:
     """
     if not isinstance(name, Backend) and name not in _NAMES:
         raise ArgumentError(f"`name` must be 'auto' or one of {list(_NAMES[1:])}, but is {name!r}.")
-    before, state.override = state.override, name
-    try:
-        yield
-    finally:
+    before = state.override
+
+    def undo() -> None:
         state.override = before
+
+    with undone(undo):
+        state.override = name
+        yield
 
 
 def backends() -> list[dict[str, Any]]:

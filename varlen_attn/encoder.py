@@ -90,9 +90,7 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
         prepared: Any = layout
         if type(prepared) is Prepared:
             return self._compute(src, prepared)
-        # Packed rows come from an encoder, which has compared the mask already.
-        compare = is_causal or layout is None or src.dim() != 2
-        stream = enter(self.self_attn, "src", src, Masks(src_key_padding_mask, src_mask, is_causal, layout, compare))
+        stream = enter(self.self_attn, "src", src, Masks(src_key_padding_mask, src_mask, is_causal, layout))
         return stream.leave(self._compute(stream.rows, stream.prepared([self])))
 
     forward.takes_prepared = forward  # type: ignore[attr-defined]
@@ -249,11 +247,8 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
         own: Any = layout
         if type(own) is Prepared:
             return self._compute(tgt, memory, own, layout_kv)
-        # Packed rows come from a decoder, which has compared the masks already.
-        compare = tgt_is_causal or layout is None or tgt.dim() != 2
-        target = enter(self.self_attn, "tgt", tgt, Masks(tgt_key_padding_mask, tgt_mask, tgt_is_causal, layout, compare))
-        compare = memory_is_causal or layout_kv is None or memory.dim() != 2
-        masks = Masks(memory_key_padding_mask, memory_mask, memory_is_causal, layout_kv, compare)
+        target = enter(self.self_attn, "tgt", tgt, Masks(tgt_key_padding_mask, tgt_mask, tgt_is_causal, layout))
+        masks = Masks(memory_key_padding_mask, memory_mask, memory_is_causal, layout_kv)
         source = enter(self.multihead_attn, "memory", memory, masks, target)
         return target.leave(self._compute(target.rows, source.rows, target.prepared([self]), target.prepared([self], source)))
 

@@ -6,7 +6,6 @@ tensors, empty sequences for backends that mishandle them. Backends trust what t
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -16,11 +15,12 @@ from ._call import AttentionCall, Options, attend
 from ._call_checks import check_layouts, check_mask, check_projections
 from ._gather import trace_quietly
 from ._static import static_graph, static_layout, static_layouts
+from ._streams import Form, full_layout, pack_rows, unpack_rows
 from .backends._values import NO_EXTRAS
 from .backends.base import Backend, Extras, ScoreBias
 from .dispatch import Plan
 from .errors import ArgumentError, LayoutError
-from .layout import SeqLayout, is_tracing, layout_of_all, moved
+from .layout import SeqLayout, moved
 from .problem import check_dropout
 
 __all__ = ["padded_attention", "plan_attention", "varlen_attention", "varlen_mha"]
@@ -186,39 +186,12 @@ def _layouts(
     return layout_k, layout_k
 
 
-def full_layout(x: Tensor) -> SeqLayout:
-    if static_graph():
-        return static_layout(x, None)
-    every = layout_of_all(x.shape[0], x.shape[1], x.device)  # from sizes alone: no list of lengths travels to a device
-    return every if is_tracing(x) else replace(every, lengths=(x.shape[1],) * x.shape[0])
-
-
 def _layout_for(x: Tensor, mask: Tensor | None, name: str = "key_padding_mask", owner: str = "x") -> SeqLayout:
     """The layout of ``x (B, S, ...)`` by its mask; without one, nothing is padded."""
     check_mask(mask, x, name, owner)
     if static_graph():
         return static_layout(x, mask)
     return full_layout(x) if mask is None else moved(SeqLayout.from_key_padding_mask(mask), x.device)
-
-
-def pack_rows(layout: SeqLayout, x: Tensor, name: str = "x") -> Tensor:
-    """`SeqLayout.pack`, without the copy where nothing is padded (the dense route)."""
-    layout._check(x, (layout.batch_size, layout.padded_len), name)
-    if layout.is_dense:
-        return x.reshape(layout.num_rows, *x.shape[2:])
-    return layout.pack(x)
-
-
-def unpack_rows(layout: SeqLayout, x: Tensor) -> Tensor:
-    """`SeqLayout.unpack`, without the copy where nothing is padded (the dense route)."""
-    if layout.is_dense:
-        return x.reshape(layout.batch_size, layout.padded_len, *x.shape[1:])
-    return layout.unpack(x)
-
-
-def without_slack(layout: SeqLayout, rows: Tensor) -> Tensor:
-    """Packed rows that hold nothing are 0, also where the caller's hold NaN, which gradients of weights would see."""
-    return rows.masked_fill(~layout.valid_rows().view(-1, *[1] * (rows.dim() - 1)), 0) if layout.has_slack else rows
 
 
 def varlen_mha(
@@ -272,53 +245,39 @@ def varlen_mha(
             "`x` must be (B, S, D), packed (T, D) with `layout`, or stacked (B, S, 3, N, H), but has shape "
             f"{tuple(getattr(x, 'shape', ()))}."
         )
-    if x.dim() == 5:
-        return _stacked(x, key_padding_mask, layout, (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias), options)
+    projections = in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias
+    stacked, width = x.dim() == 5, x.shape[-1]
+    if stacked and x.shape[2] != 3:
+        raise LayoutError(f"stacked `x` must have shape (B, S, 3, N, H), but has shape {tuple(x.shape)}.")
+    if stacked and any(p is not None for p in projections):
+        raise ArgumentError("stacked q, k, v are projected already: pass no in_proj or out_proj weights.")
     if x.dim() == 2 and layout is None:
         raise LayoutError(f"`x` of shape {tuple(x.shape)} is packed, so `layout` must be given: which rows belong to which sequence?")
     if layout is not None and key_padding_mask is not None:
         raise ArgumentError("pass `key_padding_mask` or `layout`, not both: nothing says which one counts.")
-    width = x.shape[-1]
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        raise ArgumentError(f"`num_heads` must be a positive integer, but is {num_heads!r}.")
-    if width % num_heads:
-        raise ArgumentError(f"`num_heads` must divide the width of x ({width}), but is {num_heads}.")
-    check_projections(width, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
+    if not stacked:
+        if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+            raise ArgumentError(f"`num_heads` must be a positive integer, but is {num_heads!r}.")
+        if width % num_heads:
+            raise ArgumentError(f"`num_heads` must divide the width of x ({width}), but is {num_heads}.")
+        check_projections(width, *projections)
 
-    if x.dim() == 3:
-        layout = _layout_for(x, key_padding_mask) if layout is None else static_layouts(x, layout, x, None)[0]
-        assert layout is not None
-        rows = pack_rows(layout, x)
-    else:
-        assert layout is not None
+    form: Form = "packed" if x.dim() == 2 else "batch first"
+    if layout is None:
+        layout = _layout_for(x, key_padding_mask)
+    elif form == "packed":
         layout._check(x, (layout.num_rows,), "x")
-        rows = without_slack(layout, x)
-    if in_proj_weight is None:
-        query = key = value = rows.view(*rows.shape[:-1], num_heads, width // num_heads)
     else:
-        query, key, value = F.linear(rows, in_proj_weight, in_proj_bias).view(rows.shape[0], 3, num_heads, width // num_heads).unbind(1)
-    out = varlen_attention(query, key, value, layout, **options).flatten(1)
+        layout = static_layouts(x, layout, x, None)[0] or layout
+    rows = pack_rows(layout, x, form=form)
+    if in_proj_weight is not None:
+        rows = F.linear(rows, in_proj_weight, in_proj_bias).view(rows.shape[0], 3, num_heads, width // num_heads)
+    if rows.dim() == 4:
+        query, key, value = rows.unbind(1)
+    else:
+        query = key = value = rows.view(rows.shape[0], num_heads, width // num_heads)
+    out: Tensor = varlen_attention(query, key, value, layout, **options)
+    out = out if stacked else out.flatten(1)
     if out_proj_weight is not None:
         out = F.linear(out, out_proj_weight, out_proj_bias)
-    return without_slack(layout, out) if x.dim() == 2 else unpack_rows(layout, out)
-
-
-def _stacked(
-    x: Tensor,
-    mask: Tensor | None,
-    layout: SeqLayout | None,
-    projections: tuple[Tensor | None, ...],
-    options: dict[str, Any],
-) -> Tensor:
-    """``(B, S, 3, N, H) -> (B, S, N, H)``: one pack for all three."""
-    if x.shape[2] != 3:
-        raise LayoutError(f"stacked `x` must have shape (B, S, 3, N, H), but has shape {tuple(x.shape)}.")
-    if any(p is not None for p in projections):
-        raise ArgumentError("stacked q, k, v are projected already: pass no in_proj or out_proj weights.")
-    if layout is not None and mask is not None:
-        raise ArgumentError("pass `key_padding_mask` or `layout`, not both: nothing says which one counts.")
-    layout = _layout_for(x, mask) if layout is None else static_layouts(x, layout, x, None)[0]
-    assert layout is not None
-    query, key, value = pack_rows(layout, x).unbind(1)
-    out: Tensor = varlen_attention(query, key, value, layout, **options)
-    return unpack_rows(layout, out)
+    return unpack_rows(layout, out, form)

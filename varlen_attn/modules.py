@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +22,22 @@ from ._call_checks import check_holes, check_layouts
 from ._gather import trace_quietly
 from ._masks import additive_mask, read_masks
 from ._mha_checks import check_inputs, mha_shape_check
+from ._state import state
 from ._static import refuse_order, static_graph, static_layouts
-from ._streams import Prepared, nested_like, nested_rows
+from ._streams import ROWS, Form, Prepared, batch_first, form_of, full_layout, given_form, nested_rows, pack_rows, unpack_rows
 from .backends._dense import EAGER, attend_dense, dense_kernel_here, visible_mask
 from .backends._values import NO_EXTRAS
-from .backends.base import Backend, state
+from .backends.base import Backend
 from .dispatch import requested_backend
 from .errors import ArgumentError, LayoutError
-from .functional import full_layout, pack_rows, unpack_rows, without_slack
 from .layout import SeqLayout, is_tracing
 from .problem import Semantics
 from .records import announced_dense
 
 __all__ = ["VarlenMultiheadAttention"]
+
+R = TypeVar("R")
+T = TypeVar("T")
 
 
 def _block_fast_path(module: nn.Module, args: Any) -> None:
@@ -42,27 +46,18 @@ def _block_fast_path(module: nn.Module, args: Any) -> None:
 
 
 class _Inputs(NamedTuple):
-    """Batch-first tensors, ``(T, E)`` where ``packed``. What was one object stays one object."""
+    """What attention is of, and how it was given."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    packed: bool = False
+    form: Form
 
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor, change: Callable[[Tensor], Tensor]) -> _Inputs:
-        """Every tensor changed once, however often it is passed."""
-        new_query = change(query)
-        new_key = new_query if key is query else change(key)
-        new_value = new_key if value is key else new_query if value is query else change(value)
-        return cls(new_query, new_key, new_value)
-
-    def each(self, layouts: tuple[SeqLayout, SeqLayout], change: Callable[[SeqLayout, Tensor], Tensor]) -> _Inputs:
-        """Query by its layout, key and value by theirs; what is one object with one layout is changed once."""
-        layout_q, layout_k = layouts
+    def each(self, layout_q: T, layout_k: T, change: Callable[[T, Tensor], R]) -> tuple[R, R, R]:
+        """Query by its layout, key and value by theirs; what is one object with one layout is changed once, and stays one."""
         query = change(layout_q, self.query)
         key = query if self.self_attention and layout_q is layout_k else change(layout_k, self.key)
-        return _Inputs(query, key, key if self.value is self.key else change(layout_k, self.value))
+        return query, key, key if self.value is self.key else change(layout_k, self.value)
 
     @property
     def self_attention(self) -> bool:
@@ -168,44 +163,39 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         value = key if value is None else value
         order = requested_backend(self.backend if backend is None else backend)
         window = self.window if window is None else window
+        form, given = form_of(self, query, layout), query
         if query.is_nested or key.is_nested or value.is_nested:
             if layout is not None or layout_kv is not None:
                 raise ArgumentError("a nested tensor says itself where its sequences are: pass no `layout` or `layout_kv` with it.")
-            named = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
-            options = {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal}
-            return self._nested(query, key, value, named, {**options, "backend": order, "window": window})
+            if self._torch_serves(query, key, value, key_padding_mask, attn_mask):
+                return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask)
+            (query, layout), (key, layout_kv), (value, _) = _Inputs(query, key, value, form).each(None, None, lambda _, x: nested_rows(x))
         check_layouts(layout, layout_kv)
-        own = (layout, layout if layout_kv is None else layout_kv) if layout is not None and query.dim() == 2 else None
-        packed = own is not None
+        packed = (layout, layout if layout_kv is None else layout_kv) if layout is not None and form in ROWS else None
         if (layout is not None or layout_kv is not None) and key_padding_mask is not None:
             raise ArgumentError("pass `key_padding_mask` or layouts, not both: nothing says which one counts.")
-        check_inputs(self, query, key, value, key_padding_mask, attn_mask, own)
+        check_inputs(self, query, key, value, key_padding_mask, attn_mask, packed)
 
-        unbatched = query.dim() == 2 and not packed
-        if unbatched:
-            inputs = _Inputs.of(query, key, value, lambda x: x[None])
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-        elif packed or self.batch_first:
-            inputs = _Inputs(query, key, value, packed)
-        else:
-            inputs = _Inputs.of(query, key, value, lambda x: x.transpose(0, 1))
-
-        if not packed:
+        inputs = _Inputs(query, key, value, form)
+        if packed is None:
+            inputs = inputs if form == "batch first" else _Inputs(*inputs.each(form, form, batch_first), form)
             layout, layout_kv = static_layouts(inputs.query, layout, inputs.key, layout_kv)
+        if form == "unbatched" and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask[None]
         masks = key_padding_mask, attn_mask
         layouts, causal, why_dense = self._plan(inputs, masks, need_weights, is_causal, window is not None, layout, layout_kv)
         if why_dense is None:
-            out, weights = self._packed(inputs, layouts, causal, window, order), None
-        else:
-            self._refuse_dense(order, layouts, why_dense)
-            check_holes(*layouts, Semantics.of(window=window))
-            bias = self._bias(inputs, layouts, key_padding_mask, None if causal else attn_mask, causal, window)
-            out, weights = self._dense(inputs, layouts, bias, need_weights, why_dense)
-            if weights is not None and average_attn_weights:
-                weights = weights.mean(1)
-        if unbatched:
-            return out[0], None if weights is None else weights[0]
-        return out if packed or self.batch_first else out.transpose(0, 1), weights
+            rows = inputs.each(*layouts, partial(pack_rows, form=form))
+            return unpack_rows(layouts[0], self._attend(*rows, *layouts, causal, window, order), form, given), None
+        self._refuse_dense(order, layouts, why_dense)
+        check_holes(*layouts, Semantics.of(window=window))
+        bias = self._bias(inputs, layouts, key_padding_mask, None if causal else attn_mask, causal, window)
+        out, weights = self._dense(inputs, layouts, bias, need_weights, why_dense)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        own = layouts[0]
+        out = unpack_rows(own, own.pack(out), form, given) if form in ROWS else given_form(form, _without_padding(own, out))
+        return out, weights[0] if weights is not None and form == "unbatched" else weights
 
     forward.takes_prepared = forward  # type: ignore[attr-defined]
 
@@ -257,7 +247,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             )
         own = full_layout(inputs.query) if layout is None else layout
         other = own if layout_kv is None else layout_kv
-        if not inputs.packed:
+        if inputs.form not in ROWS:
             own._check(inputs.query, (own.batch_size, own.padded_len), "query")
             other._check(inputs.key, (other.batch_size, other.padded_len), "key")
             if inputs.self_attention and not self.zero_padding_rows:
@@ -282,17 +272,15 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             weight = self.in_proj_weight
             linear = F.linear if bias is None or bias.dtype == weight.dtype else _linear
             return linear(query, weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
-        if not self._qkv_same_embed_dim:
-            biases = (None, None, None) if bias is None else bias.chunk(3)
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            parts = [_linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
-        elif key is value:
+        if key is value and self._qkv_same_embed_dim:
             w_q, w_kv = self.in_proj_weight.split([size, 2 * size])
             b_q, b_kv = (None, None) if bias is None else bias.split([size, 2 * size])
             parts = [_linear(query, w_q, b_q), *_linear(key, w_kv, b_kv).chunk(2, dim=-1)]
         else:
+            apart = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            weights = self.in_proj_weight.chunk(3) if self._qkv_same_embed_dim else apart
             biases = (None, None, None) if bias is None else bias.chunk(3)
-            parts = [_linear(x, w, b) for x, w, b in zip((query, key, value), self.in_proj_weight.chunk(3), biases, strict=True)]
+            parts = [_linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
         return tuple(p.unflatten(-1, (self.num_heads, self.head_dim)) for p in parts)
 
     def _project_out(self, x: Tensor) -> Tensor:
@@ -306,18 +294,6 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
     def extra_repr(self) -> str:
         options = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
         return f"{options}, backend={self.backend!r}, window={self.window}, zero_padding_rows={self.zero_padding_rows}"
-
-    def _packed(
-        self,
-        inputs: _Inputs,
-        layouts: tuple[SeqLayout, SeqLayout],
-        causal: bool,
-        window: tuple[int | None, int | None] | None,
-        order: str | Backend,
-    ) -> Tensor:
-        rows = inputs.each(layouts, without_slack if inputs.packed else pack_rows)
-        out = self._attend(*rows[:3], *layouts, causal, window, order)
-        return without_slack(layouts[0], out) if inputs.packed else unpack_rows(layouts[0], out)
 
     def _attend(
         self,
@@ -375,8 +351,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Padded rows computed too, with torch's meaning of every mask; what stands in padding is not read."""
         layout_q = layouts[0]
-        padded = inputs.each(layouts, SeqLayout.unpack if inputs.packed else _without_padding)
-        q, k, v = self._project(*padded[:3])
+        q, k, v = self._project(*inputs.each(*layouts, SeqLayout.unpack if inputs.form in ROWS else _without_padding))
         extra = 0
         if self.bias_k is not None and self.bias_v is not None:
             row = (k.shape[0], 1, self.num_heads, self.head_dim)
@@ -397,29 +372,20 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             out, _, weights = attend_dense(q, k, v, semantics, bias=bias, kernel=kernel, wide=False)
         out = self._project_out(out.transpose(1, 2).flatten(2))
-        out = layout_q.pack(out) if inputs.packed else _without_padding(layout_q, out)
         if weights is not None and not layout_q.is_dense:
             weights = weights.masked_fill(layout_q.padding_mask()[:, None, :, None], 0.0)
         return out, weights if need_weights else None
 
-    def _nested(
-        self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Tensor | None], options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Nested input, as torch's encoder hands over in evaluation: its rows are packed already. Comes back in its own layout."""
+    def _torch_serves(self, query: Tensor, key: Tensor, value: Tensor, *masks: Tensor | None) -> bool:
+        """Whether nested inputs go to torch, which refuses them in its words: strided ones do not train and are q = k = v only, and none
+        takes a mask. Others, as torch's encoder hands over in evaluation, are rows that are packed already."""
         tensors = (query, key, value)
         if not all(x.is_nested for x in tensors) or query.dim() != 3:
-            mha_shape_check(query, key, value, *masks.values(), self.num_heads)
+            mha_shape_check(*tensors, *masks, self.num_heads)
             raise LayoutError("query, key and value must all be nested or all be padded: convert with torch.nested.to_padded_tensor.")
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *self.parameters()))
         strided = any(x.layout == torch.strided for x in tensors)
-        if any(m is not None for m in masks.values()) or (strided and (needs_grad or query is not key or key is not value)):
-            # Strided nested tensors do not train and are q = k = v only, and none takes a mask: torch's refusal, in its words.
-            return super().forward(query, key, value, masks["key_padding_mask"], options["need_weights"], masks["attn_mask"])
-        rows_q, layout_q = nested_rows(query)
-        rows_k, layout_k = (rows_q, layout_q) if key is query else nested_rows(key)
-        rows_v = rows_k if value is key else nested_rows(value)[0]
-        out, weights = self.forward(rows_q, rows_k, rows_v, layout=layout_q, layout_kv=layout_k, **options)
-        return nested_like(query, out, layout_q), weights
+        return any(m is not None for m in masks) or (strided and (needs_grad or query is not key or key is not value))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -157,14 +157,6 @@ def _normal_window(window: Sequence[int | None] | None) -> Window | None:
     return None if left is None and right is None else (left, right)
 
 
-def _machine_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _machine_rocm() -> bool:
-    return torch.version.hip is not None
-
-
 def strictly_deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
@@ -190,9 +182,9 @@ class Problem:
         requested: the backend's name, or ``"auto"``.
     """
 
-    device_type: str = field(default_factory=_machine_device)
+    device_type: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     capability: tuple[int, int] | None = None
-    rocm: bool = field(default_factory=_machine_rocm)
+    rocm: bool = field(default_factory=lambda: torch.version.hip is not None)
     torch_version: str = torch.__version__
     packages: tuple[tuple[str, str], ...] | None = None
     dtype: torch.dtype = torch.float32

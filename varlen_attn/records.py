@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._profile import Profile, profiled, short_name
-from .backends.base import state
+from ._state import state, undone
 from .dispatch import Plan, choose
 from .layout import SeqLayout
 from .problem import Problem
@@ -143,13 +143,16 @@ def record(model: torch.nn.Module | None = None, *, kernels: bool = False) -> It
         ArgumentError: ``kernels=True`` while a profiler is running: there is one for a process.
     """
     log = Record({} if model is None else {id(module): name for name, module in model.named_modules() if name}, profiles=kernels)
+
+    def undo() -> None:
+        state.records[:] = [other for other in state.records if other is not log]
+
     profile = Profile()
-    state.records.append(log)
     try:
-        with profiled(_RANGE) if kernels else nullcontext(profile) as profile:
+        with undone(undo), profiled(_RANGE) if kernels else nullcontext(profile) as profile:
+            state.records.append(log)
             yield log
     finally:
-        state.records.remove(log)
         if kernels:
             log.settle(profile)
 
@@ -159,12 +162,14 @@ def announced(plan: Plan, layout: SeqLayout, module: object | None, reason: str 
     """Write one call into the open records, and keep the op that it launches silent."""
     rows = layout.total if layout.lengths is not None else layout.num_rows
     call = Call(plan.backend, plan.kernel, plan, None, rows, layout.batch_size * layout.padded_len, reason=reason)
-    before, state.announced = state.announced, True
-    try:
-        with _written(call, module):
-            yield
-    finally:
+    before = state.announced
+
+    def undo() -> None:
         state.announced = before
+
+    with undone(undo), _written(call, module):
+        state.announced = True
+        yield
 
 
 def announced_dense(module: object, query: Tensor, key: Tensor, value: Tensor, kernel: str, reason: str) -> AbstractContextManager[object]:

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._state import state
 from ..layout import SeqLayout
 from ..problem import Problem
 from ._fit import aligned, flash_window
 from ._ops import define_ops
-from .base import Call, Refusal, Result, observe, scale_refusals, state
+from .base import Call, Refusal, Result, observe, scale_refusals
 
 _TILE = 128  # rows of a kernel's block
 _MOST_PIECES = 4_095  # sequences that slack rows are cut into: a kernel's grid does not count far (see `_limits`)

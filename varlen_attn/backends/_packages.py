@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ..problem import Problem
+from .base import Refusal
 
 # By what was probed: a sentence if it is broken or something else, and the parameters of its functions.
 _probed: dict[tuple[str, str], tuple[str | None, frozenset[str]]] = {}
@@ -31,6 +35,17 @@ def _probe(what: str, module: str, functions: Mapping[str, Sequence[str]]) -> tu
         if lacking:
             return f"{name} of {what} has no parameter {', '.join(lacking)}", frozenset(found)
     return sentence, frozenset(found)
+
+
+def version_refusals(
+    problem: Problem, distribution: str, release: Callable[[str], tuple[Any, ...]], gates: Iterable[tuple[bool, str, str]], install: str
+) -> Iterable[Refusal]:
+    """``gates``: whether it is asked, the least version, what that is for. ``release`` makes of a version what can be compared."""
+    text = problem.version(distribution)
+    for asked, need, what in gates:
+        if asked and text is not None and release(text) < release(need):
+            fix = f"{install} '{distribution}>={need}'"
+            yield Refusal(f"needs {distribution} {need} or newer for {what}, and this is {text}", fix, "missing")
 
 
 def load_quietly(what: str, doing: str, load: Callable[[], object]) -> str | None:

@@ -7,17 +7,17 @@ the command line and the tests, so that none of them can disagree.
 from __future__ import annotations
 
 import inspect
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._state import state
 from ..problem import Problem, version_tuple
 from ._limits import in_parts
 from ._values import Call, Extras, Result, ScoreBias
@@ -37,30 +37,6 @@ def constant_while_tracing(function: F_) -> F_:
     graph. Its decorator imports dynamo, a second of time that who never compiles should not pay."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-class Observer(Protocol):
-    """Somebody who wants to know what our own ops launch."""
-
-    def observe(self, backend: str, rows: int) -> None: ...
-
-
-class State(threading.local):
-    """What `use_backend` and `record` set, for one thread. Not a ContextVar: that does not trace, this does and is guarded.
-
-    Attributes:
-        override: the backend that the innermost `use_backend` orders, or None.
-        records: the open records, innermost last.
-        announced: the caller has recorded the call already, so that the op it launches stays silent.
-    """
-
-    def __init__(self) -> None:
-        self.override: str | Backend | None = None
-        self.records: list[Observer] = []
-        self.announced = False
-
-
-state = State()
 
 
 def observe(name: str, rows: int) -> None:

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from .._gather import is_transformed
+from .._state import state
 from ..problem import Problem
 from ._cpu_plan import Launch, Target, blocks, chunks, read
 from ._dense import attend_dense, needs_eager
 from ._ops import define_ops
-from .base import FLOATS, HALF, Backend, Call, Capabilities, Refusal, Result, connected_zeros, observe, pad_head_dim, state, wide_dtype
+from .base import FLOATS, HALF, Backend, Call, Capabilities, Refusal, Result, connected_zeros, observe, pad_head_dim, wide_dtype
 
 # Overloads, because looking one up at every call costs microseconds. None in a torch that has dropped these private ops.
 _KERNEL = "_scaled_dot_product_flash_attention_for_cpu"

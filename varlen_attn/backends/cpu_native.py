@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .._state import state
 from ..problem import Problem
 from ._ops import define_ops
-from .base import HALF, Backend, Call, Capabilities, Refusal, Result, observe, pad_head_dim, state
+from .base import HALF, Backend, Call, Capabilities, Refusal, Result, observe, pad_head_dim
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in attention.h
 _UNLIMITED = 1 << 40  # a side of a window that cuts nothing

@@ -32,16 +32,16 @@ from ..problem import Problem, Semantics, version_tuple
 from ._blind import without_blind_queries
 from ._fit import fitted, flash2_bounds, flash_window, nothing
 from ._limits import MAX_SEQUENCES
-from ._packages import probe
+from ._packages import probe, version_refusals
 from .base import HALF, Backend, Call, Capabilities, Refusal, Result, scale_refusals
 
 _INTERFACE = "flash_attn.flash_attn_interface"
 _CORE = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "softmax_scale", "causal", "return_attn_probs")
 _SINCE = (  # version, parameter, what it is for
-    ((2, 3), "window_size", "sliding windows"),
-    ((2, 4), "alibi_slopes", "ALiBi slopes"),
-    ((2, 4, 1), "deterministic", "deterministic gradients"),
-    ((2, 6), "softcap", "softcap"),
+    ("2.3", "window_size", "sliding windows"),
+    ("2.4", "alibi_slopes", "ALiBi slopes"),
+    ("2.4.1", "deterministic", "deterministic gradients"),
+    ("2.6", "softcap", "softcap"),
 )
 
 
@@ -228,17 +228,10 @@ def _device_refusals(problem: Problem) -> Iterable[Refusal]:
 
 
 def _version_refusals(problem: Problem) -> Iterable[Refusal]:
-    text = problem.version("flash-attn")
-    if text is None:
-        return
-    version = version_tuple(text)
-    gates: list[tuple[bool, tuple[int, ...], str]] = [(True, (2, 1), "varlen attention as it is called here")]
-    gates.append((not problem.rocm and (problem.capability or (0, 0)) >= (10, 0), (2, 7, 3), "this GPU"))
     wanted = _wanted(problem.semantics)
-    gates += [(wanted[name], since, what) for since, name, what in _SINCE]
-    for asked, since, what in gates:
-        if asked and version < since:
-            need = ".".join(map(str, since))
-            yield Refusal(
-                f"needs flash-attn {need} or newer for {what}, and this is {text}", f"pip install 'flash-attn>={need}'", "missing"
-            )
+    gates = (
+        (True, "2.1", "varlen attention as it is called here"),
+        (not problem.rocm and (problem.capability or (0, 0)) >= (10, 0), "2.7.3", "this GPU"),
+        *((wanted[name], since, what) for since, name, what in _SINCE),
+    )
+    return version_refusals(problem, "flash-attn", version_tuple, gates, "pip install")

@@ -29,7 +29,7 @@ from ..problem import Problem, version_tuple
 from ._fit import fitted
 from ._flash_op import Arguments, common_refusals, define_flash_ops, run_flash_op
 from ._limits import MAX_SEQUENCES
-from ._packages import probe
+from ._packages import probe, version_refusals
 from .base import HALF, Backend, Call, Capabilities, Refusal, Result
 
 _INTERFACE = "flash_attn.cute.interface"
@@ -108,8 +108,12 @@ class Flash4(Backend):
 
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
         yield from common_refusals(problem)
-        yield from _version_refusals(problem)
         want, major = problem.semantics, (problem.capability or (9, 0))[0]
+        gates = (
+            (True, "4.0.0b12", "varlen attention with gradients"),
+            (problem.needs_grad and want.softcap is not None, "4.0.0b28", "gradients of softcap"),
+        )
+        yield from version_refusals(problem, self.package, _release, gates, "pip install --pre")
         widest = max(problem.head_dim, problem.value_head_dim or 0)
         if widest > 128 and major > 9:
             yield Refusal(f"supports head dimensions up to 128 on this GPU, and this is {widest}", "use more heads")
@@ -125,16 +129,3 @@ class Flash4(Backend):
     @fitted(align=False)
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         return run_flash_op(_op, query, key, value, call)
-
-
-def _version_refusals(problem: Problem) -> Iterable[Refusal]:
-    text = problem.version("flash-attn-4")
-    if text is None:
-        return
-    gates = ((True, "4.0.0b12", "varlen attention with gradients"), (problem.needs_grad and problem.semantics.softcap is not None,
-             "4.0.0b28", "gradients of softcap"))  # fmt: skip
-    for asked, need, what in gates:
-        if asked and _release(text) < _release(need):
-            yield Refusal(
-                f"needs flash-attn-4 {need} or newer for {what}, and this is {text}", f"pip install --pre 'flash-attn-4>={need}'", "missing"
-            )

@@ -88,8 +88,16 @@ class TorchVarlen(Backend):
         widest = max(problem.head_dim, problem.value_head_dim or 0)
         if want.dropout_p and problem.needs_grad and widest > 192 and problem.capability in _DROPOUT_BACKWARD_IS_WRONG:
             yield Refusal("has no dropout with head dimensions above 192 on this GPU", "pass dropout_p=0, or use more heads")
-        if problem.machine in self.capabilities.untried:
-            yield from _elsewhere_refusals(problem)
+        # What another vendor's kernel may do otherwise, where its source was not read.
+        unread = (
+            (want.window is not None, "windows", "drop `window`"),
+            (want.dropout_p > 0, "dropout", "pass dropout_p=0"),
+            (want.causal and not problem.self_attention, "causal attention of unequal lengths", "use one layout for queries and keys"),
+            (want.return_lse, "the log-sum-exp", "drop `return_lse`"),
+        )
+        for wanted, what, fix in unread:
+            if wanted and problem.machine in self.capabilities.untried:
+                yield Refusal(f"has a kernel of another vendor here, and what that does for {what} is not known", fix, "machine")
         if want.dropout_p == 1.0:
             yield Refusal("needs dropout_p below 1", "pass less")
         if want.deterministic and problem.needs_grad and not problem.deterministic_mode:
@@ -128,20 +136,6 @@ def _may_be_cudnn(problem: Problem) -> bool:
     fits = want.window is None and not want.dropout_p and (not want.causal or problem.self_attention)
     since = (2, 15) if want.causal or problem.num_heads != problem.num_kv_heads else (2, 14)
     return fits and (problem.capability or (0, 0))[0] in (9, 10) and version_tuple(problem.torch_version) >= since
-
-
-def _elsewhere_refusals(problem: Problem) -> Iterable[Refusal]:
-    """What another vendor's kernel may do otherwise, where its source was not read."""
-    want = problem.semantics
-    asked = (
-        (want.window is not None, "windows", "drop `window`"),
-        (want.dropout_p > 0, "dropout", "pass dropout_p=0"),
-        (want.causal and not problem.self_attention, "causal attention of unequal lengths", "use one layout for queries and keys"),
-        (want.return_lse, "the log-sum-exp", "drop `return_lse`"),
-    )
-    for wanted, what, fix in asked:
-        if wanted:
-            yield Refusal(f"has a kernel of another vendor here, and what that does for {what} is not known", fix, "machine")
 
 
 def _without_dropout(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:

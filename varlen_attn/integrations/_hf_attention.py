@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from .._call import Options as Asked
 from .._call import attend
 from .._host_lengths import HostLengths
+from .._state import state
+from .._streams import pack_rows, unpack_rows
 from ..backends._dense import EAGER, attend_dense
 from ..backends._values import NO_EXTRAS
-from ..backends.base import Extras, state, wide_dtype
+from ..backends.base import Extras, wide_dtype
 from ..errors import ArgumentError, LayoutError
-from ..functional import pack_rows, unpack_rows
 from ..layout import SeqLayout
 from ..problem import Semantics
 from ..records import announced_dense

@@ -13,8 +13,6 @@ from torch.utils import _pytree as pytree
 from ..errors import ArgumentError
 from ..layout import SeqLayout
 
-__all__ = ["Inputs", "PaddedBatch", "map_tensors", "tensors_in"]
-
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 

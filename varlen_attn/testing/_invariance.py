@@ -22,8 +22,6 @@ from ..layout import SeqLayout
 from ._batch import PaddedBatch
 from ._recorder import Call, Event, Events, run_alone, run_batch, undisturbed
 
-__all__ = ["InvarianceReport", "check_padding_invariance"]
-
 FIXES = (  # by a part of the class's name; the first that fits
     (("Conv",), "a convolution reads its neighbours: zero its input at padding, or convolve packed rows with varlen_conv1d"),
     (("BatchNorm", "GroupNorm", "InstanceNorm"), "its statistics count padding: normalise each token (nn.LayerNorm), or real tokens only"),

@@ -19,8 +19,6 @@ from .._token_wise import faithful_copy
 from ..errors import ArgumentError
 from ._batch import Inputs, PaddedBatch, map_tensors, tensors_in
 
-__all__ = ["Call", "Event", "Events", "Recorder", "run_alone", "run_batch", "undisturbed"]
-
 Call: TypeAlias = tuple[str, int]  # qualified name of a module, which of its calls
 Events: TypeAlias = "dict[tuple[str, Call], Event]"  # by kind and call, in the order of the run
 
