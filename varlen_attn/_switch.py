@@ -4,7 +4,7 @@ What the library does to a model is a list of steps: a class, a hook, an entry o
 to those that are wanted; whatever is raised on the way, it can go back. Every step may be made again, so what was interrupted is repeated.
 
 A forward in another thread may be under way. It keeps what it began with: a step is first left, so that no new call uses it, and removed
-once the forwards that may use it have ended.
+once the calls that use it have ended. These say so themselves: each is a `Use`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,66 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, wraps
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import nn
 
 from .errors import VarlenError
 
-__all__ = ["Class", "Entry", "Hook", "Step", "Switch", "calls_under_way", "torch_class"]
+__all__ = ["Alive", "Class", "Entry", "Hook", "Step", "Switch", "Use", "around", "in_use", "switchable", "torch_class", "uses"]
 
 _PATIENCE = 60.0  # seconds that a forward in another thread may still take
 _lock = threading.RLock()
 _ABSENT: Any = object()
+
+
+# -------------------------------------------------------------------- what is under way
+
+T = TypeVar("T")
+
+
+class Alive(Generic[T]):
+    """Objects that every thread can look through, as long as somebody holds them."""
+
+    def __init__(self) -> None:
+        self.references: dict[int, weakref.ref[T]] = {}
+
+    def add(self, x: T) -> None:
+        number = id(x)
+        self.references[number] = weakref.ref(x, lambda _: self.references.pop(number, None))
+
+    def discard(self, x: T) -> None:
+        self.references.pop(id(x), None)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter([x for reference in list(self.references.values()) if (x := reference()) is not None])
+
+
+@dataclass(eq=False)
+class Use:
+    """A call in a thread that uses what was done to a module. It ends when it is discarded, or forgotten by a call that is broken off."""
+
+    module: nn.Module
+    thread: int = field(default_factory=threading.get_ident)
+
+
+uses: Alive[Use] = Alive()
+
+
+def in_use(module: nn.Module) -> Use:
+    """Whether ``module`` may still be used is looked at afterwards: then either this is seen by who takes it away, or that is seen here."""
+    use = Use(module)
+    uses.add(use)
+    return use
+
+
+# -------------------------------------------------------------------- steps
 
 
 class Step(Protocol):
@@ -38,7 +83,7 @@ class Step(Protocol):
 
     @property
     def module(self) -> nn.Module | None:
-        """Whose forwards use it; None if it makes no difference to those that are under way."""
+        """Whose calls may use it; None if it makes no difference to those that are under way."""
 
     def make(self) -> None: ...
 
@@ -115,7 +160,7 @@ class Hook:
             hooks.move_to_end(number)
 
     def leave(self) -> None:
-        pass
+        """What says whether it is in use is a step of its own."""
 
     def remove(self) -> None:
         for hooks in self._dicts:
@@ -158,13 +203,37 @@ class Class:
 
 @cache
 def _leaving(new: type[Any], original: type[Any]) -> type[nn.Module]:
-    """For objects that get their class back: a call by anybody is one of ``original``, and what is under way finds all that it needs."""
+    """For objects that get their class back: what is under way finds all that it needs."""
+    return type(new.__name__, (new,), {"left": True, "torch_class": original, "__module__": new.__module__})
 
+
+def switchable(new: type[Any]) -> type[Any]:
+    """A class for objects of another one, its ``torch_class``, which they may get back in the middle of a call.
+
+    Whoever gives a layout is under way with what he has begun; all others get the ``forward`` of the original.
+    """
+    compute = new.forward
+
+    @wraps(compute)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        chosen = new if any(name.startswith("layout") for name in kwargs) else original
-        return chosen.forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return compute(self, *args, **kwargs)
+        use = in_use(self)
+        try:
+            if (not isinstance(self, new) or self.left) and kwargs.get("layout") is None:
+                uses.discard(use)
+                return new.torch_class.forward(self, *args, **kwargs)
+            return compute(self, *args, **kwargs)
+        finally:
+            uses.discard(use)
 
-    return type(new.__name__, (new,), {"forward": forward, "torch_class": original, "__module__": new.__module__})
+    if hasattr(compute, "takes_prepared"):
+        forward.takes_prepared = forward  # type: ignore[attr-defined]
+    new.forward, new.left = forward, False
+    return new
+
+
+# -------------------------------------------------------------------- going from some to others
 
 
 class Switch:
@@ -219,17 +288,26 @@ def _take_away(steps: Sequence[Step], anyway: bool = False) -> bool:
     """False, with nothing removed, if forwards that use them do not end; unless ``anyway``."""
     for step in reversed(steps):
         step.leave()
-    modules = {id(step.module) for step in steps if step.module is not None}
-    ended = not modules or _wait_for([frame for frame, module in _all_calls() if id(module) in modules])
+    ended = _wait_for({id(step.module) for step in steps if step.module is not None})
     if ended or anyway:
         for step in reversed(steps):
             step.remove()
     return ended
 
 
+def _wait_for(modules: set[int]) -> bool:
+    """Until no other thread uses them."""
+    end = time.monotonic() + _PATIENCE
+    while any(id(use.module) in modules and use.thread != threading.get_ident() for use in uses):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.0005)
+    return True
+
+
 def _refuse_inside(going: Sequence[Step]) -> None:
     modules = {id(step.module) for step in going if step.module is not None}
-    inside = next((module for _, module in calls_under_way(sys._getframe()) if id(module) in modules), None)
+    inside = next((module for module, _ in around() if id(module) in modules), None)
     if inside is not None:
         raise VarlenError(
             f"a model must not be disabled or enabled anew inside of its own forward, but that of {type(inside).__name__} is under way: "
@@ -240,32 +318,13 @@ def _refuse_inside(going: Sequence[Step]) -> None:
 _CALL = nn.Module._call_impl.__code__
 
 
-def calls_under_way(frame: FrameType | None) -> Iterator[tuple[FrameType, nn.Module]]:
-    """The calls of modules in which a frame stands, the innermost first."""
+def around() -> Iterator[tuple[nn.Module, bool]]:
+    """The modules in whose forwards this is called, the innermost first, and whether they were called with their hooks."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code is _CALL or (code.co_name == "forward" and code.co_varnames[:1] == ("self",)):
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module):
-                yield frame, module
+                yield module, code is _CALL
         frame = frame.f_back
-
-
-def _all_calls() -> Iterator[tuple[FrameType, nn.Module]]:
-    """Of all other threads."""
-    for thread, frame in sys._current_frames().items():
-        if thread != threading.get_ident():
-            yield from calls_under_way(frame)
-
-
-def _wait_for(frames: list[FrameType]) -> bool:
-    """Until all of them have returned."""
-    end = time.monotonic() + _PATIENCE
-    while frames:
-        running = {id(frame) for frame, _ in _all_calls()}
-        frames = [frame for frame in frames if id(frame) in running]
-        if time.monotonic() > end:
-            return False
-        if frames:
-            time.sleep(0.0005)
-    return True

@@ -19,7 +19,7 @@ from ._clone import apart
 from ._enablable import LAYERS, Candidate, candidates, packs_already
 from ._masks import read_masks
 from ._streams import Prepared
-from ._switch import Class, Step, Switch, torch_class
+from ._switch import Class, Step, Switch, switchable, torch_class
 from .encoder import (
     VarlenTransformerDecoder,
     VarlenTransformerDecoderLayer,
@@ -38,6 +38,7 @@ Action = Literal["converted", "left alone", "built so", "restored"]
 # -------------------------------------------------------------------- the classes that enabled modules get
 
 
+@switchable
 class EnabledMultiheadAttention(VarlenMultiheadAttention):
     """`VarlenMultiheadAttention` with torch's ``need_weights=True``, so that a model that reads the weights goes on doing so."""
 
@@ -60,28 +61,34 @@ class EnabledMultiheadAttention(VarlenMultiheadAttention):
     forward.takes_prepared = forward  # type: ignore[attr-defined]
 
 
+@switchable
 class EnabledMultiheadAttentionWithoutWeights(VarlenMultiheadAttention):
     """Enabled with ``need_weights=False``."""
 
     torch_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
 
 
+@switchable
 class EnabledTransformerEncoderLayer(VarlenTransformerEncoderLayer):
     torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoderLayer
 
 
+@switchable
 class EnabledTransformerEncoder(VarlenTransformerEncoder):
     torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoder
 
 
+@switchable
 class EnabledTransformerDecoderLayer(VarlenTransformerDecoderLayer):
     torch_class: ClassVar[type[nn.Module]] = nn.TransformerDecoderLayer
 
 
+@switchable
 class EnabledTransformerDecoder(VarlenTransformerDecoder):
     torch_class: ClassVar[type[nn.Module]] = nn.TransformerDecoder
 
 
+@switchable
 class AttentionOnlyTransformerEncoderLayer(EnabledTransformerEncoderLayer):
     """torch's layer on padded tensors, without its fast path: that reads the weights of ``self_attn`` and never calls it."""
 
@@ -103,6 +110,7 @@ class AttentionOnlyTransformerEncoderLayer(EnabledTransformerEncoderLayer):
         return super()._attend(x, prepared) if type(prepared) is Prepared else self._sa_block(x, *prepared)
 
 
+@switchable
 class AttentionOnlyTransformerEncoder(EnabledTransformerEncoder):
     """torch's stack on padded tensors, with the caller's masks and without nested tensors."""
 

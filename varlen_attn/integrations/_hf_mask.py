@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +19,11 @@ from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .._host_lengths import HostLengths
+from .._switch import Alive, Use, in_use, uses
 from ..errors import ArgumentError
 from ..layout import SeqLayout, is_tracing
 
@@ -77,12 +79,16 @@ class Forward:
         model: whose it is.
         padded_because: why its layers must not run packed, which may turn out after a mask was made.
         in_rows: whether a layer handed on rows, and the last did not put them back yet.
+        use: of the model's hooks.
     """
 
     tree: object
-    model: object
+    model: nn.Module
     padded_because: str | None
     in_rows: bool = False
+
+    def __post_init__(self) -> None:
+        self.use = in_use(self.model)
 
 
 class _Thread(threading.local):
@@ -91,12 +97,13 @@ class _Thread(threading.local):
     forwards: Sequence[Forward] = ()
     seen: list[Tensor] | None = None
     made: tuple[Tensor, SeqLayout] | None = None
+    rows: Callable[[], Use | None] = staticmethod(lambda: None)
 
 
 _thread = _Thread()
 
 
-def enter_forward(tree: object, model: object, reason: str | None) -> None:
+def enter_forward(tree: object, model: nn.Module, reason: str | None) -> None:
     """A model's forward begins; ``reason`` is why its layers must not run packed, None if they may."""
     left = next((i for i, f in enumerate(_thread.forwards) if f.model is model), None)  # interrupted, and never left
     _thread.forwards = [*_thread.forwards[:left], Forward(tree, model, reason)]
@@ -107,19 +114,29 @@ def _under_way() -> list[Forward]:
     return [f for f in _thread.forwards if f.tree is _thread.forwards[-1].tree]
 
 
-def is_entered(model: object) -> bool:
+def is_entered(model: nn.Module) -> bool:
     """Whether a forward of a model is under way, and was entered."""
     return any(f.model is model for f in _thread.forwards)
 
 
-def leave_forward(model: object) -> Forward | None:
+def leave_forward(model: nn.Module) -> Forward | None:
     """It ends; None if it began before anybody watched."""
     forwards = _thread.forwards
     i = next((i for i in reversed(range(len(forwards))) if forwards[i].model is model), None)
     if i is None:
         return None
     _thread.forwards = forwards[:i]
+    for forward in forwards[i:]:
+        uses.discard(forward.use)
+    end_rows()
     return forwards[i]
+
+
+def end_rows() -> None:
+    """No layer hands on rows any more."""
+    use = _thread.rows()
+    if use is not None:
+        uses.discard(use)
 
 
 @contextmanager
@@ -135,6 +152,9 @@ def paddings() -> Iterator[list[Tensor]]:
 
 # -------------------------------------------------------------------- masks
 
+masks: Alive[Meaning] = Alive()
+leaving: set[int] = set()  # identities of the configurations that are about to say ``eager``
+
 
 @dataclass(eq=False, repr=False)
 class Meaning:
@@ -148,8 +168,9 @@ class Meaning:
         make: transformers' own mask.
         rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows.
         forwards: of the models in whose forwards the mask was made, the innermost last.
-        config: of the model, which says ``varlen_attn``, unless the model was disabled while its forward is under way.
+        config: of the model.
         dtype: of the scores.
+        added: the model was disabled while its forward is under way, and attends with ``eager``, which adds masks to scores.
         stack: how all layers of that stack attend; None once somebody looked at the mask.
         packed_arguments: what layers were given, by name and identity, and the same for packed rows.
         numbers: the mask as somebody was given it to compute with. Whoever has it may write to it, so from then on it is what counts.
@@ -170,11 +191,20 @@ class Meaning:
         self.stack = None if self.rows is None else Packing(self.rows, self.rows, self.pattern.causal, self.pattern.window)
         self.packed_arguments: dict[tuple[str, int], tuple[Any, Any]] = {}
         self.numbers: Tensor | None = None
+        self.added = False
+        masks.add(self)
+        if id(self.config) in leaving or getattr(self.config, "_attn_implementation", None) == "eager":
+            self.added = True
 
     @property
     def padded_because(self) -> str | None:
         """Why the stack that is given this mask does not run packed."""
         return next((f.padded_because for f in self.forwards if f.padded_because is not None), None)
+
+    def begin_rows(self, layer: nn.Module) -> None:
+        """Until they end, or nobody holds this mask because the forward was broken off."""
+        self.use = in_use(layer)
+        _thread.rows = weakref.ref(self.use)
 
     def hands_on(self, rows: bool) -> None:
         """A layer's result is rows, or padded again."""
@@ -199,14 +229,9 @@ class Meaning:
         """The mask for code that computes with it, or writes to it."""
         if self.numbers is None:
             self.numbers, self.stack = self._dense.contiguous(), None
-        if not self.is_added:
+        if not self.added:
             return self.numbers
         return torch.zeros_like(self.numbers, dtype=self.dtype).masked_fill_(~self.numbers, torch.finfo(self.dtype).min)
-
-    @property
-    def is_added(self) -> bool:
-        """Whether the layers attend with ``eager`` by now, which adds masks to scores."""
-        return getattr(self.config, "_attn_implementation", None) == "eager"
 
     @cached_property
     def keys(self) -> SeqLayout:
@@ -327,7 +352,7 @@ class VarlenMask(Tensor):
         if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
             return VarlenMask(args[0].meaning.to(torch.device(kwargs.get("device") or args[0].device)))
         adding = func.overloadpacket in _ADDING and any(isinstance(x, Tensor) and x.is_floating_point() for x in args)
-        if adding and not any(isinstance(x, VarlenMask) and x.meaning.is_added for x in args):
+        if adding and not any(isinstance(x, VarlenMask) and x.meaning.added for x in args):
             raise ArgumentError(
                 "`attention_mask` must not be added to scores, but a model with attention code of its own does that to the mask made for "
                 'attn_implementation="varlen_attn": call varlen_attn.enable(model), which leaves such models alone.'

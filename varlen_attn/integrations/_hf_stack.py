@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._host_lengths import HostLengths
-from .._switch import Hook, calls_under_way
+from .._switch import Hook, around
 from ..errors import VarlenError
 from ..layout import SeqLayout
 from ._hf_attention import captured, collected
-from ._hf_mask import LOOKED_AT, Meaning, VarlenMask, enter_forward, is_entered, leave_forward
+from ._hf_mask import LOOKED_AT, Meaning, VarlenMask, end_rows, enter_forward, is_entered, leave_forward
 
 __all__ = ["LayerHook", "ModelHook", "Tree", "hooks_of", "is_ours", "on_layers", "on_models", "only_waiting"]
 
@@ -37,17 +37,31 @@ _ASKING_FOR_MORE = ("output_attentions", "output_router_logits", "output_scores"
 _FOREIGN = ("encoder", "cross", "memory", "bias", "cu_seq", "visual", "image", "vision")
 
 
+class Tree:
+    """Of a model that was enabled, by identity: copies of the model have a copy of it.
+
+    Attributes:
+        left: the hooks begin nothing new: not all are there yet, or they are about to go.
+    """
+
+    left = False
+
+
 class LayerHook:
     """Before a layer: packs its arguments. After the last one: puts the tokens back.
 
     An object and not a function, so that deep copies and pickles of a model keep it.
 
     Attributes:
+        tree: of the model.
         names: the positional parameters of the layer's ``forward``.
         last: whether the tokens are put back after this layer.
     """
 
-    def __init__(self, layer: nn.Module, last: bool) -> None:
+    tree = Tree()  # of pickles of earlier versions
+
+    def __init__(self, tree: Tree, layer: nn.Module, last: bool) -> None:
+        self.tree = tree
         parameters = inspect.signature(type(layer).forward).parameters.values()
         self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
         self.last = last
@@ -87,6 +101,10 @@ class LayerHook:
                 return None
             packed.append(y)
         if not is_rows:
+            meaning.begin_rows(module)
+            if self.tree.left:
+                end_rows()
+                return None
             meaning.hands_on(rows=True)
         return tuple(packed[: len(args)]), dict(zip(kwargs, packed[len(args) :], strict=True))
 
@@ -96,6 +114,7 @@ class LayerHook:
             return None
         layout = meaning.rows
         meaning.hands_on(rows=False)
+        end_rows()
         states = collected().get("hidden_states", [])
         for i, x in enumerate(states):  # of the layers before; this one's is collected after it was unpacked
             if x is not None and x.shape[:2] == (1, layout.num_rows):
@@ -203,10 +222,6 @@ def _cache_classes() -> tuple[Any, Any]:
 # -------------------------------------------------------------------- hooks on models
 
 
-class Tree:
-    """Of a model that was enabled, by identity: copies of the model have a copy of it."""
-
-
 class ModelHook:
     """Around a model of transformers: sees what the caller wants, and whether that reads rows of padding, which then must be there.
 
@@ -226,6 +241,8 @@ class ModelHook:
         if kwargs is not None and not torch.compiler.is_compiling():
             reason = self._changed(module) or self._why_padded(dict(zip(self.names, args, strict=False)) | kwargs)
             enter_forward(self.tree, module, reason or _unwatched(module))
+            if self.tree.left:
+                leave_forward(module)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> None:
         if torch.compiler.is_compiling():
@@ -245,7 +262,7 @@ class ModelHook:
         if module.training and any(getattr(self.config, name, 0) for name in _SKIPPING_LAYERS):
             return "layers are skipped at random in training (layerdrop)"
         # To look at all modules costs as much as a layer.
-        if "peft" in sys.modules and any(_chooses_rows(h) for s in stacks for m in s.modules() for h in m._forward_pre_hooks.values()):
+        if "peft" in sys.modules and any(_chooses_rows(h) for s in stacks for m in s.modules() for h in list(m._forward_pre_hooks.values())):
             return "adapters by row of the batch"
         return None
 
@@ -269,12 +286,18 @@ class ModelHook:
 
 
 def _unwatched(module: nn.Module) -> str | None:
-    """A call of a model around this one that began before the model was enabled: what its caller wants is not known."""
-    for frame, model in calls_under_way(sys._getframe()):
-        if model is not module and frame.f_code.co_name == "_call_impl" and not is_entered(model):
-            if any(is_ours(hook, ModelHook) for hook in list(model._forward_pre_hooks.values())):
+    """Of a call around this one that began before the model was enabled, or that goes on after it: what its caller wants is not known."""
+    watched = bool(_hooks_of_models(module))
+    for model, called in around():
+        if model is not module and _hooks_of_models(model):
+            if called and not is_entered(model):
                 return "its forward began before it was enabled"
-    return None
+            watched = True
+    return None if watched else "its forward goes on after it was disabled"
+
+
+def _hooks_of_models(module: nn.Module) -> list[Any]:
+    return [hook for hook in list(module._forward_pre_hooks.values()) if is_ours(hook, ModelHook)]
 
 
 def _counts_padding(labels: Tensor, mask: Tensor) -> bool:
@@ -290,14 +313,14 @@ def _is_whole(layers: Any) -> bool:
     if not len(layers):
         return False
     for i, layer in enumerate(layers, 1):
-        for hook in layer._forward_pre_hooks.values():
+        for hook in list(layer._forward_pre_hooks.values()):
             if isinstance(owner := getattr(hook, "__self__", None), LayerHook):
                 break
         else:
             return False
         if owner.last != (i == len(layers)):
             return False
-    return any(map(is_ours, layer._forward_hooks.values()))
+    return any(map(is_ours, list(layer._forward_hooks.values())))
 
 
 def _chooses_rows(hook: Any) -> bool:
@@ -335,11 +358,11 @@ def on_models(tree: Tree, root: Any, packed: Mapping[nn.Module, tuple[tuple[str,
     return made
 
 
-def on_layers(layers: nn.ModuleList) -> list[Hook]:
+def on_layers(tree: Tree, layers: nn.ModuleList) -> list[Hook]:
     """Let a stack run packed."""
     made: list[Hook] = []
     for i, layer in enumerate(layers):
-        hook = LayerHook(layer, i == len(layers) - 1)
+        hook = LayerHook(tree, layer, i == len(layers) - 1)
         # Before hooks of others, which then see what the layer sees.
         made.append(_hook(layer, hook.before))
         if hook.last:
@@ -354,7 +377,7 @@ def _hook(module: nn.Module, hook: Callable[..., Any], after: bool = False, alwa
 
 
 def hooks_of(modules: Iterable[nn.Module]) -> list[Hook]:
-    """Ours that are there."""
+    """Ours that are there, and what says that they are in use."""
     found: list[Hook] = []
     for module in modules:
         for after, hooks in ((False, module._forward_pre_hooks), (True, module._forward_hooks)):

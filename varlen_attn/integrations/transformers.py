@@ -19,13 +19,13 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from .._clone import Seeded
+from .._clone import NotCloned, Seeded
 from .._switch import Entry, Step
 from ..errors import ArgumentError
 from ..records import Record, record
 from . import _hf_stack as stack_hooks
 from ._hf_attention import NotPackable, varlen_attention_forward
-from ._hf_mask import paddings, varlen_mask
+from ._hf_mask import leaving, masks, paddings, varlen_mask
 from ._hf_trial import INTERNAL, Trial, clone_of, difference, prepare, run
 
 __all__ = ["NAME", "enabled_models", "found", "plan", "register", "roots"]
@@ -109,17 +109,22 @@ def plan(model: nn.Module, level: str, hooks: str) -> tuple[list[Row], list[Step
             part.decide()
         if whole is not None and any(part.packed for part in parts):
             _check_whole(whole, parts)
+        rows += [row for part in parts for row in part.rows(name)]
         tree, packed = stack_hooks.Tree(), {part.model: (tuple(part.packed), part.guarded) for part in parts if part.packed}
-        for part in parts:
-            rows += part.rows(name)
-            steps += [hook for stack in part.packed for hook in stack_hooks.on_layers(part.model.get_submodule(stack))]
+        tree.left = True
         if packed:
             steps += stack_hooks.on_models(tree, root, packed if whole is None else {root: ((), True), **packed})
-        # The implementation last: without it no hook does anything, so that all of them are there when the first one is needed.
+            steps += [hook for part in parts for hook in part.on_layers(tree, part.model)]
+            steps.append(_in_use(tree))
+        # The implementation last: masks of ours are made when everything that reads them is there.
         enabled = [part for part in parts if part.reason is None]
         steps += [Entry(vars(part.model), _STATE, part.state()) for part in enabled]
         steps += [step for part in enabled for step in part.implementation()]
     return rows, steps
+
+
+def _in_use(tree: stack_hooks.Tree) -> Step:
+    return Entry(vars(tree), "left", False, True)
 
 
 def _check_whole(whole: _Part, parts: list[_Part]) -> None:
@@ -128,12 +133,13 @@ def _check_whole(whole: _Part, parts: list[_Part]) -> None:
     clone, trials = whole.clone, [(trial._replace(full=True), expected) for trial, expected in whole.trials]
     steps: list[Step] = []
     packed: dict[nn.Module, tuple[tuple[str, ...], bool]] = {clone: ((), True)}
+    tree = stack_hooks.Tree()
     for part in parts if clone is not None else ():
         its_clone = clone.get_submodule(part.name)
-        steps += [hook for stack in part.packed for hook in stack_hooks.on_layers(its_clone.get_submodule(stack))]
         packed[its_clone] = (tuple(part.packed), part.guarded)
+        steps += part.on_layers(tree, its_clone)
         steps += part.implementation(whole.memo) if part.reason is None else []
-    steps += stack_hooks.on_models(stack_hooks.Tree(), clone, packed) if clone is not None else []
+    steps += stack_hooks.on_models(tree, clone, packed) if clone is not None else []
     with made(steps):
         reason = whole.compare(trials)
     for part in parts if reason is not None else ():
@@ -144,8 +150,10 @@ def _check_whole(whole: _Part, parts: list[_Part]) -> None:
 def found(model: nn.Module) -> list[Step]:
     """What has been done to the models of transformers in ``model``."""
     states: list[Step] = [Entry(vars(m), _STATE, vars(m)[_STATE]) for m in model.modules() if _STATE in vars(m)]
-    implementations = [Entry(vars(c), INTERNAL, vars(c)[INTERNAL], before) for c, before in _before(model).values()]
-    return [*stack_hooks.hooks_of(model.modules()), *states, *implementations]
+    implementations = [_Implementation(c, vars(c)[INTERNAL], before) for c, before in _before(model).values()]
+    hooks = stack_hooks.hooks_of(model.modules())
+    trees = {id(tree): tree for hook in hooks if (tree := getattr(hook.hook.__self__, "tree", None))}  # type: ignore[attr-defined]
+    return [*hooks, *map(_in_use, trees.values()), *states, *implementations]
 
 
 def enabled_models(model: nn.Module) -> list[Row]:
@@ -172,6 +180,27 @@ def _before(model: nn.Module) -> dict[int, tuple[Any, Any]]:
 
 
 # -------------------------------------------------------------------- attention implementations
+
+
+class _Implementation(Entry):
+    """Of a configuration. Masks that are under way are told before their layers attend with ``eager``."""
+
+    def __init__(self, config: Any, value: Any, before: Any) -> None:
+        super().__init__(vars(config), INTERNAL, value, before)
+        object.__setattr__(self, "config", config)
+
+    def make(self) -> None:
+        super().make()
+        leaving.discard(id(self.config))  # type: ignore[attr-defined]
+
+    def leave(self) -> None:
+        config = self.config  # type: ignore[attr-defined]
+        if self.before == "eager":
+            leaving.add(id(config))
+            for mask in masks:
+                mask.added |= mask.config is config
+        super().leave()
+        leaving.discard(id(config))
 
 
 def _all_configurations(config: Any) -> list[Any]:
@@ -315,7 +344,11 @@ class _Part:
     def implementation(self, memo: dict[int, Any] | None = None) -> list[Step]:
         """Of the model, or of a clone."""
         pairs = [(c if memo is None else memo[id(c)], before) for c, before in self.configurations]
-        return [Entry(vars(c), INTERNAL, NAME, before) for c, before in pairs]
+        return [_Implementation(c, NAME, before) for c, before in pairs]
+
+    def on_layers(self, tree: stack_hooks.Tree, model: nn.Module) -> list[Step]:
+        """Of the model, or of a clone."""
+        return [hook for stack in self.packed for hook in stack_hooks.on_layers(tree, model.get_submodule(stack))]  # type: ignore[arg-type]
 
     def rows(self, root: str) -> list[Row]:
         return [(_joined(root, self.name, name), kind, action, why) for name, kind, action, why in self._rows()]
@@ -379,6 +412,8 @@ class _Part:
                 self.random = True
                 self.trials = [(trial, self._run(trial)) for trial in trials]
                 return None
+            except NotCloned as error:
+                return f"it could not be tried: {error}"
             except Exception as error:
                 self.clone, reason = None, f"it could not be tried: {_in_one_line(error)}"
                 if not short or whole:
@@ -416,9 +451,11 @@ class _Part:
                 stacks.append(stack.name)
             else:
                 self.why_not_packed[stack.name] = why
-        if not stacks or not self._pack(stacks):
-            self.reason = self.compare(self.trials)
-        if self.reason is None and not self.packed and len(stacks) > 1:
+        self.reason = self.compare(self.trials[:1])  # a stack that runs packed does so only as long as nothing else is asked for
+        if self.reason is not None or (stacks and self._pack(stacks)):
+            return
+        self.reason = self.compare(self.trials[1:])
+        if self.reason is None and len(stacks) > 1:
             for name in stacks:
                 self._pack([name])
 
@@ -450,8 +487,9 @@ class _Part:
     def _running(self, stacks: list[str]) -> Iterator[None]:
         """The clone with these stacks packed, beside those that are already."""
         packed = (*self.packed, *stacks)
-        hooks = [hook for name in packed for hook in stack_hooks.on_layers(self.clone.get_submodule(name))]
-        with made([*hooks, *stack_hooks.on_models(stack_hooks.Tree(), self.clone, {self.clone: (packed, self.guarded)})]):
+        tree = stack_hooks.Tree()
+        hooks = [hook for name in packed for hook in stack_hooks.on_layers(tree, self.clone.get_submodule(name))]
+        with made([*hooks, *stack_hooks.on_models(tree, self.clone, {self.clone: (packed, self.guarded)})]):
             yield
 
     # ---------------------------------------------------------------- the stack
