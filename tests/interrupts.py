@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +34,11 @@ def lines(raise_at: int | None = None, kind: type[BaseException] = Interrupted) 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         return local if frame.f_code.co_filename.startswith(PACKAGE) else None
 
-    before = sys.gettrace()
+    before = sys.gettrace(), threading.gettrace()
     sys.settrace(trace)
+    threading.settrace(trace)  # of those that the package starts
     try:
         yield seen
     finally:
-        sys.settrace(before)
+        sys.settrace(before[0])
+        threading.settrace(before[1])  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ import varlen_attn
 ROOT = Path(varlen_attn.__file__).parent
 RANKS = (
     ("errors", "_state", "_timing"),
-    ("_compare", "_gather", "_layout_checks", "_native", "_profile"),
+    ("_clone", "_switch", "_compare", "_gather", "_layout_checks", "_native", "_profile"),
     ("_index",),
     ("layout",),
     ("companions", "_host_lengths", "_padded_rows"),
@@ -63,6 +63,8 @@ MUTABLE = {
     "backends._cpu_groups._plans",  # how batches of some lengths are cut, by value
     "integrations._hf_attention._layouts",  # of offsets that a model is given, gone with them
     "integrations._hf_mask._thread",  # the last layout with the mask that it was made of; forwards under way
+    "_switch.uses", "integrations._hf_mask.masks",  # calls and masks that are alive, held by whoever makes them
+    "integrations._hf_mask.leaving",  # configurations in the middle of a change
     "_native._found", "_native._hashes",  # the compiled kernel or why there is none; what its name says of its sources
     "backends._kept._kept", "backends.flex._kernels",  # what is derived from layouts, gone with them; one compiled kernel a kind of call
     "backends._packages._probed", "backends.flash3._probed",  # what a package can do, asked once

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,11 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ._token_wise import faithful_copy, has_hooks, is_known
-from .encoder import VarlenTransformerDecoder, VarlenTransformerDecoderLayer, VarlenTransformerEncoder, VarlenTransformerEncoderLayer
+from ._clone import Seeded, clone, kinds, noise
+from ._switch import torch_class
+from ._token_wise import has_hooks, is_known
+from .encoder import (
+    VarlenTransformerDecoder,
+    VarlenTransformerDecoderLayer,
+    VarlenTransformerEncoder,
+    VarlenTransformerEncoderLayer,
+    unwrapped,
+)
 from .modules import VarlenMultiheadAttention, _block_fast_path
 
-__all__ = ["LAYERS", "Candidate", "candidates", "packs_already", "torch_class"]
+__all__ = ["LAYERS", "Candidate", "candidates", "packs_already"]
 
 HOSTS = (
     nn.MultiheadAttention,
@@ -49,13 +56,6 @@ class Candidate(NamedTuple):
     parent: Candidate | None
 
 
-def torch_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, before it was enabled. A class that torch has derived from an enabled one since stays."""
-    own = type(module)
-    original = vars(own).get("torch_class")
-    return original if isinstance(original, type) and issubclass(own, original) else own
-
-
 def packs_already(module: nn.Module) -> bool:
     """Built as one of our modules, not enabled."""
     ours = (
@@ -78,6 +78,9 @@ class _Search:
         self.hooks = hooks
         self.seen: set[nn.Module] = set()
         self.findings: dict[nn.Module, _Finding | None] = {}
+        self.stacks: dict[nn.Module, list[nn.Module]] = {}  # all layers of the stack of which a layer is one
+        self.firsts: dict[nn.Module, nn.Module] = {}  # the first layer of its kind there
+        self.trials: dict[nn.Module, _Finding | None] = {}  # of those
 
     def walk(self, name: str, module: nn.Module, parent: Candidate | None, above: str | None) -> Iterator[Candidate]:
         """``above``: why nothing here may be touched."""
@@ -128,10 +131,36 @@ class _Search:
                 return f"{name}: {finding.reason}" if name else finding.reason
         return None
 
-    def find(self, module: nn.Module, host: type[nn.Module] | None) -> _Finding | None:
+    def find(self, module: Any, host: type[nn.Module] | None) -> _Finding | None:
+        if host in STACKS:
+            layers = [unwrapped(layer) for layer in module.layers]
+            self.stacks.update(dict.fromkeys(layers, layers))
         if host in LAYERS + STACKS and module not in self.findings:
-            self.findings[module] = _find(module) if torch_class(module) is host else None
+            self.findings[module] = self._find(module) if torch_class(module) is host else None
         return self.findings.get(module)
+
+    def _find(self, module: Any) -> _Finding | None:
+        """Layers of one kind in a stack share what was found out about the first of them."""
+        parts = _unknown_parts(module)
+        if not parts or _closed(module) or _why_not_object(module, "packed"):
+            return None
+        inside = [m for part in parts.values() if isinstance(part, nn.Module) for m in part.modules()]
+        fixed = next((reason for m in inside if (reason := _closed(m) or _why_not_object(m, "packed"))), None)
+        if fixed is not None:
+            return _Finding(f"{_named(parts)} could not be tried: {fixed}", True)
+        if any(type(m).__module__.startswith("torch.ao.") for m in inside):
+            return _Finding(f"quantised: {_named(parts)}", True)
+        first = self.first_of_kind(module)
+        if first not in self.trials:
+            self.trials[first] = _try(module, parts)
+        return self.trials[first]
+
+    def first_of_kind(self, layer: nn.Module) -> nn.Module:
+        if layer not in self.firsts:
+            layers = self.stacks.get(layer, [layer])
+            its_kinds = kinds(layers)
+            self.firsts.update((x, layers[its_kinds.index(kind)]) for x, kind in zip(layers, its_kinds, strict=True))
+        return self.firsts[layer]
 
 
 def _host(module: nn.Module) -> type[nn.Module] | None:
@@ -190,38 +219,40 @@ class _Finding(NamedTuple):
     reads_padding: bool
 
 
-def _find(module: Any) -> _Finding | None:
-    """Of the modules that are not known to be token-wise, a copy is tried."""
+def _unknown_parts(module: Any) -> dict[str, Any]:
+    """Of a layer, or of a stack beside its layers: those that are not known to be token-wise."""
     if isinstance(module, STACKS):
         parts = {} if module.norm is None else {"norm": module.norm}
-        owners = list(module.layers)
     else:
         parts = {name: m for name, m in module.named_children() if name not in ATTENTIONS} | {"activation": module.activation}
-        owners = [module]
-    parts = {name: part for name, part in parts.items() if not _is_known(part)}
-    inside = [m for part in parts.values() if isinstance(part, nn.Module) for m in part.modules()]
+    return {name: part for name, part in parts.items() if not _is_known(part)}
+
+
+def _named(parts: dict[str, Any]) -> str:
+    return ", ".join(f"{name} ({type(part).__name__})" for name, part in parts.items())
+
+
+def _try(module: Any, parts: dict[str, Any]) -> _Finding | None:
+    """On a copy: whether its parts are token-wise."""
+    owners = module.layers if isinstance(module, STACKS) else [module]
     width = next((m.self_attn.embed_dim for m in owners if isinstance(getattr(m, "self_attn", None), nn.MultiheadAttention)), None)
-    if not parts or width is None or _closed(module) or _why_not_object(module, "packed"):
+    if width is None:
         return None
-    named = ", ".join(f"{name} ({type(part).__name__})" for name, part in parts.items())
-    fixed = next((reason for m in inside if (reason := _closed(m) or _why_not_object(m, "packed"))), None)
-    if fixed is not None:
-        return _Finding(f"{named} could not be tried: {fixed}", True)
-    if any(type(m).__module__.startswith("torch.ao.") for m in inside):
-        return _Finding(f"quantised: {named}", True)
+    named = _named(parts)
     x = torch.randn(4, 8, width, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
     changed = x.clone()
     changed[1, 3] = 1 - x[1, 3]  # with tokens before and after it in its row, and rows before and after
     others = torch.arange(32, device="cpu") != 11
+    modes = (False, True)
     try:
-        copies = [_copy(module, training) for training in (False, True)]
-        padded = [_result(c, x) for c in copies]
-        if not all(_close(_result(c, changed)[others], rows[others]) for c, rows in zip(copies, padded, strict=True)):
+        copied = _copy(module, parts)
+        padded = [_result(copied, training, x) for training in modes]
+        if not all(_close(_result(copied, t, changed)[others], rows[others]) for t, rows in zip(modes, padded, strict=True)):
             return _Finding(f"{named} is not token-wise: a token's result depends on other tokens", True)
     except Exception as error:
         return _Finding(f"{named} could not be tried on a copy: {type(error).__name__}: {error}", True)
     try:
-        same = all(_close(_result(c, x.flatten(0, 1)), rows) for c, rows in zip(copies, padded, strict=True))
+        same = all(_close(_result(copied, t, x.flatten(0, 1)), rows) for t, rows in zip(modes, padded, strict=True))
     except Exception as error:
         return _Finding(f"{named} could not be called on packed rows: {type(error).__name__}: {error}", False)
     return None if same else _Finding(f"{named} gives packed rows other results than padded ones", False)
@@ -232,32 +263,31 @@ def _is_known(part: Any) -> bool:
     return is_known(part) and len(getattr(part, "normalized_shape", "D")) == 1
 
 
-def _copy(module: Any, training: bool) -> nn.Module:
-    """A stack's norm or a layer without its attention, in float32 and without hooks, which the user would notice.
+def _copy(module: Any, parts: dict[str, Any]) -> nn.Module:
+    """A stack's norm or a layer without its attention, in float32.
 
-    Weights get some noise: a gate or a branch that is 0 at first would hide what it does later.
+    Weights of the parts that are tried get some noise: a gate or a branch that is 0 at first would hide what it does later. All others are
+    shared with the module.
     """
     source: Any = module.norm if isinstance(module, STACKS) else module
-    instead: dict[int, Any] = {id(getattr(source, name)): nn.Identity() for name in ATTENTIONS if hasattr(source, name)}
-    instead |= {id(hooks): OrderedDict() for m in source.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)}
-    copied = faithful_copy(source, instead).float().train(training)
+    tried = {id(p) for part in parts.values() if isinstance(part, nn.Module) for p in part.parameters()}
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in copied.parameters():
-            if p.is_floating_point():
-                p.add_(torch.rand(p.shape, generator=generator, device="cpu").to(p.device), alpha=0.1)
-    return copied
+
+    def weight(x: Tensor) -> Tensor:
+        if not x.is_floating_point() or not (id(x) in tried or x.dtype != torch.float32):
+            return x
+        new = x.detach().float()
+        new = new + noise(new, generator) if id(x) in tried else new
+        return nn.Parameter(new) if isinstance(x, nn.Parameter) else new
+
+    return clone(source, weight, {getattr(source, name): nn.Identity() for name in ATTENTIONS if hasattr(source, name)})[0]
 
 
-def _result(copied: nn.Module, x: Tensor) -> Tensor:
+def _result(copied: nn.Module, training: bool, x: Tensor) -> Tensor:
     """Rows; every call begins with the same state and the same random numbers."""
-    called: Any = faithful_copy(copied)
-    device = next((p.device for p in called.parameters()), x.device)
-    cuda = device.type == "cuda"
-    x = x.to(device)
-    with torch.random.fork_rng([device] if cuda else []), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        # Not torch.manual_seed, which seeds devices whose state is not restored.
-        (torch.cuda.default_generators[device.index] if cuda else torch.default_generator).manual_seed(0)
+    called: Any = clone(copied)[0].train(training)
+    x = x.to(next((p.device for p in called.parameters()), x.device))
+    with Seeded():
         if isinstance(called, LAYERS):
             # Not one after another: a norm removes what the one before it did.
             names = ("norm1", "norm2", "norm3", "dropout1", "dropout2", "dropout3")

@@ -33,12 +33,9 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, None) for name in names)
 
 
-def faithful_copy(module: nn.Module, instead: dict[int, Any] | None = None) -> nn.Module:
-    """`copy.deepcopy`, but for torch's decoder layers, whose copies forget an activation that is a module and compute ReLU.
-
-    ``instead``: what stands in place of objects, by their ids.
-    """
-    copied = copy.deepcopy(module, instead)
+def faithful_copy(module: nn.Module) -> nn.Module:
+    """`copy.deepcopy`, but for torch's decoder layers, whose copies forget an activation that is a module and compute ReLU."""
+    copied = copy.deepcopy(module)
     others = dict(copied.named_modules())
     for name, source in module.named_modules():
         if isinstance(source, nn.TransformerDecoderLayer) and "activation" in source._modules and "activation" not in vars(source):

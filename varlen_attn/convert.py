@@ -15,9 +15,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 
-from ._enablable import LAYERS, Candidate, candidates, packs_already, torch_class
+from ._clone import apart
+from ._enablable import LAYERS, Candidate, candidates, packs_already
 from ._masks import read_masks
 from ._streams import Prepared
+from ._switch import Class, Step, Switch, switchable, torch_class
 from .encoder import (
     VarlenTransformerDecoder,
     VarlenTransformerDecoderLayer,
@@ -36,6 +38,7 @@ Action = Literal["converted", "left alone", "built so", "restored"]
 # -------------------------------------------------------------------- the classes that enabled modules get
 
 
+@switchable
 class EnabledMultiheadAttention(VarlenMultiheadAttention):
     """`VarlenMultiheadAttention` with torch's ``need_weights=True``, so that a model that reads the weights goes on doing so."""
 
@@ -58,28 +61,34 @@ class EnabledMultiheadAttention(VarlenMultiheadAttention):
     forward.takes_prepared = forward  # type: ignore[attr-defined]
 
 
+@switchable
 class EnabledMultiheadAttentionWithoutWeights(VarlenMultiheadAttention):
     """Enabled with ``need_weights=False``."""
 
     torch_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
 
 
+@switchable
 class EnabledTransformerEncoderLayer(VarlenTransformerEncoderLayer):
     torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoderLayer
 
 
+@switchable
 class EnabledTransformerEncoder(VarlenTransformerEncoder):
     torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoder
 
 
+@switchable
 class EnabledTransformerDecoderLayer(VarlenTransformerDecoderLayer):
     torch_class: ClassVar[type[nn.Module]] = nn.TransformerDecoderLayer
 
 
+@switchable
 class EnabledTransformerDecoder(VarlenTransformerDecoder):
     torch_class: ClassVar[type[nn.Module]] = nn.TransformerDecoder
 
 
+@switchable
 class AttentionOnlyTransformerEncoderLayer(EnabledTransformerEncoderLayer):
     """torch's layer on padded tensors, without its fast path: that reads the weights of ``self_attn`` and never calls it."""
 
@@ -101,6 +110,7 @@ class AttentionOnlyTransformerEncoderLayer(EnabledTransformerEncoderLayer):
         return super()._attend(x, prepared) if type(prepared) is Prepared else self._sa_block(x, *prepared)
 
 
+@switchable
 class AttentionOnlyTransformerEncoder(EnabledTransformerEncoder):
     """torch's stack on padded tensors, with the caller's masks and without nested tensors."""
 
@@ -192,6 +202,7 @@ def enable(model: nn.Module, level: Level = "auto", *, need_weights: bool = True
 
     Raises:
         ArgumentError: ``model`` is no module, or an option has no such value.
+        VarlenError: the model is enabled already, and this is called inside of one of its forwards.
 
     Weights, `state_dict` and training mode stay. What changes: rows of padding come back as exactly 0. Only exactly torch's classes are
     converted; subclasses, parametrised, quantised, compiled and scripted modules are left alone. Layers whose norms, activation or
@@ -210,49 +221,72 @@ def enable(model: nn.Module, level: Level = "auto", *, need_weights: bool = True
     """
     _check(model)
     _check_options(level, need_weights, hooks)
-    level = "attention" if level == "attention" else "model"
+    wanted, report = apart(lambda: _plan(model, "attention" if level == "attention" else "model", need_weights, hooks))
+    switch = Switch(lambda: _found(model), wanted)
+    try:
+        switch.make()
+        if not any(m.action in ("converted", "built so") for m in report.modules):
+            warn(f"nothing was converted, the model computes padding as before: {report}.", VarlenWarning)
+        return report
+    except BaseException:
+        switch.undo()
+        raise
+
+
+def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str) -> tuple[list[Step], Report]:
+    """What is to be done to a model, of which nothing is changed yet."""
     hf = _transformers(model)
-    rows = hf.enable(model, level, hooks) if hf else []
+    rows, steps = hf.plan(model, level, hooks) if hf else ([], [])
     found = candidates(model, hooks)
-    decisions = [_decide(c, found, level, need_weights) for c in found]
-    converted = [_carry_out(c, d) for c, d in zip(found, decisions, strict=True)]
-    report = Report((*(ModuleReport(*row) for row in rows), *converted))
-    if not any(m.action in ("converted", "built so") for m in report.modules):
-        warn(f"nothing was converted, the model computes padding as before: {report}.", VarlenWarning)
-    return report
+    reports = [ModuleReport(*row) for row in rows]
+    classes: list[Step] = []
+    for c in found:
+        decision, original = _decide(c, found, level, need_weights), torch_class(c.module)
+        new_class = decision.new_class or original
+        restored = decision.new_class is None and type(c.module) is not original
+        reports.append(ModuleReport(c.name, original.__name__, "restored" if restored else decision.action, decision.reason))
+        if new_class is not original:
+            classes.append(Class(c.module, new_class, original))
+    return [*classes, *steps], Report(tuple(reports))
 
 
-def _carry_out(candidate: Candidate, decision: _Decision) -> ModuleReport:
-    module, original = candidate.module, torch_class(candidate.module)
-    new_class = decision.new_class or original
-    action = decision.action
-    if type(module) is not new_class:
-        module.__class__ = new_class
-        action = action if decision.new_class else "restored"
-    return ModuleReport(candidate.name, original.__name__, action, decision.reason)
+def _found(model: nn.Module) -> list[Step]:
+    """What has been done to a model."""
+    hf = _transformers(model)
+    classes = [Class(m, type(m), original) for m in model.modules() if (original := torch_class(m)) is not type(m)]
+    return [*classes, *(hf.found(model) if hf else [])]
 
 
 def disable(model: nn.Module) -> Report:
     """Undo `enable`: every module has its class back. Modules that were built as ours stay ours.
+
+    Forwards under way in other threads are waited for: they go on with what they began with. What is left of an `enable` of an earlier
+    version that was broken off is removed too, and a model of transformers that was given ``varlen_attn`` by hand gets its default.
 
     Returns:
         What was restored.
 
     Raises:
         ArgumentError: ``model`` is no module.
+        VarlenError: called inside of a forward of the model.
     """
     _check(model)
     hf = _transformers(model)
-    restored = [ModuleReport(*row) for row in hf.disable(model)] if hf else []
+    restored = [ModuleReport(*row) for row in hf.enabled_models(model)] if hf else []
     for name, module in model.named_modules():
         original = torch_class(module)
         if original is not type(module):
-            module.__class__ = original
             restored.append(ModuleReport(name, original.__name__, "restored", ""))
         elif hasattr(original, "torch_class") and packs_already(module):
             reason = "its class was derived from the enabled one, as parametrisations do: remove them first"
             restored.append(ModuleReport(name, original.__name__, "left alone", reason))
-    return Report(tuple(restored))
+    report, switch = Report(tuple(restored)), Switch(lambda: _found(model), [])
+    try:
+        switch.make()
+        return report
+    except BaseException:
+        switch.undo()
+        raise
 
 
 @contextmanager
@@ -262,20 +296,17 @@ def enabled(
     """``with enabled(model) as report``: `enable` for the length of a block; afterwards every module is what it was before.
 
     Raises:
-        ArgumentError: as `enable`.
+        ArgumentError, VarlenError: as `enable`.
     """
     _check(model)
-    before = [(module, type(module), torch_class(module)) for module in model.modules()]
-    hf = _transformers(model)
-    restore = hf.snapshot(model) if hf else None
+    before = _found(model)
     try:
-        yield enable(model, level, need_weights=need_weights, hooks=hooks)
-    finally:
-        if restore is not None:
-            restore()
-        for module, its_class, original in before:
-            if type(module) is not its_class and torch_class(module) is original:
-                module.__class__ = its_class
+        try:
+            yield enable(model, level, need_weights=need_weights, hooks=hooks)
+        finally:
+            Switch(lambda: _found(model), before).make()
+    finally:  # once more, if that was interrupted
+        Switch(lambda: _found(model), before).make()
 
 
 def _transformers(model: nn.Module) -> Any:

@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,14 +19,26 @@ from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .._host_lengths import HostLengths
+from .._switch import Alive, Use, in_use, uses
 from ..errors import ArgumentError
 from ..layout import SeqLayout, is_tracing
 
-__all__ = ["LOOKED_AT", "Meaning", "Packing", "Pattern", "VarlenMask", "enter_forward", "leave_forward", "paddings", "varlen_mask"]
+__all__ = [
+    "LOOKED_AT",
+    "Meaning",
+    "Packing",
+    "Pattern",
+    "VarlenMask",
+    "enter_forward",
+    "is_entered",
+    "leave_forward",
+    "paddings",
+    "varlen_mask",
+]
 
 Window = tuple[int | None, int | None]
 LOOKED_AT = "a mask that the model looked at, and may have changed"
@@ -66,12 +79,16 @@ class Forward:
         model: whose it is.
         padded_because: why its layers must not run packed, which may turn out after a mask was made.
         in_rows: whether a layer handed on rows, and the last did not put them back yet.
+        use: of the model's hooks.
     """
 
     tree: object
-    model: object
+    model: nn.Module
     padded_because: str | None
     in_rows: bool = False
+
+    def __post_init__(self) -> None:
+        self.use = in_use(self.model)
 
 
 class _Thread(threading.local):
@@ -80,12 +97,13 @@ class _Thread(threading.local):
     forwards: Sequence[Forward] = ()
     seen: list[Tensor] | None = None
     made: tuple[Tensor, SeqLayout] | None = None
+    rows: Callable[[], Use | None] = staticmethod(lambda: None)
 
 
 _thread = _Thread()
 
 
-def enter_forward(tree: object, model: object, reason: str | None) -> None:
+def enter_forward(tree: object, model: nn.Module, reason: str | None) -> None:
     """A model's forward begins; ``reason`` is why its layers must not run packed, None if they may."""
     left = next((i for i, f in enumerate(_thread.forwards) if f.model is model), None)  # interrupted, and never left
     _thread.forwards = [*_thread.forwards[:left], Forward(tree, model, reason)]
@@ -96,10 +114,29 @@ def _under_way() -> list[Forward]:
     return [f for f in _thread.forwards if f.tree is _thread.forwards[-1].tree]
 
 
-def leave_forward() -> Forward | None:
-    """It ends."""
-    forwards, _thread.forwards = _thread.forwards, _thread.forwards[:-1]
-    return forwards[-1] if forwards else None
+def is_entered(model: nn.Module) -> bool:
+    """Whether a forward of a model is under way, and was entered."""
+    return any(f.model is model for f in _thread.forwards)
+
+
+def leave_forward(model: nn.Module) -> Forward | None:
+    """It ends; None if it began before anybody watched."""
+    forwards = _thread.forwards
+    i = next((i for i in reversed(range(len(forwards))) if forwards[i].model is model), None)
+    if i is None:
+        return None
+    _thread.forwards = forwards[:i]
+    for forward in forwards[i:]:
+        uses.discard(forward.use)
+    end_rows()
+    return forwards[i]
+
+
+def end_rows() -> None:
+    """No layer hands on rows any more."""
+    use = _thread.rows()
+    if use is not None:
+        uses.discard(use)
 
 
 @contextmanager
@@ -115,6 +152,9 @@ def paddings() -> Iterator[list[Tensor]]:
 
 # -------------------------------------------------------------------- masks
 
+masks: Alive[Meaning] = Alive()
+leaving: set[int] = set()  # identities of the configurations that are about to say ``eager``
+
 
 @dataclass(eq=False, repr=False)
 class Meaning:
@@ -128,6 +168,9 @@ class Meaning:
         make: transformers' own mask.
         rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows.
         forwards: of the models in whose forwards the mask was made, the innermost last.
+        config: of the model.
+        dtype: of the scores.
+        added: the model was disabled while its forward is under way, and attends with ``eager``, which adds masks to scores.
         stack: how all layers of that stack attend; None once somebody looked at the mask.
         packed_arguments: what layers were given, by name and identity, and the same for packed rows.
         numbers: the mask as somebody was given it to compute with. Whoever has it may write to it, so from then on it is what counts.
@@ -141,16 +184,27 @@ class Meaning:
     make: Callable[[], Tensor]
     rows: SeqLayout | None = None
     forwards: list[Forward] = field(default_factory=_under_way)
+    config: Any = None
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         self.stack = None if self.rows is None else Packing(self.rows, self.rows, self.pattern.causal, self.pattern.window)
         self.packed_arguments: dict[tuple[str, int], tuple[Any, Any]] = {}
         self.numbers: Tensor | None = None
+        self.added = False
+        masks.add(self)
+        if id(self.config) in leaving or getattr(self.config, "_attn_implementation", None) == "eager":
+            self.added = True
 
     @property
     def padded_because(self) -> str | None:
         """Why the stack that is given this mask does not run packed."""
         return next((f.padded_because for f in self.forwards if f.padded_because is not None), None)
+
+    def begin_rows(self, layer: nn.Module) -> None:
+        """Until they end, or nobody holds this mask because the forward was broken off."""
+        self.use = in_use(layer)
+        _thread.rows = weakref.ref(self.use)
 
     def hands_on(self, rows: bool) -> None:
         """A layer's result is rows, or padded again."""
@@ -175,7 +229,9 @@ class Meaning:
         """The mask for code that computes with it, or writes to it."""
         if self.numbers is None:
             self.numbers, self.stack = self._dense.contiguous(), None
-        return self.numbers
+        if not self.added:
+            return self.numbers
+        return torch.zeros_like(self.numbers, dtype=self.dtype).masked_fill_(~self.numbers, torch.finfo(self.dtype).min)
 
     @cached_property
     def keys(self) -> SeqLayout:
@@ -243,7 +299,8 @@ class Meaning:
         """The same for the packed rows ``(1, T)`` of a self-attention without cached keys."""
         total = self.keys.num_rows
         make = partial(_block_diagonal, self.keys, self.pattern)
-        return VarlenMask(Meaning((1, 1, total, total), self.device, self.pattern, None, 0, make, self.keys, self.forwards))
+        shape = (1, 1, total, total)
+        return VarlenMask(Meaning(shape, self.device, self.pattern, None, 0, make, self.keys, self.forwards, self.config, self.dtype))
 
     def is_of_columns_of(self, other: Meaning) -> bool:
         """Whether both are masks of one self-attention: the same columns, the same padding."""
@@ -259,7 +316,8 @@ class Meaning:
             pattern = pattern._replace(documents=pattern.documents.to(device))
         padding = None if self.padding is None else self.padding.to(device)
         rows = None if self.rows is None else self.rows.to(device)
-        return Meaning(self.shape, device, pattern, padding, self.first_query, lambda: self.dense.to(device), rows)
+        dense = lambda: self.dense.to(device)  # noqa: E731
+        return Meaning(self.shape, device, pattern, padding, self.first_query, dense, rows, config=self.config, dtype=self.dtype)
 
 
 _KEEPING = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
@@ -293,7 +351,8 @@ class VarlenMask(Tensor):
             return VarlenMask(args[0].meaning)
         if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
             return VarlenMask(args[0].meaning.to(torch.device(kwargs.get("device") or args[0].device)))
-        if func.overloadpacket in _ADDING and any(isinstance(x, Tensor) and x.is_floating_point() for x in args):
+        adding = func.overloadpacket in _ADDING and any(isinstance(x, Tensor) and x.is_floating_point() for x in args)
+        if adding and not any(isinstance(x, VarlenMask) and x.meaning.added for x in args):
             raise ArgumentError(
                 "`attention_mask` must not be added to scores, but a model with attention code of its own does that to the mask made for "
                 'attn_implementation="varlen_attn": call varlen_attn.enable(model), which leaves such models alone.'
@@ -387,7 +446,8 @@ def varlen_mask(
     make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     if _thread.seen is not None and padding is not None:
         _thread.seen.append(padding)
-    return VarlenMask(Meaning((batch_size, 1, q_length, kv_length), device, pattern, padding, q_offset - kv_offset, make))
+    shape, known = (batch_size, 1, q_length, kv_length), {"config": kwargs.get("config"), "dtype": kwargs.get("dtype", torch.float32)}
+    return VarlenMask(Meaning(shape, device, pattern, padding, q_offset - kv_offset, make, **known))
 
 
 def _refuse_own_attention(config: Any) -> None:

@@ -14,25 +14,37 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .._host_lengths import HostLengths
+from .._switch import Hook, around
 from ..errors import VarlenError
 from ..layout import SeqLayout
 from ._hf_attention import captured, collected
-from ._hf_mask import LOOKED_AT, Meaning, VarlenMask, enter_forward, leave_forward
+from ._hf_mask import LOOKED_AT, Meaning, VarlenMask, end_rows, enter_forward, is_entered, leave_forward
 
-__all__ = ["LayerHook", "ModelHook", "Tree", "install", "is_ours", "only_waiting", "remove", "unwatch", "watch"]
+__all__ = ["LayerHook", "ModelHook", "Tree", "hooks_of", "is_ours", "on_layers", "on_models", "only_waiting"]
 
 _SKIPPING_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 _ASKING_FOR_MORE = ("output_attentions", "output_router_logits", "output_scores")
 # Arguments of layers that are not about the stack's own tokens, whatever their shape.
 _FOREIGN = ("encoder", "cross", "memory", "bias", "cu_seq", "visual", "image", "vision")
+
+
+class Tree:
+    """Of a model that was enabled, by identity: copies of the model have a copy of it.
+
+    Attributes:
+        left: the hooks begin nothing new: not all are there yet, or they are about to go.
+    """
+
+    left = False
 
 
 class LayerHook:
@@ -41,16 +53,24 @@ class LayerHook:
     An object and not a function, so that deep copies and pickles of a model keep it.
 
     Attributes:
+        tree: of the model.
         names: the positional parameters of the layer's ``forward``.
         last: whether the tokens are put back after this layer.
     """
 
-    def __init__(self, layer: nn.Module, last: bool) -> None:
+    tree = Tree()  # of pickles of earlier versions
+
+    def __init__(self, tree: Tree, layer: nn.Module, last: bool) -> None:
+        self.tree = tree
         parameters = inspect.signature(type(layer).forward).parameters.values()
         self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
         self.last = last
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if kwargs is None:  # being removed
+            return None
         hidden = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden, Tensor) or torch.compiler.is_compiling():
             return None
@@ -59,9 +79,13 @@ class LayerHook:
             return None
         # Only a batch with padding is packed, so the shape of rows is another.
         is_rows = hidden.shape[:2] != meaning.shape[::2] and hidden.shape[:2] == (1, meaning.keys.num_rows)
-        if not is_rows and (reason := meaning.padded_because or _why_padded(hidden, meaning)) is not None:
-            meaning.keep_padded(reason)
-            return None
+        if not is_rows:
+            reason = meaning.padded_because or _why_padded(hidden, meaning)
+            if reason is None and not meaning.forwards:  # somebody calls `forward` itself, or nobody watched
+                reason = _unwatched(module)
+            if reason is not None:
+                meaning.keep_padded(reason)
+                return None
         rows = hidden if is_rows else meaning.keys.pack(hidden)[None]
         packed: list[Any] = []
         for name, x in (*zip(self.names, args, strict=False), *kwargs.items()):
@@ -77,15 +101,20 @@ class LayerHook:
                 return None
             packed.append(y)
         if not is_rows:
+            meaning.begin_rows(module)
+            if self.tree.left:
+                end_rows()
+                return None
             meaning.hands_on(rows=True)
         return tuple(packed[: len(args)]), dict(zip(kwargs, packed[len(args) :], strict=True))
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        meaning = _meaning_of(args, kwargs)
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
+        meaning = _meaning_of(args, kwargs) if isinstance(kwargs, dict) else None
         if meaning is None or meaning.rows is None or not self.last:  # pickles of earlier versions have this after every layer
             return None
         layout = meaning.rows
         meaning.hands_on(rows=False)
+        end_rows()
         states = collected().get("hidden_states", [])
         for i, x in enumerate(states):  # of the layers before; this one's is collected after it was unpacked
             if x is not None and x.shape[:2] == (1, layout.num_rows):
@@ -193,10 +222,6 @@ def _cache_classes() -> tuple[Any, Any]:
 # -------------------------------------------------------------------- hooks on models
 
 
-class Tree:
-    """Of a model that was enabled, by identity: copies of the model have a copy of it."""
-
-
 class ModelHook:
     """Around a model of transformers: sees what the caller wants, and whether that reads rows of padding, which then must be there.
 
@@ -212,15 +237,17 @@ class ModelHook:
         self.tree, self.config, self.stacks, self.looks_at_ids = tree, model.config, stacks, looks_at_ids
         self.depth = getattr(model.config, "num_hidden_layers", None)
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is not None and not torch.compiler.is_compiling():
             reason = self._changed(module) or self._why_padded(dict(zip(self.names, args, strict=False)) | kwargs)
-            enter_forward(self.tree, module, reason)
+            enter_forward(self.tree, module, reason or _unwatched(module))
+            if self.tree.left:
+                leave_forward(module)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> None:
         if torch.compiler.is_compiling():
             return
-        forward = leave_forward()
+        forward = leave_forward(module)
         if forward is not None and forward.in_rows and result is not None:
             raise VarlenError(
                 f"the layers of {type(module).__name__} must all be called, the last one too, but rows are left over: where some are "
@@ -235,7 +262,7 @@ class ModelHook:
         if module.training and any(getattr(self.config, name, 0) for name in _SKIPPING_LAYERS):
             return "layers are skipped at random in training (layerdrop)"
         # To look at all modules costs as much as a layer.
-        if "peft" in sys.modules and any(_chooses_rows(h) for s in stacks for m in s.modules() for h in m._forward_pre_hooks.values()):
+        if "peft" in sys.modules and any(_chooses_rows(h) for s in stacks for m in s.modules() for h in list(m._forward_pre_hooks.values())):
             return "adapters by row of the batch"
         return None
 
@@ -258,6 +285,21 @@ class ModelHook:
         return None
 
 
+def _unwatched(module: nn.Module) -> str | None:
+    """Of a call around this one that began before the model was enabled, or that goes on after it: what its caller wants is not known."""
+    watched = bool(_hooks_of_models(module))
+    for model, called in around():
+        if model is not module and _hooks_of_models(model):
+            if called and not is_entered(model):
+                return "its forward began before it was enabled"
+            watched = True
+    return None if watched else "its forward goes on after it was disabled"
+
+
+def _hooks_of_models(module: nn.Module) -> list[Any]:
+    return [hook for hook in list(module._forward_pre_hooks.values()) if is_ours(hook, ModelHook)]
+
+
 def _counts_padding(labels: Tensor, mask: Tensor) -> bool:
     """At padding, or, for a loss on shifted labels, just after it."""
     if isinstance(mask, HostLengths) and mask.lengths is not None and labels.device.type != "cpu":
@@ -271,14 +313,14 @@ def _is_whole(layers: Any) -> bool:
     if not len(layers):
         return False
     for i, layer in enumerate(layers, 1):
-        for hook in layer._forward_pre_hooks.values():
+        for hook in list(layer._forward_pre_hooks.values()):
             if isinstance(owner := getattr(hook, "__self__", None), LayerHook):
                 break
         else:
             return False
         if owner.last != (i == len(layers)):
             return False
-    return any(map(is_ours, layer._forward_hooks.values()))
+    return any(map(is_ours, list(layer._forward_hooks.values())))
 
 
 def _chooses_rows(hook: Any) -> bool:
@@ -295,46 +337,57 @@ def only_waiting(module: nn.Module) -> bool:
     return not (module._backward_hooks or module._backward_pre_hooks) and all(known)
 
 
-def watch(tree: Tree, model: Any, stacks: tuple[str, ...] = (), guarded: bool = False) -> None:
-    """Let a model that has packed stacks run padded where a caller's wish reads padding; ``guarded``: its head looks at ids."""
+# -------------------------------------------------------------------- what is done to modules
+
+
+def on_models(tree: Tree, root: Any, packed: Mapping[nn.Module, tuple[tuple[str, ...], bool]]) -> list[Hook]:
+    """Let models run padded where a caller's wish reads padding.
+
+    Args:
+        tree: of ``root``.
+        root: a model, which is watched with all models in it.
+        packed: of some of these, the names of their stacks that run packed, and whether a head looks at ids.
+    """
     from transformers import PreTrainedModel
 
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and not any(is_ours(hook) for hook in module._forward_pre_hooks.values()):
-            hook = ModelHook(tree, module, stacks if module is model else (), guarded and module is model)
-            module.register_forward_pre_hook(hook.before, with_kwargs=True, prepend=True)
-            module.register_forward_hook(hook.after, with_kwargs=True, always_call=True)
+    made: list[Hook] = []
+    for module in root.modules():
+        if isinstance(module, PreTrainedModel):
+            hook = ModelHook(tree, module, *packed.get(module, ((), False)))
+            made += [_hook(module, hook.before), _hook(module, hook.after, after=True, always=True)]
+    return made
 
 
-# -------------------------------------------------------------------- hooks on layers
-
-
-def install(layers: nn.ModuleList) -> None:
+def on_layers(tree: Tree, layers: nn.ModuleList) -> list[Hook]:
     """Let a stack run packed."""
+    made: list[Hook] = []
     for i, layer in enumerate(layers):
-        hook = LayerHook(layer, i == len(layers) - 1)
+        hook = LayerHook(tree, layer, i == len(layers) - 1)
         # Before hooks of others, which then see what the layer sees.
-        layer.register_forward_pre_hook(hook.before, with_kwargs=True, prepend=True)
+        made.append(_hook(layer, hook.before))
         if hook.last:
-            layer.register_forward_hook(hook.after, with_kwargs=True, prepend=True)
+            made.append(_hook(layer, hook.after, after=True))
+    return made
 
 
-def is_ours(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), LayerHook | ModelHook)
+def _hook(module: nn.Module, hook: Callable[..., Any], after: bool = False, always: bool = False) -> Hook:
+    """The last one where it is called always, else the first."""
+    hooks = module._forward_hooks if after else module._forward_pre_hooks
+    return Hook(module, hook, after, always, RemovableHandle(hooks).id, tuple(hooks) if always else ())
 
 
-def unwatch(model: nn.Module) -> None:
-    """The inverse of `watch`."""
-    remove(model.modules(), ModelHook)
-
-
-def remove(modules: Iterable[nn.Module], kind: Any = LayerHook | ModelHook) -> None:
-    """The inverse of `install` for layers, and of `watch` for models."""
+def hooks_of(modules: Iterable[nn.Module]) -> list[Hook]:
+    """Ours that are there, and what says that they are in use."""
+    found: list[Hook] = []
     for module in modules:
-        before = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
-        after = (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
-        for hooks, *flags in (before, after):
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), kind)]:
-                del hooks[key]
-                for flag in flags:
-                    flag.pop(key, None)
+        for after, hooks in ((False, module._forward_pre_hooks), (True, module._forward_hooks)):
+            numbers = list(hooks)
+            for i, number in enumerate(numbers):
+                if is_ours(hooks[number]):
+                    always = after and number in module._forward_hooks_always_called
+                    found.append(Hook(module, hooks[number], after, always, number, tuple(numbers[:i])))
+    return found
+
+
+def is_ours(hook: Any, kind: Any = LayerHook | ModelHook) -> bool:
+    return isinstance(getattr(hook, "__self__", None), kind)

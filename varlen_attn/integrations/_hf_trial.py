@@ -1,28 +1,30 @@
 """Trying a model of transformers: the same small batch, before and after it is enabled.
 
 transformers has hundreds of architectures, and code of users besides. Which of them hand their layers a mask of padding alone, and pool
-and add nothing across tokens on the way, no table knows. So `enable` looks: a batch of five short rows, random numbers in place of text
-or sound, in evaluation, with the random state, the training flags and hooks of the user left as they are.
+and add nothing across tokens on the way, no table knows. So `enable` looks: a batch of three short rows, random numbers in place of text
+or sound, in evaluation, on a clone with the first layers of each stack, as many as there are kinds of layers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections import OrderedDict
+import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ._hf_stack import is_ours
+from .._clone import NotCloned, clone, kinds, noise
 
-__all__ = ["Trial", "difference", "prepare", "run"]
+__all__ = ["INTERNAL", "Trial", "clone_of", "difference", "prepare", "run"]
 
+INTERNAL = "_attn_implementation_internal"  # of a configuration
 _HUGE = 1e4
 _SMALL = 1 << 20  # parameters: gates and heads; to look at all weights of a large model takes as long as a forward
-_LENGTHS = (11, 4, 7, 6, 9)  # odd and even: a convolution with a stride reads beyond the end of some rows only
+_LENGTHS = (7, 4, 5)  # odd and even: a convolution with a stride reads beyond the end of some rows only
 
 
 class Trial(NamedTuple):
@@ -113,7 +115,7 @@ def _waves(model: Any) -> tuple[Tensor, Tensor] | None:
     samples = 400
     while _frames(model, samples) < max(_LENGTHS):
         samples *= 2
-    lengths = [next(n for n in range(1, samples + 1) if _frames(model, n) >= frames) for frames in _LENGTHS]
+    lengths = [bisect_left(range(samples), frames, key=lambda n: _frames(model, n)) for frames in _LENGTHS]
     return torch.randn(len(lengths), max(lengths), generator=torch.Generator().manual_seed(0)), torch.tensor(lengths)
 
 
@@ -140,23 +142,60 @@ def _sound(name: str, values: Tensor, lengths: Tensor, names: tuple[str, ...]) -
     return Trial(inputs, valid, True)
 
 
-def run(model: Any, trial: Trial, stacks: Sequence[str]) -> dict[str, Any]:
-    """What the model gives, and the vectors that go into its parts outside of ``stacks``: a head of zeros would hide what it reads.
+# -------------------------------------------------------------------- the clone
 
-    Nothing is left behind.
+_WRAPPERS = ("FullyShardedDataParallel", "DataParallel", "DistributedDataParallel", "OptimizedModule")
+_LAYERS = re.compile(r"(^|_)(n|num)?_?(hidden_)?layers?$|depth$")
+_LARGE = 1 << 25  # numbers of weights that are elsewhere, which random ones stand in for
+
+
+def clone_of(model: Any, stacks: Sequence[tuple[str, nn.ModuleList]]) -> tuple[Any, dict[int, Any], bool]:
+    """A clone of a model, the clones of everything in it, and whether it has all layers.
+
+    Args:
+        model: it, or a part of one.
+        stacks: lists of layers, with their names, of which the first ones are kept: two, or as many as have all kinds of layers in them.
+
+    Raises:
+        NotCloned: a model that is wrapped inside, or with weights of which only parts are here.
     """
+    wrapper = next((type(m).__name__ for m in model.modules() if type(m).__name__ in _WRAPPERS), None)
+    if wrapper is not None:
+        raise NotCloned(f"wrapped by {wrapper}: call enable before wrapping")
+    lengths: dict[nn.Module, int] = {layers: n for _, layers in stacks if (n := _enough(layers)) < len(layers)}
+    generator, left = torch.Generator().manual_seed(1), _LARGE
+
+    def weight(x: Tensor) -> Tensor:
+        """Weights that are 0 throughout get some noise: a gate that is closed at first hides what it lets through later."""
+        nonlocal left
+        if isinstance(x, nn.Parameter) and hasattr(x, "full_tensor"):
+            left -= x.numel()
+            if left < 0:
+                raise NotCloned("its weights are not here")
+            return nn.Parameter(noise(torch.empty(x.shape, dtype=x.dtype, device=x.device), generator), x.requires_grad)
+        closed = isinstance(x, nn.Parameter) and x.is_floating_point() and x.numel() <= _SMALL and not x.any()
+        return nn.Parameter(noise(x, generator), x.requires_grad) if closed else x
+
+    made, memo = clone(model, weight, lengths=lengths)
+    configurations = {id(x): vars(x) for m in made.modules() if INTERNAL in getattr(x := getattr(m, "config", None), "__dict__", ())}
+    for layers, n in lengths.items():
+        for entries in configurations.values():
+            changed = {k: n for k, x in entries.items() if type(x) is int and x == len(layers) and _LAYERS.search(k)}  # type: ignore[arg-type]
+            entries.update(changed)
+    return made, memo, not lengths
+
+
+def _enough(layers: nn.ModuleList) -> int:
+    """How many layers have every kind among them."""
+    its_kinds = kinds(list(layers))
+    return max(2, 1 + max(its_kinds.index(kind) for kind in its_kinds))
+
+
+def run(model: Any, trial: Trial, stacks: Sequence[str]) -> dict[str, Any]:
+    """What a clone gives, and the vectors that go into its parts outside of ``stacks``: a head of zeros would hide what it reads."""
     device = next(iter(trial.inputs.values())).device
-    devices = [device] if device.type == "cuda" else []
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device.type, enabled=False), _without_hooks(model):
-            (torch.cuda.default_generators[device.index] if devices else torch.default_generator).manual_seed(0)
-            with _inputs_of(model, stacks) as read, _gates_open(model):
-                return {**model(**trial.inputs, return_dict=True), **read}
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    with _inputs_of(model, stacks) as read, torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return {**model(**trial.inputs, return_dict=True), **read}
 
 
 @contextlib.contextmanager
@@ -179,48 +218,7 @@ def _inputs_of(model: nn.Module, stacks: Sequence[str]) -> Iterator[dict[str, li
             handle.remove()
 
 
-@contextlib.contextmanager
-def _gates_open(model: nn.Module) -> Iterator[None]:
-    """Weights that are 0 throughout get some noise: a gate that is closed at first hides what it lets through later."""
-    generator = torch.Generator().manual_seed(1)
-    closed = [p for p in model.parameters() if p.is_floating_point() and p.numel() <= _SMALL and not p.any()]
-    for p in closed:
-        p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
-    try:
-        yield
-    finally:
-        for p in closed:
-            p.zero_()
-
-
-@contextlib.contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Users' hooks would count a forward that they did not make; those that move or gather weights are needed.
-
-    Those that transformers installs when it is asked for hidden states go again: a model with them can not be pickled.
-    """
-    before = [(module, name, getattr(module, name)) for module in model.modules() for name in _HOOKS]
-    capturing = [module for module in model.modules() if _CAPTURING in vars(module)]
-    for module, name, hooks in before:
-        setattr(module, name, OrderedDict((key, hook) for key, hook in hooks.items() if name in _FLAGS or _needed(hook)))
-    try:
-        yield
-    finally:
-        for module, name, hooks in before:
-            setattr(module, name, hooks)
-        for module in model.modules():
-            if _CAPTURING in vars(module) and module not in capturing:
-                delattr(module, _CAPTURING)
-
-
-_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", *_FLAGS)
-_CAPTURING = "_output_capturing_hooks_installed"
-
-
-def _needed(hook: Any) -> bool:
-    home = getattr(hook, "__module__", None) or type(hook).__module__
-    return is_ours(hook) or home.split(".")[0] in ("torch", "accelerate", "transformers", "deepspeed")
+# -------------------------------------------------------------------- comparing
 
 
 def difference(trial: Trial, expected: dict[str, Any], got: dict[str, Any], made: list[Tensor]) -> str | None:
