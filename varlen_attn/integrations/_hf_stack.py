@@ -262,7 +262,9 @@ class ModelHook:
         if module.training and any(getattr(self.config, name, 0) for name in _SKIPPING_LAYERS):
             return "layers are skipped at random in training (layerdrop)"
         # To look at all modules costs as much as a layer.
-        if "peft" in sys.modules and any(_chooses_rows(h) for s in stacks for m in s.modules() for h in list(m._forward_pre_hooks.values())):
+        if "peft" in sys.modules and any(
+            _chooses_rows(h) for s in stacks for m in s.modules() for h in list(m._forward_pre_hooks.values())
+        ):
             return "adapters by row of the batch"
         return None
 
