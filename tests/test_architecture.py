@@ -61,6 +61,7 @@ MUTABLE = {
     "dispatch._plans", "problem._versions", "_state.state",  # one cache of choices, one of versions, the thread's stack
     "backends._ops._defined",  # for which backends ops are registered
     "backends._cpu_groups._plans",  # how batches of some lengths are cut, by value
+    "integrations._hf_attention._layouts",  # of offsets that a model is given, gone with them
     "integrations._hf_mask._thread",  # the last layout with the mask that it was made of; forwards under way
     "_switch.uses", "integrations._hf_mask.masks",  # calls and masks that are alive, held by whoever makes them
     "integrations._hf_mask.leaving",  # configurations in the middle of a change

@@ -363,6 +363,27 @@ def test_nested_input_comes_back_nested(host: type[nn.Module], layout: torch.lay
             ours(*nested, **options)
 
 
+@nested_is_a_prototype
+@each_class
+def test_nested_input_without_tokens(host: type[nn.Module]) -> None:
+    """One sequence of length 0 is served. No sequence at all, of which torch keeps no width, is refused as by torch's own layer."""
+    theirs, ours = pair(host)
+    count, no_tokens = 2 if host in DECODERS else 1, torch.zeros(0, E, dtype=torch.float64)
+    for layout in (torch.jagged, torch.strided):
+        out = ours(*[torch.nested.nested_tensor([no_tokens], layout=layout)] * count)
+        assert (out.layout, out.size(0), [len(x) for x in out.unbind()]) == (layout, 1, [0])
+    jagged = torch.nested.nested_tensor_from_jagged(no_tokens, offsets=torch.tensor([0]))
+    assert SeqLayout.from_nested(jagged).num_seqs == 0
+    out = ours(*[jagged] * count)
+    assert (out.size(0), out.values().shape) == (0, (0, E))
+    nothing = torch.nested.nested_tensor([])
+    with pytest.raises(AssertionError, match=r"outside of its fast path. Here it has no sequence, .* pass a padded"):
+        ours(*[nothing] * count)
+    if host in ENCODERS:
+        with pytest.raises(AssertionError, match="does not support NestedTensor outside of its fast path"):
+            theirs(nothing)
+
+
 @each_order
 def test_inside_of_torchs_transformer(batch_first: bool) -> None:
     """R-26: `nn.Transformer` calls its parts by keyword."""

@@ -492,6 +492,38 @@ def test_empty_sequences_anywhere(backend: str, option: dict[str, Any]) -> None:
                 assert not out[start : start + a].any()
 
 
+NOTHING = {
+    "no sequences": [SeqLayout.from_lengths([], 3)],
+    "no columns": [SeqLayout.from_lengths([0, 0], 0)],
+    "no tokens": [SeqLayout.from_lengths([0, 0], 3)],
+    "slack rows only": [SeqLayout.from_key_padding_mask(torch.ones(2, 3, dtype=torch.bool), capacity=4)],
+    "no queries": [SeqLayout.from_lengths([0, 0], 3), SeqLayout.from_lengths([2, 1])],
+    "no keys": [SeqLayout.from_lengths([2, 1]), SeqLayout.from_lengths([0, 0], 3)],
+    "never both": [SeqLayout.from_lengths([2, 0]), SeqLayout.from_lengths([0, 2])],
+}
+
+
+@pytest.mark.parametrize("extras", [(), ("sinks",), ("score_bias",), ("sinks", "score_bias")], ids=str)
+@pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "nested", "auto", pytest.param("cpu_native", marks=pytest.mark.native_too)])
+def test_gradients_of_nothing_are_zeros(backend: str, name: str, extras: tuple[str, ...]) -> None:
+    """For every tensor of the call, never None, over which an optimiser or DDP would stumble."""
+    layouts = NOTHING[name]
+    q, k, v = (torch.randn(layout.num_rows, 2, 8, requires_grad=True) for layout in (layouts[0], layouts[-1], layouts[-1]))
+    made = {"sinks": torch.randn(2, requires_grad=True), "score_bias": torch.randn(2, 3, 3, requires_grad=True)}
+    options = {name: made[name] for name in extras}
+    try:
+        out = varlen_attention(q, k, v, *layouts, backend=backend, **options)
+    except BackendRefused:
+        if backend not in ("nested", "cpu_native"):
+            raise
+        return
+    out.sum().backward()
+    for x in (q, k, v, *options.values()):
+        assert x.grad is not None
+        assert not x.grad.any()
+
+
 # -------------------------------------------------------------------- properties
 
 

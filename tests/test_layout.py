@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -314,43 +315,107 @@ def test_conjugates_of_either_size(capacity: int | None) -> None:
     test_conjugates_are_packed_and_results_can_be_changed_in_place(capacity)
 
 
-def has_numbers(dtype: torch.dtype) -> bool:
-    """Not a name for bits only, which torch itself can not fill."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # complex32 is experimental
-            torch.zeros(1, dtype=torch.float32).to(dtype)
-    except (NotImplementedError, RuntimeError):
-        return False
-    return True
-
-
-every_dtype = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype) and has_numbers(d)}, key=str)
+quantised = {torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4}
+every_dtype = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)} - quantised, key=str)
+without_a_one = re.compile(r"torch\.(bits.*|u?int[1-7]|float4.*)")  # torch itself cannot fill them
 
 
 def test_dtypes_are_all_there() -> None:
     unsigned = {torch.uint8, torch.uint16, torch.uint32, torch.uint64}
     float8 = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu}
-    assert set(every_dtype) >= unsigned | float8 | {torch.bool, torch.int8, torch.int64, torch.float16, torch.complex32}
+    small = {torch.uint4, torch.int1, torch.bits8, torch.bits16, torch.float4_e2m1fn_x2}
+    assert set(every_dtype) >= unsigned | float8 | small | {torch.bool, torch.int8, torch.int64, torch.float16, torch.complex32}
 
 
-@pytest.mark.parametrize("width", [1, 3, 16])
+@pytest.mark.parametrize("width", [None, 1, 3, 16])
 @pytest.mark.parametrize("capacity", [None, 5, 7])
 @pytest.mark.parametrize("dtype", every_dtype, ids=str)
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.usefixtures("size_class")
-def test_every_dtype_of_torch(dtype: torch.dtype, capacity: int | None, width: int) -> None:  # R-10
+def test_every_dtype_of_torch(dtype: torch.dtype, capacity: int | None, width: int | None) -> None:  # R-10
     mask = torch.tensor([[False, False, True], [True, True, True], [False, False, False]])
     layout = of_mask(mask, capacity=capacity)
     size = torch.empty((), dtype=dtype).element_size()
-    bytes_of_x = torch.randint(0, 2 if dtype == torch.bool else 256, (3, 3, width * size), dtype=torch.uint8)
-    packed = layout.pack(bytes_of_x.view(dtype))
+    bytes_of_x = torch.randint(0, 2 if dtype == torch.bool else 256, (3, 3, (width or 1) * size), dtype=torch.uint8)
+    x = bytes_of_x.view(dtype)
+    packed = layout.pack(x[..., 0] if width is None else x)
     assert packed.dtype == dtype
-    assert torch.equal(packed.view(torch.uint8)[:5], bytes_of_x[~mask])
-    assert not packed.view(torch.uint8)[5:].any(), "slack rows are 0"
-    one = torch.ones(width, dtype=torch.float32).to(dtype).view(torch.uint8)
-    padded = layout.unpack(packed, 1)  # there is no 0 in float8_e8m0fnu
-    assert padded.dtype == dtype
-    assert torch.equal(padded.view(torch.uint8), torch.where(mask[..., None], one, bytes_of_x))
+    bytes_of_rows = packed.reshape(len(packed), -1).view(torch.uint8)
+    assert torch.equal(bytes_of_rows[:5], bytes_of_x[~mask])
+    assert not bytes_of_rows[5:].any(), "slack rows are 0"
+    pads = [(0, torch.zeros(1, dtype=torch.uint8))]
+    if without_a_one.fullmatch(str(dtype)):
+        with pytest.raises(ArgumentError, match=f"`pad_value` must be 0 for a tensor of {dtype}, but is 1"):
+            layout.unpack(packed, 1)
+    else:
+        pads.append((1, torch.ones(width or 1, dtype=torch.float32).to(dtype).view(torch.uint8)))
+    for pad_value, bytes_of_pad in pads:
+        padded = layout.unpack(packed, pad_value)
+        assert padded.dtype == dtype
+        assert torch.equal(padded.reshape(3, 3, -1).view(torch.uint8), torch.where(mask[..., None], bytes_of_pad, bytes_of_x))
+    last = layout.pool(packed, "last")
+    assert last.dtype == dtype
+    ends = torch.stack([bytes_of_x[0, 1], torch.zeros_like(bytes_of_x[0, 0]), bytes_of_x[2, 2]])
+    assert torch.equal(last.reshape(3, -1).view(torch.uint8), ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_padding_of_unsigned_numbers(dtype: torch.dtype) -> None:
+    layout, top = SeqLayout.from_lengths([2, 1], 2), torch.iinfo(dtype).max
+    ids = torch.tensor([1, 2, 3], dtype=dtype)
+    for value, want in ((0, 0), (top, top), (top // 2 + 1, top // 2 + 1), (-1, top)):  # -1 as in torch.full
+        assert layout.unpack(ids, value).tolist() == [[1, 2], [3, want]]
+    for value in (top + 1, -top - 1):
+        with pytest.raises(ArgumentError, match=f"`pad_value` must be below {top + 1} for a tensor of {dtype}, but is {value}"):
+            layout.unpack(ids, value)
+
+
+@pytest.mark.parametrize("how", ["mean", "max", "sum"])
+def test_pools_of_float8(how: Any) -> None:
+    layout, x = SeqLayout.from_lengths([2, 1]), torch.tensor([[1.0], [3.0], [4.0]]).to(torch.float8_e5m2)
+    pooled = layout.pool(x, how)
+    assert pooled.dtype == x.dtype
+    assert pooled.float().flatten().tolist() == layout.pool(x.float(), how).flatten().tolist()
+
+
+@pytest.mark.parametrize("width", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.quint8, torch.qint8, torch.qint32], ids=str)
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.usefixtures("size_class")
+def test_quantised_rows(dtype: torch.dtype, width: int | None) -> None:
+    layout = SeqLayout.from_lengths([2, 1], 3)
+    padding = layout.padding_mask()
+    x = torch.quantize_per_tensor(torch.arange(6.0).view(2, 3) if width is None else torch.randn(2, 3, width), 0.5, 0, dtype)
+    packed, wide = layout.pack(x), (..., *[None] * (x.dim() - 2))
+    assert torch.equal(packed.int_repr(), x.int_repr()[~padding])
+    for pad_value in (0, 1.5):
+        assert torch.equal(layout.unpack(packed, pad_value).dequantize(), x.dequantize().masked_fill(padding[wide], pad_value))
+    assert torch.equal(layout.pool(packed, "first").dequantize(), x.dequantize()[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantised_rows_that_torch_does_not_take() -> None:
+    x, exact = torch.ones(2, 3), SeqLayout.from_lengths([2, 1], 3)
+    capacity = of_mask(exact.padding_mask(), capacity=4)
+    of_half_bytes = torch.quantize_per_tensor(x, 1.0, 0, torch.quint4x2)
+    by_column = torch.quantize_per_channel(x, torch.ones(3), torch.zeros(3), 1, torch.qint8)
+    whole = torch.quantize_per_tensor(x, 1.0, 0, torch.qint8)
+    for layout, rows in ((exact, of_half_bytes), (exact, by_column), (capacity, whole)):
+        with pytest.raises(DtypeError, match=rf"`x` must be quantised .* but is {rows.dtype} .*: pass x.int_repr\(\) or x.dequantize"):
+            layout.pack(rows)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own imports
+def test_unsigned_numbers_in_a_graph(backend: str) -> None:
+    def through(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        layout = SeqLayout.from_key_padding_mask(mask)
+        rows = layout.pack(ids)
+        return rows, layout.unpack(rows, 7), layout.pool(rows, "last")
+
+    ids, mask = torch.tensor([[1, 2, 65535], [40000, 0, 0]], dtype=torch.uint16), SeqLayout.from_lengths([2, 1], 3).padding_mask()
+    made = torch.compile(through, fullgraph=True, backend=backend)(ids, mask)
+    assert [x.tolist() for x in made] == [[1, 2, 40000], [[1, 2, 7], [40000, 7, 7]], [2, 40000]]
 
 
 def grads_by_loop(y: Tensor, x: Tensor, vectors: Tensor) -> Tensor:

@@ -589,6 +589,7 @@ def test_masks_that_want_a_gradient_get_it() -> None:
         assert grads[1].abs().sum() > 0
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_layouts_and_masks_of_packed_and_nested_input_are_checked() -> None:
     """R-16: nothing that is given is ignored."""
     _, ours = pair()
@@ -605,6 +606,8 @@ def test_layouts_and_masks_of_packed_and_nested_input_are_checked() -> None:
     nested = torch.nested.as_nested_tensor([rows[:5], rows[5:]], layout=torch.jagged)
     with pytest.raises(ArgumentError, match="nested tensor says itself"):
         ours(nested, layout=layout)
+    with pytest.raises(AssertionError, match=r"outside of its fast path. Here it has no sequence, .* pass a padded"):
+        ours(torch.nested.nested_tensor([]))
 
 
 def test_a_wrapped_output_projection_is_called() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +30,9 @@ def compiler(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(path))
+
+
+WRITES = 'while [ $# -gt 1 ]; do shift; done; echo nothing >"$1"'  # to the last of the arguments, which is the output
 
 
 def reasons(backend: str = "cpu_native") -> str:
@@ -96,10 +102,107 @@ def test_a_result_that_does_not_load_leaves_the_old_build_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / _native._name()).write_bytes(b"the old one")
-    compiler(folder, 'while [ $# -gt 1 ]; do shift; done; echo nothing >"$1"', monkeypatch)
+    compiler(folder, WRITES, monkeypatch)
     assert main(["build-native"]) == 1
     assert "what was built does not load" in capsys.readouterr().err
     assert (folder / _native._name()).read_bytes() == b"the old one"
+
+
+def belong_to(user: int, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = Path.stat
+
+    def told(self: Path, **options: Any) -> os.stat_result:
+        facts = inner(self, **options)
+        return os.stat_result([*facts[:4], user, *facts[5:]]) if self == place else facts
+
+    monkeypatch.setattr(Path, "stat", told)
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "file behind a link", "folder behind a link"])
+@pytest.mark.parametrize("how", ["all", "group", "own group", "owner"])
+def test_what_others_could_have_written_is_not_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch, what: str, how: str) -> None:
+    place = folder / _native._name()
+    if "link" in what:
+        (folder / "elsewhere").mkdir(mode=0o700)
+        place.symlink_to(folder / "elsewhere" / "library")
+        place = place.resolve()
+    place.write_bytes(b"not a library")
+    place = place.parent if "folder" in what else place
+    place.chmod({"all": 0o702, "owner": 0o700}.get(how, 0o720))
+    if how == "owner":
+        belong_to(54321, place, monkeypatch)
+        assert f"was built, but is not loaded: {place} belongs to another user (54321). Set VARLEN_ATTN_NATIVE" in reasons()
+        return
+    if how != "all":
+        facts = place.stat()
+        belong_to(facts.st_gid + (how == "group"), place, monkeypatch)
+        monkeypatch.setattr(_native.os, "geteuid", lambda: facts.st_gid + (how == "group"))
+    if how == "own group":
+        assert "was built, but does not load" in reasons(), "as anything that is no library"
+    else:
+        assert f"not loaded: other users can write to {place}. Look whether it is what you built, and run `chmod go-w {place}`" in reasons()
+
+
+def test_a_folder_of_others_does_not_hide_our_own(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    shared, own = folder / "shared", folder / "own"
+    for place, mode in ((shared, 0o777), (own, 0o755)):
+        place.mkdir()
+        place.chmod(mode)
+        (place / _native._name()).touch()
+    monkeypatch.setattr(_native, "_folders", lambda: iter((shared, own)))
+    monkeypatch.setattr(_native, "Library", lambda path: path)
+    assert _native._load(_native._name()) == own / _native._name()
+    assert _native._writable_folder() == own
+    monkeypatch.setattr(_native, "_folders", lambda: iter((shared,)))
+    with pytest.raises(VarlenError, match=rf"no folder to build in can be written: {shared}; other users can write to {shared}"):
+        _native.build()
+    monkeypatch.delattr(_native.os, "geteuid")
+    assert _native._writable_folder() == shared, "where there are no such rights, nothing is asked"
+
+
+def test_no_link_is_followed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by the note of a failed build, nor by the library of a successful one."""
+    precious = folder / "precious"
+    precious.write_bytes(b"precious")
+    target = folder / _native._name()
+    for link in (target, target.with_suffix(".failed")):
+        link.symlink_to(precious)
+    compiler(folder, "exit 3", monkeypatch)
+    with pytest.raises(VarlenError):
+        _native.build()
+    assert not target.with_suffix(".failed").is_symlink()
+    compiler(folder, WRITES, monkeypatch)
+    monkeypatch.setattr(_native, "Library", lambda path: path)
+    assert _native.build() == target
+    assert not target.is_symlink()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755, "whatever the umask is"
+    assert not target.with_suffix(".failed").exists()
+    assert precious.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("at", ["_compile", "_call", "Library", "os.replace", "Path.chmod"])
+def test_an_interrupted_build_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    (folder / _native._name()).write_bytes(b"the old one")
+    compiler(folder, WRITES, monkeypatch)
+    before = sorted(folder.iterdir())
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"varlen_attn._native.{at}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _native.build()
+    assert sorted(folder.iterdir()) == before
+    assert (folder / _native._name()).read_bytes() == b"the old one"
+
+
+def test_two_builds_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler(folder, f"sleep 0.05; {WRITES}", monkeypatch)
+    monkeypatch.setattr(_native, "Library", lambda path: path)
+    with ThreadPoolExecutor(4) as pool:
+        built = [job.result() for job in [pool.submit(_native.build) for _ in range(4)]]
+    assert built == [folder / _native._name()] * 4
+    assert sorted(p.name for p in folder.iterdir()) == sorted(["compiler", _native._name()])
 
 
 def test_looking_for_it_never_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,4 +264,18 @@ def test_builds_lie_with_the_environment_or_in_the_cache(monkeypatch: pytest.Mon
     assert list(_native._folders()) == [tmp_path / "venv" / "share" / "varlen_attn", tmp_path / "varlen_attn"]
     monkeypatch.setattr(_native.sys, "prefix", _native.sys.base_prefix)
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert list(_native._folders()) == [Path.home() / ".cache" / "varlen_attn"]
+    in_the_home = [Path.home() / ".cache" / "varlen_attn"]
+    assert list(_native._folders()) == in_the_home
+    for relative in ("cache", ".", ""):
+        monkeypatch.setenv("XDG_CACHE_HOME", relative)
+        assert list(_native._folders()) == in_the_home, "relative ones are ignored"
+    monkeypatch.setattr(_native.sys, "prefix", "venv")
+    monkeypatch.setenv("HOME", "home")
+    assert list(_native._folders()) == [], "never below the current folder"
+
+
+def test_a_relative_folder_is_that_of_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given, want in (("", ""), ("0", "0"), ("builds", str(tmp_path / "builds")), ("/builds", "/builds")):
+        monkeypatch.setenv("VARLEN_ATTN_NATIVE", given)
+        assert _native._read_setting() == want

@@ -212,7 +212,7 @@ class AttentionCall:
             with torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext():
                 out, lse = launch(self._backend_while_tracing(), *qkv, call)
         elif self.query.is_meta:  # shapes only; there is nothing to choose
-            out = connected_zeros((*self.query.shape[:2], self.value.shape[2]), *qkv)
+            out = connected_zeros((*self.query.shape[:2], self.value.shape[2]), *qkv, *self.extras.tensors)
             lse = out.new_empty(out.shape[1::-1], dtype=wide_dtype(out.dtype))
         else:
             plan = self.plan()
@@ -301,7 +301,7 @@ def _launch_without_empties(backend: Backend, query: Tensor, key: Tensor, value:
     """For kernels that mishandle empty sequences: leave them out; their queries, if any, get 0 and -inf."""
     some = kept(*call.layouts, "without empties", lambda: _without_empties(*call.layouts))
     if some is None:
-        out = connected_zeros((*query.shape[:2], value.shape[2]), query, key, value)
+        out = connected_zeros((*query.shape[:2], value.shape[2]), query, key, value, *call.extras.tensors)
         lse = out.new_full((out.shape[1], out.shape[0]), float("-inf"), dtype=wide_dtype(out.dtype))
         return out, lse if call.semantics.return_lse else None
     query = query if some.rows_q is None else some.rows_q.pack(query[None])

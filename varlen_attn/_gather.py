@@ -24,6 +24,7 @@ With slack rows (capacity mode) N counts them too; an eager pack writes those on
 from __future__ import annotations
 
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -39,8 +40,11 @@ from torch.autograd import forward_ad
 _SMALL_PACK = 2**15
 _SMALL_UNPACK = 2**19
 
-# Numbers of as many bits in place of those whose rows torch does not write on a CPU (2.13).
-_STAND_INS = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+# Integers of as many bits in place of the dtypes whose rows torch does not move everywhere (2.13): unsigned ones above 8 bits, parts of
+# a byte, and names for bits only. None of them has a gradient.
+_UNMOVED = re.compile("uint(16|32|64)|u?int[1-7]|bits.*|float4.*")
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+STAND_INS = {d: _INTEGERS[d.itemsize] for name, d in vars(torch).items() if isinstance(d, torch.dtype) and _UNMOVED.fullmatch(name)}
 
 
 # Whether a profiler runs, for whom calls leave a range: opening one costs microseconds.
@@ -76,6 +80,7 @@ def trace_quietly() -> None:
 def mark_unbacked(tensor: Tensor) -> None:
     """Tell `torch.compile` that the number of packed rows is data: one graph for all of 0, 1, 2, ...
 
+    Only of tensors that are ours and stay here: code that is compiled with a marked one can not look at the size, and much of torch does.
     Only where dynamo is loaded already: its import costs 0.8 s and nobody compiles without it.
     """
     if "torch._dynamo" in sys.modules and not is_tracing(tensor):
@@ -127,9 +132,6 @@ def gather_rows(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Ten
         return x.new_zeros((token_indices.shape[0], *x.shape[1:]))
     rows = x.index_select(0, token_indices)
     valid = valid_T.view(-1, *[1] * (x.dim() - 1))
-    if x.dtype in _STAND_INS:  # torch 2.11 has no `where` for them; they have no gradient either
-        bits = rows.view(_STAND_INS[x.dtype])
-        return torch.where(valid, bits, 0).view(x.dtype)
     return torch.where(valid, rows, rows.new_zeros(()))
 
 
@@ -170,9 +172,9 @@ def place_rows(x: Tensor, token_indices: Tensor, gather_indices: Tensor, valid_T
 
 
 def _has_memory(x: Tensor) -> bool:
-    """Whether the numbers of ``x`` stand in memory that we may address: not in a tensor subclass, and not in a batch of gradients
-    (``is_grads_batched``, ``vectorize=True``), which is no transform of `torch.func` and has no storage."""
-    if x.device.type not in ("cpu", "cuda") or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    """Whether the numbers of ``x`` stand in memory that we may address: not in a tensor subclass, not quantised, and not in a batch of
+    gradients (``is_grads_batched``, ``vectorize=True``), which is no transform of `torch.func` and has no storage."""
+    if x.device.type not in ("cpu", "cuda") or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ or x.is_quantized:
         return False
     return not torch._C._functorch.is_legacy_batchedtensor(x)
 
@@ -198,10 +200,8 @@ def _in_words(*rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def _in_own_size(x: Tensor) -> Tensor:
-    """Integers over the same memory where torch writes no rows of the dtype of ``x``: unsigned ones above 8 bits, and float8."""
-    if x.is_floating_point() and x.element_size() == 1:
-        return x.view(torch.int8)
-    return x.view(_STAND_INS[x.dtype]) if x.dtype in _STAND_INS else x
+    """Integers over the same memory in place of float8, of which torch writes no rows."""
+    return x.view(torch.int8) if x.is_floating_point() and x.element_size() == 1 else x
 
 
 def needs_plain_gathers() -> bool:

@@ -56,6 +56,24 @@ def check_integer_vector(values: Tensor, name: str) -> None:
         raise LayoutError(f"`{name}` must be 1-D, but has shape {tuple(values.shape)}.")
 
 
+def check_takes_rows(x: Tensor, name: str, has_slack: bool) -> None:
+    """Quantised numbers: one scale for all, whole bytes, and no rows to fill with zeros."""
+    if x.qscheme() != torch.per_tensor_affine or x.dtype in (torch.quint4x2, torch.quint2x4) or has_slack:
+        raise DtypeError(
+            f"`{name}` must be quantised with one scale for all and at least 8 bits, and the layout exact, but is {x.dtype} with "
+            f"{x.qscheme()}{', and the layout has a capacity' if has_slack else ''}: pass {name}.int_repr() or {name}.dequantize()."
+        )
+
+
+def signed_pad_value(value: float, dtype: torch.dtype) -> int:
+    """The number that means ``value`` where a signed integer of as many bits stands in for ``dtype``."""
+    size = 2 ** (8 * dtype.itemsize) if dtype in (torch.uint16, torch.uint32, torch.uint64) else 1
+    if not -size < value < size:
+        raise ArgumentError(f"`pad_value` must be {f'below {size}' if size > 1 else '0'} for a tensor of {dtype}, but is {value}.")
+    value = int(value) % size
+    return value - size if 2 * value >= size > 1 else value
+
+
 def is_integer(value: Any) -> bool:
     """An integer of any package, but no bool. A size of a graph with dynamic shapes is an int to dynamo, without attributes to ask for."""
     return not isinstance(value, bool) and (isinstance(value, int) or hasattr(value, "__index__"))

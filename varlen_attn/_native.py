@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import struct
 import subprocess
 import sys
@@ -31,7 +32,17 @@ __all__ = ["PACKED", "Arguments", "Library", "NoCompiler", "build", "library", "
 
 _SOURCES = Path(__file__).parent / "csrc"
 _VARIABLE = "VARLEN_ATTN_NATIVE"  # 0: leave the kernel out, as if it had not been built; else the folder where it lies
-setting = os.environ.get(_VARIABLE, "")  # read once, because plans are kept
+
+
+def _read_setting() -> str:
+    """Once, because plans are kept; a relative folder is below the one in which the process is now, wherever it goes later."""
+    given = os.environ.get(_VARIABLE, "")
+    with suppress(OSError):  # that folder is gone
+        return given if given in ("", "0") else os.path.abspath(given)
+    return given
+
+
+setting = _read_setting()
 _COMPILER_FLAGS = (
     "-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
     "-fno-strict-aliasing",  # numbers are moved as integers of their size
@@ -133,13 +144,36 @@ def _find() -> Library | str:
 
 
 def _load(name: str) -> Library | str:
-    path = next((folder / name for folder in _folders() if os.path.exists(folder / name)), None)
-    if path is None:
-        return _why_not_built(name)
-    try:
-        return Library(path)
-    except (OSError, AttributeError) as error:
-        return f"was built, but does not load ({error})"
+    found = [folder / name for folder in _folders() if os.path.exists(folder / name)]
+    reasons = []
+    for path in found:
+        try:
+            shared = _shared(path.resolve(), path.resolve().parent, path.parent)
+            if shared is None:
+                return Library(path)
+            reasons.append(f"was built, but is not loaded: {shared}")
+        except (OSError, AttributeError) as error:
+            reasons.append(f"was built, but does not load ({error})")
+    return reasons[0] if reasons else _why_not_built(name)
+
+
+def _shared(*places: Path) -> str | None:
+    """Why somebody else could decide what runs here, if that is so: by owning one of these, or by the right to write to it.
+
+    Trusted are this user, root, and who owns this package, whose code runs here anyway. A group of its owner's number is that owner's own
+    (what ``login`` and ``pam_umask`` go by when they let new files be writable by the group); of any other group nobody knows the members.
+    Folders further up do not matter: whoever replaces the folder becomes the owner of the new one.
+    """
+    if not hasattr(os, "geteuid"):
+        return None
+    trusted = {0, os.geteuid(), os.stat(__file__).st_uid}
+    for place in places:
+        facts = place.stat()
+        if facts.st_uid not in trusted:
+            return f"{place} belongs to another user ({facts.st_uid}). Set {_VARIABLE} to a folder of your own, and build there"
+        if facts.st_mode & (stat.S_IWOTH | (0 if facts.st_gid == facts.st_uid else stat.S_IWGRP)):
+            return f"other users can write to {place}. Look whether it is what you built, and run `chmod go-w {shlex.quote(str(place))}`"
+    return None
 
 
 def _why_not_built(name: str) -> str:
@@ -176,14 +210,20 @@ _hashes: dict[str, str] = {}
 
 
 def _folders() -> Iterator[Path]:
-    """Where a build may lie: where the user says, with its virtual environment, whose torch it is for, or in the user's cache."""
+    """Where a build may lie: where the user says, with its virtual environment, whose torch it is for, or in the user's cache.
+
+    Never below the current folder, which may be anybody's: what is no absolute path is left out, as the XDG specification wants it too.
+    """
+    folders = []
     if setting not in ("", "0"):
-        yield Path(setting).absolute()
-        return
-    if sys.prefix != sys.base_prefix:
-        yield Path(sys.prefix) / "share" / "varlen_attn"
-    with suppress(RuntimeError):  # no home directory
-        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "varlen_attn"
+        folders.append(Path(setting))
+    else:
+        if sys.prefix != sys.base_prefix:
+            folders.append(Path(sys.prefix) / "share" / "varlen_attn")
+        cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        with suppress(RuntimeError):  # no home directory
+            folders.append((cache if cache.is_absolute() else Path.home() / ".cache") / "varlen_attn")
+    yield from (folder for folder in folders if folder.is_absolute())
 
 
 # -------------------------------------------------------------------- building
@@ -200,7 +240,8 @@ def build(*, sanitize: str | None = None) -> Path:
         sanitize: as of ``-fsanitize``, for tests: ``"address,undefined"``. Only with a folder of its own.
 
     Raises:
-        VarlenError: no folder to write to, a compiler that fails, or a result that does not load; the message says what, and is kept.
+        VarlenError: no folder to write to that is this user's alone, a compiler that fails, or a result that does not load; the message
+            says what, and is kept.
         NoCompiler: not Linux, or no compiler.
     """
     if sanitize and setting in ("", "0"):
@@ -208,30 +249,38 @@ def build(*, sanitize: str | None = None) -> Path:
     folder = _writable_folder()
     target = folder / _name()
     note = target.with_suffix(".failed")
-    try:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    # Everything is written in a new folder and moved at once: no other process loads half a file, and no link is followed.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        try:
             built = _compile(_compiler(), Path(scratch), sanitize)
+            built.chmod(0o755)  # whatever the linker and the umask made of it
             Library(built)
-            os.replace(built, target)  # at once, so that no other process loads half a file
-    except (VarlenError, OSError) as error:
-        with suppress(OSError):
-            note.write_text(f"{error}\n", encoding="utf-8", errors="replace")
-        if isinstance(error, VarlenError):
-            raise
-        raise VarlenError(f"what was built does not load: {error}") from error
+            os.replace(built, target)
+        except (VarlenError, OSError) as error:
+            with suppress(OSError):
+                words = Path(scratch, "failed")
+                words.write_text(f"{error}\n", encoding="utf-8", errors="replace")
+                os.replace(words, note)
+            if isinstance(error, VarlenError):
+                raise
+            raise VarlenError(f"what was built does not load: {error}") from error
     note.unlink(missing_ok=True)
     _found.clear()
     return target
 
 
 def _writable_folder() -> Path:
-    folders = list(_folders())
+    folders, reasons = list(_folders()), []
     for folder in folders:
         with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            shared = _shared(folder)
+            if shared is None and os.access(folder, os.W_OK):
                 return folder
-    raise VarlenError(f"no folder to build in can be written: {', '.join(map(str, folders))}. Set {_VARIABLE} to one that can")
+            reasons += [] if shared is None else [f"; {shared}"]
+    raise VarlenError(
+        f"no folder to build in can be written: {', '.join(map(str, folders))}{''.join(reasons)}. Set {_VARIABLE} to one that can"
+    )
 
 
 def _compiler() -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._call_checks import check_layouts
-from ._gather import trace_quietly
+from ._gather import mark_unbacked, trace_quietly
 from ._masks import additive_mask, read_masks
 from ._mha_checks import check_inputs
 from ._static import static_graph, static_layout, static_layouts
@@ -78,9 +78,19 @@ def nested_rows(x: Tensor) -> tuple[Tensor, SeqLayout]:
     if x.layout == torch.jagged:
         x = x.contiguous()
         return x.values(), SeqLayout.from_nested(x)
+    refuse_no_sequence(x)
     parts = x.unbind()
-    rows = torch.cat(parts) if parts else x.new_zeros((0, 0))
+    rows = torch.cat(parts)
     return rows, SeqLayout.from_lengths([len(p) for p in parts], device=rows.device)
+
+
+def refuse_no_sequence(x: Tensor) -> None:
+    """Of a strided nested tensor, which then has no width: in torch's class and words."""
+    if x.is_nested and x.layout == torch.strided and x.size(0) == 0:
+        raise AssertionError(
+            "MultiheadAttention does not support NestedTensor outside of its fast path. Here it has no sequence, so the width of its rows "
+            "is not known: leave the call out, or pass a padded torch.zeros(0, 0, D)."
+        )
 
 
 def full_layout(x: Tensor) -> SeqLayout:
@@ -234,8 +244,11 @@ def enter(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Stream |
         own, _ = static_layouts(x, own, x, None)
     facts = read_masks(x, padding, masks.attn, hint=masks.is_causal, compare=masks.compare or masks.is_causal or form != "packed")
     layout = facts.layout or own or full_layout(x)
+    rows = pack_rows(layout, x, name, form)
+    if form not in ROWS:  # not the caller's own
+        mark_unbacked(rows)
     causal = masks.is_causal if masks.attn is None else not facts.not_causal
-    stream = Stream(pack_rows(layout, x, name, form), layout, causal, None if causal else masks.attn, form, given)
+    stream = Stream(rows, layout, causal, None if causal else masks.attn, form, given)
     if not facts.additive:
         return stream
     assert padding is not None

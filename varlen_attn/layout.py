@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._gather import (
+    STAND_INS,
     Pack,
     Unpack,
     gather_rows,
@@ -54,9 +55,11 @@ from ._layout_checks import (
     check_offsets,
     check_rank,
     check_size,
+    check_takes_rows,
     describe,
     host_lengths,
     shorten,
+    signed_pad_value,
 )
 from .errors import ArgumentError, DtypeError, LayoutError
 
@@ -377,30 +380,35 @@ class SeqLayout:
 
         Raises:
             LayoutError: ``x`` does not begin with ``(B, S)``, or is on another device.
+            DtypeError: it is quantised in a way that torch takes no rows of.
         """
         self._check(x, (self.batch_size, self.padded_len), "x")
+        if x.dtype in STAND_INS:
+            return self.pack(x.view(STAND_INS[x.dtype])).view(x.dtype)
         flat = x.reshape(self.batch_size * self.padded_len, *x.shape[2:])
         valid_T = self.valid_rows() if self.has_slack else None
         if needs_plain_gathers():
             return gather_rows(flat, self.token_indices, valid_T)
-        packed: Tensor
         if torch.is_grad_enabled() and x.requires_grad:
-            packed = Pack.apply(flat, self.token_indices, self.gather_indices, valid_T)
-        else:
-            packed = take_rows(flat, self.token_indices, valid_T)
-        mark_unbacked(packed)
-        return packed
+            packed: Tensor = Pack.apply(flat, self.token_indices, self.gather_indices, valid_T)
+            return packed
+        return take_rows(flat, self.token_indices, valid_T)
 
-    def unpack(self, x: Tensor, pad_value: float = 0.0) -> Tensor:
+    def unpack(self, x: Tensor, pad_value: float = 0) -> Tensor:
         """``(T, ...) -> (B, S, ...)``: tokens at their places, ``pad_value`` at padding; the backward of `pack`.
 
         Raises:
             LayoutError: ``x`` does not have T rows, or is on another device.
+            ArgumentError: ``pad_value`` is no number of the dtype of ``x``.
+            DtypeError: ``x`` is quantised in a way that torch takes no rows of.
         """
         self._check(x, (self.token_indices.shape[0],), "x")
-        if not (x.is_floating_point() or x.is_complex()) and pad_value != int(pad_value):
+        exact = not (x.is_floating_point() or x.is_complex() or x.is_quantized)
+        if exact and pad_value % 1 != 0:
             raise ArgumentError(f"`pad_value` must be an integer for a tensor of {x.dtype}, but is {pad_value}.")
-        value = pad_value if x.is_floating_point() or x.is_complex() else int(pad_value)
+        value = int(pad_value) if exact else pad_value
+        if x.dtype in STAND_INS:
+            return self.unpack(x.view(STAND_INS[x.dtype]), signed_pad_value(value, x.dtype)).view(x.dtype)
         if needs_plain_gathers():
             padded = scatter_rows(x, self.gather_indices, value)
         else:
@@ -424,7 +432,7 @@ class SeqLayout:
         if self.lengths is not None:
             bounds = {"min_seqlen": min(self.lengths, default=0), "max_seqlen": max(self.lengths, default=0)}
         offsets = self.cu_seqlens.to(torch.int64)
-        return torch.nested.nested_tensor_from_jagged(x, offsets=offsets, **bounds)
+        return torch.nested.nested_tensor_from_jagged(x.view_as(x), offsets=offsets, **bounds)  # torch marks what it is given
 
     def pool(self, x: Tensor, how: Pooling) -> Tensor:
         """``(T, ...) -> (Q, ...)``: mean, max, sum, first or last token of each sequence; 0 for an empty one.
@@ -432,7 +440,7 @@ class SeqLayout:
         Of losses of tokens ``(T,)`` it makes one for each sequence: ``layout.pool(F.cross_entropy(logits, targets, reduction="none"),
         "mean").mean()`` lets every sequence count alike, whatever its length.
 
-        Sums and means of half precision accumulate in float32. The mean in plain PyTorch:
+        Sums and means of half precision and less accumulate in float32. The mean in plain PyTorch:
         ``(padded * real[..., None]).sum(1) / real.sum(1, keepdim=True)``.
         """
         self._check(x, (self.num_rows,), "x")
@@ -440,13 +448,14 @@ class SeqLayout:
         lengths_Q1 = offsets.diff().view(-1, *[1] * (x.dim() - 1))
         if how in ("first", "last"):
             row_Q = offsets[:-1] + 1 if how == "first" else offsets[1:]
-            padded = torch.cat([x.new_zeros((1, *x.shape[1:])), x])  # row 0 serves empty sequences
-            return padded.index_select(0, torch.where(offsets.diff() > 0, row_Q, 0))
+            if x.dtype in STAND_INS:
+                return self.pool(x.view(STAND_INS[x.dtype]), how).view(x.dtype)
+            return scatter_rows(x, torch.where(offsets.diff() > 0, row_Q, 0), 0)
         if how not in ("mean", "max", "sum"):
             raise ArgumentError(f"`how` must be one of 'mean', 'max', 'sum', 'first', 'last', but is {how!r}.")
-        if not x.is_floating_point():
+        if not x.is_floating_point() or x.dtype in STAND_INS:
             raise DtypeError(f"`x` must be floating-point for how={how!r}, but is {x.dtype}: convert it with x.float().")
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        wide = x.float() if x.element_size() < 4 else x
         if self.has_slack:  # 0 times NaN would be NaN in a sum that should not see the row at all
             wide = torch.where(self.valid_rows().view(-1, *[1] * (x.dim() - 1)), wide, 0)
         reduced = torch.segment_reduce(wide, "max" if how == "max" else "sum", offsets=offsets, unsafe=True)
@@ -588,6 +597,8 @@ class SeqLayout:
                 f"T={self.num_rows}), but has shape {tuple(x.shape)}. Nothing is sliced to fit: build the layout "
                 f"from the mask that belongs to this tensor.{frames}"
             )
+        if x.is_quantized:
+            check_takes_rows(x, name, self.has_slack)
         if x.device != self.cu_seqlens.device:
             raise LayoutError(
                 f"`{name}` is on {x.device}, but the layout is on {self.device}: call layout.to({str(x.device)!r}) once per batch."

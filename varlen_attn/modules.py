@@ -24,7 +24,19 @@ from ._masks import additive_mask, read_masks
 from ._mha_checks import check_inputs, mha_shape_check
 from ._state import state
 from ._static import refuse_order, static_graph, static_layouts
-from ._streams import ROWS, Form, Prepared, batch_first, form_of, full_layout, given_form, nested_rows, pack_rows, unpack_rows
+from ._streams import (
+    ROWS,
+    Form,
+    Prepared,
+    batch_first,
+    form_of,
+    full_layout,
+    given_form,
+    nested_rows,
+    pack_rows,
+    refuse_no_sequence,
+    unpack_rows,
+)
 from .backends._dense import EAGER, attend_dense, dense_kernel_here, visible_mask
 from .backends._values import NO_EXTRAS
 from .backends.base import Backend
@@ -380,6 +392,8 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         """Whether nested inputs go to torch, which refuses them in its words: strided ones do not train and are q = k = v only, and none
         takes a mask. Others, as torch's encoder hands over in evaluation, are rows that are packed already."""
         tensors = (query, key, value)
+        for x in tensors:
+            refuse_no_sequence(x)
         if not all(x.is_nested for x in tensors) or query.dim() != 3:
             mha_shape_check(*tensors, *masks, self.num_heads)
             raise LayoutError("query, key and value must all be nested or all be padded: convert with torch.nested.to_padded_tensor.")

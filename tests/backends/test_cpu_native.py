@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,49 @@ def test_every_instruction_set_and_our_own_products_are_exact(level: str, option
     layout = SeqLayout.from_lengths(LENGTHS)
     qkvg = tensors(layout.num_rows, dtype)
     check(qkvg, layout, options)
+
+
+def units(got: Tensor, want: Tensor) -> float:
+    """The largest error, in float32's units in the last place of what is ``want``ed in float64."""
+    unit = torch.ldexp(torch.ones_like(want), (want.abs().log2().floor() - 23).clamp(min=-149))
+    return float(((got.double() - want).abs() / unit).max())
+
+
+def test_softcap_to_the_last_places(level: str) -> None:
+    """The log-sum-exp of a single key is its score, so tanh comes out; and its slope from the gradient of two keys."""
+    powers = 2.0 ** torch.arange(-30, 8, dtype=torch.float32)[:, None]
+    x = torch.cat([(powers * torch.linspace(1, 2, 4001)).flatten(), torch.linspace(0, 12, 100001), torch.tensor([1e-45, 1e9, torch.inf])])
+    x = torch.cat([x, -x])[:, None, None]
+    one, two = (SeqLayout.from_lengths([n]) for n in (1, 2))
+    call = partial(varlen_attention, softcap=1.0, scale=1.0, backend="cpu_native")
+    key = torch.ones(1, 1, 1)
+    _, capped = call(x, key, key, SeqLayout.from_lengths([len(x)]), one, return_lse=True)
+    assert units(capped.flatten(), x.double().flatten().tanh()) <= 2
+    x = x[x.abs() < 20][:, None, None].requires_grad_()
+    keys = torch.tensor([1.0, 0.0])[:, None, None]
+    weight = call(x, keys, keys, SeqLayout.from_lengths([len(x)]), two)
+    (grad,) = torch.autograd.grad(weight.sum(), x)  # 16: there are more roundings than those of the slope
+    share = x.detach().double().tanh().sigmoid()
+    assert units(grad, share * (1 - share) / x.detach().double().cosh().square()) <= 16
+
+
+@pytest.mark.parametrize("softcap", [50.0, None])
+def test_the_backward_makes_the_scores_of_the_forward(level: str, softcap: float | None) -> None:
+    """Large scores, rounded in other places, would be other weights: errors three times those of plain float32."""
+    options = {"softcap": softcap, "alibi_slopes": torch.tensor([0.1, 0.2, 0.25, 0.3])}
+    layout = SeqLayout.from_lengths([113, 97])
+    for seed in range(4):
+        *qkv, grad = tensors(layout.num_rows, heads=4, dim=96, seed=seed)
+        qkv = [(x.detach() * s).requires_grad_() for x, s in zip(qkv, (50.0, 1.0, 1.0), strict=True)]
+        truth, plain = (grads_of_reference(qkv, grad, layout, dtype, options) for dtype in (torch.float64, torch.float32))
+        for got, want, other in zip(run([*qkv, grad], layout, **options)[1:], truth, plain, strict=True):
+            assert (got - want).abs().max() <= 2 * (other - want).abs().max()
+
+
+def grads_of_reference(qkv: list[Tensor], grad: Tensor, layout: SeqLayout, dtype: torch.dtype, options: dict[str, Any]) -> list[Tensor]:
+    leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
+    out = reference_attention(*leaves, layout, dtype=dtype, **options)
+    return list(torch.autograd.grad(out, leaves, grad.to(dtype)))
 
 
 def check(qkvg: list[Tensor], layout: SeqLayout, options: dict[str, Any]) -> None:

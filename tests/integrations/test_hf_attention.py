@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,9 +18,10 @@ from torch import Tensor, nn
 from transformers import masking_utils as hf
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from varlen_attn import LayoutError, record
+from varlen_attn import LayoutError, SeqLayout, record
 from varlen_attn._host_lengths import HostLengths
 from varlen_attn.backends._dense import EAGER
+from varlen_attn.integrations import _hf_attention
 from varlen_attn.integrations._hf_attention import NotPackable, varlen_attention_forward
 from varlen_attn.integrations._hf_mask import VarlenMask, varlen_mask
 
@@ -707,6 +711,34 @@ def test_offsets_that_changed_without_a_trace_are_read_again(how: str) -> None:
     out, _ = varlen_attention_forward(Layer(), *inputs, None, cu_seq_lens_q=offsets)
     together = torch.block_diag(*[torch.ones(n, n) for n in (5, 1, 1, 3)]).tril().bool()
     assert_rows(out, by_hand(*inputs, together)[0])
+
+
+def test_offsets_are_read_once_a_batch_and_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every thread; nothing hangs on them that a file would take along, and nothing outlives them."""
+    made: list[Tensor] = []
+    build = SeqLayout.from_cu_seqlens
+    monkeypatch.setattr(SeqLayout, "from_cu_seqlens", lambda offsets: made.append(offsets) or build(offsets))
+    offsets, inputs, before = OFFSETS.clone(), packed_states(), len(_hf_attention._layouts)
+
+    def layers(offsets: Tensor) -> None:
+        for _ in range(3):
+            varlen_attention_forward(Layer(), *inputs, None, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
+
+    layers(offsets)
+    with ThreadPoolExecutor(4) as pool:
+        for job in [pool.submit(layers, offsets) for _ in range(8)]:
+            job.result()
+    assert len(made) == 1
+    assert len(_hf_attention._layouts) == before + 1
+    assert not vars(offsets)
+    file = io.BytesIO()
+    torch.save(offsets, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), offsets)
+    made.clear()
+    del offsets
+    gc.collect()
+    assert len(_hf_attention._layouts) == before
 
 
 def test_offsets_with_host_lengths() -> None:

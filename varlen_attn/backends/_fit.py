@@ -70,8 +70,7 @@ def fitted(*, align: bool) -> Callable[[Run], Run]:
 
 def nothing(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
     """The result of a call without sequences."""
-    sinks = [] if call.extras.sinks is None else [call.extras.sinks]
-    out = connected_zeros((*query.shape[:2], value.shape[-1]), query, key, value, *sinks)
+    out = connected_zeros((*query.shape[:2], value.shape[-1]), query, key, value, *call.extras.tensors)
     return out, out.new_zeros((out.shape[1], out.shape[0]), dtype=torch.float32) if call.semantics.return_lse else None
 
 

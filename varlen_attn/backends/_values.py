@@ -26,6 +26,11 @@ class Extras:
     sinks: Tensor | None = None
     score_bias: ScoreBias | None = None
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What of them is a tensor: a gradient reaches it, 0 where there is nothing to attend to."""
+        return [x for x in (self.alibi_slopes, self.sinks, self.score_bias) if isinstance(x, Tensor)]
+
 
 NO_EXTRAS = Extras()
 

@@ -156,6 +156,7 @@ def _run_eager(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         if lse is not None:
             lses.append(lse.transpose(0, 1).flatten(1))
     rest = query.shape[0] - sum(g.size * g.len_q for g in groups)
-    results.append(connected_zeros((rest, query.shape[1], value.shape[2]), query, key, value))
+    unseen = [] if groups else call.extras.tensors  # those that no group has used
+    results.append(connected_zeros((rest, query.shape[1], value.shape[2]), query, key, value, *unseen))
     lses.append(query.new_full((query.shape[1], rest), float("-inf"), dtype=wide_dtype(query.dtype)))
     return torch.cat(results), torch.cat(lses, 1) if call.semantics.return_lse else None

@@ -79,7 +79,7 @@ class Flex(Backend):
         semantics, extras = call.semantics, call.extras
         bias = extras.score_bias
         if 0 in (query.shape[0], key.shape[0]) or (isinstance(bias, Tensor) and 0 in bias.shape):  # the kernel refuses all of these
-            nothing = connected_zeros((*query.shape[:2], value_dim), query, key, value)
+            nothing = connected_zeros((*query.shape[:2], value_dim), query, key, value, *extras.tensors)
             blind = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
             return nothing, blind if semantics.return_lse else None
         query, key = pad_head_dim(1, query, key, least=16)

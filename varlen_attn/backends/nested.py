@@ -99,11 +99,9 @@ class Nested(Backend):
 
 def _jagged(layout: SeqLayout, *tensors_TNH: Tensor) -> list[Tensor]:
     """``(T, N, H) -> (Q, N, j, H)`` each, sharing one offsets tensor, with the bounds that would else be read back. torch has no kernel for
-    rows that are parts of something wider, such as a fused projection."""
+    rows that are parts of something wider, such as a fused projection; and it marks what it is given, so that it gets views."""
     assert layout.lengths is not None  # refused otherwise: an empty sequence could hide
     offsets = layout.cu_seqlens.to(torch.int64)
     low, high = min(layout.lengths), max(layout.lengths)
-    return [
-        torch.nested.nested_tensor_from_jagged(aligned(x.contiguous()), offsets=offsets, min_seqlen=low, max_seqlen=high).transpose(1, 2)
-        for x in tensors_TNH
-    ]
+    rows = [aligned(x.view_as(x).contiguous()) for x in tensors_TNH]
+    return [torch.nested.nested_tensor_from_jagged(x, offsets=offsets, min_seqlen=low, max_seqlen=high).transpose(1, 2) for x in rows]

@@ -27,7 +27,7 @@ class Reference(Backend):
         return "eager matmul, softmax, matmul for each sequence"
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
-        out = connected_zeros((query.shape[0], query.shape[1], value.shape[2]), query, key, value)
+        out = connected_zeros((query.shape[0], query.shape[1], value.shape[2]), query, key, value, *call.extras.tensors)
         lse_dtype = wide_dtype(query.dtype)
         lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=lse_dtype)
         pairs_q, pairs_k = (itertools.pairwise(layout.cu_seqlens.tolist()) for layout in call.layouts)

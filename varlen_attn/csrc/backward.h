@@ -216,10 +216,10 @@ struct Backward {
     const float *lse = s.lse + i, *delta = s.delta + i;
     const uint32_t* drop_queries = s.drop_queries + i;
     for (int32_t c = 0; c < columns; c++) {
-      float score = x[c] * scale, steep = scale;
+      float score = rounded_product(x[c], scale), steep = scale;
       if constexpr (Capped) {
-        const float t = tanh_of(score / cap);
-        score = cap * t, steep = scale * (1.0f - t * t);
+        const Tanh t = tanh_of(score / cap);
+        score = rounded_product(t.value, cap), steep = scale * t.slope;
       }
       score -= slope * static_cast<float>(std::abs(c - origin));
       const bool seen = c >= low && c < high;

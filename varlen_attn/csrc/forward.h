@@ -169,7 +169,7 @@ struct Forward {
   void change(float* x, int64_t padded, float slope, int32_t origin) const {
     const float scale = static_cast<float>(a.scale), cap = static_cast<float>(a.softcap);
     if (cap > 0)
-      for (int64_t c = 0; c < padded; c++) x[c] = cap * tanh_of(x[c] * scale / cap);
+      for (int64_t c = 0; c < padded; c++) x[c] = rounded_product(tanh_of(x[c] * scale / cap).value, cap);
     else
       for (int64_t c = 0; c < padded; c++) x[c] *= scale;
     if (a.slopes)

@@ -76,13 +76,31 @@ inline float exp_of(float x) {
   return p * std::bit_cast<float>((power << 23) + 0x3f800000u);
 }
 
-// tanh, exact to float32's relative precision also near 0, where 1 - 2 / (e^2x + 1) would cancel.
-inline float tanh_of(float x) {
-  const float e = exp_of(2.0f * (x < -20.0f ? -20.0f : x > 20.0f ? 20.0f : x));
-  const float far = 1.0f - 2.0f / (e + 1.0f);
+// tanh and its derivative, to 2 and 3 units in the last place for every float: a polynomial up to |x| = 0.625 (Cephes' coefficients),
+// and 1 - 2 / (e^2|x| + 1) beyond, where nothing cancels. 1 - tanh^2 would leave few bits of the derivative where tanh is close to 1.
+struct Tanh {
+  float value, slope;
+};
+
+inline Tanh tanh_of(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x), sign = bits & 0x80000000u;
+  const float rest = 2.0f / (exp_of(2.0f * std::bit_cast<float>(bits ^ sign)) + 1.0f);
+  const float far = std::bit_cast<float>(std::bit_cast<uint32_t>(1.0f - rest) | sign);
   const float s = x * x;
-  const float near = x * (1.0f + s * (-0.333333333f + s * (0.133333333f + s * (-0.0539682540f + s * 0.0218694885f))));
-  return s < 0.04f ? near : far;
+  float p = -5.70498872745e-3f;
+  p = p * s + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  const float near = x + x * (s * p);
+  const bool small = s < 0.390625f;
+  return {small ? near : far, small ? 1.0f - near * near : rest * (2.0f - rest)};
+}
+
+// A product that is rounded by itself: the sign comes last, so that no compiler contracts the product with the sum that follows it.
+inline float rounded_product(float x, float factor) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x), sign = bits & 0x80000000u;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(std::bit_cast<float>(bits ^ sign) * factor) ^ sign);
 }
 
 // A mixing function of 32 bits with full avalanche (Wellons' "lowbias32").

@@ -7,12 +7,14 @@ goes to transformers' own function for ``sdpa``, or, where that lacks an option 
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .._call import Options as Asked
 from .._call import attend
@@ -176,8 +178,12 @@ def _by_offsets(layout_q: SeqLayout, layout_k: SeqLayout, mask: Tensor | None, c
     return Packing(layout_q, layout_k, causal, None) if mask is None else _OTHER_MASK
 
 
+# By the tensor of offsets, and gone with it. Not an attribute: the tensor is the caller's, and would take the layout into a file.
+_layouts: MutableMapping[Tensor, tuple[int, Tensor, SeqLayout]] = WeakIdKeyDictionary()
+
+
 def _offsets_layout(offsets: Tensor | None, x: Tensor, side: str) -> SeqLayout:
-    """Kept on the tensor, which every layer is given, as long as nobody writes to it."""
+    """Kept for the tensor, which every layer is given, as long as nobody writes to it."""
     name = f"cu_seq_lens_{side}"
     if offsets is None:
         raise LayoutError(f"`{name}` must be given, because there are other keys than queries, but is None.")
@@ -189,15 +195,16 @@ def _offsets_layout(offsets: Tensor | None, x: Tensor, side: str) -> SeqLayout:
             f"at {layout.num_rows}: pass packed inputs (1, T) with it, or an attention_mask with padded ones."
         )
     if kept is None and not offsets.is_inference():
-        offsets._varlen_layout = (offsets._version, offsets.detach().clone(), layout)  # type: ignore[attr-defined]
+        _layouts[offsets] = offsets._version, offsets.detach().clone(), layout
     return layout
 
 
 def _kept_layout(offsets: Tensor) -> SeqLayout | None:
     """That of an earlier layer. On a CPU looking costs nothing, and sees writes that torch does not count, by numpy for one."""
-    if offsets.is_inference() or not hasattr(offsets, "_varlen_layout"):
+    known = None if offsets.is_inference() else _layouts.get(offsets)
+    if known is None:
         return None
-    version, copied, layout = offsets._varlen_layout
+    version, copied, layout = known
     same = version == offsets._version and (offsets.device.type != "cpu" or torch.equal(copied, offsets))
     return layout if same else None
 
