@@ -14,8 +14,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, wraps
+from dataclasses import dataclass
+from functools import cache, partial, wraps
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -43,8 +43,7 @@ class Alive(Generic[T]):
         self.references: dict[int, weakref.ref[T]] = {}
 
     def add(self, x: T) -> None:
-        number = id(x)
-        self.references[number] = weakref.ref(x, lambda _: self.references.pop(number, None))
+        self.references[id(x)] = weakref.ref(x, partial(_forget, self.references, id(x)))
 
     def discard(self, x: T) -> None:
         self.references.pop(id(x), None)
@@ -53,12 +52,17 @@ class Alive(Generic[T]):
         return iter([x for reference in list(self.references.values()) if (x := reference()) is not None])
 
 
-@dataclass(eq=False)
+def _forget(references: dict[int, Any], number: int, _: Any) -> None:
+    references.pop(number, None)
+
+
 class Use:
     """A call in a thread that uses what was done to a module. It ends when it is discarded, or forgotten by a call that is broken off."""
 
-    module: nn.Module
-    thread: int = field(default_factory=threading.get_ident)
+    __slots__ = ("__weakref__", "module", "thread")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.thread = module, threading.get_ident()
 
 
 uses: Alive[Use] = Alive()

@@ -40,6 +40,7 @@ Action = Literal["converted", "left alone", "built so", "restored"]
 
 _switchable = partial(switchable, inside=Prepared)
 
+
 @_switchable
 class EnabledMultiheadAttention(VarlenMultiheadAttention):
     """`VarlenMultiheadAttention` with torch's ``need_weights=True``, so that a model that reads the weights goes on doing so."""

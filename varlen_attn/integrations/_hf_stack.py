@@ -262,9 +262,7 @@ class ModelHook:
         if module.training and any(getattr(self.config, name, 0) for name in _SKIPPING_LAYERS):
             return "layers are skipped at random in training (layerdrop)"
         # To look at all modules costs as much as a layer.
-        if "peft" in sys.modules and any(
-            _chooses_rows(h) for s in stacks for m in s.modules() for h in list(m._forward_pre_hooks.values())
-        ):
+        if "peft" in sys.modules and any(_chooses_rows(m) for s in stacks for m in s.modules()):
             return "adapters by row of the batch"
         return None
 
@@ -325,9 +323,10 @@ def _is_whole(layers: Any) -> bool:
     return any(map(is_ours, list(layer._forward_hooks.values())))
 
 
-def _chooses_rows(hook: Any) -> bool:
-    """Of PEFT, which puts such hooks on its layers for a call that names an adapter for each row."""
-    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("peft.")
+def _chooses_rows(module: nn.Module) -> bool:
+    """A hook of PEFT, which puts them on its layers for a call that names an adapter for each row."""
+    hooks = list(module._forward_pre_hooks.values())
+    return any(str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("peft.") for hook in hooks)
 
 
 def only_waiting(module: nn.Module) -> bool:

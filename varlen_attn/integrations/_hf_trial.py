@@ -88,7 +88,8 @@ def _text(model: Any, device: torch.device, names: tuple[str, ...], side: str, o
     config = model.config.get_text_config()
     vocabulary = model.get_input_embeddings().num_embeddings
     pad, end, start = (_ids(config, name) for name in ("pad", "eos", "bos"))
-    usual = [x for x in range(vocabulary) if x not in (*pad, *end, *start)][-1000:] or [0]
+    special = {*pad, *end, *start}
+    usual = [x for x in range(max(0, vocabulary - 1000 - len(special)), vocabulary) if x not in special][-1000:] or [0]
     shape = (len(_LENGTHS), max(_LENGTHS))
     ids = torch.tensor(usual)[torch.randint(len(usual[:-1]) or 1, shape, generator=torch.Generator().manual_seed(0))]
     columns, lengths = torch.arange(shape[1]).expand(shape), torch.tensor(_LENGTHS)[:, None]
