@@ -62,6 +62,7 @@ MUTABLE = {
     "backends._ops._defined",  # for which backends ops are registered
     "backends._cpu_groups._plans",  # how batches of some lengths are cut, by value
     "integrations._hf_mask._thread",  # the last layout with the mask that it was made of; forwards under way
+    "layout._known",  # at which version of their offsets layouts were found to be right, gone with them
     "_native._found", "_native._hashes",  # the compiled kernel or why there is none; what its name says of its sources
     "backends._kept._kept", "backends.flex._kernels",  # what is derived from layouts, gone with them; one compiled kernel a kind of call
     "backends._packages._probed", "backends.flash3._probed",  # what a package can do, asked once

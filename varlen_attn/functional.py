@@ -6,7 +6,6 @@ tensors, empty sequences for backends that mishandle them. Backends trust what t
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -190,7 +189,7 @@ def full_layout(x: Tensor) -> SeqLayout:
     if static_graph():
         return static_layout(x, None)
     every = layout_of_all(x.shape[0], x.shape[1], x.device)  # from sizes alone: no list of lengths travels to a device
-    return every if is_tracing(x) else replace(every, lengths=(x.shape[1],) * x.shape[0])
+    return every if is_tracing(x) else every._with(lengths=(x.shape[1],) * x.shape[0])
 
 
 def _layout_for(x: Tensor, mask: Tensor | None, name: str = "key_padding_mask", owner: str = "x") -> SeqLayout:
