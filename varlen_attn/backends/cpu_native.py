@@ -139,10 +139,10 @@ class CpuNative(Backend):
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         value_dim = value.shape[-1]
-        if query.shape[-1] % _MULTIPLE:
-            query, key = pad_head_dim(_MULTIPLE, query, key)
-        if value_dim % _MULTIPLE:
-            (value,) = pad_head_dim(_MULTIPLE, value)
+        if query.shape[-1] == value_dim:
+            query, key, value = pad_head_dim(_MULTIPLE, query, key, value) if value_dim % _MULTIPLE else (query, key, value)
+        else:
+            (query, key), (value,) = pad_head_dim(_MULTIPLE, query, key), pad_head_dim(_MULTIPLE, value)
         semantics = call.semantics
         low, high = (None, 0 if semantics.causal else None) if semantics.window is None else semantics.visible_range(0)
         # Drawn outside of the op, which is a pure function of it: recomputation under checkpointing draws the same.
