@@ -97,7 +97,7 @@ $(TEXT): $(STAMP)
 
 # The compiled CPU kernel: tested and measured where there is a compiler. Without one (status 3) all else works, says why it is not there,
 # and the next call looks again; a build that fails is an error.
-$(NATIVE): $(STAMP) $(wildcard varlen_attn/csrc/*) varlen_attn/_native.py
+$(NATIVE): $(STAMP) $(wildcard varlen_attn/kernels/cpu/csrc/*) varlen_attn/kernels/cpu/build.py
 	@$(BIN)/python -m varlen_attn build-native && touch $@ || { status=$$?; test $$status = 3; }
 
 # What draws the pictures of the results; tables, tests and CI do without.
@@ -131,13 +131,13 @@ coverage: $(NATIVE)
 sanitize: $(STAMP)
 	@mkdir -p $(VENV)/sanitized
 	$(SANITIZED) $(BIN)/python -m varlen_attn build-native --sanitize address,undefined
-	$(SANITIZED) $(BIN)/python -m pytest tests/backends -q --native -k native
+	$(SANITIZED) $(BIN)/python -m pytest tests/kernels -q --native -k native
 
 test-thorough: $(STAMP)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests --ignore=tests/lane -q
 
 docs: $(STAMP)
-	$(OFFLINE) TRANSFORMERS_VERBOSITY=error $(BIN)/python -W ignore -m tests.integrations.table
+	$(OFFLINE) TRANSFORMERS_VERBOSITY=error $(BIN)/python -W ignore -m tests.integrations.transformers.table
 
 # Another Python where nothing can be installed, but a torch for CUDA is there: `make gpu GPU_PYTHON=python3`. The acceptance needs torch and
 # einops, the tests pytest, hypothesis and numpy too. GPU_OPTIONS are those of benchmarks.gpu_acceptance. Of the tests everything runs,
@@ -156,9 +156,9 @@ gpu-again:
 
 gpu-tests:
 	@status=0; \
-	$(GPU_TESTS) tests/backends/test_conformance.py -k 'not flex' || status=1; \
+	$(GPU_TESTS) tests/kernels/test_conformance.py -k 'not flex' || status=1; \
 	$(GPU_TESTS) tests -m gpu $(foreach part,integrations lane real,--ignore=tests/$(part)) || status=1; \
-	HYPOTHESIS_PROFILE=gpu $(GPU_TESTS) tests/backends/test_conformance.py -k flex || status=1; \
+	HYPOTHESIS_PROFILE=gpu $(GPU_TESTS) tests/kernels/test_conformance.py -k flex || status=1; \
 	exit $$status
 
 real: $(REAL) $(TEXT)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import varlen_attn
-from varlen_attn import _native
+from varlen_attn.kernels.cpu import build as _native
 
 HOME = Path(varlen_attn.__file__).parent
 BOUNDS = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from varlen_attn.demo import BATCH_SIZE, docstrings_in
+from varlen_attn.cli.demo import BATCH_SIZE, docstrings_in
 
 from .lengths import SPEECH_MILLISECONDS
 

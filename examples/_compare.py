@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varlen_attn.demo import BUSY
+from varlen_attn.cli.demo import BUSY
 from varlen_attn.testing import assert_within_budget
 
 Batch = tuple[Tensor, ...]

@@ -147,10 +147,10 @@ def test_the_rules_can_fail() -> None:
     def seen(module: str, code: str) -> list[tuple[str, bool]]:
         return list(imports(module, ast.parse(code)))
 
-    assert seen("backends.cpu", "from ..dispatch import choose") == [("varlen_attn.dispatch", True)]
-    assert seen("backends.cpu", "from .flash2 import Flash2") == [("varlen_attn.backends.flash2", True)]
+    assert seen("backends.cpu", "from ..dispatch import choose") == [("varlen_attn.attention.dispatch", True)]
+    assert seen("backends.cpu", "from .flash2 import Flash2") == [("varlen_attn.kernels.cuda.flash2", True)]
     assert seen("layout", "from .problem import Problem") == [("varlen_attn.problem", True)]
-    assert seen("dispatch", "from . import functional") == [("varlen_attn.functional", True)]
+    assert seen("dispatch", "from . import functional") == [("varlen_attn.attention.functional", True)]
     assert seen("backends.flash2", "def f():\n    import flash_attn.x") == [("flash_attn.x", False)]
     assert rank("dispatch") > rank("backends.cpu") == rank("backends.flash2") > rank("backends._dense") > rank("backends.base")
     assert rank("problem") > rank("layout") > rank("errors")

@@ -24,7 +24,7 @@ from varlen_attn import (
     varlen_conv1d,
     varlen_mha,
 )
-from varlen_attn.data import HostLengths
+from varlen_attn.data.host_lengths import HostLengths
 
 B, S, D, N = 2, 4, 8, 2
 LENGTHS = [3, 2]

@@ -26,10 +26,10 @@ from varlen_attn import (
     use_backend,
     varlen_mha,
 )
-from varlen_attn.backends.base import Backend
-from varlen_attn.backends.torch_varlen import TorchVarlen
+from varlen_attn.kernels.base import Backend
+from varlen_attn.kernels.cuda.torch_varlen import TorchVarlen
 
-from .backends.stand_ins import flash_backward, flash_forward, for_cpu, on_cpu
+from .kernels.stand_ins import flash_backward, flash_forward, for_cpu, on_cpu
 
 B, S, D, N = 3, 8, 16, 4
 Call = Callable[..., Tensor]

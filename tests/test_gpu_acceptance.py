@@ -59,9 +59,9 @@ from benchmarks.acceptance import (
 from benchmarks.acceptance.findings import Findings, Setting, Stage
 from benchmarks.measure import Timing
 from varlen_attn import BACKENDS, Problem, SeqLayout
-from varlen_attn.backends.base import Backend
+from varlen_attn.kernels.base import Backend
 
-from .backends.stand_ins import efficient_forward, flash_forward, on_cpu
+from .kernels.stand_ins import efficient_forward, flash_forward, on_cpu
 
 ROOT = Path(acceptance.__file__).parent.parent
 CPU = Setting("cpu")

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varlen_attn import VarlenError, _enablable, _switch, disable, enable, enabled
+from varlen_attn import VarlenError, _switch, disable, enable, enabled
 from varlen_attn._clone import kinds
 from varlen_attn._switch import Class, Entry, Switch
+from varlen_attn.convert import candidates as _enablable
 
 PADDING = torch.arange(6) >= torch.tensor([6, 3, 1])[:, None]
 X, MEMORY = (torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(i)) for i in range(2))

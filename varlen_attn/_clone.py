@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["NotCloned", "Seeded", "apart", "clone", "kinds", "noise"]
-
 T = TypeVar("T")
 
 _TRIES = 5

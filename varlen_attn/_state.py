@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-__all__ = ["Observer", "State", "state", "undone"]
-
 
 class Observer(Protocol):
     """Somebody who wants to know what our own ops launch."""

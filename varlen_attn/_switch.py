@@ -24,8 +24,6 @@ from torch import nn
 
 from .errors import VarlenError
 
-__all__ = ["Alive", "Class", "Entry", "Hook", "Step", "Switch", "Use", "around", "in_use", "switchable", "torch_class", "uses"]
-
 _PATIENCE = 60.0  # seconds that a forward in another thread may still take
 _lock = threading.RLock()
 _ABSENT: Any = object()

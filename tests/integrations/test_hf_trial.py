@@ -23,11 +23,11 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.bert.modeling_bert import BertLayer
 
 from varlen_attn import VarlenError, _clone, _switch, disable, enable, enabled, record
-from varlen_attn.integrations import _hf_trial
-from varlen_attn.integrations import transformers as integration
-from varlen_attn.integrations._hf_stack import LayerHook, is_ours
+from varlen_attn.integrations.transformers import enabling as integration
+from varlen_attn.integrations.transformers import trial as _hf_trial
+from varlen_attn.integrations.transformers.stack import LayerHook, is_ours
 
-from .tiny import assert_close, attention_mask, batch, build, quietly, reasons, shake, token_ids
+from .transformers.tiny import assert_close, attention_mask, batch, build, quietly, reasons, shake, token_ids
 
 VALID = attention_mask().bool()
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..layout import SeqLayout
+from ..layout.seq_layout import SeqLayout
 from ._batch import PaddedBatch
 from ._recorder import Call, Event, Events, run_alone, run_batch, undisturbed
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
-from .._token_wise import faithful_copy
 from ..errors import ArgumentError
+from ..nn.token_wise import faithful_copy
 from ._batch import Inputs, PaddedBatch, map_tensors, tensors_in
 
 Call: TypeAlias = tuple[str, int]  # qualified name of a module, which of its calls
