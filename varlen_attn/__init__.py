@@ -4,6 +4,9 @@
 tokens exist, `explain` and `record` say which kernel runs and why the others do not.
 """
 
+import sys
+
+from . import _old_paths
 from .attention.dispatch import Decision, Plan, Route, backends, choose, route, use_backend
 from .attention.explain import explain
 from .attention.functional import padded_attention, varlen_attention, varlen_mha
@@ -69,3 +72,5 @@ __all__ = [
     "varlen_conv1d",
     "varlen_mha",
 ]
+
+_old_paths.open_old_paths(sys.modules[__name__])

@@ -174,7 +174,7 @@ def _transformers(model: nn.Module) -> Any:
     library = sys.modules.get("transformers.modeling_utils")
     if library is None or not any(isinstance(module, library.PreTrainedModel) for module in model.modules()):
         return None
-    return importlib.import_module(".integrations.transformers", __package__)
+    return importlib.import_module("varlen_attn.integrations.transformers")
 
 
 def _check(model: nn.Module) -> None:

@@ -1,0 +1,5 @@
+"""The old path of hooks that are in pickles of enabled models, for one release."""
+
+from .transformers.stack import LayerHook, ModelHook, Tree
+
+__all__ = ["LayerHook", "ModelHook", "Tree"]
