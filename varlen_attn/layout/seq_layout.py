@@ -1,6 +1,6 @@
 """`SeqLayout`: which tokens of a padded batch are real, and where they stand when packed.
 
-With `_index`, which builds it, the only file that knows masks and indices. Shape letters, here and in every other file:
+With `build`, which makes its index tensors, the only file that knows masks and indices. Shape letters, here and in every other file:
 
 ====  ==========================================================
 ``B``  batch (rows of the padded tensor)

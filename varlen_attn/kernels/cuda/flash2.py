@@ -3,7 +3,7 @@
 Read in its source (2.8.3, with what changed since 2.1); its Triton build is run by ``tests/lane``, its CUDA build was not run:
 
 - Causal and windows are aligned bottom-right (since 2.1). Softcap and dropout exclude each other.
-- Rows are loaded 16 bytes at once, and windows are normalised by the longest key sequence: see `_fit`.
+- Rows are loaded 16 bytes at once, and windows are normalised by the longest key sequence: see `fit`.
 - Under a causal mask without a left side, ALiBi adds ``slope * j`` instead of ``-slope * |i + Lk - Lq - j|`` (``mask.h``): the same
   softmax, and a log-sum-exp that is larger by ``slope * (i + Lk - Lq)``, which is subtracted here.
 - Rows beyond ``cu_seqlens[-1]`` are never written. A row without keys has a log-sum-exp of +inf; before 2.6 it comes padded.

@@ -11,7 +11,7 @@ stand-in, not on a GPU:
   are without softcap, so softcap is refused where nothing says that it is there.
 - Compute capability 9.0 only. Head dimensions are a multiple of 8 up to 256, and nothing is padded there. Values may be narrower only
   in some pairs, so all are padded to one width: exact, with the true scale.
-- Causal and windows are aligned bottom-right; no dropout, no ALiBi. Sinks are computed around the kernel (see ``_flash_op``).
+- Causal and windows are aligned bottom-right; no dropout, no ALiBi. Sinks are computed around the kernel (see ``flash_ops``).
 - The log-sum-exp is ``(N, T)``, of rows without keys -inf (+inf where there are no keys at all, which never gets there).
 - Gradients are deterministic where asked, except for head dimensions above 192.
 - Its own fake kernel can not trace the default number of splits. One split is what its Python function passes, and what is passed here.

@@ -11,7 +11,7 @@ Read in its source (``flash_attn/cute/interface.py`` of 4.0.0b4, b12, b16, b20, 
 - Head dimensions are a multiple of 8: up to 256 on Hopper, up to 128 after it (other pairs there have kernels with fewer options).
 - On compute capability 12 it has no deterministic gradients, and none for softcap.
 - Causal and windows are aligned bottom-right; no dropout; ALiBi and biases only as code to be compiled in. Sinks: its own parameter
-  took bfloat16 only, and gave no gradient, before b28; they are computed around the kernel (see ``_flash_op``).
+  took bfloat16 only, and gave no gradient, before b28; they are computed around the kernel (see ``flash_ops``).
 - The log-sum-exp is ``(N, T)``, -inf for rows without keys.
 - The distribution leaves a namespace package ``flash_attn`` without flash-attn 2 in it, so the distribution is looked up, then imported.
 """

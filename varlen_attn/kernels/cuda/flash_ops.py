@@ -27,7 +27,7 @@ from ..values import Call, Result
 from .fit import aligned, flash_window
 
 _TILE = 128  # rows of a kernel's block
-_MOST_PIECES = 4_095  # sequences that slack rows are cut into: a kernel's grid does not count far (see `_limits`)
+_MOST_PIECES = 4_095  # sequences that slack rows are cut into: a kernel's grid does not count far (see `kernels.limits`)
 
 
 class Arguments(NamedTuple):

@@ -7,7 +7,7 @@ Read in torch's source (2.10 to 2.13; of 2.14 and 2.15 what changed) and traced 
 - The head dimension must be a multiple of 8, and nothing is padded there. Value heads are as wide as query heads.
 - Rows beyond ``cu_seqlens[-1]`` are never written: not the output, not the gradients.
 - A row without keys has a log-sum-exp of +inf, and the log-sum-exp is ``(N, T)`` although the documentation says ``(T, N)``.
-- Rows are loaded 16 bytes at once, and windows are normalised by the longest key sequence: see `_fit`.
+- Rows are loaded 16 bytes at once, and windows are normalised by the longest key sequence: see `fit`.
 - It has no dropout. The aten op below it has (with a formula for autograd, so that the mask is drawn once and kept).
 - On ROCm and on Intel GPUs (XPU) the op of that name is another kernel. Its source was not read: there it runs by order only, and only
   what the function promises by itself, no window (XPU has none), no dropout (XPU has none), no causal attention of unequal lengths and
