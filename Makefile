@@ -3,6 +3,7 @@
 #   make demo            what the library does, on real text, in under a minute
 #   make demo-text       the same for MiniLM with its published weights, alone and as a SentenceTransformer (a minute, and 84 MB)
 #   make test            the tests, in WORKERS processes (2): kernels in Triton's interpreter, what the compiled kernel changes, all others
+#   make test-quick      few examples, without files that compile or train models: two minutes, for a look in between
 #   make coverage        the same but for the first, with coverage, which must not fall below its floor
 #   make check           ruff, ruff format, mypy, and bounds of how large the library is
 #   make house           the size of the library, and how many Python calls a layer and a call make
@@ -50,12 +51,14 @@ PYTEST := $(BIN)/python -m pytest -q
 marked = $(shell grep -lrw --include='*.py' $(1:%=-e mark.%) tests)
 native := $(call marked,native native_too) -m 'native or native_too' --native $(PARALLEL)
 others := tests --ignore=tests/lane -m 'not real and not alone' $(PARALLEL)
+SLOW := test_compile test_examples test_benchmarks attention/test_export nn/test_transformer_training kernels/cuda/test_flex \
+  $(addprefix integrations/transformers/test_,matrix training enable)
 alone := $(call marked,alone) -m alone
 NO_KERNEL := the tests of the compiled kernel are skipped: no compiler on this machine
 SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)"
 
-.PHONY: help setup demo demo-text examples test coverage check house format bench bench-full bench-check test-thorough sanitize docs gpu gpu-again \
+.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-check test-thorough sanitize docs gpu gpu-again \
   gpu-tests real clean
 .DEFAULT_GOAL := help
 
@@ -121,6 +124,9 @@ test: $(NATIVE)
 	@if test -f $(NATIVE); then $(PYTEST) $(native); else echo "$(NO_KERNEL)"; fi
 	$(PYTEST) $(others)
 	$(PYTEST) $(alone)
+
+test-quick: $(STAMP)
+	HYPOTHESIS_PROFILE=fast $(PYTEST) $(others) $(foreach file,$(SLOW),--ignore=tests/$(file).py)
 
 coverage: $(NATIVE)
 	@rm -f .coverage
