@@ -82,6 +82,7 @@ def test_imports_from_where_it_was(path: str, names: str) -> None:
 
 def test_backends_is_a_function_and_a_package() -> None:
     import varlen_attn.backends.base as base
+
     from varlen_attn.backends import BACKENDS
 
     assert varlen_attn.backends.BACKENDS is BACKENDS is varlen_attn.BACKENDS  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from . import kernels, nn
 from .attention import dispatch, functional, records
@@ -19,7 +19,7 @@ from .nn import multihead, transformer
 
 
 class _Backends(ModuleType):
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __call__(self) -> list[dict[str, Any]]:
         return dispatch.backends()
