@@ -239,6 +239,7 @@ class Tokenizer:
 
     pad_token_id: int | None = 9
     padding_side = "left"
+    model_input_names = ("input_ids",)
 
     def __call__(self, texts: list[str], truncation: bool, max_length: int | None, return_attention_mask: bool) -> dict[str, Any]:
         assert truncation == (max_length is not None)
@@ -317,6 +318,139 @@ def test_sound_against_transformers() -> None:
     assert torch.equal(ours["attention_mask"], theirs["attention_mask"])
     torch.testing.assert_close(ours["input_values"], theirs["input_values"].float())
     assert ours["attention_mask"].lengths == (7, 3, 5)
+
+
+# -------------------------------------------------------------------- around a collator
+
+
+@pytest.fixture(params=["right", "left"])
+def sided(tokenizer: Any, request: pytest.FixtureRequest) -> Any:
+    tokenizer.padding_side, tokenizer.mask_token = request.param, "a"
+    yield tokenizer
+    tokenizer.padding_side = "right"
+
+
+def encoded(tokenizer: Any, tagged: bool = True) -> list[dict[str, Any]]:
+    examples = [dict(tokenizer(text)) for text in ("a b c", "a", "", "c b")]
+    return [e | ({"labels": [v + 10 for v in e["input_ids"]]} if tagged else {}) for e in examples]
+
+
+PADDING: list[tuple[str, dict[str, Any]]] = [
+    ("DataCollatorWithPadding", {"pad_to_multiple_of": 4}),
+    ("DataCollatorForTokenClassification", {}),
+    ("DataCollatorForSeq2Seq", {}),
+    ("DataCollatorForLanguageModeling", {"mlm": False}),
+    ("DataCollatorForLanguageModeling", {"mlm": True, "seed": 0}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), PADDING)
+def test_around_one_that_pads(sided: Any, name: str, options: dict[str, Any]) -> None:
+    """The same batch, and what the host knows beside it."""
+    make = getattr(pytest.importorskip("transformers"), name)
+    examples = encoded(sided, tagged=name in ("DataCollatorForTokenClassification", "DataCollatorForSeq2Seq"))
+    theirs = make(sided, **options)(examples)
+    ours = VarlenCollator(make(sided, **options), with_layout=True)(examples)
+    assert type(ours) is dict
+    assert ours.keys() == {*theirs.keys(), "layout"}
+    for key, expected in theirs.items():
+        assert ours[key].dtype == expected.dtype
+        assert torch.equal(ours[key], expected)
+    mask = ours["attention_mask"]
+    assert (mask.lengths, mask.known.padding_side, mask.known.padded_len) == ((5, 3, 2, 4), sided.padding_side, mask.shape[1])
+    assert ours["layout"] is mask.seq_layout
+
+
+def test_packed_around_one_that_pads(sided: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    examples = [e | {"weight": 0.5} for e in encoded(sided)]
+    theirs = transformers.DataCollatorForTokenClassification(sided, label_pad_token_id=-7)
+    ours = VarlenCollator(theirs, packed=True, label_pad=-7, position_ids_start=2, with_layout=True)(examples)
+    expected = VarlenCollator(packed=True, label_pad=-7, position_ids_start=2)(examples)
+    assert ours.keys() == {*expected.keys(), "layout"}
+    for key, value in expected.items():
+        assert torch.equal(ours[key], value) if isinstance(value, Tensor) else ours[key] == value
+    assert ours["layout"] is ours["cu_seq_lens_q"].seq_layout
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_around_one_that_flattens(packed: bool) -> None:
+    theirs = pytest.importorskip("transformers").DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    examples = [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
+    ours, expected = VarlenCollator(theirs, packed=packed, with_layout=True)(examples), theirs(examples)
+    assert ours.keys() == {*expected.keys(), "layout"}
+    assert ours["input_ids"].tolist() == [[1, 2, 3, 4]]
+    offsets = ours["cu_seq_lens_q"]
+    assert offsets is ours["cu_seq_lens_k"]
+    assert (offsets.lengths, offsets.dtype, offsets.tolist()) == ((3, 1), torch.int32, [0, 3, 4])
+    assert ours["layout"] is offsets.seq_layout
+
+
+def bare(examples: Any) -> Any:
+    return examples
+
+
+def test_around_any_function() -> None:
+    mask = torch.tensor([[True, True], [True, False]])
+    batch = VarlenCollator(bare)({"anchor_attention_mask": mask, "positive_attention_mask": ~mask, "pixels": mask[None], "name": "x"})
+    assert batch["anchor_attention_mask"].lengths == (2, 1)
+    assert batch["anchor_attention_mask"].dtype == torch.bool
+    assert batch["positive_attention_mask"].lengths == (0, 1)
+    assert type(batch["pixels"]) is Tensor
+    assert batch["name"] == "x"
+    holes = torch.tensor([[1, 0, 1]])
+    batch = VarlenCollator(bare, with_layout=True)({"attention_mask": holes})
+    assert batch["attention_mask"] is holes
+    assert_same(batch["layout"], SeqLayout.from_attention_mask(holes))
+    cross = VarlenCollator(bare)({"cu_seq_lens_q": torch.tensor([0, 2]), "cu_seq_lens_k": torch.tensor([0, 3])})
+    assert cross["cu_seq_lens_q"].lengths == (2,)
+    assert type(cross["cu_seq_lens_k"]) is Tensor
+
+
+def test_a_batch_on_a_device_stays_as_it_is() -> None:
+    batch = {"attention_mask": torch.ones(1, 2, device="meta"), "cu_seq_lens_q": torch.zeros(2, device="meta", dtype=torch.int32)}
+    assert VarlenCollator(bare)(batch) == batch
+
+
+def test_what_trainers_ask_of_their_collator() -> None:
+    for collate in (VarlenCollator(), VarlenCollator(bare)):
+        assert not hasattr(collate, "tokenizer")
+    transformers = pytest.importorskip("transformers")
+    wrapped = pickle.loads(pickle.dumps(VarlenCollator(transformers.DataCollatorWithPadding(3))))
+    assert wrapped.tokenizer == 3
+    assert not hasattr(wrapped, "valid_label_columns")
+
+
+MASK = torch.tensor([[1, 1], [1, 0]])
+IDS = {"input_ids": MASK, "attention_mask": MASK}
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "message"),
+    [
+        ({"input_ids": MASK}, {}, r"`processor` must make a dict with tensors `attention_mask` .* made \['input_ids'\]: .* return_flash"),
+        ({"attention_mask": [[1]]}, {}, "made .*'attention_mask'.*: give it return_tensors='pt'"),
+        ((MASK, MASK), {}, "must make a dict .* made "),
+        ({"attention_mask": MASK}, {"packed": True}, "`input_ids` and `attention_mask`"),
+        ({"a_attention_mask": MASK, "input_ids": MASK}, {"packed": True}, "`input_ids` and `attention_mask`"),
+        (IDS | {"labels": MASK[:, :1]}, {"packed": True}, r"'labels'\]` must have 2 values, .* has 1: .* without packed=True"),
+        (IDS | {"attention_mask": MASK + 1}, {"packed": True}, r"'attention_mask'\]` must hold 0 and 1, but holds \[2, 2\]"),
+    ],
+)
+def test_refused_batches(batch: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        VarlenCollator(bare, **options)(batch)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"padding_side": "left"}, {"pad_token_id": 0}, {"pad_to_multiple_of": 8}, {"max_length": 3}, {"aligned_labels": False},
+     {"labels_from_input_ids": True}],
+)  # fmt: skip
+def test_options_of_the_wrapped_collator(option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(ArgumentError, match=f"`{name}` must be left out where a collator is wrapped, .*: give it to that collator"):
+        VarlenCollator(bare, **option)
 
 
 # -------------------------------------------------------------------- what it refuses

@@ -2,6 +2,7 @@
 
 The lengths are known where a batch is put together, in a process of the data loader. A mask as a bare tensor loses them, and the model
 has to read it back from the device. The masks and offsets made here are `HostLengths`: tensors that bring their lengths along.
+Batches come from the collator that a training has already, or are made here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import ArgumentError
 from ..layout.checks import check_at_least
@@ -22,7 +24,10 @@ from .host_lengths import HostLengths, Side
 
 _INPUTS = {"input_ids": 1, "input_values": 1, "input_features": 2}  # dimensions of one example
 _PER_TOKEN = ("token_type_ids", "special_tokens_mask", "position_ids")
+_MASK, _OFFSETS = "attention_mask", ("cu_seq_lens_q", "cu_seq_lens_k")
 _LABELS = {"label": "labels", "label_ids": "labels"}  # what data sets call them, and what models do
+_PADDING = ("padding_side", "pad_to_multiple_of", "aligned_labels")  # options of padded batches, and of those made here
+_MAKING = (*_PADDING, "pad_token_id", "max_length", "labels_from_input_ids")
 _LABEL_FIX = "targets of their own length need aligned_labels=False, and several labels an example are floats"
 
 
@@ -30,7 +35,17 @@ _LABEL_FIX = "targets of their own length need aligned_labels=False, and several
 class VarlenCollator:
     """``collate_fn`` of a `DataLoader`, ``data_collator`` of a `Trainer`: examples in, one padded or packed batch out.
 
-    Examples are dicts of one example each, without a batch dimension, in lists, numpy arrays or tensors:
+    Around another collator the batch is the one which that collator makes, and it brings its lengths along: every ``attention_mask``
+    ``(B, S)``, also one with a prefix in its name, becomes a `HostLengths`, and so do ``cu_seq_lens_q`` and ``cu_seq_lens_k``::
+
+        VarlenCollator(DataCollatorForLanguageModeling(tokenizer))
+        VarlenCollator(DataCollatorWithFlattening(return_flash_attn_kwargs=True))
+
+    With ``packed=True`` the padded batch of that collator is packed: ``input_ids``, the other columns below with one entry a token, and
+    integer ``labels``. All else stays as it is. Options of padding and labels belong to that collator, and its attributes, such as
+    ``tokenizer``, can be read here.
+
+    Without another collator, examples are dicts of one example each, without a batch dimension, in lists, numpy arrays or tensors:
 
     - ``input_ids`` of n tokens, and, one a token, ``token_type_ids``, ``attention_mask``, ``labels``; or
     - ``input_values``, n samples of sound, or ``input_features``, n frames of some features, with ``attention_mask`` if they have one; or
@@ -50,7 +65,8 @@ class VarlenCollator:
     made here: ``batch.pop("attention_mask")``.
 
     Args:
-        processor: a tokenizer, a feature extractor, or a processor of both: gives padding side and ids, and reads text.
+        processor: a collator, which is a function of a list of examples that returns a dict of tensors. Or a tokenizer, a feature
+            extractor, or a processor of both: gives padding side and ids, and reads text.
         packed: make packed batches; of ``input_ids`` only.
         padding_side: ``"right"`` or ``"left"``; the processor's, else right, if left out.
         pad_token_id: of padding in ``input_ids``; the processor's, else 0, if left out.
@@ -90,134 +106,160 @@ class VarlenCollator:
 
     def __post_init__(self) -> None:
         if self.padding_side not in (None, "right", "left"):
-            raise ArgumentError(f"`padding_side` must be 'right' or 'left', but is {self.padding_side!r}.")
+            raise _wrong("padding_side", "be 'right' or 'left'", f"is {self.padding_side!r}", "leave it out for the processor's")
         for name in ("pad_to_multiple_of", "max_length"):
             if getattr(self, name) is not None:
                 check_at_least(1, getattr(self, name), name, "leave it out for no such limit")
-        if self.packed:
-            for name, neutral in (("padding_side", None), ("pad_to_multiple_of", None), ("aligned_labels", True)):
-                if getattr(self, name) is not neutral:
-                    raise ArgumentError(
-                        f"`{name}` must be left out where packed=True, but is {getattr(self, name)!r}: "
-                        "a packed batch has no padding, and one label for each token."
-                    )
-        elif self.pad_token_id is None and getattr(self._tokenizer, "pad_token_id", 0) is None:
+        for here, names, where, why in (
+            (self._wraps, _MAKING, "a collator is wrapped", "give it to that collator"),
+            (self.packed, _PADDING, "packed=True", "a packed batch has no padding, and one label for each token"),
+        ):
+            for name in names if here else ():
+                if getattr(self, name) != getattr(VarlenCollator, name):
+                    raise _wrong(name, f"be left out where {where}", f"is {getattr(self, name)!r}", why)
+        if not (self.packed or self._wraps) and self.pad_token_id is None and getattr(self._tokenizer, "pad_token_id", 0) is None:
             raise ArgumentError(
                 "`pad_token_id` must be given where the tokenizer has no padding token: pass pad_token_id=tokenizer.eos_token_id "
                 "(its value does not matter at padding), or packed=True."
             )
 
-    def __call__(self, examples: Sequence[str | Mapping[str, Any]]) -> dict[str, Any]:
-        """One batch, a plain dict. ``examples``: at least one, all with the same columns."""
-        columns = self._columns(examples)
-        name = self._input_name(columns)
-        rows = {name: _rows(name, columns.pop(name), _INPUTS[name])}
-        for key in ("attention_mask", *_PER_TOKEN):
-            if key in columns:
-                rows[key] = _check_aligned(_rows(key, columns.pop(key)), key, rows[name], "cut and pad all columns of an example alike")
-        _check_mask(rows.get("attention_mask", []))
-        others: dict[str, Any] = {}
-        if "labels" in columns:
-            self._place_labels([_tensor(v, "labels", i) for i, v in enumerate(columns.pop("labels"))], name, rows, others)
-        elif self.labels_from_input_ids and name == "input_ids":
-            rows["labels"] = self._labels_of_tokens(rows)
-        others |= {key: _stack(key, [_tensor(v, key, i) for i, v in enumerate(values)]) for key, values in columns.items()}
-        rows = {key: [x[: self.max_length] for x in values] for key, values in rows.items()}
-        return (self._packed(rows) if self.packed else self._padded(name, rows)) | others
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
+        """One batch, a plain dict. ``examples``: at least one, all with the same columns, or what the wrapped collator takes."""
+        batch = self._collated(examples) if self._wraps else self._made(examples)
+        if self.with_layout:
+            says: Any = batch.get(_MASK, batch.get(_OFFSETS[0]))
+            batch["layout"] = says.seq_layout if isinstance(says, HostLengths) else SeqLayout.from_attention_mask(says)
+        return batch
+
+    # ---------------------------------------------------------------- around a collator
+
+    @property
+    def _wraps(self) -> bool:
+        """Whether it is a collator: tokenizers and processors can be called too, but say what their models take."""
+        return callable(self.processor) and not hasattr(self.processor, "model_input_names")
+
+    def __getattr__(self, name: str) -> Any:
+        """What trainers ask of their collator, such as ``tokenizer``."""
+        if name.startswith("_") or not self._wraps:
+            raise AttributeError(f"'VarlenCollator' object has no attribute {name!r}")
+        return getattr(self.processor, name)
+
+    def _collated(self, examples: Sequence[Any]) -> dict[str, Any]:
+        made = self.processor(examples)
+        batch = dict(made) if isinstance(made, Mapping) else {}
+        tensors = {key: x for key, x in batch.items() if isinstance(x, Tensor)}
+        masks = {key: HostLengths.from_mask(x) for key, x in tensors.items() if key.endswith(_MASK) and x.dim() == 2}
+        flat = _OFFSETS[0] in tensors
+        if not (flat or (_MASK in masks and "input_ids" in tensors if self.packed else masks)):
+            wanted = "`input_ids` and `attention_mask` (B, S)" if self.packed else "`attention_mask` (B, S), or `cu_seq_lens_q`"
+            raise _wrong(
+                "processor", f"make a dict with tensors {wanted}", f"{self.processor!r} made {sorted(batch) if batch else brief(made)}",
+                "give it return_tensors='pt' and examples with masks, or return_flash_attn_kwargs=True if it flattens",
+            )  # fmt: skip
+        if flat and tensors[_OFFSETS[0]].device.type == "cpu":
+            offsets = HostLengths.as_offsets(tensors[_OFFSETS[0]].diff(), dtype=tensors[_OFFSETS[0]].dtype)
+            masks |= {key: offsets for key in _OFFSETS if key in tensors and torch.equal(tensors[key], offsets)}
+        batch |= masks
+        if flat or not self.packed:
+            return batch
+        keys = [key for key in (_MASK, "input_ids", *_PER_TOKEN) if key in tensors]
+        if "labels" in tensors and tensors["labels"].dim() == 2 and not tensors["labels"].is_floating_point():
+            keys.append("labels")
+        each, fix = _check_mask(list(masks[_MASK])), "a column of its own length needs a padded batch, without packed=True"
+        rows = {key: _check_aligned(list(batch.pop(key)), key, each, fix) for key in keys}
+        return self._packed(rows) | batch
 
     # ---------------------------------------------------------------- examples
+
+    def _made(self, examples: Sequence[str | Mapping[str, Any]]) -> dict[str, Any]:
+        columns = self._columns(examples)
+        names = [name for name in _INPUTS if name in columns]
+        if len(names) != 1:
+            raise _wrong("examples", f"have one of the columns {', '.join(_INPUTS)}", f"have {sorted(columns)}", "rename or remove")
+        if self.packed and names != ["input_ids"]:
+            raise _wrong("packed", f"be False for {names[0]}", "is True", "what reads sound does not take packed inputs")
+        others = {key: [_tensor(value, key, i) for i, value in enumerate(values)] for key, values in columns.items()}
+        inputs = _rows(names[0], others.pop(names[0]), _INPUTS[names[0]])
+        rows = {names[0]: inputs}
+        for key in (_MASK, *_PER_TOKEN):
+            if key in others:
+                rows[key] = _check_aligned(_rows(key, others.pop(key)), key, inputs, "cut and pad all columns of an example alike")
+        masks = _check_mask(rows.get(_MASK, []))
+        labels = others.get("labels")
+        sequences: dict[str, Tensor] = {}
+        if labels is None and self.labels_from_input_ids and names == ["input_ids"]:
+            keep = masks or [torch.ones_like(x) for x in inputs]
+            rows["labels"] = [x.where(mask == 1, self.label_pad) for x, mask in zip(inputs, keep, strict=True)]
+        elif labels is not None and all(x.dim() == 1 and (x.numel() == 0 or not x.is_floating_point()) for x in labels):
+            labels = [x.to(torch.int64) for x in others.pop("labels")]
+            if names == ["input_ids"] and self.aligned_labels:
+                rows["labels"] = _check_aligned(labels, "labels", inputs, _LABEL_FIX)
+            else:
+                sequences["labels"] = _pad(labels, max(map(len, labels)), self.label_pad)
+        rows = {key: [x[: self.max_length] for x in values] for key, values in rows.items()}
+        batch = self._packed(rows) if self.packed else self._padded(names[0], rows)
+        return batch | sequences | {key: _stack(key, values) for key, values in others.items()}
 
     @property
     def _tokenizer(self) -> Any:
         return getattr(self.processor, "tokenizer", self.processor)
 
-    def _columns(self, examples: Sequence[str | Mapping[str, Any]]) -> dict[str, list[Any]]:
+    def _columns(self, examples: Sequence[str | Mapping[str, Any]]) -> dict[str, Any]:
         if isinstance(examples, str | Mapping) or len(examples) == 0:
-            raise ArgumentError(f"`examples` must be a list of at least one example, but is {brief(examples)}: pass a list of dicts.")
+            raise _wrong("examples", "be a list of at least one example", f"is {brief(examples)}", "pass a list of dicts")
         dicts = [{"text": example} if isinstance(example, str) else example for example in examples]
         for i, example in enumerate(dicts):
             if not isinstance(example, Mapping):
-                raise ArgumentError(f"`examples[{i}]` must be a dict or text, but is {brief(example)}: return dicts from the data set.")
+                raise _wrong(f"examples[{i}]", "be a dict or text", f"is {brief(example)}", "return dicts from the data set")
             if example.keys() != dicts[0].keys():
-                raise ArgumentError(
-                    f"`examples[{i}]` must have the keys of examples[0], {sorted(dicts[0])}, but has {sorted(example)}: "
-                    "give all examples the same columns."
-                )
+                must = f"have the keys of examples[0], {sorted(dicts[0])}"
+                raise _wrong(f"examples[{i}]", must, f"has {sorted(example)}", "give all examples the same columns")
         columns = {_LABELS.get(key, key): [example[key] for example in dicts] for key in dicts[0]}
         if len(columns) < len(dicts[0]):
-            raise ArgumentError(f"`examples[0]` must have one column of labels, but has {sorted(dicts[0])}: remove the others.")
-        if "text" in columns and "input_ids" not in columns:
-            columns |= self._tokenized(columns.pop("text"))
-        return columns
-
-    def _tokenized(self, texts: list[Any]) -> dict[str, list[Any]]:
+            raise _wrong("examples[0]", "have one column of labels", f"has {sorted(dicts[0])}", "remove the others")
+        if "text" not in columns or "input_ids" in columns:
+            return columns
+        texts = columns.pop("text")
         if not callable(self._tokenizer):
-            raise ArgumentError(f"`processor` must be a tokenizer where examples are text, but is {self.processor!r}: pass one.")
+            raise _wrong("processor", "be a tokenizer where examples are text", f"is {self.processor!r}", "pass one")
         for i, text in enumerate(texts):
             if not isinstance(text, str):
-                raise ArgumentError(f"`examples[{i}]['text']` must be a string, but is {brief(text)}: leave out examples without text.")
+                raise _wrong(f"examples[{i}]['text']", "be a string", f"is {brief(text)}", "leave out examples without text")
         # Without masks, which would be all ones here and have to be read.
-        return dict(self._tokenizer(texts, truncation=self.max_length is not None, max_length=self.max_length, return_attention_mask=False))
-
-    def _input_name(self, columns: Mapping[str, Any]) -> str:
-        names = [name for name in _INPUTS if name in columns]
-        if len(names) != 1:
-            raise ArgumentError(
-                f"`examples` must have one of the columns {', '.join(_INPUTS)}, but have {sorted(columns)}: rename or remove."
-            )
-        if self.packed and names != ["input_ids"]:
-            raise ArgumentError(f"`packed` must be False for {names[0]}, but is True: what reads sound does not take packed inputs.")
-        return names[0]
-
-    def _place_labels(self, labels: list[Tensor], name: str, rows: dict[str, list[Tensor]], others: dict[str, Any]) -> None:
-        sequences = all(x.dim() == 1 and (x.numel() == 0 or not x.is_floating_point()) for x in labels)
-        labels = [x.to(torch.int64) if sequences else x for x in labels]
-        if not sequences:
-            others["labels"] = _stack("labels", labels)
-        elif name == "input_ids" and self.aligned_labels:
-            rows["labels"] = _check_aligned(labels, "labels", rows[name], _LABEL_FIX)
-        else:
-            others["labels"] = _pad(labels, max(map(len, labels)), self.label_pad)
-
-    def _labels_of_tokens(self, rows: Mapping[str, list[Tensor]]) -> list[Tensor]:
-        if "attention_mask" not in rows:
-            return rows["input_ids"]
-        return [x.where(mask == 1, self.label_pad) for x, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True)]
+        tokens = self._tokenizer(texts, truncation=self.max_length is not None, max_length=self.max_length, return_attention_mask=False)
+        return columns | dict(tokens)
 
     # ---------------------------------------------------------------- batches
 
     def _padded(self, name: str, rows: dict[str, list[Tensor]]) -> dict[str, Any]:
         owner = self._tokenizer if name == "input_ids" else getattr(self.processor, "feature_extractor", self.processor)
         default: Any = getattr(owner, "padding_side", "right")
-        side: Side = default if self.padding_side is None else self.padding_side
+        side: Side = self.padding_side or default
         lengths = [len(x) for x in rows[name]]
         multiple = self.pad_to_multiple_of or 1
         size = -(-max(lengths) // multiple) * multiple
-        masks = rows.pop("attention_mask", None)
+        masks = rows.pop(_MASK, None)
         mask = HostLengths.as_mask(lengths, size, side) if masks is None else HostLengths.from_mask(_pad(masks, size, 0, side))
         pad_id = getattr(self._tokenizer, "pad_token_id", 0) if self.pad_token_id is None else self.pad_token_id
         pad_type = getattr(owner, "pad_token_type_id", 0)
         paddings = {"input_ids": pad_id, "token_type_ids": pad_type, "special_tokens_mask": 1, "labels": self.label_pad}
-        batch: dict[str, Any] = {key: _pad(values, size, paddings.get(key, 0), side) for key, values in rows.items()}
-        batch["attention_mask"] = mask
-        if self.with_layout:
-            batch["layout"] = mask.seq_layout if isinstance(mask, HostLengths) else SeqLayout.from_attention_mask(mask)
-        return batch
+        return {key: _pad(values, size, paddings.get(key, 0), side) for key, values in rows.items()} | {_MASK: mask}
 
     def _packed(self, rows: dict[str, list[Tensor]]) -> dict[str, Any]:
-        masks = rows.pop("attention_mask", None)
+        masks = rows.pop(_MASK, None)
         if masks is not None:
             rows = {key: [x[mask == 1] for x, mask in zip(values, masks, strict=True)] for key, values in rows.items()}
         lengths = [len(x) for x in rows["input_ids"]]
         rows.setdefault("position_ids", [torch.arange(n, device="cpu") + self.position_ids_start for n in lengths])
         if "labels" in rows:
             rows["labels"] = [F.pad(x[1:], (min(len(x), 1), 0), value=self.label_pad) for x in rows["labels"]]
+        offsets, longest = HostLengths.as_offsets(lengths), max(lengths)
         batch: dict[str, Any] = {key: torch.cat(values)[None] for key, values in rows.items()}
-        offsets = HostLengths.as_offsets(lengths)
-        batch |= dict(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=max(lengths), max_length_k=max(lengths))
-        if self.with_layout:
-            batch["layout"] = offsets.seq_layout
-        return batch
+        return batch | dict.fromkeys(_OFFSETS, offsets) | dict(max_length_q=longest, max_length_k=longest)
+
+
+def _wrong(name: str, must: str, but: str, fix: str) -> ArgumentError:
+    return ArgumentError(f"`{name}` must {must}, but {but}: {fix}.")
 
 
 def _tensor(value: Any, key: str, i: int) -> Tensor:
@@ -227,52 +269,43 @@ def _tensor(value: Any, key: str, i: int) -> Tensor:
     try:
         return torch.tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentError(
-            f"`examples[{i}][{key!r}]` must be a number, or numbers in equal rows, but is {brief(value)}: remove the column, "
-            "for example with dataset.remove_columns, or encode it."
-        ) from error
+        fix = "remove the column, for example with dataset.remove_columns, or encode it"
+        raise _wrong(f"examples[{i}][{key!r}]", "be a number, or numbers in equal rows", f"is {brief(value)}", fix) from error
 
 
-def _rows(key: str, values: Sequence[Any], dims: int = 1) -> list[Tensor]:
+def _rows(key: str, values: list[Tensor], dims: int = 1) -> list[Tensor]:
     """A column with one entry per token: int64, or float32 of sound."""
-    dtype = torch.float32 if key in ("input_values", "input_features") else torch.int64
-    rows = []
-    for i, value in enumerate(values):
-        x = _tensor(value, key, i)
+    dtype, kind = (torch.float32, "floats") if key in ("input_values", "input_features") else (torch.int64, "integers")
+    for i, x in enumerate(values):
         if x.dim() != dims:
-            raise ArgumentError(
-                f"`examples[{i}][{key!r}]` must have {dims} dimension{'s'[: dims - 1]}, but has shape {tuple(x.shape)}: "
-                "an example has no batch dimension."
-            )
+            must = f"have {dims} dimension{'s'[: dims - 1]}"
+            raise _wrong(f"examples[{i}][{key!r}]", must, f"has shape {tuple(x.shape)}", "an example has no batch dimension")
         if x.numel() and x.is_floating_point() != dtype.is_floating_point:
-            kind = "floats" if dtype.is_floating_point else "integers"
-            raise ArgumentError(f"`examples[{i}][{key!r}]` must hold {kind}, but holds {x.dtype}: convert it.")
-        rows.append(x.to(dtype))
-    return rows
+            raise _wrong(f"examples[{i}][{key!r}]", f"hold {kind}", f"holds {x.dtype}", "convert it")
+    return [x.to(dtype) for x in values]
 
 
 def _check_aligned(rows: list[Tensor], key: str, inputs: list[Tensor], fix: str) -> list[Tensor]:
     for i, (x, tokens) in enumerate(zip(rows, inputs, strict=True)):
         if len(x) != len(tokens):
-            raise ArgumentError(f"`examples[{i}][{key!r}]` must have {len(tokens)} values, one for each token, but has {len(x)}: {fix}.")
+            raise _wrong(f"examples[{i}][{key!r}]", f"have {len(tokens)} values, one for each token", f"has {len(x)}", fix)
     return rows
 
 
-def _check_mask(masks: list[Tensor]) -> None:
+def _check_mask(masks: list[Tensor]) -> list[Tensor]:
     for i, mask in enumerate(masks):
         if ((mask != 0) & (mask != 1)).any():
-            raise ArgumentError(
-                f"`examples[{i}]['attention_mask']` must hold 0 and 1, but holds {brief(mask.tolist())}: 1 is a token, 0 is padding."
-            )
+            values = brief(mask.tolist())
+            raise _wrong(f"examples[{i}]['attention_mask']", "hold 0 and 1", f"holds {values}", "1 is a token, 0 is padding")
+    return masks
 
 
 def _stack(key: str, tensors: list[Tensor]) -> Tensor:
     for i, x in enumerate(tensors):
         if x.shape != tensors[0].shape:
-            raise ArgumentError(
-                f"`examples[{i}][{key!r}]` must have the shape that it has in examples[0], {tuple(tensors[0].shape)}, but has "
-                f"{tuple(x.shape)}: remove the column, for example with dataset.remove_columns, or give it one length."
-            )
+            must = f"have the shape that it has in examples[0], {tuple(tensors[0].shape)}"
+            fix = "remove the column, for example with dataset.remove_columns, or give it one length"
+            raise _wrong(f"examples[{i}][{key!r}]", must, f"has {tuple(x.shape)}", fix)
     return torch.stack(tensors)
 
 
@@ -280,11 +313,7 @@ def _pad(rows: list[Tensor], size: int, value: float, side: Side = "right") -> T
     """``(B, size, ...)``."""
     for i, x in enumerate(rows):
         if x.shape[1:] != rows[0].shape[1:]:
-            raise ArgumentError(
-                f"`examples[{i}]` must have {rows[0].shape[1]} features in each frame, as examples[0] has, but has {x.shape[1]}: "
-                "input_features are frames x features."
-            )
-    padded = rows[0].new_full((len(rows), size, *rows[0].shape[1:]), value)
-    for row, x in zip(padded, rows, strict=True):
-        row[: len(x)].copy_(x) if side == "right" else row[size - len(x) :].copy_(x)
-    return padded
+            must = f"have {rows[0].shape[1]} features in each frame, as examples[0] has"
+            raise _wrong(f"examples[{i}]", must, f"has {x.shape[1]}", "input_features are frames x features")
+    full = rows[0].new_empty(size, *rows[0].shape[1:])  # gives the others their length
+    return pad_sequence([*rows, full], True, value, side)[:-1]
