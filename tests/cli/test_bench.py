@@ -47,7 +47,7 @@ def test_the_fast_path_is_as_it_was() -> None:
 def test_a_wrong_contestant_is_never_timed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = bench._ours
     monkeypatch.setattr(bench, "_ours", lambda *given: wrong(*given) * 1.05)
-    monkeypatch.setattr(bench, "timings", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(bench, "contest", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(AssertionError, match=r"ours, \w+, output: error"):
         list(bench.rows([bench.Batch("two", (16, 5), 16)], replace(SMALL, dtype=dtype), ["forward"]))
 
@@ -93,7 +93,9 @@ def test_json_to_the_screen_or_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
     path = tmp_path / "found.json"
     assert main(["bench", "--quick", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
-    assert bench.text(json.loads(path.read_text())) in printed
+    found = json.loads(path.read_text())
+    assert found["layer"] in printed
+    assert all(bench._table(row) in printed for row in found["rows"])
 
 
 @pytest.mark.usefixtures("tiny")

@@ -51,6 +51,7 @@ def test_both_pairs_give_the_same_numbers(capsys: pytest.CaptureFixture[str]) ->
         for name, row in found[pair]["differences"].items():
             assert row["difference"] <= 1e-4 * max(1, row["largest"]), name
             assert row["largest"] > 0, name
+        assert 0 <= found[pair]["foreign"] <= 1
         assert all(value > 0 for row in found[pair]["milliseconds"].values() for value in row.values())
     assert found["plan"]["backend"] == "cpu"
     assert torch.backends.mha.get_fastpath_enabled() is fast_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from varlen_attn.cli import timing as _timing
-from varlen_attn.cli.timing import Timing, facts, interleave, ratio
+from varlen_attn.cli.timing import Timing, facts, interleave, ratio, unsure
 
 pytestmark = pytest.mark.alone
 
@@ -28,7 +28,7 @@ def test_short_calls_are_repeated_and_warmed_up() -> None:
 def test_a_slow_contestant_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10_000))
     seconds = {"fast": 1.0, "slow": 9.0, "near": 3.9}
-    monkeypatch.setattr(_timing, "_seconds", lambda call, wait: seconds[call()])
+    monkeypatch.setattr(_timing, "_seconds", lambda call, *_: seconds[call()])
     monkeypatch.setattr(_timing.time, "perf_counter", lambda: float(next(clock)))
     calls = {name: (lambda name=name: name) for name in seconds}
     timings = interleave(calls, rounds=5, warm_up=1, budget=0, patience=4.0)
@@ -48,4 +48,13 @@ def test_a_ratio_is_the_median_over_rounds() -> None:
 
 
 def test_foreign_load_is_a_share() -> None:
-    assert 0 <= _timing._ForeignLoad().share() <= 1
+    assert 0 <= _timing._foreign_share(_timing._load()) <= 1
+    assert "took up to 50% of the machine" in unsure(0.5)
+    assert unsure(0.05) == ""
+
+
+def test_a_call_of_several_parts() -> None:
+    """Milliseconds are those of one part, ratios of the whole."""
+    found = facts({"a": Timing((0.008,)), "b": Timing((0.004,))}, "a", parts=2)
+    assert found["milliseconds"] == {"a": 4.0, "b": 2.0}
+    assert found["ratio"] == {"b": 2.0}

@@ -1,7 +1,7 @@
 """``python -m varlen_attn bench``: an attention layer on this machine, by torch's own means and by ours, forward and with the backward.
 
 Every contestant is the same layer (linear, attention, linear; same weights; padded in, padded out). Each is compared with float64 first,
-output and all gradients, and only then timed, in turns. `facts` measures, `text` says it for people.
+output and all gradients, and only then timed, in turns. `facts` measures, and says each contest for people as soon as it is there.
 """
 
 from __future__ import annotations
@@ -21,17 +21,15 @@ from ..attention.profile import kernel_ran
 from ..attention.records import record
 from ..nn.multihead import VarlenMultiheadAttention
 from ..testing import assert_within_budget
-from .compare import Contestant, Example, quiet, timings
-from .environment import environment, headline, table
-from .timing import PATIENCE
-from .timing import facts as contest_facts
+from .compare import Contestant, Example, attention, contest, quiet
+from .environment import headline, machine, table
+from .timing import PATIENCE, unsure
 
 BASE, UNMASKED, THEIRS, FAST, OURS, AGAIN = (
     "masked SDPA", "SDPA, no mask", "nn.MultiheadAttention", "nn.MultiheadAttention, fast path", "ours", "masked SDPA again",
 )  # fmt: skip
 DIRECTIONS = ("forward", "forward+backward")
 WIDTH, HEADS = 256, 4
-BUSY = 0.1  # share of the machine taken by others, above which times are called unsure
 
 
 @dataclass(frozen=True)
@@ -128,9 +126,7 @@ def _ours(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
 def _contestants(batch: Batch, setting: Setting, example: Example, training: bool) -> tuple[dict[str, Contestant], dict[str, str]]:
     """By name, the baseline first; and the reasons of those that are not here."""
     by_hand = Contestant(_layer(setting, ByHand), lambda layer, x, mask: layer(x, mask))
-    theirs = Contestant(
-        _layer(setting, nn.MultiheadAttention), lambda layer, x, mask: layer(x, x, x, key_padding_mask=mask, need_weights=False)[0]
-    )
+    theirs = Contestant(_layer(setting, nn.MultiheadAttention), attention)
     found = {BASE: by_hand, THEIRS: replace(theirs, fast_path=False)}
     if not training:
         found[FAST] = theirs
@@ -178,19 +174,19 @@ def rows(batches: Sequence[Batch], setting: Setting, directions: Sequence[str] =
                     for what, got in contestant.results(example, training).items():
                         assert_within_budget(got, exact[what], plain[what], gradient=True, what=f"{name}, {what}")
                 kernels = {name: named_kernel(partial(contestant.run, example, training)) for name, contestant in calls.items()}
-                taken = timings(
+                measured = contest(
                     calls | {AGAIN: calls[BASE]}, [example], training,
-                    rounds=setting.rounds, warm_up=0, budget=setting.budget, patience=PATIENCE, device=setting.device,
+                    rounds=setting.rounds, budget=setting.budget, patience=PATIENCE, device=setting.device,
                 )  # fmt: skip
-            measured = contest_facts(taken, BASE) | {"kernel": kernels, "absent": absent}
-            yield {"batch": str(batch), "name": batch.name, "direction": direction, **measured}
+            says = {"batch": str(batch), "name": batch.name, "direction": direction}
+            yield says | measured | {"kernel": kernels, "absent": absent}
 
 
 def _specification(example: Example, setting: Setting, dtype: torch.dtype, training: bool) -> dict[str, Tensor]:
     """The results of the reference backend, one sequence at a time, without padding."""
     layer = _layer(setting, VarlenMultiheadAttention, backend="reference").to(dtype)
     same = Example(example.x.detach().to(dtype).requires_grad_(), example.mask, example.grad.to(dtype))
-    return Contestant(layer, lambda layer, x, mask: layer(x, key_padding_mask=mask)[0]).results(same, training)
+    return Contestant(layer, attention).results(same, training)
 
 
 def named_kernel(step: Callable[[], object]) -> str:
@@ -202,28 +198,18 @@ def named_kernel(step: Callable[[], object]) -> str:
 
 def facts(batches: Sequence[Batch], setting: Setting, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Everything that is measured, as plain values; ``say`` gets every contest as text, as soon as it is there."""
-    here = {name: value for name, value in environment().items() if name != "backends"}
     layer = f"width {setting.width}, {setting.heads} heads, {str(setting.dtype).removeprefix('torch.')}, {setting.device}"
-    found: dict[str, Any] = {"environment": here, "layer": layer, "rows": []}
-    say(_heading(found))
+    found: dict[str, Any] = {"environment": machine(), "layer": layer, "rows": []}
+    say(
+        f"{headline(found['environment'])}\n"
+        f"One attention layer, {layer}; padded in, padded out. All were compared with float64 before they were timed, in turns.\n"
+        "Times faster: than a layer written with F.scaled_dot_product_attention and a bool mask.\n"
+    )
     for row in rows(batches, setting):
         found["rows"].append(row)
         say(_table(row))
     say(_remarks(found["rows"]))
     return found
-
-
-def text(found: dict[str, Any]) -> str:
-    """`facts`, for people."""
-    return "\n".join([_heading(found), *map(_table, found["rows"]), _remarks(found["rows"])])
-
-
-def _heading(found: dict[str, Any]) -> str:
-    return (
-        f"{headline(found['environment'])}\n"
-        f"One attention layer, {found['layer']}; padded in, padded out. All were compared with float64 before they were timed, in turns.\n"
-        f"Times faster: than a layer written with F.scaled_dot_product_attention and a bool mask.\n"
-    )
 
 
 def _table(row: dict[str, Any]) -> str:
@@ -240,7 +226,4 @@ def _remarks(found: list[dict[str, Any]]) -> str:
     lines = ["Not here:", *(f"  {name}: {reason}" for name, reason in absent.items())]
     if any(row["once"] for row in found):
         lines.append(f"Once: more than {PATIENCE:g} times slower than the baseline, so timed once, outside of the turns.")
-    busiest = max(row["foreign"] for row in found)
-    if busiest > BUSY:
-        lines.append(f"Other processes took up to {busiest:.0%} of the machine, and they disturb threads that wait for each other.")
-    return "\n".join(lines)
+    return "\n".join(filter(None, [*lines, unsure(max(row["foreign"] for row in found))]))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .timing import Timing, interleave
+from .timing import facts, interleave
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,12 @@ class Contestant:
         return found | {name: found[name][~example.mask] for name in names[:2] if name in found}
 
 
+def attention(module: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    """How `nn.MultiheadAttention` and modules like it are called."""
+    out: Tensor = module(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+    return out
+
+
 def differences(theirs: Contestant, ours: Contestant, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
     """The largest difference over all examples, and the largest value beside it; of the weights, the worst."""
     kinds = {"output": "output", "gradient of x": "gradient of the input"}
@@ -69,8 +75,8 @@ def differences(theirs: Contestant, ours: Contestant, examples: Sequence[Example
     return found
 
 
-def timings(contestants: Mapping[str, Contestant], examples: Sequence[Example], training: bool, **options: Any) -> dict[str, Timing]:
-    """Seconds for all examples, in turns. ``options`` are those of `interleave`."""
+def contest(contestants: Mapping[str, Contestant], examples: Sequence[Example], training: bool, **options: Any) -> dict[str, Any]:
+    """Times of one example, in turns, as `facts`; the first contestant is the baseline. ``options`` are those of `interleave`."""
 
     def run_all(contestant: Contestant) -> None:
         for example in examples:
@@ -78,7 +84,8 @@ def timings(contestants: Mapping[str, Contestant], examples: Sequence[Example], 
 
     for contestant in contestants.values():
         contestant.module.train(training)
-    return interleave({name: partial(run_all, contestant) for name, contestant in contestants.items()}, **options)
+    calls = {name: partial(run_all, contestant) for name, contestant in contestants.items()}
+    return facts(interleave(calls, warm_up=0, **options), next(iter(calls)), len(examples))
 
 
 @contextmanager

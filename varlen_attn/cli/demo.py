@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import copy
 import itertools
-import os
 import re
 import sysconfig
 import warnings
@@ -26,8 +25,9 @@ from ..attention.dispatch import choose
 from ..attention.records import record
 from ..convert.enabling import enable
 from ..nn.multihead import VarlenMultiheadAttention
-from .compare import Contestant, Example, differences, quiet, timings
-from .environment import environment, headline, table
+from .compare import Contestant, Example, attention, contest, differences, quiet
+from .environment import headline, machine, table
+from .timing import unsure
 
 BATCH_SIZE = 32
 MAX_TOKENS = 512
@@ -37,7 +37,6 @@ DIM, HEADS, LAYERS = 256, 4, 4
 TIMED_BATCHES = 2
 ROUNDS = 9
 SECONDS = {"encoder": 8.0, "attention": 3.0}  # of timing, for each direction: then no round after the fifth
-BUSY = 0.75  # load of the last minute, for each thread, above which times are not to be trusted
 
 
 def docstrings(limit: int = DOCSTRINGS) -> list[str]:
@@ -75,78 +74,68 @@ def _pairs() -> dict[str, tuple[str, Contestant, Contestant]]:
     encoder = Contestant(nn.TransformerEncoder(layer, LAYERS), lambda module, x, mask: module(x, src_key_padding_mask=mask))
     enabled = copy.deepcopy(encoder.module)
     enable(enabled)
-    attention = Contestant(
-        nn.MultiheadAttention(DIM, HEADS, batch_first=True),
-        lambda module, x, mask: module(x, x, x, key_padding_mask=mask, need_weights=False)[0],
-    )
+    theirs = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
     ours = VarlenMultiheadAttention(DIM, HEADS, batch_first=True)
-    ours.load_state_dict(attention.module.state_dict())
+    ours.load_state_dict(theirs.state_dict())
     says = f"nn.TransformerEncoder, {LAYERS} layers of width {DIM} with {HEADS} heads, and a copy of it after `enable(encoder)`"
     says_alone = f"nn.MultiheadAttention({DIM}, {HEADS}), and VarlenMultiheadAttention({DIM}, {HEADS}) with its weights"
     return {
         "encoder": (says, encoder, replace(encoder, module=enabled)),
-        "attention": (says_alone, attention, replace(attention, module=ours)),
+        "attention": (says_alone, Contestant(theirs, attention), Contestant(ours, attention)),
     }
 
 
 def facts() -> dict[str, Any]:
     """Everything the demo says, as plain values."""
     torch.manual_seed(0)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     ids = batches(docstrings())
-    sizes = [{"rows": b.shape[0], "columns": b.shape[1], "tokens": int(b.count_nonzero())} for b in ids]
-    padding = [1 - s["tokens"] / (s["rows"] * s["columns"]) for s in sizes]
+    sizes = [
+        {"rows": len(b), "columns": b.shape[1], "tokens": int(b.count_nonzero()), "padding": float((b == 0).float().mean())} for b in ids
+    ]
+    padding = [s["padding"] for s in sizes]
     chosen = [(2 * i + 1) * len(ids) // (2 * TIMED_BATCHES) for i in range(TIMED_BATCHES)]
     embedding = nn.Embedding(VOCABULARY, DIM)
     examples = [Example.of(embedding(ids[i]), ids[i] == 0) for i in chosen]
     found: dict[str, Any] = {}
     for name, (says, theirs, ours) in _pairs().items():
-        with quiet(), record() as log:
-            differ = differences(theirs, ours, examples)
-        found[name] = {"says": says, "differences": differ, "record": str(log)}
-        found[name]["milliseconds"] = _times(theirs, ours, examples, SECONDS[name])
+        with quiet():
+            with record() as log:
+                differ = differences(theirs, ours, examples)
+            found[name] = {"says": says, "differences": differ, "record": str(log), **_times(theirs, ours, examples, SECONDS[name])}
     ran = log.calls[0].plan
     assert ran is not None
     plan = replace(choose(ran.problem, thorough=True), route=ran.route, route_reason=ran.route_reason)
     return {
-        "environment": {name: value for name, value in environment().items() if name != "backends"},
-        "documents": sum(s["rows"] for s in sizes),
+        "environment": machine(),
+        "documents": sum(map(len, ids)),
         "batches": len(ids),
         "padding": 1 - sum(s["tokens"] for s in sizes) / sum(b.numel() for b in ids),
         "padding_range": [min(padding), max(padding)],
         "timed": [sizes[i] for i in chosen],
         **found,
-        "load_before": load,
         "plan": plan.as_dict(),
         "explanation": str(plan),
     }
 
 
-def _times(theirs: Contestant, ours: Contestant, examples: Sequence[Example], seconds: float) -> dict[str, dict[str, float]]:
+def _times(theirs: Contestant, ours: Contestant, examples: Sequence[Example], seconds: float) -> dict[str, Any]:
     """Milliseconds for a batch, medians of rounds in turns. torch's fast path exists in evaluation only."""
     both = {"torch": theirs, "ours": ours}
     contests = {"forward": both | {"torch, fast path off": replace(theirs, fast_path=False)}, "forward and backward": both}
-    found = {}
-    for what, contestants in contests.items():
-        with quiet():
-            taken = timings(contestants, examples, what != "forward", rounds=ROUNDS, warm_up=0, budget=seconds, fewest=3)
-        found[what] = {name: timing.seconds / len(examples) * 1e3 for name, timing in taken.items()}
-    return found
+    rows = {what: contest(c, examples, what != "forward", rounds=ROUNDS, budget=seconds, fewest=3) for what, c in contests.items()}
+    return {"milliseconds": {what: r["milliseconds"] for what, r in rows.items()}, "foreign": max(r["foreign"] for r in rows.values())}
 
 
 def text(found: dict[str, Any]) -> str:
     """`facts`, for people."""
-    here, low_high = found["environment"], found["padding_range"]
-    busy = _BUSY if found["load_before"] > BUSY * here["threads"] else ""
-    batch = "{rows} x {columns:3} positions, {tokens:5} tokens, {padding:.0%} padding"
-    sizes = [batch.format(**b, padding=1 - b["tokens"] / (b["rows"] * b["columns"])) for b in found["timed"]]
+    low, high = found["padding_range"]
+    sizes = ["  {rows} x {columns:3} positions, {tokens:5} tokens, {padding:.0%} padding".format(**b) for b in found["timed"]]
     parts = [
-        headline(here),
+        headline(found["environment"]),
         f"The text: {found['documents']} docstrings of Python's standard library, {found['batches']} batches of {BATCH_SIZE} "
-        "in natural order.\n"
-        f"{found['padding']:.0%} of these batches is padding (from {low_high[0]:.0%} to {low_high[1]:.0%}). The batches compared:",
-        indent("\n".join(sizes), "  "),
-        _comparison("A whole encoder", found["encoder"]) + busy,
+        f"in natural order.\n{found['padding']:.0%} of these batches is padding (from {low:.0%} to {high:.0%}). The batches compared:",
+        "\n".join(sizes),
+        _comparison("A whole encoder", found["encoder"]),
         _comparison("One attention layer alone", found["attention"]),
         "What ran in that layer:",
         indent(found["attention"]["record"], "  "),
@@ -164,9 +153,10 @@ def _comparison(title: str, found: dict[str, Any]) -> str:
         times.append((label, f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.1f}"))
     for name, row in found["differences"].items():
         values.append((name, f"{row['difference']:.1e}", f"{row['largest']:.3g}"))
+    busy = unsure(found["foreign"])
     return (
         f"{title}: {found['says']}.\nMilliseconds for a batch, median of rounds in turns:\n\n{table(times, '<>>>', '  ')}\n\n"
-        f"The largest difference on real tokens, forward and backward:\n\n{table(values, '<>>', '  ')}"
+        f"The largest difference on real tokens, forward and backward:\n\n{table(values, '<>>', '  ')}" + (busy and f"\n\n{busy}")
     )
 
 
@@ -175,10 +165,6 @@ _TIMED = (
     ("forward, torch's fast path off", "forward", "torch, fast path off"),
     ("forward and backward, in training", "forward and backward", "torch"),
 )
-
-_BUSY = """
-
-  Other processes were busy when this began, and they disturb threads that wait for each other: the times are unsure. Try again later."""
 
 _NEXT = """\
 What to type next:

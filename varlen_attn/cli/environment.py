@@ -12,8 +12,8 @@ from ..attention.dispatch import backends
 from .timing import cpu_name
 
 
-def environment() -> dict[str, Any]:
-    """The machine, torch, and every backend with its version, availability and reason."""
+def machine() -> dict[str, Any]:
+    """The machine, torch and this package."""
     gpu = None
     if torch.cuda.is_available():
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
@@ -29,8 +29,12 @@ def environment() -> dict[str, Any]:
         "cpu_name": cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
-        "backends": backends(),
     }
+
+
+def environment() -> dict[str, Any]:
+    """`machine`, and every backend with its version, availability and reason."""
+    return machine() | {"backends": backends()}
 
 
 def environment_text(facts: dict[str, Any]) -> str:
@@ -43,7 +47,7 @@ def environment_text(facts: dict[str, Any]) -> str:
 
 
 def headline(facts: dict[str, Any]) -> str:
-    """`environment` in one line."""
+    """`machine` in one line."""
     where = facts["gpu"] or f"{facts['cpu_name']} ({facts['cpu']})"
     return f"varlen_attn {facts['varlen_attn']} on torch {facts['torch']}, {where}, {facts['threads']} threads"
 

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +53,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_problem(command: argparse.ArgumentParser) -> None:
+    """Options under the names of the fields of `Problem` and `Semantics`; None where nothing is stated."""
     machine = command.add_argument_group("the machine (this one, where nothing is said)")
-    machine.add_argument("--device", metavar="cpu|cuda|...")
+    machine.add_argument("--device", dest="device_type", metavar="cpu|cuda|...")
     machine.add_argument("--capability", type=_capability, metavar="9.0", help="compute capability of the GPU")
-    machine.add_argument("--rocm", action="store_true", help="an AMD GPU")
+    machine.add_argument("--rocm", action="store_true", default=None, help="an AMD GPU")
     machine.add_argument("--torch-version", metavar="2.13.0")
     machine.add_argument(
         "--with", dest="packages", type=_package, action="append", metavar="flash-attn=2.8.3",
@@ -63,27 +65,27 @@ def _add_problem(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     call = command.add_argument_group("the call")
     call.add_argument("--dtype", choices=DTYPES, default="float32")
-    call.add_argument("--heads", type=_positive, default=8, metavar="N")
-    call.add_argument("--kv-heads", type=_positive, metavar="K", help="as many as heads, unless stated")
+    call.add_argument("--heads", dest="num_heads", type=_positive, default=8, metavar="N")
+    call.add_argument("--kv-heads", dest="num_kv_heads", type=_positive, metavar="K", help="as many as heads, unless stated")
     call.add_argument("--head-dim", type=_positive, default=64, metavar="H")
     call.add_argument("--value-head-dim", type=_positive, metavar="Hv")
     call.add_argument("--causal", nargs="?", const=True, default=False, choices=("bottom_right", "top_left"))
     call.add_argument("--window", nargs=2, type=_side, metavar=("LEFT", "RIGHT"), help="tokens visible on each side; 'none' for all")
-    call.add_argument("--dropout", type=float, default=0.0, metavar="P")
+    call.add_argument("--dropout", dest="dropout_p", type=float, default=0.0, metavar="P")
     call.add_argument("--softcap", type=float, metavar="C")
-    for flag, says in (
-        ("--alibi", "ALiBi slopes"),
-        ("--score-bias", "a score bias"),
-        ("--sinks", "attention sinks"),
-        ("--lse", "the log-sum-exp is asked for"),
-        ("--backward", "gradients are needed"),
-        ("--deterministic", "gradients must be bitwise reproducible"),
-        ("--batch-invariant", "results must not depend on batch-mates"),
-        ("--cross", "cross-attention: queries and keys of different lengths"),
-        ("--compiled", "inside torch.compile"),
+    for flag, name, says in (
+        ("--alibi", "alibi", "ALiBi slopes"),
+        ("--score-bias", "score_bias", "a score bias"),
+        ("--sinks", "sinks", "attention sinks"),
+        ("--lse", "return_lse", "the log-sum-exp is asked for"),
+        ("--backward", "needs_grad", "gradients are needed"),
+        ("--deterministic", "deterministic", "gradients must be bitwise reproducible"),
+        ("--batch-invariant", "batch_invariant", "results must not depend on batch-mates"),
+        ("--cross", "cross", "cross-attention: queries and keys of different lengths"),
+        ("--compiled", "tracing", "inside torch.compile"),
     ):
-        call.add_argument(flag, action="store_true", help=says)
-    call.add_argument("--backend", default="auto", metavar="NAME", help="order a backend by name")
+        call.add_argument(flag, dest=name, action="store_true", help=says)
+    call.add_argument("--backend", dest="requested", default="auto", metavar="NAME", help="order a backend by name")
 
 
 def _add_bench(command: argparse.ArgumentParser) -> None:
@@ -139,30 +141,24 @@ def _problem(options: argparse.Namespace) -> Problem:
 
     from ..kernels.problem import Problem, Semantics
 
-    kv_heads = options.kv_heads or options.heads
-    if options.heads % kv_heads:
-        options.parser.error(f"--heads must be a multiple of --kv-heads, but they are {options.heads} and {kv_heads}")
-    if options.torch_version is not None and not options.torch_version[:1].isdigit():
+    stated = {name: value for name, value in vars(options).items() if value is not None}
+    heads, kv_heads = options.num_heads, options.num_kv_heads or options.num_heads
+    if heads % kv_heads:
+        options.parser.error(f"--heads must be a multiple of --kv-heads, but they are {heads} and {kv_heads}")
+    if not stated.get("torch_version", "2")[:1].isdigit():
         options.parser.error(f"--torch-version must be a version such as 2.13.0, but is {options.torch_version!r}")
-    device = options.device or ("cuda" if options.capability or options.rocm else None)
-    stated = {name: value for name in ("capability", "torch_version", "rocm") if (value := getattr(options, name))}
-    if device is not None:
+    if stated.keys() & {"capability", "rocm"}:
+        stated.setdefault("device_type", "cuda")
+    if "device_type" in stated:
         try:
-            stated["device_type"] = torch.device(device).type
+            stated["device_type"] = torch.device(stated["device_type"]).type
         except RuntimeError:
-            options.parser.error(f"--device must be a device of torch such as cpu or cuda, but is {device!r}")
-    if options.packages is not None:
-        stated["packages"] = tuple(options.packages)
-    semantics = Semantics.of(
-        causal=options.causal, window=options.window, softcap=options.softcap, dropout_p=options.dropout,
-        deterministic=options.deterministic, batch_invariant=options.batch_invariant, return_lse=options.lse,
-        alibi=options.alibi, score_bias=options.score_bias, sinks=options.sinks,
-    )  # fmt: skip
-    return Problem(
-        dtype=getattr(torch, options.dtype), num_heads=options.heads, num_kv_heads=kv_heads, head_dim=options.head_dim,
-        value_head_dim=options.value_head_dim or options.head_dim, semantics=semantics, self_attention=not options.cross,
-        needs_grad=options.backward, tracing=options.compiled, requested=options.backend, **stated,
-    )  # fmt: skip
+            options.parser.error(f"--device must be a device of torch such as cpu or cuda, but is {options.device_type!r}")
+    if "packages" in stated:
+        stated["packages"] = tuple(stated["packages"])
+    semantics, problem = ({f.name: stated[f.name] for f in fields(kind) if f.name in stated} for kind in (Semantics, Problem))
+    problem |= dict(dtype=getattr(torch, options.dtype), semantics=Semantics.of(**semantics), self_attention=not options.cross)
+    return Problem(**problem)
 
 
 def _print(options: argparse.Namespace, found: Any, text: Callable[[Any], str]) -> int:
@@ -215,8 +211,8 @@ def _bench(options: argparse.Namespace) -> int:
     quiet = options.json == "-"
     found = bench.facts(batches, bench.Setting(device, dtype, **limits), (lambda line: None) if quiet else print)
     if quiet:
-        print(json.dumps(found, indent=1))
-    elif options.json:
+        return _print(options, found, str)
+    if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     return 0
 

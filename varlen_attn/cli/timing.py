@@ -15,6 +15,7 @@ import torch
 
 PATIENCE = 4.0  # a contestant that takes so many times longer than the baseline is timed once
 QUIET = 0.03  # share of the machine taken by others, up to which a round counts as quiet
+BUSY = 0.1  # and above which times are called unsure
 
 
 @dataclass(frozen=True)
@@ -59,34 +60,22 @@ def interleave(
         patience: a contestant that takes so many times longer than the first is timed once, outside of the turns. Needs ``least``.
         device: "cuda" is waited for before a clock is read.
     """
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None  # a CPU is never waited for
+    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
     # One thread: its own CPU time, which other processes hardly touch. More threads wait for each other: wall time.
     by_cpu_time = torch.get_num_threads() == 1 and device == "cpu"
     clock = time.process_time if by_cpu_time else time.perf_counter
-    repeats: dict[str, int] = {}
-    once: dict[str, Timing] = {}
-    first = 0.0
-    for name, call in contestants.items():
-        taken_alone = [_seconds(call, wait) for _ in range(warm_up + bool(least))]
-        first = first or (taken_alone[-1] if taken_alone else 0.0)
-        if least and taken_alone[-1] > patience * first:
-            once[name] = Timing((taken_alone[-1],))
-        else:
-            repeats[name] = max(1, round(least / taken_alone[-1])) if least else 1
+    alone = {name: [_seconds(call, wait) for _ in range(warm_up + bool(least))] for name, call in contestants.items()}
+    last = {name: taken_alone[-1] for name, taken_alone in alone.items() if least}
+    once = {name: Timing((seconds,)) for name, seconds in last.items() if seconds > patience * next(iter(last.values()))}
+    repeats = {name: max(1, round(least / last[name])) if least else 1 for name in contestants if name not in once}
     taken: list[tuple[float, dict[str, float]]] = []
     began = time.perf_counter()
     fewest = min(fewest, rounds)
     while True:
-        foreign = _ForeignLoad()
-        row = {}
-        for name in list(repeats)[:: 1 if len(taken) % 2 == 0 else -1]:
-            wait()
-            start = clock()
-            for _ in range(repeats[name]):
-                contestants[name]()
-            wait()
-            row[name] = (clock() - start) / repeats[name]
-        taken.append((0.0 if by_cpu_time else foreign.share(), row))
+        before = _load()
+        names = list(repeats)[:: 1 if len(taken) % 2 == 0 else -1]
+        row = {name: _seconds(contestants[name], wait, clock, repeats[name]) for name in names}
+        taken.append((0.0 if by_cpu_time else _foreign_share(before), row))
         quiet = sum(share <= QUIET for share, _ in taken)
         if quiet >= rounds or (len(taken) >= fewest and time.perf_counter() - began > budget):
             break
@@ -94,32 +83,39 @@ def interleave(
     return {name: once.get(name) or Timing(tuple(row[name] for _, row in kept), kept[-1][0]) for name in contestants}
 
 
-def _seconds(call: Callable[[], object], wait: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    call()
+def _seconds(
+    call: Callable[[], object], wait: Callable[[], object], clock: Callable[[], float] = time.perf_counter, repeats: int = 1
+) -> float:
     wait()
-    return max(time.perf_counter() - start, 1e-7)
+    start = clock()
+    for _ in range(repeats):
+        call()
+    wait()
+    return max(clock() - start, 1e-7) / repeats
 
 
-class _ForeignLoad:
-    """How much of the machine other processes take, from now on. Where there is no /proc/stat: nothing."""
+def _load() -> tuple[float, float, float]:
+    """Seconds so far: busy on all cores (stolen time included), of this process, of all cores. Without /proc/stat nothing is busy."""
+    try:
+        user, nice, system, idle, wait, *rest = (int(x) / os.sysconf("SC_CLK_TCK") for x in Path("/proc/stat").read_text().split()[1:9])
+    except (OSError, ValueError):
+        return 0.0, 0.0, 1.0
+    busy = user + nice + system + sum(rest)
+    return busy, time.process_time(), busy + idle + wait
 
-    def __init__(self) -> None:
-        self.began = self._now()
 
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        """Seconds: busy on all cores (stolen time included), of this process, of all cores."""
-        try:
-            user, nice, system, idle, wait, *rest = (int(x) / os.sysconf("SC_CLK_TCK") for x in Path("/proc/stat").read_text().split()[1:9])
-        except (OSError, ValueError):
-            return 0.0, 0.0, 1.0
-        busy = user + nice + system + sum(rest)
-        return busy, time.process_time(), busy + idle + wait
+def _foreign_share(before: tuple[float, float, float]) -> float:
+    """How much of the machine other processes have taken since then."""
+    busy, own, everything = (now - then for now, then in zip(_load(), before, strict=True))
+    return max(0.0, busy - own) / everything if everything > 0 else 0.0
 
-    def share(self) -> float:
-        busy, own, everything = (now - then for now, then in zip(self._now(), self.began, strict=True))
-        return max(0.0, busy - own) / everything if everything > 0 else 0.0
+
+def unsure(foreign: float) -> str:
+    """What to say of times where other processes took this share of the machine."""
+    says = (
+        f"Other processes took up to {foreign:.0%} of the machine, and they disturb threads that wait for each other: the times are unsure."
+    )
+    return says if foreign > BUSY else ""
 
 
 def ratio(slow: Timing, fast: Timing) -> float:
@@ -132,12 +128,12 @@ def ratio(slow: Timing, fast: Timing) -> float:
     return median(a / b for a, b in zip(slow.rounds, fast.rounds, strict=True))
 
 
-def facts(timings: Mapping[str, Timing], base: str) -> dict[str, Any]:
-    """What every row says about its contest; ratios are times of ``base`` / times of the others."""
+def facts(timings: Mapping[str, Timing], base: str, parts: int = 1) -> dict[str, Any]:
+    """What every row says about its contest; ratios are times of ``base`` / times of the others. A call had so many equal parts."""
     rounds = len(timings[base].rounds)
     return {
         "threads": torch.get_num_threads(),
-        "milliseconds": {name: round(t.seconds * 1e3, 3) for name, t in timings.items()},
+        "milliseconds": {name: round(t.seconds * 1e3 / parts, 3) for name, t in timings.items()},
         "spread": {name: round(t.spread, 3) for name, t in timings.items()},
         "ratio": {name: round(ratio(timings[base], t), 3) for name, t in timings.items() if name != base},
         "once": [name for name, t in timings.items() if len(t.rounds) < rounds],
