@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Absent(Exception):
-    """A contestant that can not take part; its text is the reason, which stands in the results in place of a time."""
+    """A contestant that cannot take part; its text is the reason, which stands in the results in place of a time."""
 
 
 def add_machine(parser: ArgumentParser, budget: float) -> None:

@@ -113,7 +113,7 @@ def _print_costs(script: str, args: argparse.Namespace, seconds: dict[str, list[
 
 
 def measure_memory(script: str, args: argparse.Namespace, name: str) -> float | None:
-    """In a process of its own: the peak of a process can not tell two trainings apart."""
+    """In a process of its own: the peak of a process cannot tell two trainings apart."""
     command = [sys.executable, script, "--memory-of", name, "--steps", str(args.steps), "--seed", str(args.seed)]
     command += ["--threads", str(args.threads)] if args.threads else []
     command += ["--quick"] if args.quick else []

@@ -57,7 +57,7 @@ def test_a_model_that_was_enabled_and_pickled_before(name: str) -> None:
     [
         ("layout", "SeqLayout"),
         ("problem", "Problem Semantics"),
-        ("records", "Record Call record announced"),
+        ("records", "Record Call record recorded"),
         ("dispatch", "choose route Plan Decision use_backend backends"),
         ("functional", "varlen_attention padded_attention varlen_mha"),
         ("modules", "VarlenMultiheadAttention"),
@@ -70,7 +70,7 @@ def test_a_model_that_was_enabled_and_pickled_before(name: str) -> None:
         ("backends.cpu", "Cpu"),
         ("backends.flex", "Flex"),
         ("backends.reference", "Reference"),
-        ("integrations.transformers", "register enable disable State NAME varlen_mask varlen_attention_forward"),
+        ("integrations.transformers", "register State NAME varlen_mask varlen_attention_forward"),
         ("testing", "reference_attention"),
     ],
 )

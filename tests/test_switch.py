@@ -152,8 +152,8 @@ class Stubborn(Entry):
         super().make()
         raise KeyboardInterrupt
 
-    def leave(self) -> None:
-        super().leave()
+    def restore(self) -> None:
+        super().restore()
         if not vars(self).get("interrupted"):
             object.__setattr__(self, "interrupted", True)
             raise SystemExit

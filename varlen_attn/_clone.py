@@ -46,7 +46,7 @@ def clone(
 
     Args:
         module: of which nothing is changed.
-        weight: what stands in the place of a parameter or buffer; a buffer that stays is copied.
+        weight: what replaces a parameter or buffer; a buffer that stays is copied.
         instead: modules that stand in place of others.
         lengths: of lists of layers, of which the first ones are kept.
 
@@ -194,7 +194,7 @@ def _plain(x: Any) -> Any:
 
 
 class Seeded(TorchDispatchMode):
-    """Random numbers are drawn from generators of its own, whoever draws them.
+    """Random numbers are drawn from its own generators, for all code that draws.
 
     Attributes:
         used: some were.

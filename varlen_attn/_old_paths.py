@@ -19,7 +19,7 @@ from .nn import multihead, transformer
 
 
 class _Backends(ModuleType):
-    __path__: ClassVar[list[str]] = []
+    __path__: ClassVar[list[str]] = []  # type: ignore[misc]
 
     def __call__(self) -> list[dict[str, Any]]:
         return dispatch.backends()

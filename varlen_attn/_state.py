@@ -11,7 +11,7 @@ from typing import Any, Protocol
 class Observer(Protocol):
     """Somebody who wants to know what our own ops launch."""
 
-    def observe(self, backend: str, rows: int) -> None: ...
+    def on_launch(self, backend: str, rows: int) -> None: ...
 
 
 class State(threading.local):
@@ -20,13 +20,13 @@ class State(threading.local):
     Attributes:
         override: the name of the backend that the innermost `use_backend` orders, or the `Backend` itself, or None.
         records: the open records, innermost last.
-        announced: the caller has recorded the call already, so that the op it launches stays silent.
+        recorded: the caller has recorded the call already, so that the op it launches stays silent.
     """
 
     def __init__(self) -> None:
         self.override: Any = None
         self.records: list[Observer] = []
-        self.announced = False
+        self.recorded = False
 
 
 state = State()

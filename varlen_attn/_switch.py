@@ -89,7 +89,7 @@ class Step(Protocol):
 
     def make(self) -> None: ...
 
-    def leave(self) -> None:
+    def restore(self) -> None:
         """New calls do without it, and those under way may go on with it."""
 
     def remove(self) -> None: ...
@@ -112,14 +112,14 @@ class Entry:
     def make(self) -> None:
         self.entries[self.name] = self.value
 
-    def leave(self) -> None:
+    def restore(self) -> None:
         if self.before is _ABSENT:
             self.entries.pop(self.name, None)
         else:
             self.entries[self.name] = self.before
 
     def remove(self) -> None:
-        self.leave()
+        self.restore()
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ class Hook:
         for number in [number for number in hooks if number not in (*self.behind, self.number)]:
             hooks.move_to_end(number)
 
-    def leave(self) -> None:
+    def restore(self) -> None:
         """What says whether it is in use is a step of its own."""
 
     def remove(self) -> None:
@@ -169,10 +169,10 @@ class Hook:
             hooks.pop(self.number, None)
 
 
-def torch_class(module: nn.Module) -> type[nn.Module]:
+def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, before it was enabled. A class that torch has derived from an enabled one since stays."""
     own = type(module)
-    original = vars(own).get("torch_class")
+    original = vars(own).get("original_class")
     return original if isinstance(original, type) and issubclass(own, original) else own
 
 
@@ -189,13 +189,13 @@ class Class:
         return id(self.module), self.new
 
     def _become(self, new: type[nn.Module]) -> None:
-        if type(self.module) is not new and torch_class(self.module) is self.original:
+        if type(self.module) is not new and original_class(self.module) is self.original:
             self.module.__class__ = new
 
     def make(self) -> None:
         self._become(self.new)
 
-    def leave(self) -> None:
+    def restore(self) -> None:
         if type(self.module) is not self.original:
             self._become(_leaving(self.new, self.original))  # type: ignore[arg-type]
 
@@ -206,11 +206,11 @@ class Class:
 @cache
 def _leaving(new: type[Any], original: type[Any]) -> type[nn.Module]:
     """For objects that get their class back: what is under way finds all that it needs."""
-    return type(new.__name__, (new,), {"left": True, "torch_class": original, "__module__": new.__module__})
+    return type(new.__name__, (new,), {"left": True, "original_class": original, "__module__": new.__module__})
 
 
 def switchable(new: type[Any], inside: type[Any]) -> type[Any]:
-    """A class for objects of another one, its ``torch_class``, which they may get back in the middle of a call.
+    """A class for objects of another one, its ``original_class``, which they may get back in the middle of a call.
 
     A call with a layout goes on with what was begun; all others get the ``forward`` of the original. A layout of the type ``inside`` comes
     from a stack, whose own call is a use of all that is in it.
@@ -226,7 +226,7 @@ def switchable(new: type[Any], inside: type[Any]) -> type[Any]:
         try:
             if (not isinstance(self, new) or self.left) and kwargs.get("layout") is None:
                 uses.discard(use)
-                return new.torch_class.forward(self, *args, **kwargs)
+                return new.original_class.forward(self, *args, **kwargs)
             return compute(self, *args, **kwargs)
         finally:
             uses.discard(use)
@@ -291,7 +291,7 @@ class Switch:
 def _take_away(steps: Sequence[Step], anyway: bool = False) -> bool:
     """False, with nothing removed, if forwards that use them do not end; unless ``anyway``."""
     for step in reversed(steps):
-        step.leave()
+        step.restore()
     ended = _wait_for({id(step.module) for step in steps if step.module is not None})
     if ended or anyway:
         for step in reversed(steps):

@@ -44,7 +44,7 @@ def trace_quietly() -> None:
 def mark_unbacked(tensor: Tensor) -> None:
     """Tell `torch.compile` that the number of packed rows is data: one graph for all of 0, 1, 2, ...
 
-    Only of tensors that are ours and stay here: code that is compiled with a marked one can not look at the size, and much of torch does.
+    Only of tensors that are ours and stay here: code that is compiled with a marked one cannot look at the size, and much of torch does.
     Only where dynamo is loaded already: its import costs 0.8 s and nobody compiles without it.
     """
     if "torch._dynamo" in sys.modules and not is_tracing(tensor):

@@ -59,7 +59,7 @@ def qkv() -> tuple[Tensor, Tensor, Tensor]:
 def plan_or_none(problem: Problem) -> Plan | None:
     """None only while tracing where results must be bitwise independent of batch-mates; then all say why."""
     try:
-        return choose(problem, thorough=True)
+        return choose(problem, all_reasons=True)
     except NoBackend as error:
         lines = str(error).splitlines()
     assert problem.semantics.batch_invariant
@@ -97,8 +97,8 @@ def test_every_backend_is_decided_about_exactly_once(problem: Problem) -> None:
     ):
         assert able or not asked
     assert choose(problem).backend == plan.backend, "looking closer at packages does not change the choice"
-    assert choose(problem, thorough=True) is plan
-    assert choose(replace(problem), thorough=True) is plan, "equal problems share a plan"
+    assert choose(problem, all_reasons=True) is plan
+    assert choose(replace(problem), all_reasons=True) is plan, "equal problems share a plan"
     assert json.loads(json.dumps(plan.as_dict()))["backend"] == plan.backend
     assert str(plan).startswith(f"{plan.backend} runs this: {plan.kernel}")
 
@@ -153,7 +153,7 @@ def test_dropout_never_goes_where_there_is_none() -> None:  # R-25, row 18 of 3a
     for packages in ((), (("flash-attn", "2.8.3"),), (("flash-attn-3", "3.0.0"),)):
         for softcap in (None, 30.0):
             semantics = Semantics(dropout_p=0.1, softcap=softcap)
-            plan = choose(replace(H100, semantics=semantics, packages=packages), thorough=True)
+            plan = choose(replace(H100, semantics=semantics, packages=packages), all_reasons=True)
             assert plan.implementation.capabilities.dropout
             for d in plan.decisions:
                 if not next(b for b in BACKENDS if b.name == d.backend).capabilities.dropout:
@@ -212,7 +212,7 @@ def test_a_plan_prints_the_winner_and_every_loser() -> None:
     assert lines[2] == "  route: packed (58% of the batch is padding)"
     decisions = [line for line in lines[3:] if line[2] in "+->"]  # further reasons of one backend are indented below it
     assert "  > cpu: runs" in decisions
-    assert "  + sdpa_padded: would run too, but stands later in the order" in decisions
+    assert "  + sdpa_padded: would run too, but comes later in the order" in decisions
     order = [line.split(":")[0].split()[-1] for line in decisions]
     assert list(dict.fromkeys(order)) == NAMES
     assert all(". Fix: " in line for line in decisions if line.startswith("  - "))

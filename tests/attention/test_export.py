@@ -263,7 +263,7 @@ def test_packing_that_is_written_out_is_exported_as_it_stands() -> None:
 
 
 def test_an_exported_program_runs_without_this_package(tmp_path: Path) -> None:
-    """R-56: in a process that can not import it."""
+    """R-56: in a process that cannot import it."""
     model = build("encoder")
     x, mask = poisoned(torch.randn(B, S, D), ALIKE[4]), ALIKE[4]
     with torch.no_grad():

@@ -211,7 +211,7 @@ def test_names_of_a_device_are_short_in_the_table() -> None:
     log = Record(profiles=True)
     log.add(Call("torch_varlen", "torch_attn::_varlen_attn (flash_fwd_kernel)"), None)
     names = ("void pytorch_flash::flash_fwd_kernel<Traits, true>(Params)", "void pytorch_flash::flash_fwd_kernel<Traits, false>(Params)")
-    log.settle(Profile(names, {"varlen_attn call 0": names}))
+    log.attach_profile(Profile(names, {"varlen_attn call 0": names}))
     assert str(log).count("pytorch_flash::flash_fwd_kernel") == 1
     assert log.calls[0].kernels == names
 
@@ -237,7 +237,7 @@ def _attend() -> None:
 
 
 def _of_the_thread() -> tuple[Any, ...]:
-    return state.override, list(state.records), state.announced, torch.autograd.profiler._is_profiler_enabled, _alone.locked()
+    return state.override, list(state.records), state.recorded, torch.autograd.profiler._is_profiler_enabled, _alone.locked()
 
 
 @pytest.mark.parametrize("what", [_recorded, _profiled, _ordered])
@@ -253,5 +253,5 @@ def test_blocks_that_are_broken_off_at_any_line(what: Callable[[], None]) -> Non
             what()
         now = _of_the_thread()
         state.records.clear()
-        state.override, state.announced = before[0], before[2]
+        state.override, state.recorded = before[0], before[2]
         assert now == before, f"at {broken[-1]}"

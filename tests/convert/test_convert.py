@@ -35,7 +35,7 @@ TARGETS = torch.tensor([[False] * 4, [False] * 2 + [True] * 2, [False] * 3 + [Tr
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The PyTorch API of nested tensors",  # torch's encoder makes them in evaluation
-    "ignore:enable_nested_tensor is True",  # and says where it can not
+    "ignore:enable_nested_tensor is True",  # and says where it cannot
 )
 
 
@@ -796,7 +796,7 @@ MIXING = [name for name, (_, why) in PECULIAR.items() if "token-wise" in why or 
 
 
 def peculiar_stack(spoil: Callable[[Any], Any], which: tuple[int, ...] = (1,), layers: int = 2) -> Any:
-    """Made anew for every use: some can not be copied."""
+    """Made anew for every use: some cannot be copied."""
     model = shake(nn.TransformerEncoder(layer(), layers, nn.LayerNorm(D, dtype=torch.float64), enable_nested_tensor=False))
     for i in which:
         model.layers[i] = spoil(model.layers[i])
@@ -1086,7 +1086,7 @@ tracing = pytest.mark.filterwarnings("ignore:.*should not be instantiated", "ign
 @tracing
 @pytest.mark.parametrize(("level", "layers"), [("attention", 1), ("model", 2)])
 def test_enable_then_compile(level: Any, layers: int) -> None:
-    """With nested tensors in evaluation the process would end at level "attention": compiled code of layers can not be asked for them."""
+    """With nested tensors in evaluation the process would end at level "attention": compiled code of layers cannot be asked for them."""
     torch._dynamo.reset()
     model = stack(layers)
     want = briefly(copy.deepcopy(model))
@@ -1212,7 +1212,7 @@ def with_activation(x: Any) -> Any:
     return x
 
 
-TOKEN_WISE: dict[str, Callable[[Any], Any]] = {
+POSITION_WISE: dict[str, Callable[[Any], Any]] = {
     "nn.RMSNorm": put("norm1", lambda: nn.RMSNorm(D, eps=1e-6, dtype=torch.float64)),
     "a norm of one's own": put("norm2", TokenNorm),
     "LoRA": put("linear2", lambda: LoRA(FF, D)),
@@ -1224,11 +1224,11 @@ TOKEN_WISE: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("level", ["attention", "model"])
-@pytest.mark.parametrize("case", TOKEN_WISE)
+@pytest.mark.parametrize("case", POSITION_WISE)
 @pytest.mark.usefixtures("slow_path")
 def test_token_wise_parts_are_converted(case: str, level: Any) -> None:
     """R-23: what stands in a layer is called. The trial runs on a copy: no buffer, counter or random number of the model's moves."""
-    model = TOKEN_WISE[case](layer())
+    model = POSITION_WISE[case](layer())
     want = results(copy.deepcopy(model))
     values = {k: v.clone() for k, v in model.state_dict().items()}
     random_states = torch.get_rng_state(), random.getstate()
@@ -1494,7 +1494,7 @@ def test_methods_that_were_replaced_on_the_object(name: str) -> None:
 
 
 class Marked(nn.Module):
-    torch_class = nn.Linear
+    original_class = nn.Linear
 
 
 def test_a_class_that_uses_our_word() -> None:

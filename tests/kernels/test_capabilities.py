@@ -26,7 +26,7 @@ def plan(capability: tuple[int, int] = H100, dtype: torch.dtype = torch.bfloat16
         device_type="cuda", capability=capability, rocm=fields.pop("rocm", False), torch_version="2.13.0", packages=packages,
         dtype=dtype, semantics=Semantics(**options), **fields,
     )  # fmt: skip
-    return choose(problem, thorough=True)
+    return choose(problem, all_reasons=True)
 
 
 def named(name: str) -> Backend:

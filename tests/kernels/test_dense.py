@@ -17,7 +17,7 @@ from varlen_attn.kernels.cuda.mem_efficient import MemEfficient
 from varlen_attn.kernels.dense import EAGER, EFFICIENT, FLASH_CPU, FUSED, attend_dense
 from varlen_attn.kernels.problem import Semantics
 
-from .stand_ins import efficient_forward, for_cpu, on_cpu
+from .fake_kernels import efficient_forward, for_cpu, on_cpu
 
 
 @pytest.mark.parametrize("columns", [6, 0])

@@ -54,7 +54,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 def plan(device: str, dtype: torch.dtype = torch.float16, packages: Any = (), **fields: Any) -> Plan:
     options = {k: fields.pop(k) for k in tuple(fields) if k in Semantics.__dataclass_fields__}
     problem = Problem(torch_version="2.13.0", packages=packages, dtype=dtype, semantics=Semantics(**options), **DEVICES[device], **fields)
-    return choose(problem, thorough=True)
+    return choose(problem, all_reasons=True)
 
 
 def reasons(chosen: Plan, name: str) -> str:
@@ -111,7 +111,7 @@ def test_no_fix_asks_for_what_the_machine_can_not_have() -> None:
             assert ".to('cuda')" not in str(decision)
             assert "compute capability" not in str(decision)
     assert "use a machine with a CUDA device" in reasons(plan("mps"), "flex")
-    assert ".to('cuda')" in reasons(choose(Problem(device_type="cpu"), thorough=True), "flex")
+    assert ".to('cuda')" in reasons(choose(Problem(device_type="cpu"), all_reasons=True), "flex")
 
 
 def test_rocm_is_a_machine_of_its_own() -> None:

@@ -20,8 +20,8 @@ from varlen_attn.kernels.cuda.nested import Nested
 from varlen_attn.kernels.cuda.torch_varlen import TorchVarlen
 from varlen_attn.kernels.limits import MAX_SEQUENCES
 
-from . import stand_ins
-from .stand_ins import for_cpu, on_cpu
+from . import fake_kernels
+from .fake_kernels import for_cpu, on_cpu
 
 KERNELS = {
     "_flash_attention_forward": "flash_forward",
@@ -44,9 +44,9 @@ def launched() -> Iterator[list[int]]:
 
         return call
 
-    kernels = {op: getattr(stand_ins, name) for op, name in KERNELS.items()}
-    kernels["_flash_attention_forward"] = watched(stand_ins.flash_forward, 3)
-    kernels["_efficient_attention_forward"] = watched(stand_ins.efficient_forward, 4)
+    kernels = {op: getattr(fake_kernels, name) for op, name in KERNELS.items()}
+    kernels["_flash_attention_forward"] = watched(fake_kernels.flash_forward, 3)
+    kernels["_efficient_attention_forward"] = watched(fake_kernels.efficient_forward, 4)
     with on_cpu(**kernels):
         yield seen
 

@@ -29,7 +29,7 @@ from varlen_attn.kernels.cuda.torch_varlen import TorchVarlen
 from varlen_attn.kernels.sdpa_padded import SdpaPadded
 from varlen_attn.kernels.values import Call, Extras
 
-from ..kernels.stand_ins import flash_backward, flash_forward, for_cpu, on_cpu
+from ..kernels.fake_kernels import flash_backward, flash_forward, for_cpu, on_cpu
 from ..nosync import count_reads, not_capturable
 
 B, S, D, N = 3, 6, 16, 2

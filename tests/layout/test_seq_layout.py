@@ -936,7 +936,7 @@ def test_an_inverted_mask_warns_and_a_correct_one_does_not(counts: list[int], le
     assert "`attention_mask` marks tokens with True" in text
     assert "validate=False" in text
     assert not warned(lambda: build(~mask, validate=False))
-    assert not warned(lambda: build(~mask, capacity=mask.numel())), "capacity mode reads nothing, so it can not know"
+    assert not warned(lambda: build(~mask, capacity=mask.numel())), "capacity mode reads nothing, so it cannot know"
 
 
 def test_no_warning_where_all_rows_or_no_rows_are_empty_or_lengths_are_given() -> None:

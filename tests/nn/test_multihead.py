@@ -554,7 +554,7 @@ def test_a_window_over_packed_holes_is_the_same_with_weights() -> None:  # R-44
 
 
 def test_documents_never_see_each_other() -> None:
-    """R-31: the packed way keeps them apart, and the dense way, which can not, refuses."""
+    """R-31: the packed way keeps them apart, and the dense way, which cannot, refuses."""
     _, ours = pair()
     x = torch.randn(2, 8, E, dtype=torch.float64)
     layout = SeqLayout.from_document_ids(torch.tensor([[1, 1, 1, 2, 2, 2, 0, 0], [3, 3, 3, 3, 0, 0, 0, 0]]))

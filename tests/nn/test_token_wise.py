@@ -33,7 +33,7 @@ def calls(layer: Any, x: Tensor) -> tuple[Tensor, list[int]]:
         out: Tensor = layer._ff_block(rows)
         return out
 
-    return _token_wise.in_pieces(layer, x, feed_forward), seen
+    return _token_wise.chunked_feed_forward(layer, x, feed_forward), seen
 
 
 def test_pieces_give_the_same_numbers(layer: VarlenTransformerEncoderLayer) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from varlen_attn import ArgumentError, BackendRefused, LayoutError, SeqLayout, VarlenMultiheadAttention, record, use_backend
-from varlen_attn.nn.stream import Masks, enter
+from varlen_attn.nn.stream import Masks, pack_input
 from varlen_attn.nn.transformer import VarlenTransformerDecoder, VarlenTransformerEncoder, VarlenTransformerEncoderLayer
 from varlen_attn.testing.strategies import Batch, batches
 
@@ -524,7 +524,7 @@ def test_a_layer_with_our_attention_is_packed_too() -> None:
 
 
 def test_a_decoder_layer_that_takes_one_layout_is_called_padded() -> None:
-    """Memory has a layout of its own: who can not take both gets padded tensors."""
+    """Memory has a layout of its own: who cannot take both gets padded tensors."""
     seen: list[tuple[int, ...]] = []
 
     class OneLayout(nn.TransformerDecoderLayer):
@@ -596,7 +596,7 @@ def test_another_forward_of_the_same_name_is_not_taken_for_ours() -> None:
 
 def test_what_a_stack_has_settled_is_one_value_to_wrappers() -> None:
     """One that rebuilds all tuples among the arguments would make two layouts of one."""
-    prepared = enter(two_layers().layers[0].self_attn, "src", batch_of_three(), Masks(PADDING, None, False, None, True)).prepared([])
+    prepared = pack_input(two_layers().layers[0].self_attn, "src", batch_of_three(), Masks(PADDING, None, False, None, True)).prepared([])
     assert torch.utils._pytree.tree_map(lambda x: x, {"layout": prepared})["layout"] is prepared
     assert prepared.layout is prepared.layout_kv
 

@@ -18,7 +18,7 @@ from .._state import state
 from .._torch import is_plain, profiler_enabled
 from ..errors import ArgumentError
 from ..kernels import BACKENDS
-from ..kernels.base import Backend, connected_zeros, grad_without_slack, result_without_slack, wide_dtype
+from ..kernels.base import Backend, accumulation_dtype, grad_without_slack, result_without_slack, zeros_with_grad
 from ..kernels.kept import kept
 from ..kernels.problem import Problem, Semantics
 from ..kernels.values import NO_EXTRAS, Call, Extras, Result
@@ -28,7 +28,7 @@ from . import dispatch
 from .checks import autocasts, check_extras, check_holes, check_layouts, check_shapes, common_dtype
 from .dispatch import Plan, choose, choose_while_tracing, requested_backend, route
 from .export import note_static, refuse_order, static_attention
-from .records import announced
+from .records import recorded
 
 
 class Options(NamedTuple):
@@ -97,7 +97,7 @@ def attend(
 def _signature(
     query: Tensor, key: Tensor, value: Tensor, layout: Any, layout_kv: Any, options: Options, backend: str | Backend
 ) -> tuple[Any, ...] | None:
-    """All that checks and choices depend on, as plain values; None where they can not be made once for many calls."""
+    """All that checks and choices depend on, as plain values; None where they cannot be made once for many calls."""
     other, window = layout if layout_kv is None else layout_kv, options.window
     if type(layout) is not SeqLayout or type(other) is not SeqLayout or not is_plain(query):
         return None
@@ -122,7 +122,7 @@ def _signature(
         )  # fmt: skip
         hash(signature)
     except (AttributeError, RuntimeError, TypeError):
-        return None  # no tensors, or values that can not be hashed: the checks say what is wrong
+        return None  # no tensors, or values that cannot be hashed: the checks say what is wrong
     return signature
 
 
@@ -179,7 +179,7 @@ class AttentionCall:
         tensors = [self.query, self.key, self.value, self.extras.sinks, self.extras.score_bias]
         return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
-    def plan(self, thorough: bool = False) -> Plan:
+    def plan(self, all_reasons: bool = False) -> Plan:
         requested = self.backend if isinstance(self.backend, str) else self.backend.name
         problem = Problem.of(
             self.query, self.key, self.value, self.layout_q, self.layout_kv, self.semantics,
@@ -188,9 +188,9 @@ class AttentionCall:
         candidates = BACKENDS
         if isinstance(self.backend, Backend):
             candidates = (self.backend, *(b for b in BACKENDS if b.name != requested))
-        plan = choose(problem, candidates, thorough=thorough)
+        plan = choose(problem, candidates, all_reasons=all_reasons)
         way = route(self.layout_q, problem)
-        return replace(plan, route=way.name, route_reason=way.reason) if thorough or state.records else plan
+        return replace(plan, route=way.name, route_reason=way.reason) if all_reasons or state.records else plan
 
     def run(self, module: torch.nn.Module | None, reason: str | None = None) -> Any:
         if isinstance(self.layout_q, PaddedRows) and isinstance(self.layout_kv, PaddedRows):
@@ -201,11 +201,11 @@ class AttentionCall:
             with torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext():
                 out, lse = launch(self._backend_while_tracing(), *qkv, call)
         elif self.query.is_meta:  # shapes only; there is nothing to choose
-            out = connected_zeros((*self.query.shape[:2], self.value.shape[2]), *qkv, *self.extras.tensors)
-            lse = out.new_empty(out.shape[1::-1], dtype=wide_dtype(out.dtype))
+            out = zeros_with_grad((*self.query.shape[:2], self.value.shape[2]), *qkv, *self.extras.tensors)
+            lse = out.new_empty(out.shape[1::-1], dtype=accumulation_dtype(out.dtype))
         else:
             plan = self.plan()
-            note = announced(plan, self.layout_q, module, reason) if state.records else nullcontext()
+            note = recorded(plan, self.layout_q, module, reason) if state.records else nullcontext()
             with note, _surroundings(plan.backend, device_type):
                 out, lse = launch(plan.implementation, *qkv, call)
         return (out, lse) if self.semantics.return_lse else out
@@ -294,8 +294,8 @@ def _launch_without_empties(backend: Backend, query: Tensor, key: Tensor, value:
     """For kernels that mishandle empty sequences: leave them out; their queries, if any, get 0 and -inf."""
     some = kept(*call.layouts, "without empties", lambda: _without_empties(*call.layouts))
     if some is None:
-        out = connected_zeros((*query.shape[:2], value.shape[2]), query, key, value, *call.extras.tensors)
-        lse = out.new_full((out.shape[1], out.shape[0]), float("-inf"), dtype=wide_dtype(out.dtype))
+        out = zeros_with_grad((*query.shape[:2], value.shape[2]), query, key, value, *call.extras.tensors)
+        lse = out.new_full((out.shape[1], out.shape[0]), float("-inf"), dtype=accumulation_dtype(out.dtype))
         return out, lse if call.semantics.return_lse else None
     query = query if some.rows_q is None else some.rows_q.pack(query[None])
     key, value = (x if some.rows_k is None else some.rows_k.pack(x[None]) for x in (key, value))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._torch import is_tracing
 from ..errors import ArgumentError, DtypeError, LayoutError
-from ..kernels.base import FLOATS, wide_dtype
+from ..kernels.base import FLOATS, accumulation_dtype
 from ..kernels.problem import Semantics
 from ..kernels.values import Extras
 from ..layout.seq_layout import SeqLayout
@@ -82,7 +82,7 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout,
 
 def check_extras(query: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, extras: Extras) -> Extras:
     """Slopes and sinks stay float32 under autocast: half precision would round the logits they shift."""
-    wide = wide_dtype(query.dtype)
+    wide = accumulation_dtype(query.dtype)
     heads = query.shape[1]
     converted: dict[str, Tensor] = {}
     for name, x in (("alibi_slopes", extras.alibi_slopes), ("sinks", extras.sinks)):

@@ -110,7 +110,7 @@ class Plan:
             if decision.backend == self.backend:
                 lines.append(f"  > {decision.backend}: runs")
             elif decision.accepted:
-                lines.append(f"  + {decision.backend}: would run too, but stands later in the order")
+                lines.append(f"  + {decision.backend}: would run too, but comes later in the order")
             else:
                 reasons = [f"{r.reason}. Fix: {r.fix}." for r in decision.reasons]
                 lines.append(f"  - {decision.backend}: " + "\n      ".join(reasons))
@@ -123,24 +123,24 @@ def _package_versions(problem: Problem) -> list[tuple[str, str]]:
     return [(name, version) for name, version in versions if version is not None]
 
 
-def choose(problem: Problem, backends: Sequence[Backend] = BACKENDS, *, thorough: bool = False) -> Plan:
+def choose(problem: Problem, backends: Sequence[Backend] = BACKENDS, *, all_reasons: bool = False) -> Plan:
     """The plan for ``problem``: the first backend that accepts it, or the one that it orders by name.
 
     Args:
         problem: what is asked; ``problem.requested`` is a name, or ``"auto"``.
         backends: in order of preference.
-        thorough: also look into packages that could not have changed the choice, so that every reason is there.
+        all_reasons: also look into packages that could not have changed the choice, so that every reason is there.
             That may import them; `explain` and errors do it.
 
     Raises:
         ArgumentError: the name ordered is not one of ``backends``.
-        BackendRefused: the backend ordered by name can not run the problem.
+        BackendRefused: the backend ordered by name cannot run the problem.
         NoBackend: none of ``backends`` can.
     """
-    key = (problem, thorough, backends if backends is BACKENDS else tuple(backends))
+    key = (problem, all_reasons, backends if backends is BACKENDS else tuple(backends))
     plan: Plan | None = _plans.get(key)
     if plan is None:
-        plan = _choose(problem, tuple(backends), thorough)
+        plan = _choose(problem, tuple(backends), all_reasons)
         remember(key, plan)
     return plan
 
@@ -151,18 +151,18 @@ def remember(key: Any, decision: Any) -> None:
     _plans[key] = decision
 
 
-def _choose(problem: Problem, candidates: tuple[Backend, ...], thorough: bool) -> Plan:
+def _choose(problem: Problem, candidates: tuple[Backend, ...], all_reasons: bool) -> Plan:
     names = [b.name for b in candidates]
     order = problem.requested
     if order != "auto" and order not in names:
         raise ArgumentError(f"`backend` must be 'auto' or one of {names}, but is {order!r}.")
-    refusals = [b.refusals(problem, thorough=thorough) for b in candidates]
+    refusals = [b.refusals(problem, all_reasons=all_reasons) for b in candidates]
     if order == "auto" and all(refusals):
         # Auto does not fail for lack of a kernel: what else runs by order only (the specification) then runs unasked.
         refusals = [() if all(x.kind == "order" for x in r) else r for r in refusals]
     chosen = next((b for b, r in zip(candidates, refusals, strict=True) if not r and order in ("auto", b.name)), None)
     decisions = tuple(Decision(b.name, not r, r) for b, r in zip(candidates, refusals, strict=True))
-    if chosen is None and not thorough:
+    if chosen is None and not all_reasons:
         return _choose(problem, candidates, True)  # an error has all reasons
     if chosen is None and order != "auto":
         reasons = refusals[names.index(order)]
@@ -187,9 +187,9 @@ def problem_of_fields(problem: tuple[tuple[str, Any], ...], semantics: tuple[tup
 def choose_while_tracing(problem: tuple[tuple[str, Any], ...], semantics: tuple[tuple[str, Any], ...]) -> str:
     """`choose` as a constant of the graph: plain values in, the backend's name out; run by Python while tracing."""
     plan = choose(problem_of_fields(problem, semantics))
-    if not plan.implementation.own_op:
+    if not plan.implementation.custom_op:
         for log in state.records:
-            log.observe(plan.backend, -1)
+            log.on_launch(plan.backend, -1)
     return plan.backend
 
 

@@ -3,7 +3,7 @@
 While one of them records, calls on padded tensors get a `PaddedRows` in place of a packing layout. Its rows are the padded ones, zeroed
 at padding, so that all that happens between packing and unpacking stays as it is written; attention hides padding by a mask. The graph
 holds aten ops only, runs where this package is not installed, and serves every mask of its shape (of all shapes that are declared dynamic).
-Packing that is written out, ``layout.pack(x)`` and `varlen_attention`, is exported as it stands, with a number of rows that is data.
+Packing that is written out, ``layout.pack(x)`` and `varlen_attention`, is exported as it is, with a number of rows that is data.
 """
 
 from __future__ import annotations

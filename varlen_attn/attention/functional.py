@@ -74,7 +74,7 @@ def varlen_attention(
     Raises:
         ArgumentError, LayoutError: shapes, devices or values do not fit together.
         DtypeError: mixed dtypes outside autocast, float64 inside it, or no floating dtype.
-        BackendRefused: the ordered backend can not run this.
+        BackendRefused: the ordered backend cannot run this.
 
     The same in plain PyTorch, for one sequence ``q, k, v`` of ``(N, L, H)``::
 
@@ -94,14 +94,14 @@ def plan_attention(
     layout: SeqLayout,
     layout_kv: SeqLayout | None = None,
     *,
-    thorough: bool = True,
+    all_reasons: bool = True,
     **semantics: Any,
 ) -> Plan:
     """The `Plan` of ``varlen_attention(query, key, value, layout, layout_kv, **semantics)``, without running it."""
     names = {"alibi_slopes", "sinks", "score_bias"}
     extras = Extras(**{k: semantics.pop(k) for k in names & set(semantics)})
     backend = semantics.pop("backend", "auto")
-    return AttentionCall(query, key, value, layout, layout_kv, extras, Options(**semantics), backend).plan(thorough)
+    return AttentionCall(query, key, value, layout, layout_kv, extras, Options(**semantics), backend).plan(all_reasons)
 
 
 # -------------------------------------------------------------------- padded tensors

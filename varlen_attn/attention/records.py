@@ -95,12 +95,12 @@ class Record:
     def __len__(self) -> int:
         return len(self.calls)
 
-    def observe(self, backend: str, rows: int) -> None:
+    def on_launch(self, backend: str, rows: int) -> None:
         """A kernel that our own op launched (``rows >= 0``), or a choice made while tracing."""
         kernel = "in compiled code"
         self.calls.append(Call(backend, kernel, rows=rows) if rows >= 0 else Call(backend, kernel, traced=True))
 
-    def settle(self, profile: Profile) -> None:
+    def attach_profile(self, profile: Profile) -> None:
         """Write down what the profiler saw, which it tells at the end."""
         self.kernels = profile.kernels
         for label, kernels in profile.by_range.items():
@@ -152,25 +152,25 @@ def record(model: torch.nn.Module | None = None, *, kernels: bool = False) -> It
             yield log
     finally:
         if kernels:
-            log.settle(profile)
+            log.attach_profile(profile)
 
 
 @contextmanager
-def announced(plan: Plan, layout: SeqLayout, module: object | None, reason: str | None = None) -> Iterator[None]:
+def recorded(plan: Plan, layout: SeqLayout, module: object | None, reason: str | None = None) -> Iterator[None]:
     """Write one call into the open records, and keep the op that it launches silent."""
     rows = layout.total if layout.lengths is not None else layout.num_rows
     call = Call(plan.backend, plan.kernel, plan, None, rows, layout.batch_size * layout.padded_len, reason=reason)
-    before = state.announced
+    before = state.recorded
 
     def undo() -> None:
-        state.announced = before
+        state.recorded = before
 
     with undone(undo), _written(call, module):
-        state.announced = True
+        state.recorded = True
         yield
 
 
-def announced_dense(module: object, query: Tensor, key: Tensor, value: Tensor, kernel: str, reason: str) -> AbstractContextManager[object]:
+def recorded_padded(module: object, query: Tensor, key: Tensor, value: Tensor, kernel: str, reason: str) -> AbstractContextManager[object]:
     """Write a call that a module computes the dense way, on ``(B, S, N, H)`` tensors, into the open records; surround it with this."""
     problem = Problem(
         device_type=query.device.type,
@@ -186,7 +186,7 @@ def announced_dense(module: object, query: Tensor, key: Tensor, value: Tensor, k
 
 def dense_call(problem: Problem, kernel: str, reason: str, slots: int | None, traced: bool = False) -> Call:
     """Of B*S ``slots``, all of which are computed. Its plan is that of the packed call, which did not run, with the reason."""
-    plan = replace(choose(problem, thorough=True), backend="dense", kernel=kernel, route="dense", route_reason=reason)
+    plan = replace(choose(problem, all_reasons=True), backend="dense", kernel=kernel, route="dense", route_reason=reason)
     return Call("dense", kernel, plan, None, slots, slots, traced=traced, reason=reason)
 
 
@@ -198,7 +198,7 @@ def write(call: Call, module: object | None) -> None:
 
 
 def _written(call: Call, module: object | None) -> AbstractContextManager[object]:
-    """The call stands in all open records; the range finds its kernels, where one of them looks for kernels."""
+    """The call is in all open records; the range finds its kernels, where one of them looks for kernels."""
     where: AbstractContextManager[object] = nullcontext()
     for log in state.records:
         if isinstance(log, Record) and log.profiles:

@@ -34,7 +34,7 @@ WIDTH, HEADS = 256, 4
 
 @dataclass(frozen=True)
 class Batch:
-    """Lengths of the rows, the padded length, and what it stands for."""
+    """Lengths of the rows, the padded length, and what it is an example of."""
 
     name: str
     lengths: tuple[int, ...]
@@ -146,7 +146,7 @@ def _contestants(batch: Batch, setting: Setting, example: Example, training: boo
 
 
 def _failure(call: Callable[[], object]) -> str | None:
-    """Why the call can not be made: the backend refuses this dtype, or what it needs fails."""
+    """Why the call cannot be made: the backend refuses this dtype, or what it needs fails."""
     try:
         call()
     except RuntimeError as error:

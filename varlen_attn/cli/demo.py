@@ -104,7 +104,7 @@ def facts() -> dict[str, Any]:
             found[name] = {"says": says, "differences": differ, "record": str(log), **_times(theirs, ours, examples, SECONDS[name])}
     ran = log.calls[0].plan
     assert ran is not None
-    plan = replace(choose(ran.problem, thorough=True), route=ran.route, route_reason=ran.route_reason)
+    plan = replace(choose(ran.problem, all_reasons=True), route=ran.route, route_reason=ran.route_reason)
     return {
         "environment": machine(),
         "documents": sum(map(len, ids)),

@@ -171,7 +171,7 @@ def _explain(options: argparse.Namespace) -> int:
     from ..errors import ArgumentError, BackendRefused, NoBackend
 
     try:
-        plan = choose(_problem(options), thorough=True)
+        plan = choose(_problem(options), all_reasons=True)
     except ArgumentError as error:
         options.parser.error(str(error))
     except (BackendRefused, NoBackend) as error:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._clone import Seeded, clone, kinds, noise
-from .._switch import torch_class
+from .._switch import original_class
 from ..nn.multihead import VarlenMultiheadAttention, _block_fast_path
 from ..nn.token_wise import has_hooks, is_known
 from ..nn.transformer import (
@@ -31,7 +31,7 @@ HOSTS = (
 LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
 
-# Whoever sets one of these on an object wants it called, as torch calls it.
+# Code that sets one of these on an object wants it called, as torch calls it.
 METHODS = ("forward", "_sa_block", "_mha_block", "_ff_block")
 ATTENTIONS = ("self_attn", "multihead_attn")
 
@@ -54,7 +54,7 @@ class Candidate(NamedTuple):
     parent: Candidate | None
 
 
-def packs_already(module: nn.Module) -> bool:
+def is_varlen(module: nn.Module) -> bool:
     """Built as one of our modules, not enabled."""
     ours = (
         VarlenMultiheadAttention,
@@ -63,7 +63,7 @@ def packs_already(module: nn.Module) -> bool:
         VarlenTransformerDecoderLayer,
         VarlenTransformerDecoder,
     )
-    return isinstance(module, ours) and torch_class(module) is type(module)
+    return isinstance(module, ours) and original_class(module) is type(module)
 
 
 def candidates(model: nn.Module, hooks: str) -> list[Candidate]:
@@ -115,7 +115,7 @@ class _Search:
             return f"its first layer, a {type(module.layers[0]).__name__}, has no multihead_attn"
         for name in ATTENTIONS if host in LAYERS else ():
             attn = getattr(module, name, None)
-            if attn is not None and torch_class(attn) is not nn.MultiheadAttention and not packs_already(attn):
+            if attn is not None and original_class(attn) is not nn.MultiheadAttention and not is_varlen(attn):
                 return f"its {name} is a {type(attn).__name__}, not nn.MultiheadAttention"
         finding = self.find(module, host)
         return finding and finding.reason
@@ -134,7 +134,7 @@ class _Search:
             layers = [unwrapped(layer) for layer in module.layers]
             self.stacks.update(dict.fromkeys(layers, layers))
         if host in LAYERS + STACKS and module not in self.findings:
-            self.findings[module] = self._find(module) if torch_class(module) is host else None
+            self.findings[module] = self._find(module) if original_class(module) is host else None
         return self.findings.get(module)
 
     def _find(self, module: Any) -> _Finding | None:
@@ -177,7 +177,7 @@ def _closed(module: nn.Module) -> str | None:
 
 
 def _why_not_class(module: nn.Module, host: type[nn.Module]) -> str | None:
-    own = torch_class(module)
+    own = original_class(module)
     if parametrize.is_parametrized(module):
         return "parametrised: its weights are computed, and its class is one of torch.nn.utils.parametrize"
     if own is host:
@@ -206,7 +206,7 @@ def _has_our_hook_only(module: nn.Module) -> bool:
 
 
 class _Finding(NamedTuple):
-    """Why parts of a layer, or the norm of a stack, can not be called on packed rows.
+    """Why parts of a layer, or the norm of a stack, cannot be called on packed rows.
 
     Attributes:
         reason: in words.

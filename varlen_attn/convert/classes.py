@@ -25,7 +25,7 @@ _switchable = partial(switchable, inside=Prepared)
 class EnabledMultiheadAttention(VarlenMultiheadAttention):
     """`VarlenMultiheadAttention` with torch's ``need_weights=True``, so that a model that reads the weights goes on doing so."""
 
-    torch_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
+    original_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
 
     def forward(
         self,
@@ -49,34 +49,34 @@ class EnabledMultiheadAttention(VarlenMultiheadAttention):
 class EnabledMultiheadAttentionWithoutWeights(VarlenMultiheadAttention):
     """Enabled with ``need_weights=False``."""
 
-    torch_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
+    original_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
 
 
 @_switchable
 class EnabledTransformerEncoderLayer(VarlenTransformerEncoderLayer):
-    torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoderLayer
+    original_class: ClassVar[type[nn.Module]] = nn.TransformerEncoderLayer
 
 
 @_switchable
 class EnabledTransformerEncoder(VarlenTransformerEncoder):
-    torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoder
+    original_class: ClassVar[type[nn.Module]] = nn.TransformerEncoder
 
 
 @_switchable
 class EnabledTransformerDecoderLayer(VarlenTransformerDecoderLayer):
-    torch_class: ClassVar[type[nn.Module]] = nn.TransformerDecoderLayer
+    original_class: ClassVar[type[nn.Module]] = nn.TransformerDecoderLayer
 
 
 @_switchable
 class EnabledTransformerDecoder(VarlenTransformerDecoder):
-    torch_class: ClassVar[type[nn.Module]] = nn.TransformerDecoder
+    original_class: ClassVar[type[nn.Module]] = nn.TransformerDecoder
 
 
 @_switchable
 class AttentionOnlyTransformerEncoderLayer(EnabledTransformerEncoderLayer):
     """torch's layer on padded tensors, without its fast path: that reads the weights of ``self_attn`` and never calls it."""
 
-    torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoderLayer
+    original_class: ClassVar[type[nn.Module]] = nn.TransformerEncoderLayer
 
     def forward(
         self,
@@ -98,7 +98,7 @@ class AttentionOnlyTransformerEncoderLayer(EnabledTransformerEncoderLayer):
 class AttentionOnlyTransformerEncoder(EnabledTransformerEncoder):
     """torch's stack on padded tensors, with the caller's masks and without nested tensors."""
 
-    torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoder
+    original_class: ClassVar[type[nn.Module]] = nn.TransformerEncoder
 
     def forward(
         self,

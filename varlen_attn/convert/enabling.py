@@ -15,12 +15,12 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch import nn
 
 from .._clone import apart
-from .._switch import Class, Step, Switch, torch_class
+from .._switch import Class, Step, Switch, original_class
 from ..errors import ArgumentError, VarlenWarning, warn
 from ..nn.transformer import (
     unwrapped,
 )
-from .candidates import LAYERS, Candidate, candidates, packs_already
+from .candidates import LAYERS, Candidate, candidates, is_varlen
 from .classes import (
     AttentionOnlyTransformerEncoder,
     AttentionOnlyTransformerEncoderLayer,
@@ -76,7 +76,7 @@ def enable(model: nn.Module, level: Level = "auto", *, need_weights: bool = True
 
     Hooks that are registered on a packed layer, or inside of one, after `enable` see packed rows too.
 
-    Whoever reads padding sees another number there: a mean over all columns, and a decoder that is given no
+    Code that reads padding sees another number there: a mean over all columns, and a decoder that is given no
     ``memory_key_padding_mask`` and attends to the memory's padding.
     """
     _check(model)
@@ -101,7 +101,7 @@ def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str) -> tuple
     reports = [ModuleReport(*row) for row in rows]
     classes: list[Step] = []
     for c in found:
-        decision, original = _decide(c, found, level, need_weights), torch_class(c.module)
+        decision, original = _decide(c, found, level, need_weights), original_class(c.module)
         new_class = decision.new_class or original
         restored = decision.new_class is None and type(c.module) is not original
         reports.append(ModuleReport(c.name, original.__name__, "restored" if restored else decision.action, decision.reason))
@@ -113,7 +113,7 @@ def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str) -> tuple
 def _found(model: nn.Module) -> list[Step]:
     """What has been done to a model."""
     hf = _transformers(model)
-    classes = [Class(m, type(m), original) for m in model.modules() if (original := torch_class(m)) is not type(m)]
+    classes = [Class(m, type(m), original) for m in model.modules() if (original := original_class(m)) is not type(m)]
     return [*classes, *(hf.found(model) if hf else [])]
 
 
@@ -134,10 +134,10 @@ def disable(model: nn.Module) -> Report:
     hf = _transformers(model)
     restored = [ModuleReport(*row) for row in hf.enabled_models(model)] if hf else []
     for name, module in model.named_modules():
-        original = torch_class(module)
+        original = original_class(module)
         if original is not type(module):
             restored.append(ModuleReport(name, original.__name__, "restored", ""))
-        elif hasattr(original, "torch_class") and packs_already(module):
+        elif hasattr(original, "original_class") and is_varlen(module):
             reason = "its class was derived from the enabled one, as parametrisations do: remove them first"
             restored.append(ModuleReport(name, original.__name__, "left alone", reason))
     report, switch = Report(tuple(restored)), Switch(lambda: _found(model), [])
@@ -170,7 +170,7 @@ def enabled(
 
 
 def _transformers(model: nn.Module) -> Any:
-    """The integration, if there is a model of transformers in ``model``; whoever has one has imported transformers."""
+    """The integration, if there is a model of transformers in ``model``; a program that has one has imported transformers."""
     library = sys.modules.get("transformers.modeling_utils")
     if library is None or not any(isinstance(module, library.PreTrainedModel) for module in model.modules()):
         return None
@@ -224,7 +224,7 @@ class _Decision(NamedTuple):
 
 def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: bool) -> _Decision:
     """What becomes of one candidate, given all of them."""
-    if packs_already(c.module):
+    if is_varlen(c.module):
         return _Decision(None, "built so", f"a {type(c.module).__name__}: it packs already")
     if c.why_not is not None:
         return _Decision.alone(c.why_not)
@@ -235,7 +235,7 @@ def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: bool
         return _Decision.alone(_ATTENTION_ONLY)
     if c.host not in LAYERS:
         layers = [x for x in found if x.host in LAYERS and any(x.module is unwrapped(m) for m in c.module.layers)]  # type: ignore[union-attr]
-        if not any(packs_already(x.module) or x.why_not is None for x in layers):
+        if not any(is_varlen(x.module) or x.why_not is None for x in layers):
             return _Decision.alone("none of its layers can be converted")
     return _Decision(new_class, "converted", "" if level == "model" else _ATTENTION_ONLY)
 

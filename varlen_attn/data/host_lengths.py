@@ -48,7 +48,7 @@ class Known:
     Attributes:
         lengths: Q integers.
         padded_len: S; of offsets the longest length.
-        padding_side: where the padding of the padded batch stands.
+        padding_side: where the padding of the padded batch is.
         kind: ``"mask"`` for ``(B, S)`` with 1 or True at tokens, ``"offsets"`` for ``(Q+1,)``: 0, then the running sum of the lengths.
         layouts: those built so far, by device.
     """
@@ -67,12 +67,12 @@ class Known:
         return self.layouts[device]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Layouts are many times the size of the lengths, and whoever unpickles wants them on another device anyway.
+        # Layouts are many times the size of the lengths, and the process that unpickles wants them on another device anyway.
         return Known, (self.lengths, self.padded_len, self.padding_side, self.kind)
 
 
 class HostLengths(Tensor):
-    """An attention mask ``(B, S)`` or offsets ``(Q+1,)`` that remembers on the host which lengths it stands for.
+    """An attention mask ``(B, S)`` or offsets ``(Q+1,)`` that remembers on the host its lengths.
 
     Make one from lengths with `as_mask` or `as_offsets`, or from a mask on the host with `from_mask`. What only moves or converts the
     tensor keeps them: ``to``, ``cpu``, ``cuda``, ``pin_memory``, ``bool``, ``int``, ``long``, ``clone``, ``contiguous``, ``detach``,

@@ -39,11 +39,11 @@ def constant_while_tracing(function: F_) -> F_:
     return function
 
 
-def observe(name: str, rows: int) -> None:
+def on_launch(name: str, rows: int) -> None:
     """Called by our own ops where they run: in compiled code, nobody else sees the call."""
-    if not state.announced:
+    if not state.recorded:
         for record in state.records:
-            record.observe(name, rows)
+            record.on_launch(name, rows)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Capabilities:
     empty_sequences: bool = True  # False: removed before the call where lengths are on the host, else refused
     slack_rows: bool = True  # False: rows beyond cu_seqlens[-1] are left unwritten, and the caller zeroes them
     reads_slack: bool = True  # False: such rows of query, key and value are not read either, and may hold anything
-    by_name_only: str = ""  # why it runs by order only, or where nothing else does
+    explicit_only: str = ""  # why it runs by order only, or where nothing else does
 
 
 class Backend(ABC):
@@ -115,14 +115,14 @@ class Backend(ABC):
     package: ClassVar[str] = "torch"  # the distribution whose version `backends()` shows
     install: ClassVar[str] = ""  # the fix where `missing` has a reason
     checks_offsets: ClassVar[bool] = False  # its kernel refuses offsets that do not fit the rows; else a call is checked before
-    own_op: ClassVar[bool] = False  # `run` launches a torch.library op of ours, which records itself in compiled code
+    custom_op: ClassVar[bool] = False  # `run` launches a torch.library op of ours, which records itself in compiled code
 
     def missing(self, problem: Problem) -> str | None:
         """A sentence if what the backend needs is not installed, broken or not what it says; else None."""
         return None
 
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
-        """Reasons that the fields of `Capabilities` can not say."""
+        """Reasons that the fields of `Capabilities` cannot say."""
         return ()
 
     @abstractmethod
@@ -148,20 +148,20 @@ class Backend(ABC):
         if "run" in vars(cls):
             cls.run = _prepared(cls.run)  # type: ignore[method-assign]
 
-    def refusals(self, problem: Problem, *, thorough: bool = True) -> tuple[Refusal, ...]:
+    def refusals(self, problem: Problem, *, all_reasons: bool = True) -> tuple[Refusal, ...]:
         """All reasons against running ``problem``; none means that it runs.
 
-        Not thorough: whether a package is in order (which may import it) is asked only where nothing else speaks against it.
+        Not all_reasons: whether a package is in order (which may import it) is asked only where nothing else speaks against it.
         """
         reasons = [*_capability_refusals(self.capabilities, problem), *self.extra_refusals(problem)]
-        if self.capabilities.by_name_only and problem.requested != self.name:
-            text = f"runs by order, or where nothing else does: {self.capabilities.by_name_only}"
+        if self.capabilities.explicit_only and problem.requested != self.name:
+            text = f"runs by order, or where nothing else does: {self.capabilities.explicit_only}"
             reasons.append(Refusal(text, f"order it with backend={self.name!r}", "order"))
         if problem.machine in self.capabilities.untried and problem.requested != self.name:
             reasons.append(
                 Refusal(f"has not been run on {_MACHINES[problem.machine]}", f"order it with backend={self.name!r}, and compare", "order")
             )
-        if thorough or not reasons:
+        if all_reasons or not reasons:
             sentence = self.missing(problem)
             if sentence is not None:
                 reasons.insert(0, Refusal(sentence, self.install, "missing"))
@@ -243,7 +243,7 @@ def _shape_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
 # -------------------------------------------------------------------- helpers that several backends share
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums are kept in, and the dtype of the log-sum-exp: float64 for float64, float32 for the rest."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -331,7 +331,7 @@ def repeat_kv(num_heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.shape[1] == num_heads else t.repeat_interleave(num_heads // int(t.shape[1]), dim=1) for t in tensors)
 
 
-def connected_zeros(shape: Sequence[int], *tensors: Tensor) -> Tensor:
+def zeros_with_grad(shape: Sequence[int], *tensors: Tensor) -> Tensor:
     """Zeros that depend on ``tensors`` with gradient 0: a batch without tokens must still run ``backward``."""
     nothing = sum((t[:0].sum() for t in tensors), start=tensors[0].new_zeros(()))
     return tensors[0].new_zeros(tuple(shape)) + nothing

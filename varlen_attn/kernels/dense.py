@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch import is_transformed
-from .base import HALF, constant_while_tracing, pad_head_dim, repeat_kv, wide_dtype
+from .base import HALF, accumulation_dtype, constant_while_tracing, pad_head_dim, repeat_kv
 from .problem import Semantics, strictly_deterministic
 from .values import NO_EXTRAS, Extras, ScoreBias
 
 EAGER = "eager matmul, softmax, matmul on the padded batch"
 FLASH_CPU = "aten::_scaled_dot_product_flash_attention_for_cpu with a mask"
 EFFICIENT = "aten::_scaled_dot_product_efficient_attention with a mask"
-FUSED = "aten::scaled_dot_product_attention with a mask"  # for exported graphs: whoever runs them chooses
+FUSED = "aten::scaled_dot_product_attention with a mask"  # for exported graphs: the machine that runs them chooses
 
 _ROCM = torch.version.hip is not None
 
@@ -153,14 +153,14 @@ def attend_dense(
         if extras.alibi_slopes is not None:
             terms.append(alibi_bias(extras.alibi_slopes, rows, columns, offset))
         if extras.score_bias is not None:
-            terms.append(_score_bias(extras.score_bias, num_heads, rows, columns).to(wide_dtype(query.dtype)))
+            terms.append(_score_bias(extras.score_bias, num_heads, rows, columns).to(accumulation_dtype(query.dtype)))
         bias = sum(terms[1:], start=terms[0]) if terms else None
     if kernel == FUSED:
         return _fused(query, key, value, visible, semantics.factor), None, None
     if kernel != EAGER and 0 not in (*query.shape[:3], *key.shape[:3]):
         return *_by_kernel(kernel, query, key, value, visible, bias, semantics), None
 
-    dtype = wide_dtype(query.dtype) if wide else query.dtype
+    dtype = accumulation_dtype(query.dtype) if wide else query.dtype
     q, k, v = (x.to(dtype) for x in (query, *repeat_kv(num_heads, key, value)))
     scores = (q * semantics.factor) @ k.transpose(-1, -2)
     if semantics.softcap is not None:
@@ -205,7 +205,7 @@ def _by_kernel(
     which everything is hidden differs between versions: such rows see all keys here, and are zeroed afterwards.
     """
     value_dim, len_k, dtype, scale = v.shape[-1], k.shape[2], q.dtype, semantics.factor
-    mask = q.new_zeros((1, 1, 1, 1), dtype=wide_dtype(dtype) if kernel == FLASH_CPU else dtype) if bias is None else bias
+    mask = q.new_zeros((1, 1, 1, 1), dtype=accumulation_dtype(dtype) if kernel == FLASH_CPU else dtype) if bias is None else bias
     mask = mask if visible is None else mask.masked_fill(~visible, float("-inf"))
     blind = torch.isneginf(mask).all(-1, keepdim=True)
     if kernel == FLASH_CPU:

@@ -21,7 +21,7 @@ from torch.library import define, impl, infer_schema, register_autograd, registe
 from .._torch import is_tracing
 from ..errors import ArgumentError, LayoutError
 from ..layout.checks import check_offsets_tensor
-from .base import wide_dtype
+from .base import accumulation_dtype
 
 Op = Callable[..., Any]
 
@@ -53,7 +53,7 @@ def define_ops(name: str, forward: Op, backward: Op, *, kernel: str, device: str
     num_tensors = sum("Tensor" in str(parameter.annotation) for parameter in parameters.values())
 
     def fake_forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        (rows, heads), dtype = query.shape[:2], wide_dtype(query.dtype)
+        (rows, heads), dtype = query.shape[:2], accumulation_dtype(query.dtype)
         lse = query.new_empty((rows, heads), dtype=dtype).t() if lse_by_rows else query.new_empty((heads, rows), dtype=dtype)
         return query.new_empty((rows, heads, value.shape[2])), lse
 
@@ -112,7 +112,7 @@ def define_ops(name: str, forward: Op, backward: Op, *, kernel: str, device: str
 
 
 def check_operands(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, *results: Tensor) -> None:
-    """What a kernel touches follows from these sizes, so those that do not belong together are refused, from whoever calls the op.
+    """What a kernel touches follows from these sizes, so those that do not belong together are refused, also where the op is called directly.
 
     ``results``: gradient of the output, output and log-sum-exp.
     """
@@ -121,7 +121,7 @@ def check_operands(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k
     if fits and results:
         grad, out, lse = results
         fits = grad.shape == out.shape == (rows, heads, value_dim) and grad.dtype == out.dtype == dtype
-        fits = fits and lse.shape == (heads, rows) and lse.dtype == wide_dtype(dtype)
+        fits = fits and lse.shape == (heads, rows) and lse.dtype == accumulation_dtype(dtype)
     if not fits:
         shown = ", ".join(f"{tuple(x.shape)} of {x.dtype}" for x in (query, key, value, *results))
         raise ArgumentError(f"query, key, value (and gradient, output, log-sum-exp) must belong together, but are {shown}.")

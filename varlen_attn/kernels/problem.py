@@ -174,7 +174,7 @@ class Problem:
         self_attention: queries and keys have one layout.
         needs_grad: a gradient will be wanted.
         tracing: under `torch.compile`, `torch.export`, `torch.jit.trace` or fake tensors.
-        transformed: under `torch.func` or forward-mode AD, which kernels with a backward only can not serve.
+        transformed: under `torch.func` or forward-mode AD, which kernels with a backward only cannot serve.
         host_lengths: the lengths are known on the host.
         deterministic_mode: `torch.use_deterministic_algorithms(True)` is set, not to warn only: kernels without an argument obey it.
         requested: the backend's name, or ``"auto"``.

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from .base import FLOATS, Backend, Capabilities, connected_zeros, wide_dtype
+from .base import FLOATS, Backend, Capabilities, accumulation_dtype, zeros_with_grad
 from .problem import Problem, Semantics
 from .values import Call, Extras, Result
 
@@ -21,15 +21,15 @@ class Reference(Backend):
         dtypes=FLOATS,
         tracing=False,
         batch_invariant=True,
-        by_name_only="it is the specification, and slow",
+        explicit_only="it is the specification, and slow",
     )
 
     def kernel(self, problem: Problem) -> str:
         return "eager matmul, softmax, matmul for each sequence"
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
-        out = connected_zeros((query.shape[0], query.shape[1], value.shape[2]), query, key, value, *call.extras.tensors)
-        lse_dtype = wide_dtype(query.dtype)
+        out = zeros_with_grad((query.shape[0], query.shape[1], value.shape[2]), query, key, value, *call.extras.tensors)
+        lse_dtype = accumulation_dtype(query.dtype)
         lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=lse_dtype)
         pairs_q, pairs_k = (itertools.pairwise(layout.cu_seqlens.tolist()) for layout in call.layouts)
         for (q0, q1), (k0, k1) in zip(pairs_q, pairs_k, strict=True):

@@ -189,7 +189,7 @@ def refuse_indices(index: Index, batch_size: int, padded_len: int) -> None:
         fits_T &= index.gather_indices.index_select(0, from_T) == rows_T + 1
     assert_on_device(
         (fits_T | (rows_T >= offsets[-1])).all() & ((index.gather_indices != 0).sum() == offsets[-1]),
-        "`token_indices` and `gather_indices` must say where each packed row of `cu_seqlens` stands in the padded tensor, but belong to "
+        "`token_indices` and `gather_indices` must say where each packed row of `cu_seqlens` is in the padded tensor, but belong to "
         "another layout: build one from the mask or the lengths, and do not write to its tensors.",
     )
 

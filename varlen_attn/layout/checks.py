@@ -67,7 +67,7 @@ def check_takes_rows(x: Tensor, name: str, has_slack: bool) -> None:
 
 
 def signed_pad_value(value: float, dtype: torch.dtype) -> int:
-    """The number that means ``value`` where a signed integer of as many bits stands in for ``dtype``."""
+    """The number that means ``value`` where a signed integer of as many bits replaces ``dtype``."""
     size = 2 ** (8 * dtype.itemsize) if dtype in (torch.uint16, torch.uint32, torch.uint64) else 1
     if not -size < value < size:
         raise ArgumentError(f"`pad_value` must be {f'below {size}' if size > 1 else '0'} for a tensor of {dtype}, but is {value}.")

@@ -1,7 +1,7 @@
 """Packing and unpacking as copies of rows, each the other's backward.
 
 A copy needs no atomic add (the backward of a plain ``index_select`` does), so it is deterministic, and it never reads a padding
-slot: NaN there can not leak.
+slot: NaN there cannot leak.
 
 Both are here twice. `gather_rows` and `scatter_rows` are the formulas: they have all rules of `torch.func`, and T may be 0 or unknown
 while tracing. Inductor makes one kernel of `scatter_rows`, without a temporary (seen in its code for a CPU, torch 2.13); eager torch
@@ -91,7 +91,7 @@ def gather_rows(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Ten
 
 
 def scatter_rows(x: Tensor, gather_indices: Tensor, pad_value: float) -> Tensor:
-    # The padding row stands first, so that its index (0) does not depend on T, which is data.
+    # The padding row comes first, so that its index (0) does not depend on T, which is data.
     before = [0, 0] * (x.dim() - 1) + [1, 0]
     return torch.constant_pad_nd(x, before, pad_value).index_select(0, gather_indices)
 
@@ -100,7 +100,7 @@ def scatter_rows(x: Tensor, gather_indices: Tensor, pad_value: float) -> Tensor:
 
 
 def take_rows(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Tensor:
-    """`gather_rows`; slack rows are overwritten where they stand."""
+    """`gather_rows`; slack rows are overwritten in place."""
     if valid_T is None or x.shape[0] == 0 or is_tracing(x) or x.nbytes <= _SMALL_PACK or not _has_memory(x):
         return gather_rows(x, token_indices, valid_T)
     rows = x.index_select(0, token_indices)

@@ -91,11 +91,11 @@ class SeqLayout:
         padded_len: S.
         max_seqlen: an upper bound of the longest sequence, never read back from a device.
         cu_seqlens: ``(Q+1,)`` int32, offsets of the sequences in the packed rows; starts at 0.
-        token_indices: ``(T,)`` int64, where each packed row stands in the flattened ``B*S`` (0 for slack rows).
+        token_indices: ``(T,)`` int64, the index of each packed row in the flattened ``B*S`` (0 for slack rows).
         gather_indices: ``(B*S,)`` int64, for each padded position its packed row plus 1; 0 at padding.
         lengths: the Q lengths, or None where only the device knows them.
         has_holes: whether a row has padding between two tokens; None where only the device knows.
-        right_padded: whether all padding stands after the tokens of its row, so that columns are positions; None as above.
+        right_padded: whether all padding comes after the tokens of its row, so that columns are positions; None as above.
         holes: ``"refuse"`` or ``"packed"``: may distances count packed tokens although a row has holes?
         has_slack: capacity mode: T is fixed, and rows from ``cu_seqlens[-1]`` on hold nothing.
         row_ids: ``(Q,)`` the batch row of each document (-1 for unused ones); None unless made from documents.
@@ -186,7 +186,7 @@ class SeqLayout:
         Args:
             lengths: B integers in a list, tuple or 1-D integer tensor (one on a device is read back once).
             padded_len: S; the longest length if left out.
-            padding_side: where the padding of the padded tensors stands.
+            padding_side: where the padding of the padded tensors is.
             device: of the index tensors; of ``lengths`` if that is a tensor, else the CPU.
 
         Raises:
@@ -225,7 +225,7 @@ class SeqLayout:
         total: int | None = None,
         validate: bool = True,
     ) -> SeqLayout:
-        """From the offsets of packed sequences, as varlen kernels take them; padding stands on the right.
+        """From the offsets of packed sequences, as varlen kernels take them; padding is on the right.
 
         Args:
             cu_seqlens: ``(Q+1,)`` of any integer dtype: 0, then the running sum of the lengths.
@@ -247,7 +247,7 @@ class SeqLayout:
         if validate or padded_len is None or total is None:
             if is_tracing(cu_seqlens):
                 raise ArgumentError(
-                    "`cu_seqlens` can not be read while tracing: pass `padded_len`, `total` and "
+                    "`cu_seqlens` cannot be read while tracing: pass `padded_len`, `total` and "
                     "`validate=False`, or build the layout outside the compiled function."
                 )
             lengths = check_offsets(cu_seqlens.tolist(), padded_len, total)
@@ -506,7 +506,7 @@ class SeqLayout:
 
         Raises:
             ArgumentError: not integers, or kernel, stride or dilation below 1, or padding below 0.
-            LayoutError: padding stands before or between tokens, so that frames do not start at a token, or rows hold several
+            LayoutError: padding is before or between tokens, so that frames do not start at a token, or rows hold several
                 documents, which a convolution would mix.
         """
         fix = "of an nn.Conv1d pass conv.{}[0], not the tuple"
@@ -610,7 +610,7 @@ class SeqLayout:
             self._trusted()
 
     def _check(self, x: Tensor, leading: tuple[int, ...], name: str) -> None:
-        if torch.compiler.is_compiling():  # sizes that are data can not be compared while tracing, but asserted at run time
+        if torch.compiler.is_compiling():  # sizes that are data cannot be compared while tracing, but asserted at run time
             for have, need in zip(x.shape, leading, strict=False):
                 torch._check(have == need)
             return
@@ -669,7 +669,7 @@ _known: WeakKeyDictionary[SeqLayout, int] = WeakKeyDictionary()
 
 
 def padding_of(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Where a ``key_padding_mask (B, S)`` says padding, and where it holds what no mask of padding may; None where that can not be."""
+    """Where a ``key_padding_mask (B, S)`` says padding, and where it holds what no mask of padding may; None where that cannot be."""
     check_rank(mask, "mask")
     if mask.dtype == torch.bool:
         return mask, None

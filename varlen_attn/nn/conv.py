@@ -56,7 +56,7 @@ def varlen_conv1d(conv: Callable[[Tensor], Tensor], rows: Tensor, layout: SeqLay
     Raises:
         ArgumentError: ``conv`` has no such attributes, is a pool that would read the zeros, or has another ``padding_mode`` than "zeros",
             which would read the padded row's ends.
-        LayoutError: ``rows`` are not ``(T, C_in)``, the padding stands elsewhere than above, or ``conv`` makes another number of frames
+        LayoutError: ``rows`` are not ``(T, C_in)``, the padding is elsewhere than above, or ``conv`` makes another number of frames
             than its attributes say.
     """
     step = _step(conv)
@@ -93,7 +93,7 @@ def _step(conv: Any) -> Step:
     mode = getattr(conv, "padding_mode", "zeros")
     if mode != "zeros":
         raise ArgumentError(
-            f"`conv.padding_mode` must be 'zeros', but is {mode!r}: it would fill a sample's end with what stands at the end of the padded "
+            f"`conv.padding_mode` must be 'zeros', but is {mode!r}: it would fill a sample's end with what is at the end of the padded "
             "row, not of the sample. Pad each sample before packing, or use zeros."
         )
     padding = getattr(conv, "padding", 0)

@@ -28,7 +28,7 @@ class MaskFacts(NamedTuple):
 
 
 def read_masks(x: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, *, hint: bool, compare: bool) -> MaskFacts:
-    """Lengths, where padding stands, whether a float mask is padding only and whether ``attn_mask`` is causal, in one transfer.
+    """Lengths, where padding is, whether a float mask is padding only and whether ``attn_mask`` is causal, in one transfer.
 
     Args:
         x: the tensor that the padding is of; the layout goes to its device.

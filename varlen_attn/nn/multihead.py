@@ -1,7 +1,7 @@
 """`VarlenMultiheadAttention`: `nn.MultiheadAttention` that does not compute padding.
 
 Same constructor, `state_dict`, forward arguments and results. Padded input is packed with its mask, attended to by whatever backend
-`varlen_attention` picks, and put back; what packing can not serve (attention weights, arbitrary masks) goes the dense way, exactly.
+`varlen_attention` picks, and put back; what packing cannot serve (attention weights, arbitrary masks) goes the dense way, exactly.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..attention.forms import (
     refuse_no_sequence,
     unpack_rows,
 )
-from ..attention.records import announced_dense
+from ..attention.records import recorded_padded
 from ..errors import ArgumentError, LayoutError
 from ..kernels.base import Backend
 from ..kernels.dense import EAGER, attend_dense, dense_kernel_here, visible_mask
@@ -158,7 +158,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         Raises:
             AssertionError, RuntimeError: what torch raises for shapes and masks, with our fix appended.
             ArgumentError, LayoutError: layouts that do not fit.
-            BackendRefused: the ordered backend can not run the call.
+            BackendRefused: the ordered backend cannot run the call.
         """
         prepared: Any = layout
         if type(prepared) is Prepared:  # packed rows of a stack, which has checked everything and zeroes slack rows at its ends
@@ -223,7 +223,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[tuple[SeqLayout, SeqLayout], bool, str | None]:
         """Layouts of queries and keys, whether the call is causal, and the reason for the dense way or None.
 
-        Reads a device mask once: lengths, where padding stands, whether a float mask is padding only, whether ``attn_mask`` is causal.
+        Reads a device mask once: lengths, where padding is, whether a float mask is padding only, whether ``attn_mask`` is causal.
         """
         mask, attn_mask = masks
         facts = read_masks(inputs.key, mask, attn_mask, hint=is_causal, compare=is_causal)
@@ -359,7 +359,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
     def _dense(
         self, inputs: _Inputs, layouts: tuple[SeqLayout, SeqLayout], bias: Tensor | None, need_weights: bool, why: str
     ) -> tuple[Tensor, Tensor | None]:
-        """Padded rows computed too, with torch's meaning of every mask; what stands in padding is not read."""
+        """Padded rows computed too, with torch's meaning of every mask; what is at padding is not read."""
         layout_q = layouts[0]
         q, k, v = self._project(*inputs.each(*layouts, SeqLayout.unpack if inputs.form in ROWS else _without_padding))
         extra = 0
@@ -377,7 +377,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         kernel = EAGER if eager else dense_kernel_here(semantics, q, k, v)
         note: AbstractContextManager[object] = nullcontext()
         if state.records and not is_tracing(q):
-            note = announced_dense(self, q, k, v, kernel, why)
+            note = recorded_padded(self, q, k, v, kernel, why)
         with note:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             out, _, weights = attend_dense(q, k, v, semantics, bias=bias, kernel=kernel, wide=False)

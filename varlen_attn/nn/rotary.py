@@ -87,7 +87,7 @@ def _check_positions(x: Tensor, positions: Tensor) -> None:
     )
     if not 1 <= positions.dim() <= x.dim() - 2:
         raise ArgumentError(f"{names}: `x` is (T, N, H) with positions (T,), or (B, S, N, H) with (S,) or (B, S).")
-    if torch.compiler.is_compiling():  # sizes that are data can not be compared while tracing, but asserted at run time
+    if torch.compiler.is_compiling():  # sizes that are data cannot be compared while tracing, but asserted at run time
         torch._check(positions.shape[-1] == x.shape[-3])
         return
     leading = x.shape[-2 - positions.dim() : -2]

@@ -47,7 +47,7 @@ class Masks(NamedTuple):
     compare: bool = False
 
 
-class Stream(NamedTuple):
+class PackedInput(NamedTuple):
     """Packed rows on their way through a stack, and all that is needed to go on and to go back.
 
     Attributes:
@@ -66,11 +66,11 @@ class Stream(NamedTuple):
     form: Form
     given: Tensor
 
-    def leave(self, rows: Tensor) -> Tensor:
+    def restore(self, rows: Tensor) -> Tensor:
         """``rows`` in the form in which the input came; 0 at padding."""
         return unpack_rows(self.layout, rows, self.form, self.given)
 
-    def prepared(self, layers: Iterable[nn.Module], memory: Stream | None = None) -> Prepared:
+    def prepared(self, layers: Iterable[nn.Module], memory: PackedInput | None = None) -> Prepared:
         """For attention of these rows to themselves, or to those of ``memory``, in ``layers``."""
         keys = self if memory is None else memory
         written = not (self.layout.has_slack or keys.layout.has_slack) or all(_writes_all_rows(layer) for layer in layers)
@@ -87,7 +87,7 @@ def takes_prepared(module: nn.Module, prepared: Prepared) -> bool:
 
 
 def _writes_all_rows(layer: nn.Module) -> bool:
-    """Whether every part of a layer is known to write slack rows too: what stands there, times 0, must be 0 in gradients of weights."""
+    """Whether every part of a layer is known to write slack rows too: what is in them, times 0, must be 0 in gradients of weights."""
     known = (isinstance(part, nn.MultiheadAttention) or is_known(part) for part in layer.children())
     return not any(has_hooks(module) for module in layer.modules()) and "forward" not in vars(layer) and all(known)
 
@@ -99,7 +99,7 @@ class Prepared:
 
     Attributes:
         layout, layout_kv: of queries and of keys.
-        causal, mask: as `Stream`, of the keys.
+        causal, mask: as `PackedInput`, of the keys.
         batch_first: how modules that take no layout are called, unless they say it themselves.
         written: no part of the layers leaves slack rows unwritten, so that they are zeroed at the ends of the stack only.
     """
@@ -138,7 +138,7 @@ class Prepared:
         return padding, None if mask is None else additive_mask(mask, x.dtype).to(x.dtype)
 
 
-def enter(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Stream | None = None) -> Stream:
+def pack_input(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: PackedInput | None = None) -> PackedInput:
     """Check, build the layout and pack, for attention by ``attn`` to ``x``.
 
     Args:
@@ -172,7 +172,7 @@ def enter(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Stream |
     if form not in ROWS:  # not the caller's own
         mark_unbacked(rows)
     causal = masks.is_causal if masks.attn is None else not facts.not_causal
-    stream = Stream(rows, layout, causal, None if causal else masks.attn, form, given)
+    stream = PackedInput(rows, layout, causal, None if causal else masks.attn, form, given)
     if not facts.additive:
         return stream
     assert padding is not None
@@ -180,12 +180,12 @@ def enter(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Stream |
     return stream._replace(causal=False, mask=added)
 
 
-def _check(attn: nn.Module, name: str, x: Tensor, packed_by: SeqLayout | None, masks: Masks, queries: Stream | None) -> None:
+def _check(attn: nn.Module, name: str, x: Tensor, packed_by: SeqLayout | None, masks: Masks, queries: PackedInput | None) -> None:
     """Shapes, in torch's words."""
     if packed_by is not None:
         packed_by._check(x, (packed_by.num_rows,), name)
     if not isinstance(attn, nn.MultiheadAttention):
-        return  # its business
+        return  # a layer of the caller's own, which may take anything
     if queries is not None and packed_by is None and queries.form in ROWS:
         raise LayoutError(
             "`memory` must be packed where the targets are, with a layout of its own: pass layout_kv.pack(memory) and layout_kv=layout_kv."
@@ -197,7 +197,7 @@ def _check(attn: nn.Module, name: str, x: Tensor, packed_by: SeqLayout | None, m
         check_inputs(attn, x if queries is None else queries.given, x, x, masks.key_padding, masks.attn, None)
 
 
-def _added_to_scores(padding: Tensor, stream: Stream, queries: Stream, num_heads: int) -> Tensor:
+def _added_to_scores(padding: Tensor, stream: PackedInput, queries: PackedInput, num_heads: int) -> Tensor:
     """An additive padding mask, the attention mask and causality as one ``(B*N, L, S)``: torch adds them all."""
     shape = (stream.layout.batch_size, num_heads, queries.layout.padded_len, stream.layout.padded_len)
     added = padding[:, None, None].expand(shape)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TOKEN_WISE = (
+POSITION_WISE = (
     nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.Dropout,
     nn.ReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.LeakyReLU, nn.Hardswish, nn.Tanh, nn.Sigmoid,
 )  # fmt: skip
@@ -25,7 +25,7 @@ _LEAST = 256  # rows of a piece
 
 def is_known(part: Any) -> bool:
     """A module or function that is token-wise by its type."""
-    return type(part) in TOKEN_WISE or part in ACTIVATIONS
+    return type(part) in POSITION_WISE or part in ACTIVATIONS
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -33,7 +33,7 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, None) for name in names)
 
 
-def faithful_copy(module: nn.Module) -> nn.Module:
+def deepcopy_module(module: nn.Module) -> nn.Module:
     """`copy.deepcopy`, but for torch's decoder layers, whose copies forget an activation that is a module and compute ReLU."""
     copied = copy.deepcopy(module)
     others = dict(copied.named_modules())
@@ -43,7 +43,7 @@ def faithful_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
-def in_pieces(layer: Any, x: Tensor, feed_forward: Callable[[Tensor], Tensor]) -> Tensor:
+def chunked_feed_forward(layer: Any, x: Tensor, feed_forward: Callable[[Tensor], Tensor]) -> Tensor:
     """``feed_forward(x)`` of a transformer layer, a piece of the rows at a time where that is faster and nobody can tell.
 
     That is on a CPU, where no gradients need the inner rows, and with modules whose calls nobody counts.

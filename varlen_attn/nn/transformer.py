@@ -5,7 +5,7 @@ and put back after the last; in between attention, linear layers, norms, activat
 and in evaluation. That pays about 1/fill on the whole stack, where leaving padding out of attention alone pays little, because attention
 is a small share of an encoder at the lengths of text.
 
-Whatever stands in a module's place must be token-wise (a LoRA layer, another norm, a mixture of experts): it is called on ``(T, D)``.
+A module that replaces one of torch's must be token-wise (a LoRA layer, another norm, a mixture of experts): it is called on ``(T, D)``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..layout.seq_layout import SeqLayout
 from .multihead import VarlenMultiheadAttention
-from .stream import Masks, Prepared, enter, takes_prepared
-from .token_wise import in_pieces
+from .stream import Masks, Prepared, pack_input, takes_prepared
+from .token_wise import chunked_feed_forward
 
 _ATTENTIONS = (nn.MultiheadAttention, VarlenMultiheadAttention)
 
@@ -87,16 +87,16 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
         prepared: Any = layout
         if type(prepared) is Prepared:
             return self._compute(src, prepared)
-        stream = enter(self.self_attn, "src", src, Masks(src_key_padding_mask, src_mask, is_causal, layout))
-        return stream.leave(self._compute(stream.rows, stream.prepared([self])))
+        stream = pack_input(self.self_attn, "src", src, Masks(src_key_padding_mask, src_mask, is_causal, layout))
+        return stream.restore(self._compute(stream.rows, stream.prepared([self])))
 
     def _compute(self, x: Tensor, layout: Any) -> Tensor:
         """The layer on packed rows, or on what `_attend` takes in place of a layout."""
         if self.norm_first:
             x = x + self._attend(self.norm1(x), layout)
-            return x + in_pieces(self, self.norm2(x), self._ff_block)
+            return x + chunked_feed_forward(self, self.norm2(x), self._ff_block)
         x = self.norm1(x + self._attend(x, layout))
-        out: Tensor = self.norm2(x + in_pieces(self, x, self._ff_block))
+        out: Tensor = self.norm2(x + chunked_feed_forward(self, x, self._ff_block))
         return out
 
     forward.takes_prepared, forward.inside = forward, _compute  # type: ignore[attr-defined]
@@ -128,7 +128,7 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
         enable_nested_tensor: bool = True,
         mask_check: bool = True,
     ) -> None:
-        # torch warns where its nested tensors can not serve a layer; they are not used here.
+        # torch warns where its nested tensors cannot serve a layer; they are not used here.
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
         self.enable_nested_tensor = enable_nested_tensor
         for layer in self.layers:
@@ -168,7 +168,7 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
         ``~src_key_padding_mask[..., None]``.
         """
         first = self.layers[0]
-        stream = enter(first.self_attn, "src", src, Masks(src_key_padding_mask, mask, bool(is_causal), layout, compare=True))
+        stream = pack_input(first.self_attn, "src", src, Masks(src_key_padding_mask, mask, bool(is_causal), layout, compare=True))
         x, prepared = stream.rows, stream.prepared(self.layers)
         for layer in self.layers:
             if takes_prepared(layer, prepared):
@@ -179,7 +179,7 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
                 x = _padded_encoder_layer(layer, x, prepared)
         if self.norm is not None:
             x = self.norm(x)
-        return stream.leave(x)
+        return stream.restore(x)
 
 
 class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -228,7 +228,7 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
                 `VarlenTransformerEncoderLayer`.
             tgt_key_padding_mask, memory_key_padding_mask: ``(B, L)`` and ``(B, S)``, True is padding; floats as in
                 `VarlenTransformerEncoderLayer`. Without one every token is real: without a memory mask, targets attend to what
-                stands at the memory's padding.
+                is at the memory's padding.
             tgt_is_causal, memory_is_causal: target i sees targets, or memory, up to i; no mask needed.
             layout, layout_kv: of targets and of memory, in place of their padding masks.
 
@@ -244,10 +244,10 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
         own: Any = layout
         if type(own) is Prepared:
             return self._compute(tgt, memory, own, layout_kv)
-        target = enter(self.self_attn, "tgt", tgt, Masks(tgt_key_padding_mask, tgt_mask, tgt_is_causal, layout))
+        target = pack_input(self.self_attn, "tgt", tgt, Masks(tgt_key_padding_mask, tgt_mask, tgt_is_causal, layout))
         masks = Masks(memory_key_padding_mask, memory_mask, memory_is_causal, layout_kv)
-        source = enter(self.multihead_attn, "memory", memory, masks, target)
-        return target.leave(self._compute(target.rows, source.rows, target.prepared([self]), target.prepared([self], source)))
+        source = pack_input(self.multihead_attn, "memory", memory, masks, target)
+        return target.restore(self._compute(target.rows, source.rows, target.prepared([self]), target.prepared([self], source)))
 
     forward.takes_prepared = forward  # type: ignore[attr-defined]
 
@@ -255,10 +255,10 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
         if self.norm_first:
             x = x + self._attend(self.norm1(x), own)
             x = x + self._attend_to(self.norm2(x), memory, across)
-            return x + in_pieces(self, self.norm3(x), self._ff_block)
+            return x + chunked_feed_forward(self, self.norm3(x), self._ff_block)
         x = self.norm1(x + self._attend(x, own))
         x = self.norm2(x + self._attend_to(x, memory, across))
-        out: Tensor = self.norm3(x + in_pieces(self, x, self._ff_block))
+        out: Tensor = self.norm3(x + chunked_feed_forward(self, x, self._ff_block))
         return out
 
     def _attend(self, x: Tensor, prepared: Prepared) -> Tensor:
@@ -311,9 +311,9 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
         In plain PyTorch: ``nn.TransformerDecoder.forward`` with the same masks, times ``~tgt_key_padding_mask[..., None]``.
         """
         first = self.layers[0]
-        target = enter(first.self_attn, "tgt", tgt, Masks(tgt_key_padding_mask, tgt_mask, bool(tgt_is_causal), layout, compare=True))
+        target = pack_input(first.self_attn, "tgt", tgt, Masks(tgt_key_padding_mask, tgt_mask, bool(tgt_is_causal), layout, compare=True))
         masks = Masks(memory_key_padding_mask, memory_mask, memory_is_causal, layout_kv, compare=True)
-        source = enter(first.multihead_attn, "memory", memory, masks, target)
+        source = pack_input(first.multihead_attn, "memory", memory, masks, target)
         x, own, across = target.rows, target.prepared(self.layers), target.prepared(self.layers, source)
         for layer in self.layers:
             if takes_prepared(layer, own) and across.written:
@@ -327,7 +327,7 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
                 x = _padded_decoder_layer(layer, x, source.rows, own, across)
         if self.norm is not None:
             x = self.norm(x)
-        return target.leave(x)
+        return target.restore(x)
 
 
 # -------------------------------------------------------------------- modules that know no layout

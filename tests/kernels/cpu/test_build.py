@@ -208,7 +208,7 @@ def test_two_builds_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_looking_for_it_never_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders that can not be read, no home directory, a note that is empty or no text: `cpu` runs in all of them."""
+    """Folders that cannot be read, no home directory, a note that is empty or no text: `cpu` runs in all of them."""
     note = (folder / _native._name()).with_suffix(".failed")
     for content in (b"", b"\xff\xfe"):
         note.write_bytes(content)

@@ -21,7 +21,7 @@ from varlen_attn.kernels.cuda.flash2 import Flash2
 from varlen_attn.kernels.problem import Problem, Semantics
 from varlen_attn.testing import assert_within_budget, reference_attention
 
-from ..stand_ins import GRID, Finder, check_loads, flash_semantics, for_cpu, sequences
+from ..fake_kernels import GRID, Finder, check_loads, flash_semantics, for_cpu, sequences
 
 Install = Callable[..., None]
 
@@ -350,7 +350,7 @@ def test_the_probe_runs_once(install: Install) -> None:
 def test_a_cpu_call_never_imports_it(install: Install) -> None:
     imported = []
     install("2.8.3", lambda module: imported.append(module.__name__))
-    assert Flash2().refusals(Problem(device_type="cpu"), thorough=False)
+    assert Flash2().refusals(Problem(device_type="cpu"), all_reasons=False)
     assert not imported
 
 

@@ -20,7 +20,7 @@ from varlen_attn.kernels.cuda import flash_ops as _flash_op
 from varlen_attn.kernels.cuda.flash3 import Flash3
 from varlen_attn.kernels.problem import Problem, Semantics
 
-from ..stand_ins import FA3_BACKWARD, FA3_FORWARD, FA3Ops, Finder, fa3_ops, for_cpu
+from ..fake_kernels import FA3_BACKWARD, FA3_FORWARD, FA3Ops, Finder, fa3_ops, for_cpu
 from . import flash_cases as cases
 
 HERE = for_cpu(Flash3)
@@ -310,7 +310,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
 @pytest.mark.parametrize("distribution", ["flash-attn-3", "tokenspeed-fa3", None])
 def test_a_package_is_imported_when_nothing_else_refuses(install: Install, distribution: str | None) -> None:
     imported = install(distribution)
-    assert Flash3().refusals(gpu(device_type="cpu"), thorough=False)
+    assert Flash3().refusals(gpu(device_type="cpu"), all_reasons=False)
     assert not imported
     assert not reasons(needs_grad=True, semantics=Semantics(softcap=4.0, window=(2, 2), deterministic=True))
     assert not reasons(dtype=torch.float16)

@@ -19,7 +19,7 @@ from varlen_attn.kernels.cuda import packages as _packages
 from varlen_attn.kernels.cuda.flash4 import Flash4
 from varlen_attn.kernels.problem import Problem, Semantics
 
-from ..stand_ins import Finder, for_cpu, hopper_backward, hopper_forward
+from ..fake_kernels import Finder, for_cpu, hopper_backward, hopper_forward
 from . import flash_cases as cases
 
 HERE = for_cpu(Flash4)
@@ -309,7 +309,7 @@ def test_it_is_imported_once_and_only_when_nothing_else_refuses(install: Install
         raise ImportError("broken")
 
     imported = install("4.0.0b36", execute)
-    assert Flash4().refusals(gpu(device_type="cpu"), thorough=False)
+    assert Flash4().refusals(gpu(device_type="cpu"), all_reasons=False)
     assert not imported
     assert reasons() == reasons()
     assert imported.count(INTERFACE) == 1

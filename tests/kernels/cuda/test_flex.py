@@ -24,7 +24,7 @@ from varlen_attn.kernels.problem import Problem, Semantics
 from varlen_attn.testing import assert_within_budget, reference_attention
 from varlen_attn.testing.strategies import AttentionCase, attention_cases
 
-from ..stand_ins import for_cpu
+from ..fake_kernels import for_cpu
 
 # Dynamo looks whether its inputs have a `.grad`, and hides the warning of those that are no leaves where it is not an error already.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -320,7 +320,7 @@ def test_sizes_of_one_and_of_one_block_do_not_add_up_to_too_many() -> None:
 
 
 def test_sizes_marked_as_data_do_not_reach_the_kernel() -> None:
-    """`SeqLayout.pack` marks its result, for graphs of the caller's; the lowering of this kernel can not have such a size."""
+    """`SeqLayout.pack` marks its result, for graphs of the caller's; the lowering of this kernel cannot have such a size."""
     layout = SeqLayout.from_lengths([30, 0, 123])
     q = torch.randn(3, 123, 2, 16)
     graphs.clear()

@@ -17,7 +17,7 @@ from varlen_attn.kernels.problem import Problem, Semantics
 from varlen_attn.kernels.values import Extras
 from varlen_attn.testing import assert_within_budget, reference_attention
 
-from ..stand_ins import efficient_backward, efficient_forward, for_cpu, on_cpu
+from ..fake_kernels import efficient_backward, efficient_forward, for_cpu, on_cpu
 
 HERE = for_cpu(MemEfficient)
 

@@ -21,7 +21,7 @@ from varlen_attn.kernels.problem import Problem, Semantics
 from varlen_attn.kernels.values import Extras
 from varlen_attn.testing import assert_within_budget, reference_attention
 
-from ..stand_ins import flash_backward, flash_forward, for_cpu, on_cpu
+from ..fake_kernels import flash_backward, flash_forward, for_cpu, on_cpu
 
 HERE = for_cpu(TorchVarlen)
 
@@ -105,7 +105,7 @@ def test_rows_that_the_kernel_can_load_are_not_copied() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_rows_that_the_kernel_could_not_load_do_not_reach_it_from_a_graph() -> None:
-    """A graph can not ask for an address: rows are copied, an offset is an error."""
+    """A graph cannot ask for an address: rows are copied, an offset is an error."""
 
     def call(fused: Tensor, before: int) -> Tensor:
         return aligned(fused[:, before : before + 8]) + 1

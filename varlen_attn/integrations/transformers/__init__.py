@@ -8,7 +8,7 @@ the attention function, ``mask`` the mask that says what is visible, and ``trial
 """
 
 from .attention import NotPackable, varlen_attention_forward
-from .enabling import NAME, OLDEST, State, _state_of_pickle, disable, enable, register, roots, snapshot
+from .enabling import NAME, OLDEST, State, _state_of_pickle, enabled_models, found, plan, register, roots
 from .mask import varlen_mask
 
 __all__ = [
@@ -17,11 +17,11 @@ __all__ = [
     "NotPackable",
     "State",
     "_state_of_pickle",
-    "disable",
-    "enable",
+    "enabled_models",
+    "found",
+    "plan",
     "register",
     "roots",
-    "snapshot",
     "varlen_attention_forward",
     "varlen_mask",
 ]

@@ -1,7 +1,7 @@
 """The attention function that transformers' layers call under the name ``varlen_attn``.
 
 ``(B, N, L, H)`` in, ``((B, L, N, H), weights or None)`` out. Every row comes out as with ``sdpa``, those of padded queries too: what is
-skipped are keys at padding, and inside a stack that runs packed everything at padding. What packed attention can not compute
+skipped are keys at padding, and inside a stack that runs packed everything at padding. What packed attention cannot compute
 goes to transformers' own function for ``sdpa``, or, where that lacks an option (softcap, sinks, weights), to eager maths.
 """
 
@@ -20,10 +20,10 @@ from ..._state import state
 from ...attention.call import Options as Asked
 from ...attention.call import attend
 from ...attention.forms import pack_rows, unpack_rows
-from ...attention.records import announced_dense
+from ...attention.records import recorded_padded
 from ...data.host_lengths import HostLengths
 from ...errors import ArgumentError, LayoutError
-from ...kernels.base import wide_dtype
+from ...kernels.base import accumulation_dtype
 from ...kernels.dense import EAGER, attend_dense
 from ...kernels.problem import Semantics
 from ...kernels.values import NO_EXTRAS, Extras
@@ -34,7 +34,7 @@ _OTHER_MASK = "a mask of the model's or the caller's own"
 
 
 class NotPackable(ArgumentError):
-    """A layer asks for something that attention here can not give it."""
+    """A layer asks for something that attention here cannot give it."""
 
 
 class Options(NamedTuple):
@@ -271,7 +271,7 @@ def _dense(
     if state.records:
         kernel = "F.scaled_dot_product_attention" if fused else EAGER
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        note = announced_dense(module, q, k, v, kernel, reason)
+        note = recorded_padded(module, q, k, v, kernel, reason)
     given = {k: v for k, v in kwargs.items() if k not in ("cu_seq_lens_q", "cu_seq_lens_k")}
     if options.bias is not None:
         given["position_bias"] = options.bias
@@ -296,7 +296,7 @@ def _eager(
     elif mask is not None and mask.dtype == torch.bool:
         visible = mask
     elif mask is not None:
-        bias = mask if bias is None else bias.to(wide_dtype(query.dtype)) + mask
+        bias = mask if bias is None else bias.to(accumulation_dtype(query.dtype)) + mask
     scale = query.shape[-1] ** -0.5 if options.scaling is None else options.scaling
     semantics = Semantics("top_left" if causal else False, None, scale, options.softcap, options.dropout)
     out, _, weights = attend_dense(query, key, value, semantics, Extras(None, options.sinks), visible=visible, bias=bias)

@@ -2,7 +2,7 @@
 
 `varlen_attn.enable` comes here with every `PreTrainedModel` that it finds. By hand, the two lines are::
 
-    varlen_attn.integrations.transformers.enabling.register()
+    varlen_attn.integrations.transformers.register()
     model.set_attn_implementation("varlen_attn")
 """
 
@@ -108,7 +108,7 @@ def plan(model: nn.Module, level: str, hooks: str) -> tuple[list[Row], list[Step
         if whole is not None and any(part.packed for part in parts):
             _check_whole(whole, parts)
         rows += [row for part in parts for row in part.rows(name)]
-        tree, packed = stack_hooks.Tree(), {part.model: (tuple(part.packed), part.guarded) for part in parts if part.packed}
+        tree, packed = stack_hooks.ModelId(), {part.model: (tuple(part.packed), part.guarded) for part in parts if part.packed}
         tree.left = True
         if packed:
             steps += stack_hooks.on_models(tree, root, packed if whole is None else {root: ((), True), **packed})
@@ -121,7 +121,7 @@ def plan(model: nn.Module, level: str, hooks: str) -> tuple[list[Row], list[Step
     return rows, steps
 
 
-def _in_use(tree: stack_hooks.Tree) -> Step:
+def _in_use(tree: stack_hooks.ModelId) -> Step:
     return Entry(vars(tree), "left", False, True)
 
 
@@ -131,7 +131,7 @@ def _check_whole(whole: _Part, parts: list[_Part]) -> None:
     clone, trials = whole.clone, [(trial._replace(full=True), expected) for trial, expected in whole.trials]
     steps: list[Step] = []
     packed: dict[nn.Module, tuple[tuple[str, ...], bool]] = {clone: ((), True)}
-    tree = stack_hooks.Tree()
+    tree = stack_hooks.ModelId()
     for part in parts if clone is not None else ():
         its_clone = clone.get_submodule(part.name)
         packed[its_clone] = (tuple(part.packed), part.guarded)
@@ -191,13 +191,13 @@ class _Implementation(Entry):
         super().make()
         leaving.discard(id(self.config))  # type: ignore[attr-defined]
 
-    def leave(self) -> None:
+    def restore(self) -> None:
         config = self.config  # type: ignore[attr-defined]
         if self.before == "eager":
             leaving.add(id(config))
             for mask in masks:
                 mask.added |= mask.config is config
-        super().leave()
+        super().restore()
         leaving.discard(id(config))
 
 
@@ -318,7 +318,7 @@ class _Part:
         reason: why it is left alone.
         packed: names of its stacks that run packed.
         guarded: whether ids at padding are looked at first.
-        clone, memo: what is tried in its place, and the clone of everything in it, by identity; None where it can not be tried.
+        clone, memo: what is tried in its place, and the clone of everything in it, by identity; None where it cannot be tried.
         trials: with what the model gives.
         random: whether it draws random numbers in evaluation.
     """
@@ -344,7 +344,7 @@ class _Part:
         pairs = [(c if memo is None else memo[id(c)], before) for c, before in self.configurations]
         return [_Implementation(c, NAME, before) for c, before in pairs]
 
-    def on_layers(self, tree: stack_hooks.Tree, model: nn.Module) -> list[Step]:
+    def on_layers(self, tree: stack_hooks.ModelId, model: nn.Module) -> list[Step]:
         """Of the model, or of a clone."""
         return [hook for stack in self.packed for hook in stack_hooks.on_layers(tree, model.get_submodule(stack))]  # type: ignore[arg-type]
 
@@ -485,7 +485,7 @@ class _Part:
     def _running(self, stacks: list[str]) -> Iterator[None]:
         """The clone with these stacks packed, beside those that are already."""
         packed = (*self.packed, *stacks)
-        tree = stack_hooks.Tree()
+        tree = stack_hooks.ModelId()
         hooks = [hook for name in packed for hook in stack_hooks.on_layers(tree, self.clone.get_submodule(name))]
         with made([*hooks, *stack_hooks.on_models(tree, self.clone, {self.clone: (packed, self.guarded)})]):
             yield
@@ -507,7 +507,7 @@ class _Part:
             return f"a {mixing} in its layers mixes tokens"
         if any(hasattr(m, "expert_capacity") for m in layers.modules()):
             return "its experts take a number of tokens that depends on how many there are"
-        hooked = next((name for name, m in layers.named_modules() if not stack_hooks.only_waiting(m)), None)
+        hooked = next((name for name, m in layers.named_modules() if not stack_hooks.has_only_our_hooks(m)), None)
         if hooked is not None and self.hooks == "leave":
             return f'layer {hooked} has hooks, which would see packed rows: allow it with hooks="packed"'
         return None

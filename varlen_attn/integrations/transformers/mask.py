@@ -152,7 +152,7 @@ class Meaning:
         shape: ``(B, 1, Q, K)``.
         pattern: of the columns.
         padding: ``(B, K)``, True is a token; None for no padding.
-        first_query: the key column at which the first query stands.
+        first_query: the key column of the first query.
         make: transformers' own mask.
         rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows.
         forwards: of the models in whose forwards the mask was made, the innermost last.
@@ -161,7 +161,7 @@ class Meaning:
         added: the model was disabled while its forward is under way, and attends with ``eager``, which adds masks to scores.
         stack: how all layers of that stack attend; None once somebody looked at the mask.
         packed_arguments: what layers were given, by name and identity, and the same for packed rows.
-        numbers: the mask as somebody was given it to compute with. Whoever has it may write to it, so from then on it is what counts.
+        numbers: the mask as somebody was given it to compute with. That code may write to it, so from then on it is what counts.
     """
 
     shape: tuple[int, int, int, int]
@@ -242,7 +242,7 @@ class Meaning:
 
     @property
     def packing(self) -> Packing | str:
-        """How packed attention computes this for every query row, those at padding included; or why it can not."""
+        """How packed attention computes this for every query row, those at padding included; or why it cannot."""
         return LOOKED_AT if self.numbers is not None else self._packing
 
     @cached_property

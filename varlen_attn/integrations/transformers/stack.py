@@ -1,4 +1,4 @@
-"""Packing once around a stack of transformers' layers, whatever stands before and after it.
+"""Packing once around a stack of transformers' layers, whatever comes before and after it.
 
 Every layer of the stack gets a hook that sees its arguments. Where these are the padded ``(B, S, D)`` hidden states and a `VarlenMask` with
 padding, the layer gets ``(1, T, D)`` rows, and everything else by token (rotary cosines, position ids) packed alike; its result goes to
@@ -35,7 +35,7 @@ _ASKING_FOR_MORE = ("output_attentions", "output_router_logits", "output_scores"
 _FOREIGN = ("encoder", "cross", "memory", "bias", "cu_seq", "visual", "image", "vision")
 
 
-class Tree:
+class ModelId:
     """Of a model that was enabled, by identity: copies of the model have a copy of it.
 
     Attributes:
@@ -56,9 +56,9 @@ class LayerHook:
         last: whether the tokens are put back after this layer.
     """
 
-    tree = Tree()  # of pickles of earlier versions
+    tree = ModelId()  # of pickles of earlier versions
 
-    def __init__(self, tree: Tree, layer: nn.Module, last: bool) -> None:
+    def __init__(self, tree: ModelId, layer: nn.Module, last: bool) -> None:
         self.tree = tree
         parameters = inspect.signature(type(layer).forward).parameters.values()
         self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
@@ -91,7 +91,7 @@ class LayerHook:
             y = known[1] if known is not None else _packed(name, x, meaning, hidden, rows)
             if y is _REFUSED and is_rows:
                 raise VarlenError(
-                    f"the layers of {type(module).__name__} were given packed rows, but now `{name}`, which can not be packed: call "
+                    f"the layers of {type(module).__name__} were given packed rows, but now `{name}`, which cannot be packed: call "
                     'varlen_attn.enable(model, level="attention").'
                 )
             if y is _REFUSED:
@@ -230,7 +230,7 @@ class ModelHook:
         depth: how many layers the configuration said.
     """
 
-    def __init__(self, tree: Tree, model: Any, stacks: tuple[str, ...], looks_at_ids: bool) -> None:
+    def __init__(self, tree: ModelId, model: Any, stacks: tuple[str, ...], looks_at_ids: bool) -> None:
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.tree, self.config, self.stacks, self.looks_at_ids = tree, model.config, stacks, looks_at_ids
         self.depth = getattr(model.config, "num_hidden_layers", None)
@@ -327,7 +327,7 @@ def _chooses_rows(module: nn.Module) -> bool:
     return any(str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("peft.") for hook in hooks)
 
 
-def only_waiting(module: nn.Module) -> bool:
+def has_only_our_hooks(module: nn.Module) -> bool:
     """No hooks but ours, and transformers' own, which wait for somebody to ask for hidden states."""
     if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
         return True
@@ -339,7 +339,7 @@ def only_waiting(module: nn.Module) -> bool:
 # -------------------------------------------------------------------- what is done to modules
 
 
-def on_models(tree: Tree, root: Any, packed: Mapping[nn.Module, tuple[tuple[str, ...], bool]]) -> list[Hook]:
+def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[str, ...], bool]]) -> list[Hook]:
     """Let models run padded where a caller's wish reads padding.
 
     Args:
@@ -357,7 +357,7 @@ def on_models(tree: Tree, root: Any, packed: Mapping[nn.Module, tuple[tuple[str,
     return made
 
 
-def on_layers(tree: Tree, layers: nn.ModuleList) -> list[Hook]:
+def on_layers(tree: ModelId, layers: nn.ModuleList) -> list[Hook]:
     """Let a stack run packed."""
     made: list[Hook] = []
     for i, layer in enumerate(layers):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..._state import state
 from ..._torch import is_transformed
-from ..base import FLOATS, HALF, Backend, Capabilities, Refusal, connected_zeros, observe, pad_head_dim, wide_dtype
+from ..base import FLOATS, HALF, Backend, Capabilities, Refusal, accumulation_dtype, on_launch, pad_head_dim, zeros_with_grad
 from ..dense import attend_dense, needs_eager
 from ..ops import check_operands, define_ops
 from ..problem import Problem
@@ -44,7 +44,7 @@ def _forward(
     """``(T,N,H), (Tk,K,H), (Tk,K,H) -> (T,N,H)``, lse ``(N,T)``. Rows that see no key: 0 and -inf."""
     check_operands(query, key, value, cu_q, cu_k)
     if state.records:
-        observe("cpu", query.shape[0])
+        on_launch("cpu", query.shape[0])
     launch = Launch(query, key, cu_q, cu_k, slopes, causal, window, single, slack_q, slack_k)
     out, lse = _attend(launch, query, key, value, scale, None)
     # Over fewer keys than its vectors have lanes, the kernel takes a row of NaN for one without keys: 0, with a log-sum-exp of exactly 0.
@@ -64,7 +64,7 @@ def _attend(launch: Launch, query: Tensor, key: Tensor, value: Tensor, scale: fl
             block, lse = _flash(q, k, v, 0.0, pieces[0].is_causal, attn_mask=mask, scale=scale)
         else:
             block = target.block(index)
-            lse = query.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=wide_dtype(query.dtype)).transpose(1, 2)
+            lse = query.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=accumulation_dtype(query.dtype)).transpose(1, 2)
             for rows, seen, is_causal, mask in pieces:
                 few = k[:, :, seen]
                 mask = no_mask if mask is None and few.shape[2] < _LANES else mask
@@ -121,7 +121,7 @@ class Cpu(Backend):
     """ATen's CPU flash kernel over packed sequences."""
 
     name = "cpu"
-    own_op = checks_offsets = True
+    custom_op = checks_offsets = True
     install = "use a torch that has it"
     capabilities = Capabilities(devices=frozenset({"cpu"}), dtypes=FLOATS, batch_invariant=True)
 
@@ -131,7 +131,7 @@ class Cpu(Backend):
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
         if problem.tracing and needs_eager(problem.semantics):
             yield Refusal(
-                "does softcap, dropout, sinks and score biases one sequence at a time, by offsets that tracing can not read",
+                "does softcap, dropout, sinks and score biases one sequence at a time, by offsets that tracing cannot read",
                 "call it outside the compiled function",
             )
 
@@ -175,6 +175,6 @@ def _run_eager(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
             lses.append(lse.transpose(0, 1).flatten(1))
     rest = query.shape[0] - sum(g.size * g.len_q for g in groups)
     unseen = [] if groups else call.extras.tensors  # those that no group has used
-    results.append(connected_zeros((rest, query.shape[1], value.shape[2]), query, key, value, *unseen))
-    lses.append(query.new_full((query.shape[1], rest), float("-inf"), dtype=wide_dtype(query.dtype)))
+    results.append(zeros_with_grad((rest, query.shape[1], value.shape[2]), query, key, value, *unseen))
+    lses.append(query.new_full((query.shape[1], rest), float("-inf"), dtype=accumulation_dtype(query.dtype)))
     return torch.cat(results), torch.cat(lses, 1) if call.semantics.return_lse else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...layout.checks import check_offsets
 from ...layout.seq_layout import SeqLayout
-from ..base import wide_dtype
+from ..base import accumulation_dtype
 from ..dense import alibi_bias, visible_mask
 from ..problem import Semantics
 from .groups import Costs, Run, Side, Span, plan_for, runs
@@ -57,7 +57,7 @@ def _tile_mask(tile: Tile, offset: int, semantics: Semantics, slopes: Tensor | N
         return high_cuts, None
     i = torch.arange(r0, r1, device="cpu")[:, None]
     j = torch.arange(k0, k1, device="cpu")
-    wide = wide_dtype(dtype)
+    wide = accumulation_dtype(dtype)
     bias = torch.zeros(rows, keys, dtype=wide, device="cpu") if slopes is None else alibi_bias(slopes.to(wide), i, j, offset)[None]
     visible = visible_mask(semantics, i, j, offset)
     return False, bias if visible is None else bias.masked_fill(~visible, float("-inf"))
@@ -125,11 +125,11 @@ class Launch:
         """``(N, T)`` from ``(size, N, len_q)`` of each group, over memory in the kernel's own order, ``(T, N)``; -inf without a group."""
         flat = [part.transpose(1, 2).flatten(0, 1) for part in parts]
         if self.order is not None:
-            flat.append(like.new_full((1, like.shape[1]), float("-inf"), dtype=wide_dtype(like.dtype)))
+            flat.append(like.new_full((1, like.shape[1]), float("-inf"), dtype=accumulation_dtype(like.dtype)))
             return torch.cat(flat).index_select(0, self.order).t()
         if len(flat) == 1:
             return flat[0].contiguous().t()
-        return torch.cat(flat).t() if flat else like.new_empty(like.shape[:2], dtype=wide_dtype(like.dtype)).t()
+        return torch.cat(flat).t() if flat else like.new_empty(like.shape[:2], dtype=accumulation_dtype(like.dtype)).t()
 
 
 def read(side: Side, *tensors: Tensor, zeroed: int | None = None) -> Iterator[tuple[Tensor, ...]]:

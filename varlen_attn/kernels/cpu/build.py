@@ -130,7 +130,7 @@ def library() -> Library:
 
 
 def why_not() -> str | None:
-    """A sentence without its subject if the kernel can not be used in this process, else None. Loads it the first time."""
+    """A sentence without its subject if the kernel cannot be used in this process, else None. Loads it the first time."""
     found = _find()
     return found if isinstance(found, str) else None
 
@@ -162,7 +162,7 @@ def _shared(*places: Path) -> str | None:
 
     Trusted are this user, root, and who owns this package, whose code runs here anyway. A group of its owner's number is that owner's own
     (what ``login`` and ``pam_umask`` go by when they let new files be writable by the group); of any other group nobody knows the members.
-    Folders further up do not matter: whoever replaces the folder becomes the owner of the new one.
+    Folders further up do not matter: a user who replaces the folder becomes the owner of the new one.
     """
     if not hasattr(os, "geteuid"):
         return None

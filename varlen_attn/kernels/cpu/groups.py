@@ -8,7 +8,7 @@ process is busy, that takes a time slice of the scheduler: milliseconds, for wor
 else then, so there a call counts for more than it costs on a quiet machine. One thread has nobody to wait for, and groups little.
 
 Plans are pure functions of lengths and costs, kept by value: layers, forward and backward share one, and offsets that change in place
-can not meet an old one. Costs are constants of a class of machine and not measured at run time, because they decide the shape of
+cannot meet an old one. Costs are constants of a class of machine and not measured at run time, because they decide the shape of
 kernel calls, and with it the last bits of results: a program must give the same bits every time it runs.
 """
 
@@ -163,13 +163,13 @@ def _merge(found: list[Run], near: bool, costs: Costs) -> Iterator[list[Run]]:
                     bag.append(run)
                     waste = more
                     continue
-        yield from _worth_it(bag, costs, waste)
+        yield from _pays_off(bag, costs, waste)
         len_q, len_k = run.len_q, run.len_k
         bag, waste, rows, full = [run], 0.0, run.size * len_q, costs.kernel(len_q, len_k)
-    yield from _worth_it(bag, costs, waste)
+    yield from _pays_off(bag, costs, waste)
 
 
-def _worth_it(bag: list[Run], costs: Costs, waste: float) -> Iterable[list[Run]]:
+def _pays_off(bag: list[Run], costs: Costs, waste: float) -> Iterable[list[Run]]:
     """The bag, or its runs where copying them takes longer than the calls that it saves."""
     if len(bag) < 2:
         return [bag] if bag else []

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..._state import state
 from ...errors import ArgumentError
 from ...layout.checks import check_offsets
-from ..base import HALF, Backend, Capabilities, Refusal, observe, pad_head_dim
+from ..base import HALF, Backend, Capabilities, Refusal, on_launch, pad_head_dim
 from ..ops import check_operands, define_ops
 from ..problem import Problem
 from ..values import Call, Result
@@ -38,7 +38,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(T,N,H), (Tk,K,H), (Tk,K,Hv) -> (T,N,Hv)``, lse ``(N,T)``. Rows that see no key: 0 and -inf."""
     if state.records:
-        observe("cpu_native", query.shape[0])
+        on_launch("cpu_native", query.shape[0])
     check_operands(query, key, value, cu_q, cu_k)
     rows, heads, _ = query.shape
     out = query.new_empty((rows, heads, value.shape[2]))
@@ -115,7 +115,7 @@ class CpuNative(Backend):
     """The compiled CPU kernel over packed sequences."""
 
     name = "cpu_native"
-    own_op = checks_offsets = True
+    custom_op = checks_offsets = True
     install = "compile it with `python -m varlen_attn build-native`"
     capabilities = Capabilities(
         devices=frozenset({"cpu"}), dtypes=HALF | {torch.float32}, score_bias=False, batch_invariant=True

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import connected_zeros, contiguous_grad, pad_head_dim
+from ..base import contiguous_grad, pad_head_dim, zeros_with_grad
 from ..problem import Semantics
 from ..values import Call, Result
 
@@ -25,7 +25,7 @@ def aligned(x: Tensor) -> Tensor:
     which every CUDA call of the process fails. They were also wrong on heads with a stride of 0.
 
     Raises:
-        RuntimeError: while `torch.compile` traces, where the offset is not a multiple of 16 bytes. It can not be read there, so that
+        RuntimeError: while `torch.compile` traces, where the offset is not a multiple of 16 bytes. It cannot be read there, so that
             nothing can be decided by it; a view of a wider number checks it.
     """
     unit = _BYTES // x.element_size()
@@ -71,7 +71,7 @@ def fitted(*, align: bool) -> Callable[[Run], Run]:
 
 def nothing(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
     """The result of a call without sequences."""
-    out = connected_zeros((*query.shape[:2], value.shape[-1]), query, key, value, *call.extras.tensors)
+    out = zeros_with_grad((*query.shape[:2], value.shape[-1]), query, key, value, *call.extras.tensors)
     return out, out.new_zeros((out.shape[1], out.shape[0]), dtype=torch.float32) if call.semantics.return_lse else None
 
 

@@ -34,7 +34,7 @@ from ..problem import Problem, Semantics, version_tuple
 from ..values import Call, Result
 from .fit import fitted, flash2_bounds, flash_window, nothing
 from .packages import probe, version_refusals
-from .unseen import without_blind_queries
+from .unseen import drop_fully_masked_queries
 
 _INTERFACE = "flash_attn.flash_attn_interface"
 _CORE = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "softmax_scale", "causal", "return_attn_probs")
@@ -160,7 +160,7 @@ class Flash2(Backend):
                 lse = lse - slopes[:, None] * _aligned_positions(*call.layouts)
             return result[0], lse
 
-        return without_blind_queries(query, call, attend) if triton and call.semantics.causal else attend(query, call)
+        return drop_fully_masked_queries(query, call, attend) if triton and call.semantics.causal else attend(query, call)
 
 
 def _options(semantics: Semantics, slopes: Tensor | None) -> dict[str, Any]:

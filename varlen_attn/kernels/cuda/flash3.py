@@ -6,7 +6,7 @@ stand-in, not on a GPU:
 - Where the ops come from, in this order: they are loaded already (`torch.ops.load_library` before the first call is enough); the module
   ``flash_attn_interface`` of the distributions flash-attn-3 and tokenspeed-fa3; the library inside of xformers (up to 0.0.34); fa3-fwd,
   under a name of its own. Only the ops are called, so that Python functions that returned different tuples over time do not matter.
-- What a build was compiled without stands in a module ``flash_attn_config`` beside it: tokenspeed-fa3 and fa3-fwd have no backward
+- What a build was compiled without is listed in a module ``flash_attn_config`` beside it: tokenspeed-fa3 and fa3-fwd have no backward
   (their op ``bwd`` exists, and raises), fa3-fwd no windows and no float16, tokenspeed-fa3 no softcap. Ops alone do not say; xformers'
   are without softcap, so softcap is refused where nothing says that it is there.
 - Compute capability 9.0 only. Head dimensions are a multiple of 8 up to 256, and nothing is padded there. Values may be narrower only
@@ -14,7 +14,7 @@ stand-in, not on a GPU:
 - Causal and windows are aligned bottom-right; no dropout, no ALiBi. Sinks are computed around the kernel (see ``flash_ops``).
 - The log-sum-exp is ``(N, T)``, of rows without keys -inf (+inf where there are no keys at all, which never gets there).
 - Gradients are deterministic where asked, except for head dimensions above 192.
-- Its own fake kernel can not trace the default number of splits. One split is what its Python function passes, and what is passed here.
+- Its own fake kernel cannot trace the default number of splits. One split is what its Python function passes, and what is passed here.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class Flash3(Backend):
 
     name = "flash3"
     package = "flash-attn-3"
-    own_op = True
+    custom_op = True
     install = "install flash-attn-3 built for this torch, or use 'torch_varlen' or 'flash2'"
     capabilities = Capabilities(
         devices=frozenset({"cuda"}),

@@ -83,7 +83,7 @@ class Flash4(Backend):
 
     name = "flash4"
     package = "flash-attn-4"
-    own_op = True
+    custom_op = True
     install = "pip install --pre 'flash-attn-4>=4.0.0b28', or use 'torch_varlen' or 'flash2'"
     capabilities = Capabilities(
         devices=frozenset({"cuda"}),

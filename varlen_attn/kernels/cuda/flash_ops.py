@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..._state import state
 from ...layout.seq_layout import SeqLayout
-from ..base import Refusal, observe, scale_refusals
+from ..base import Refusal, on_launch, scale_refusals
 from ..ops import define_ops
 from ..problem import Problem
 from ..values import Call, Result
@@ -58,7 +58,7 @@ def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Callabl
         scale: float, causal: bool, window: list[int], softcap: float, deterministic: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if state.records:
-            observe(name, query.shape[0])
+            on_launch(name, query.shape[0])
         if 0 in (query.shape[0], key.shape[0]):
             blind = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
             return query.new_zeros(query.shape), blind

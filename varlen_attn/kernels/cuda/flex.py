@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError
-from ..base import HALF, Backend, Capabilities, Refusal, connected_zeros, contiguous_grad, pad_head_dim
+from ..base import HALF, Backend, Capabilities, Refusal, contiguous_grad, pad_head_dim, zeros_with_grad
 from ..problem import Problem, installed_version
 from ..values import Call, Result, ScoreBias
 from .flex_blocks import BLOCK, Visible, visible_pairs
@@ -80,7 +80,7 @@ class Flex(Backend):
         semantics, extras = call.semantics, call.extras
         bias = extras.score_bias
         if 0 in (query.shape[0], key.shape[0]) or (isinstance(bias, Tensor) and 0 in bias.shape):  # the kernel refuses all of these
-            nothing = connected_zeros((*query.shape[:2], value_dim), query, key, value, *extras.tensors)
+            nothing = zeros_with_grad((*query.shape[:2], value_dim), query, key, value, *extras.tensors)
             blind = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
             return nothing, blind if semantics.return_lse else None
         query, key = pad_head_dim(1, query, key, least=16)
@@ -127,7 +127,7 @@ def _call(
 
 
 def _kind_of_bias(bias: Any) -> Any:
-    """Its code, and each float that it holds: dynamo makes a symbol of a float that changes, and the lowering can not have that."""
+    """Its code, and each float that it holds: dynamo makes a symbol of a float that changes, and the lowering cannot have that."""
     if isinstance(bias, Tensor):
         return bias.dtype, bias.requires_grad
     if isinstance(bias, partial):
@@ -166,7 +166,7 @@ def _mark_sizes(q: Tensor, k: Tensor, v: Tensor, visible: Visible, bias: ScoreBi
     """Tell dynamo which sizes change from batch to batch: else each kind is compiled twice before it notices.
 
     The tensors are views of the caller's: packed ones may be marked already, for graphs of the caller's, as sizes that are data, and the
-    lowering can not have that.
+    lowering cannot have that.
     """
     from torch._dynamo import maybe_mark_dynamic
 

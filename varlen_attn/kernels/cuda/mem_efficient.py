@@ -3,7 +3,7 @@
 `F.scaled_dot_product_attention` calls it for padded or nested tensors only; `aten::_efficient_attention_forward` takes packed ones.
 Read in torch's source and headers (2.13), and run here against a CPU stand-in with the same conventions; not run on a GPU:
 
-- Autograd comes with the op. Its meta function for the backward lacks the parameter ``out``, so that it can not be traced.
+- Autograd comes with the op. Its meta function for the backward lacks the parameter ``out``, so that it cannot be traced.
 - Both causal alignments: mask type 1 is top-left, 2 is bottom-right. With more queries than keys, bottom-right is wrong: the kernel
   compares an unsigned ``query_start + offset`` and masks nothing (xformers refuses such blocks). Those first queries see no key
   at all, so they are left out of the call here.
@@ -27,7 +27,7 @@ from ..limits import MAX_SEQUENCES
 from ..problem import Problem
 from ..values import Call, Result
 from .fit import aligned, nothing
-from .unseen import without_blind_queries
+from .unseen import drop_fully_masked_queries
 
 _MASK_TYPE = {False: 0, "top_left": 1, "bottom_right": 2}
 _MAX_ELEMENTS = 2**31 - 1  # of one tensor in one call
@@ -82,7 +82,7 @@ class MemEfficient(Backend):
             return _attend(query, key, value, call)
 
         bottom_right = call.semantics.causal == "bottom_right"
-        out, lse = without_blind_queries(query, call, attend) if bottom_right else attend(query, call)
+        out, lse = drop_fully_masked_queries(query, call, attend) if bottom_right else attend(query, call)
         return out[..., :value_dim], lse if call.semantics.return_lse else None
 
 

@@ -48,7 +48,7 @@ class Nested(Backend):
         sinks=False,
         return_lse=False,
         deterministic=False,
-        tracing=False,  # the eager path can not be traced, and lengths are unknown then
+        tracing=False,  # the eager path cannot be traced, and lengths are unknown then
         empty_sequences=False,
         slack_rows=False,
     )

@@ -12,7 +12,7 @@ from ..kept import kept
 from ..values import Call, Result
 
 
-def without_blind_queries(query: Tensor, call: Call, attend: Callable[[Tensor, Call], Result]) -> Result:
+def drop_fully_masked_queries(query: Tensor, call: Call, attend: Callable[[Tensor, Call], Result]) -> Result:
     """``attend(query, call)`` on the rest; then 0, gradient 0 and -inf in the places of those left out.
 
     Under a bottom-right causal mask they are the first ``Lq - Lk`` of a sequence, so that afterwards no sequence has more queries than

@@ -129,7 +129,7 @@ void pack_transposed(const In* src, int64_t ld, int64_t rows, int64_t dim, float
 }
 
 // The right operand (padded, dim) from (rows, dim), and its row stride; rows beyond are 0. Whole blocks of float32 are used in place.
-// `lse`, if there is one, tells rows that see no key: they are 0 too, because their weights are, and 0 times what stands there may be NaN.
+// `lse`, if there is one, tells rows that see no key: they are 0 too, because their weights are, and 0 times what is there may be NaN.
 struct Right {
   const void* data;
   int64_t ld;
