@@ -112,7 +112,7 @@ def define_ops(name: str, forward: Op, backward: Op, *, kernel: str, device: str
 
 
 def check_operands(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, *results: Tensor) -> None:
-    """What a kernel touches follows from these sizes, so those that do not belong together are refused, also where the op is called directly.
+    """What a kernel touches follows from these sizes, so those that do not belong together are refused, in direct calls of the op too.
 
     ``results``: gradient of the output, output and log-sum-exp.
     """

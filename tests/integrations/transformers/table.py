@@ -9,7 +9,7 @@ import transformers
 
 from .architectures import ARCHITECTURES, Outcome, outcome
 
-PAGE = Path(__file__).parents[2] / "docs" / "transformers.md"
+PAGE = Path(__file__).parents[3] / "docs" / "transformers.md"
 BEGIN, END = "<!-- outcomes: begin (make docs writes this block) -->", "<!-- outcomes: end -->"
 
 
