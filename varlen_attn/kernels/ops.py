@@ -53,6 +53,8 @@ def define_ops(name: str, forward: Op, backward: Op, *, kernel: str, device: str
     num_tensors = sum("Tensor" in str(parameter.annotation) for parameter in parameters.values())
 
     def fake_forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        if query.device != options[0].device:  # of both, this is chosen by the one that has no memory, and the other's would hold anything
+            raise ArgumentError(f"query and `cu_seqlens` must be on one device, but are on {query.device} and {options[0].device}.")
         (rows, heads), dtype = query.shape[:2], accumulation_dtype(query.dtype)
         lse = query.new_empty((rows, heads), dtype=dtype).t() if lse_by_rows else query.new_empty((heads, rows), dtype=dtype)
         return query.new_empty((rows, heads, value.shape[2])), lse

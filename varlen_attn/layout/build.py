@@ -174,14 +174,18 @@ def refuse_offsets(cu: Tensor, rows: int, longest: int, *, slack: bool = False, 
     )
 
 
-def refuse_indices(index: Index, batch_size: int, padded_len: int) -> None:
+def refuse_indices(index: Index, batch_size: int, padded_len: int, longest: int) -> None:
     """Indices that do not bring each packed row to the padded row of its sequence and back, likewise; the offsets are right."""
     slots, offsets = batch_size * padded_len, index.cu_seqlens.to(torch.int64)
+    devices = {x.device for x in index if isinstance(x, Tensor)}
+    if index.gather_indices.shape != (slots,) or longest > padded_len or len(devices) > 1:
+        raise LayoutError(
+            f"`gather_indices` must have B*S = {batch_size}*{padded_len} entries, `max_seqlen` be at most S, and all be on one device, but "
+            f"they are {tuple(index.gather_indices.shape)}, {longest} and on {', '.join(map(str, devices))}: use a constructor."
+        )
     rows_T = torch.arange(index.token_indices.shape[0], device=offsets.device)
     home_Q = rows_T.new_zeros(1).repeat(offsets.shape[0])  # one more, for slack rows
     home_Q[:-1] = torch.arange(offsets.shape[0] - 1, device=offsets.device) if index.row_ids is None else index.row_ids
-    if index.gather_indices.shape != (slots,):
-        raise LayoutError(f"`gather_indices` must have B*S = {slots} entries, but have shape {tuple(index.gather_indices.shape)}.")
     from_T = index.token_indices.clamp(0, max(slots - 1, 0))
     home_T = home_Q[torch.searchsorted(offsets[1:].contiguous(), rows_T, right=True)]
     fits_T = (from_T == index.token_indices) & (from_T // max(padded_len, 1) == home_T)

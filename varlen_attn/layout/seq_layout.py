@@ -347,7 +347,7 @@ class SeqLayout:
     @property
     def seq_ids(self) -> Tensor:
         """``(T,)`` int64: the sequence of each packed row; Q for slack rows."""
-        self._check_tensors()
+        self._check_tensors(again=True)
         rows_T = torch.arange(self.num_rows, device=self.device, dtype=torch.int32)
         return torch.searchsorted(self.cu_seqlens[1:].contiguous(), rows_T, right=True)
 
@@ -365,6 +365,7 @@ class SeqLayout:
 
     def valid_rows(self) -> Tensor:
         """``(T,)`` bool: False for slack rows, True for all others."""
+        self._check_tensors(again=True)
         return torch.arange(self.num_rows, device=self.device) < self.cu_seqlens[-1]
 
     def padding_mask(self) -> Tensor:
@@ -420,14 +421,14 @@ class SeqLayout:
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """``(T, ...) -> Q`` views, one a sequence. Needs lengths on the host."""
         self._check(x, (self.num_rows,), "x")
-        self._check_tensors(again=True)
+        self._check_tensors(again=True, traced=True)
         views: tuple[Tensor, ...] = x[: self.total].split(list(self._host_lengths("split")))
         return views
 
     def to_nested(self, x: Tensor) -> Tensor:
         """``(T, ...) -> (Q, j, ...)``: a jagged nested tensor over the same memory."""
         self._check(x, (self.num_rows,), "x")
-        self._check_tensors(again=True)
+        self._check_tensors(again=True, traced=True)
         bounds: dict[str, Any] = {}
         if self.lengths is not None:
             bounds = {"min_seqlen": min(self.lengths, default=0), "max_seqlen": max(self.lengths, default=0)}
@@ -444,7 +445,7 @@ class SeqLayout:
         ``(padded * real[..., None]).sum(1) / real.sum(1, keepdim=True)``.
         """
         self._check(x, (self.num_rows,), "x")
-        self._check_tensors(again=True)
+        self._check_tensors(again=True, traced=True)
         offsets = self.cu_seqlens.to(torch.int64)
         lengths_Q1 = offsets.diff().view(-1, *[1] * (x.dim() - 1))
         if how in ("first", "last"):
@@ -471,7 +472,7 @@ class SeqLayout:
         For dense kernels: whatever the padding side, holes or documents of this layout, ``compact().unpack(x_TNH)`` is a
         right-padded ``(Q, max_seqlen, N, H)``. Reads nothing from a device.
         """
-        self._check_tensors()
+        self._check_tensors(again=True)
         known = self.lengths is not None and not is_tracing(self.cu_seqlens)
         size = max(self.lengths or (), default=0) if known else self.max_seqlen
         offsets = self.cu_seqlens.to(torch.int64)
@@ -516,7 +517,7 @@ class SeqLayout:
             check_at_least(0, padding, "padding", "it counts the zeros on each side; 'same' with stride 1 needs no other layout"),
             check_at_least(1, dilation, "dilation", fix.format("dilation")),
         )
-        self._check_tensors()
+        self._check_tensors(again=True)
         self._check_frames_start_at_tokens()
         size, traced = step.frames(self.padded_len), is_tracing(self.cu_seqlens)
         if not traced and self.lengths is not None:
@@ -592,21 +593,29 @@ class SeqLayout:
             _known[self] = self.cu_seqlens._version
         return self
 
-    def _check_tensors(self, *, again: bool = False) -> None:
+    def _part(self, sequences: slice) -> SeqLayout:
+        """Some sequences, whose offsets still count from the first row of all: for kernels, and not checked."""
+        part = replace(self, cu_seqlens=self.cu_seqlens[sequences.start : sequences.stop + 1])
+        _known[part] = _UNCHECKED
+        return part
+
+    def _check_tensors(self, *, again: bool = False, traced: bool = False) -> None:
         """Refuse tensors that do not belong together. No constructor makes such, but `dataclasses.replace`, altered pickles and writes to
         the offsets do.
 
         Once for each layout, and where torch has counted a write since. Some writes it does not count, so what reads the offsets checks
-        them ``again`` on a CPU, and in graphs. A CUDA graph that is captured after the first call holds no check.
+        them ``again`` on a CPU, and in graphs if ``traced``. A CUDA graph that is captured after the first call holds no check.
         """
-        cu, traced = self.cu_seqlens, is_tracing(self.cu_seqlens)
-        known = not traced and not cu.is_inference() and _known.get(self) == cu._version
-        if (known and (cu.is_cuda or not again)) or (traced and not again):
+        cu, is_traced = self.cu_seqlens, is_tracing(self.cu_seqlens)
+        at = None if is_traced else _known.get(self)
+        known = at is not None and not cu.is_inference() and at == cu._version
+        if at == _UNCHECKED or (known and (cu.is_cuda or not again)) or (is_traced and not traced):
             return
         check_offsets_tensor(cu)
-        refuse_offsets(cu, self.num_rows, self.max_seqlen, slack=self.has_slack, lengths=None if traced else self.lengths)
-        if not known and not traced:
-            refuse_indices(Index(**{name: getattr(self, name) for name in Index._fields}), self.batch_size, self.padded_len)
+        refuse_offsets(cu, self.num_rows, self.max_seqlen, slack=self.has_slack, lengths=None if is_traced else self.lengths)
+        if not known and not is_traced:
+            index = Index(**{name: getattr(self, name) for name in Index._fields})
+            refuse_indices(index, self.batch_size, self.padded_len, self.max_seqlen)
             self._trusted()
 
     def _check(self, x: Tensor, leading: tuple[int, ...], name: str) -> None:
@@ -666,6 +675,7 @@ class SeqLayout:
 
 # The version of the offsets at which the tensors of a layout were found to belong together. Not an attribute, which a pickle would carry.
 _known: WeakKeyDictionary[SeqLayout, int] = WeakKeyDictionary()
+_UNCHECKED = -1
 
 
 def padding_of(mask: Tensor) -> tuple[Tensor, Tensor | None]:

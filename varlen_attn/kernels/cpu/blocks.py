@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...layout.checks import check_offsets
+from ...layout.checks import check_offsets, check_offsets_tensor
 from ...layout.seq_layout import SeqLayout
 from ..base import accumulation_dtype
 from ..dense import alibi_bias, visible_mask
@@ -212,6 +212,8 @@ def blocks(x: Tensor, spans: Sequence[Span]) -> list[Tensor]:
 
 def chunks(layout_q: SeqLayout, layout_kv: SeqLayout, single: bool, num_heads: int) -> Iterator[Run]:
     """Runs of equal adjacent lengths, cut so that the scores of one fit into memory."""
+    check_offsets_tensor(layout_q.cu_seqlens)
+    check_offsets_tensor(layout_kv.cu_seqlens)
     offsets_q, offsets_k = (layout.cu_seqlens.tolist() for layout in (layout_q, layout_kv))
     check_offsets(offsets_q, None, layout_q.num_rows, layout_q.has_slack)
     check_offsets(offsets_k, None, layout_kv.num_rows, layout_kv.has_slack)
