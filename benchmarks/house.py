@@ -22,7 +22,7 @@ from varlen_attn import _native
 
 HOME = Path(varlen_attn.__file__).parent
 BOUNDS = {
-    "lines of code": 9_550,
+    "lines of code": 10_350,
     "calls of a layer of nn.TransformerEncoder": 26,
     "calls of a layer of BertModel": 22,
     "calls of varlen_mha": 60,
@@ -68,7 +68,7 @@ def calls(call: Callable[[], Any], home: Path = HOME) -> int:
 
 
 def a_further_layer(model: Callable[[int], Callable[[], Any]]) -> int:
-    return (calls(model(5)) - calls(model(1))) // 4
+    return (calls(model(6)) - calls(model(2))) // 4  # one layer alone is not packed
 
 
 def measured() -> dict[str, int]:

@@ -65,6 +65,7 @@ MUTABLE = {
     "integrations._hf_mask._thread",  # the last layout with the mask that it was made of; forwards under way
     "_switch.uses", "integrations._hf_mask.masks",  # calls and masks that are alive, held by whoever makes them
     "integrations._hf_mask.leaving",  # configurations in the middle of a change
+    "layout._known",  # at which version of their offsets layouts were found to be right, gone with them
     "_native._found", "_native._hashes",  # the compiled kernel or why there is none; what its name says of its sources
     "backends._kept._kept", "backends.flex._kernels",  # what is derived from layouts, gone with them; one compiled kernel a kind of call
     "backends._packages._probed", "backends.flash3._probed",  # what a package can do, asked once

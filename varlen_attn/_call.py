@@ -274,6 +274,10 @@ class AttentionCall:
 def launch(backend: Backend, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
     """``backend.run``, with what the backend does not do itself."""
     can = backend.capabilities
+    if not backend.checks_offsets:
+        call.layout_q._check_tensors(again=True)
+        if call.layout_kv is not call.layout_q:
+            call.layout_kv._check_tensors(again=True)
     if not can.slack_rows and (call.layout_q.has_slack or call.layout_kv.has_slack):
         return _launch_without_slack(backend, query, key, value, call)
     if not can.empty_sequences and _has_empty(*call.layouts):

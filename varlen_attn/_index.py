@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._gather import is_tracing, mark_unbacked
-from ._layout_checks import CONVENTIONS, is_integer, raise_bad_value
+from ._layout_checks import CONVENTIONS, check_offsets, is_integer, raise_bad_value, shorten
 from .errors import ArgumentError, LayoutError, LayoutWarning, warn
 
 
@@ -135,12 +136,62 @@ def index_of_frames(lengths_B: Tensor, padded_len: int, capacity: int | None) ->
 
 def refuse_bad_values(bad_BS: Tensor) -> None:
     """Illegal values of a mask, where only the device knows."""
-    _assert_on_device(~bad_BS.any(), "`mask` must hold 0 (or 1, for a mask of tokens), -inf or at most -1e4, but has other values.")
+    assert_on_device(~bad_BS.any(), "`mask` must hold 0 (or 1, for a mask of tokens), -inf or at most -1e4, but has other values.")
 
 
 def refuse_shifted(real_BS: Tensor, message: str) -> None:
     """A row with padding before a token, where only the device knows."""
-    _assert_on_device(~_forms(real_BS)[1], message)
+    assert_on_device(~_forms(real_BS)[1], message)
+
+
+def refuse_offsets(cu: Tensor, rows: int, longest: int, *, slack: bool = False, lengths: Sequence[int] | None = None) -> None:
+    """Offsets (int32) of other rows than these, of a sequence above ``longest``, or of other ``lengths``. Nothing is read: on a GPU the
+    device refuses, by the extremes of ``lengths`` only. That has not run on a GPU.
+    """
+    num_seqs, least = cu.shape[0] - 1, 0
+    if lengths is not None:
+        least, most, total = min(lengths, default=0), max(lengths, default=0), sum(lengths)
+        if len(lengths) != num_seqs or most > longest or total > rows or (total < rows and not slack):
+            raise LayoutError(
+                f"`lengths` must be those of the {num_seqs} sequences in `cu_seqlens`, none above {longest}, with a sum of {rows}, but are "
+                f"{shorten(lengths)}: build a layout for other sequences."
+            )
+        longest = most
+    if lengths is not None and cu.device.type == "cpu":
+        holds = (cu == torch.tensor([0, *itertools.accumulate(lengths)], dtype=cu.dtype, device="cpu")).all()
+    else:
+        offsets = cu.to(torch.int64)
+        end = offsets[-1]
+        holds = (offsets[0] == 0) & ((end <= rows) if slack else (end == rows))
+        if num_seqs:
+            shortest_one, longest_one = offsets.diff().aminmax()
+            holds = holds & (shortest_one >= least) & (longest_one <= longest)
+    assert_on_device(
+        holds,
+        "`cu_seqlens` must be 0 and then the running sum of the lengths of the packed rows, none above `max_seqlen`, and those in "
+        "`lengths` where that is known: build a layout for other sequences, and do not write to the tensors of this one.",
+        lambda: check_offsets(cu.tolist(), longest, rows, slack),
+    )
+
+
+def refuse_indices(index: Index, batch_size: int, padded_len: int) -> None:
+    """Indices that do not bring each packed row to the padded row of its sequence and back, likewise; the offsets are right."""
+    slots, offsets = batch_size * padded_len, index.cu_seqlens.to(torch.int64)
+    rows_T = torch.arange(index.token_indices.shape[0], device=offsets.device)
+    home_Q = rows_T.new_zeros(1).repeat(offsets.shape[0])  # one more, for slack rows
+    home_Q[:-1] = torch.arange(offsets.shape[0] - 1, device=offsets.device) if index.row_ids is None else index.row_ids
+    if index.gather_indices.shape != (slots,):
+        raise LayoutError(f"`gather_indices` must have B*S = {slots} entries, but have shape {tuple(index.gather_indices.shape)}.")
+    from_T = index.token_indices.clamp(0, max(slots - 1, 0))
+    home_T = home_Q[torch.searchsorted(offsets[1:].contiguous(), rows_T, right=True)]
+    fits_T = (from_T == index.token_indices) & (from_T // max(padded_len, 1) == home_T)
+    if slots:
+        fits_T &= index.gather_indices.index_select(0, from_T) == rows_T + 1
+    assert_on_device(
+        (fits_T | (rows_T >= offsets[-1])).all() & ((index.gather_indices != 0).sum() == offsets[-1]),
+        "`token_indices` and `gather_indices` must say where each packed row of `cu_seqlens` stands in the padded tensor, but belong to "
+        "another layout: build one from the mask or the lengths, and do not write to its tensors.",
+    )
 
 
 def with_capacity(real_BS: Tensor, capacity: int) -> Index:
@@ -222,17 +273,19 @@ def _forms(real_BS: Tensor) -> tuple[Tensor, Tensor]:
 def _refuse_overflow(count: Tensor, bound: int, name: str, what: str) -> None:
     # A size in a message would be a constant of the graph: traced, there is one message for all.
     more = "more" if is_tracing(count) else f"more than {bound}"
-    _assert_on_device(count <= bound, f"{name} must hold all {what}, but there are {more}: raise it.")
+    assert_on_device(count <= bound, f"{name} must hold all {what}, but there are {more}: raise it.")
 
 
-def _assert_on_device(holds: Tensor, message: str) -> None:
-    """Refuse on the device, without a transfer; on a CPU the same assertion raises at once, as our error."""
+def assert_on_device(holds: Tensor, message: str, explain: Callable[[], object] | None = None) -> None:
+    """Refuse on the device, without a transfer; on a CPU the same assertion raises at once, as our error, or that of ``explain``."""
     if is_tracing(holds) or holds.device.type != "cpu":
         torch._assert_async(holds, message)
         return
     try:
         torch._assert_async(holds, message)
     except RuntimeError as error:
+        if explain is not None:
+            explain()
         raise LayoutError(message) from error
 
 

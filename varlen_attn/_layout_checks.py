@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, DtypeError, LayoutError
 
+MOST_ROWS = 2**31 - 1  # offsets are int32, as kernels take them
 CONVENTIONS = "`key_padding_mask` marks padding with True (torch), `attention_mask` marks tokens with True or 1 (Hugging Face)"
 
 
@@ -74,6 +75,15 @@ def signed_pad_value(value: float, dtype: torch.dtype) -> int:
     return value - size if 2 * value >= size > 1 else value
 
 
+def check_offsets_tensor(cu: Any) -> None:
+    """What kernels take for offsets."""
+    if not isinstance(cu, Tensor) or cu.dtype != torch.int32 or cu.dim() != 1 or cu.shape[0] == 0:
+        raise LayoutError(
+            f"`cu_seqlens` must be a tensor of int32 with shape (Q+1,), the first entry 0, but is {describe(cu)}: "
+            "build the layout with SeqLayout.from_cu_seqlens, which takes every integer dtype."
+        )
+
+
 def is_integer(value: Any) -> bool:
     """An integer of any package, but no bool. A size of a graph with dynamic shapes is an int to dynamo, without attributes to ask for."""
     return not isinstance(value, bool) and (isinstance(value, int) or hasattr(value, "__index__"))
@@ -88,10 +98,19 @@ def host_lengths(lengths: Iterable[Any] | Tensor) -> tuple[int, ...]:
             raise DtypeError(f"`lengths[{i}]` must be an integer, but is {value!r}.")
         if value < 0:
             raise LayoutError(f"`lengths[{i}]` must be at least 0, but is {value}.")
+    check_total(sum(values))
     return tuple(int(value) for value in values)
 
 
-def check_offsets(offsets: list[int], padded_len: int | None, total: int | None) -> tuple[int, ...]:
+def check_total(total: int) -> None:
+    if total > MOST_ROWS:
+        raise LayoutError(
+            f"a layout counts its packed rows in 32 bits, so they must be at most {MOST_ROWS}, but are {total}: split the batch."
+        )
+
+
+def check_offsets(offsets: Sequence[int], padded_len: int | None, total: int | None, slack: bool = False) -> tuple[int, ...]:
+    """The lengths. With ``slack`` offsets may end before ``total``."""
     if offsets[0] != 0:
         raise LayoutError(
             f"`cu_seqlens[0]` must be 0, but is {offsets[0]}: these are running sums of lengths, "
@@ -104,12 +123,18 @@ def check_offsets(offsets: list[int], padded_len: int | None, total: int | None)
                 f"`cu_seqlens` must not decrease, but cu_seqlens[{i + 1}] = {offsets[i + 1]} after {offsets[i]}: "
                 "for lengths call SeqLayout.from_lengths."
             )
-        if padded_len is not None and length > padded_len:
-            raise LayoutError(
-                f"`padded_len` must be at least the longest sequence, but is {padded_len} and sequence {i} has {length} tokens."
-            )
-    if total is not None and offsets[-1] != total:
-        raise LayoutError(f"`cu_seqlens[-1]` must be total = {total}, but is {offsets[-1]}.")
+    if total is not None and (offsets[-1] > total or (offsets[-1] < total and not slack)):
+        raise LayoutError(
+            f"`cu_seqlens[-1]` must be {'at most ' if slack else ''}total = {total}, but is {offsets[-1]}: that many rows are packed. "
+            "Build the layout from the offsets of these rows, and do not write to its tensors."
+        )
+    check_total(offsets[-1])
+    longest = max(lengths, default=0)
+    if padded_len is not None and longest > padded_len:
+        raise LayoutError(
+            f"`padded_len` must be at least the longest sequence, but is {padded_len} and sequence {lengths.index(longest)} has {longest} "
+            "tokens."
+        )
     return lengths
 
 

@@ -57,7 +57,7 @@ _LINKER_FLAGS = ("-shared", "-Wl,--no-as-needed")  # libtorch stays linked, alth
 
 _POINTERS = "q k v out lse grad dq dk dv dsinks cu_q cu_k slopes sinks"
 _STRIDES = "q_row q_head k_row k_head v_row v_head grad_row grad_head"
-_INTEGERS = "num_seqs rows_q rows_k heads kv_heads dim value_dim dtype low high bottom_right seed"
+_INTEGERS = "num_seqs rows_q rows_k heads kv_heads dim value_dim dtype low high bottom_right seed slack_q slack_k"
 _REALS = "scale softcap dropout_p"
 PACKED = struct.Struct(f"{len(_POINTERS.split())}P{len(f'{_STRIDES} {_INTEGERS}'.split())}q{len(_REALS.split())}d2q")
 
@@ -102,17 +102,19 @@ class Library:
         return f"{self.level}, {self.products}"
 
     def forward(self, arguments: Arguments) -> None:
+        """Raises ValueError for offsets that do not fit the rows, RuntimeError for all else."""
         torch.get_num_threads()  # sets OpenMP's number of threads in a Python thread that has not asked yet
-        if self._loaded.varlen_forward(ctypes.byref(arguments)):
-            raise self._error()
+        if failed := self._loaded.varlen_forward(ctypes.byref(arguments)):
+            raise self._error(failed)
 
     def backward(self, arguments: Arguments) -> None:
         torch.get_num_threads()
-        if self._loaded.varlen_backward(ctypes.byref(arguments)):
-            raise self._error()
+        if failed := self._loaded.varlen_backward(ctypes.byref(arguments)):
+            raise self._error(failed)
 
-    def _error(self) -> RuntimeError:
-        return RuntimeError(f"the compiled CPU kernel failed: {self._loaded.varlen_last_error().decode()}")
+    def _error(self, status: int) -> Exception:
+        kind = ValueError if status == 2 else RuntimeError
+        return kind(f"the compiled CPU kernel failed: {self._loaded.varlen_last_error().decode()}")
 
 
 # -------------------------------------------------------------------- finding

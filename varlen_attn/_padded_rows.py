@@ -60,6 +60,9 @@ class PaddedRows(SeqLayout):
     def unpack(self, x: Tensor, pad_value: float = 0.0) -> Tensor:
         return self._filled(x.reshape(self.batch_size, self.padded_len, *x.shape[1:]), pad_value)
 
+    def _check_tensors(self, *, again: bool = False) -> None:
+        """They are made from sizes, in the graph that uses them."""
+
     def _filled(self, x: Tensor, value: float) -> Tensor:
         return x if self.padding is None else x.masked_fill(self.padding.view(*self.padding.shape, *[1] * (x.dim() - 2)), value)
 

@@ -6,7 +6,7 @@ That form is padded either way round, unbatched, packed or nested.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -98,7 +98,7 @@ def full_layout(x: Tensor) -> SeqLayout:
     if static_graph():
         return static_layout(x, None)
     every = layout_of_all(x.shape[0], x.shape[1], x.device)  # from sizes alone: no list of lengths travels to a device
-    return every if is_tracing(x) else replace(every, lengths=(x.shape[1],) * x.shape[0])
+    return every if is_tracing(x) else every._with(lengths=(x.shape[1],) * x.shape[0])
 
 
 # -------------------------------------------------------------------- a stack's tensors

@@ -211,17 +211,19 @@ def _leaving(new: type[Any], original: type[Any]) -> type[nn.Module]:
     return type(new.__name__, (new,), {"left": True, "torch_class": original, "__module__": new.__module__})
 
 
-def switchable(new: type[Any]) -> type[Any]:
+def switchable(new: type[Any], inside: type[Any]) -> type[Any]:
     """A class for objects of another one, its ``torch_class``, which they may get back in the middle of a call.
 
-    Whoever gives a layout is under way with what he has begun; all others get the ``forward`` of the original.
+    A call with a layout goes on with what was begun; all others get the ``forward`` of the original. A layout of the type ``inside`` comes
+    from a stack, whose own call is a use of all that is in it.
     """
     compute = new.forward
+    compute_inside = getattr(compute, "inside", compute)
 
     @wraps(compute)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return compute(self, *args, **kwargs)
+        if type(kwargs.get("layout")) is inside or torch.compiler.is_compiling():
+            return compute_inside(self, *args, **kwargs)
         use = in_use(self)
         try:
             if (not isinstance(self, new) or self.left) and kwargs.get("layout") is None:
@@ -302,7 +304,8 @@ def _take_away(steps: Sequence[Step], anyway: bool = False) -> bool:
 def _wait_for(modules: set[int]) -> bool:
     """Until no other thread uses them."""
     end = time.monotonic() + _PATIENCE
-    while any(id(use.module) in modules and use.thread != threading.get_ident() for use in uses):
+    here = threading.get_ident()
+    while any(use.thread != here and any(id(m) in modules for m in use.module.modules()) for use in list(uses)):
         if time.monotonic() > end:
             return False
         time.sleep(0.0005)

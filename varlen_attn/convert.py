@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
@@ -37,8 +38,10 @@ Action = Literal["converted", "left alone", "built so", "restored"]
 
 # -------------------------------------------------------------------- the classes that enabled modules get
 
+_switchable = partial(switchable, inside=Prepared)
 
-@switchable
+
+@_switchable
 class EnabledMultiheadAttention(VarlenMultiheadAttention):
     """`VarlenMultiheadAttention` with torch's ``need_weights=True``, so that a model that reads the weights goes on doing so."""
 
@@ -59,36 +62,37 @@ class EnabledMultiheadAttention(VarlenMultiheadAttention):
         return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, **options)
 
     forward.takes_prepared = forward  # type: ignore[attr-defined]
+    forward.inside = VarlenMultiheadAttention.forward  # type: ignore[attr-defined]  # a stack says that it wants no weights
 
 
-@switchable
+@_switchable
 class EnabledMultiheadAttentionWithoutWeights(VarlenMultiheadAttention):
     """Enabled with ``need_weights=False``."""
 
     torch_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
 
 
-@switchable
+@_switchable
 class EnabledTransformerEncoderLayer(VarlenTransformerEncoderLayer):
     torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoderLayer
 
 
-@switchable
+@_switchable
 class EnabledTransformerEncoder(VarlenTransformerEncoder):
     torch_class: ClassVar[type[nn.Module]] = nn.TransformerEncoder
 
 
-@switchable
+@_switchable
 class EnabledTransformerDecoderLayer(VarlenTransformerDecoderLayer):
     torch_class: ClassVar[type[nn.Module]] = nn.TransformerDecoderLayer
 
 
-@switchable
+@_switchable
 class EnabledTransformerDecoder(VarlenTransformerDecoder):
     torch_class: ClassVar[type[nn.Module]] = nn.TransformerDecoder
 
 
-@switchable
+@_switchable
 class AttentionOnlyTransformerEncoderLayer(EnabledTransformerEncoderLayer):
     """torch's layer on padded tensors, without its fast path: that reads the weights of ``self_attn`` and never calls it."""
 
@@ -110,7 +114,7 @@ class AttentionOnlyTransformerEncoderLayer(EnabledTransformerEncoderLayer):
         return super()._attend(x, prepared) if type(prepared) is Prepared else self._sa_block(x, *prepared)
 
 
-@switchable
+@_switchable
 class AttentionOnlyTransformerEncoder(EnabledTransformerEncoder):
     """torch's stack on padded tensors, with the caller's masks and without nested tensors."""
 

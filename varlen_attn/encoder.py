@@ -93,16 +93,16 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
         stream = enter(self.self_attn, "src", src, Masks(src_key_padding_mask, src_mask, is_causal, layout))
         return stream.leave(self._compute(stream.rows, stream.prepared([self])))
 
-    forward.takes_prepared = forward  # type: ignore[attr-defined]
-
-    def _compute(self, x: Tensor, prepared: Any) -> Tensor:
-        """The layer on packed rows, or on whatever `_attend` takes."""
+    def _compute(self, x: Tensor, layout: Any) -> Tensor:
+        """The layer on packed rows, or on what `_attend` takes in place of a layout."""
         if self.norm_first:
-            x = x + self._attend(self.norm1(x), prepared)
+            x = x + self._attend(self.norm1(x), layout)
             return x + in_pieces(self, self.norm2(x), self._ff_block)
-        x = self.norm1(x + self._attend(x, prepared))
+        x = self.norm1(x + self._attend(x, layout))
         out: Tensor = self.norm2(x + in_pieces(self, x, self._ff_block))
         return out
+
+    forward.takes_prepared, forward.inside = forward, _compute  # type: ignore[attr-defined]
 
     def _attend(self, x: Tensor, prepared: Prepared) -> Tensor:
         if type(self)._sa_block is not nn.TransformerEncoderLayer._sa_block:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -45,14 +46,18 @@ from ._index import (
     index_of_documents,
     index_of_frames,
     index_of_mask,
+    refuse_indices,
+    refuse_offsets,
     refuse_shifted,
     to_device,
 )
 from ._layout_checks import (
     CONVENTIONS,
+    MOST_ROWS,
     check_at_least,
     check_integer_vector,
     check_offsets,
+    check_offsets_tensor,
     check_rank,
     check_size,
     check_takes_rows,
@@ -240,7 +245,7 @@ class SeqLayout:
             padded_len: S; the longest sequence if left out.
             total: the number of packed rows, ``cu_seqlens[-1]``.
             validate: read the offsets (one transfer from a device) and check them. False needs
-                ``padded_len`` and ``total``, trusts both, and reads nothing.
+                ``padded_len`` and ``total``, and reads nothing: what uses the layout refuses offsets that do not fit them.
 
         Raises:
             DtypeError, LayoutError: not a vector of integers, does not start at 0, decreases, ends elsewhere than ``total``,
@@ -261,9 +266,13 @@ class SeqLayout:
             lengths = check_offsets(cu_seqlens.tolist(), padded_len, total)
             padded_len = max(lengths, default=0) if padded_len is None else int(padded_len)
             total = sum(lengths)
-        lengths_Q = cu_seqlens.to(torch.int64).diff()
+        wide = cu_seqlens.to(torch.int64).clamp(-1, MOST_ROWS)  # a wrong one stays wrong
+        lengths_Q = wide.diff()
         real_BS = torch.arange(padded_len, device=cu_seqlens.device) < lengths_Q[:, None]
-        return cls._of(exact(real_BS, lengths_Q, lengths, has_holes=False, right_padded=True, total=total), real_BS.shape)
+        index = exact(real_BS, lengths_Q, lengths, has_holes=False, right_padded=True, total=total)
+        if lengths is not None:
+            return cls._of(index, real_BS.shape)
+        return cls._of(index._replace(cu_seqlens=wide.to(torch.int32)), real_BS.shape, known=False)
 
     @classmethod
     @_constructor
@@ -304,11 +313,12 @@ class SeqLayout:
         return cls.from_cu_seqlens(nested.offsets())  # type: ignore[attr-defined]
 
     @classmethod
-    def _of(cls, index: Index, shape: Sequence[int], holes: Literal["refuse", "packed"] = "refuse") -> SeqLayout:
+    def _of(cls, index: Index, shape: Sequence[int], holes: Literal["refuse", "packed"] = "refuse", *, known: bool = True) -> SeqLayout:
         if holes not in ("refuse", "packed"):
             raise ArgumentError(f"`holes` must be 'refuse' or 'packed', but is {holes!r}.")
         batch_size, padded_len = shape
-        return cls(batch_size=batch_size, padded_len=padded_len, max_seqlen=padded_len, holes=holes, **index._asdict())
+        made = cls(batch_size=batch_size, padded_len=padded_len, max_seqlen=padded_len, holes=holes, **index._asdict())
+        return made._trusted() if known else made
 
     # ---------------------------------------------------------------- facts
 
@@ -350,6 +360,7 @@ class SeqLayout:
     @property
     def seq_ids(self) -> Tensor:
         """``(T,)`` int64: the sequence of each packed row; Q for slack rows."""
+        self._check_tensors()
         rows_T = torch.arange(self.num_rows, device=self.device, dtype=torch.int32)
         return torch.searchsorted(self.cu_seqlens[1:].contiguous(), rows_T, right=True)
 
@@ -422,12 +433,14 @@ class SeqLayout:
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """``(T, ...) -> Q`` views, one a sequence. Needs lengths on the host."""
         self._check(x, (self.num_rows,), "x")
+        self._check_tensors(again=True)
         views: tuple[Tensor, ...] = x[: self.total].split(list(self._host_lengths("split")))
         return views
 
     def to_nested(self, x: Tensor) -> Tensor:
         """``(T, ...) -> (Q, j, ...)``: a jagged nested tensor over the same memory."""
         self._check(x, (self.num_rows,), "x")
+        self._check_tensors(again=True)
         bounds: dict[str, Any] = {}
         if self.lengths is not None:
             bounds = {"min_seqlen": min(self.lengths, default=0), "max_seqlen": max(self.lengths, default=0)}
@@ -444,6 +457,7 @@ class SeqLayout:
         ``(padded * real[..., None]).sum(1) / real.sum(1, keepdim=True)``.
         """
         self._check(x, (self.num_rows,), "x")
+        self._check_tensors(again=True)
         offsets = self.cu_seqlens.to(torch.int64)
         lengths_Q1 = offsets.diff().view(-1, *[1] * (x.dim() - 1))
         if how in ("first", "last"):
@@ -470,6 +484,7 @@ class SeqLayout:
         For dense kernels: whatever the padding side, holes or documents of this layout, ``compact().unpack(x_TNH)`` is a
         right-padded ``(Q, max_seqlen, N, H)``. Reads nothing from a device.
         """
+        self._check_tensors()
         known = self.lengths is not None and not is_tracing(self.cu_seqlens)
         size = max(self.lengths or (), default=0) if known else self.max_seqlen
         offsets = self.cu_seqlens.to(torch.int64)
@@ -477,8 +492,7 @@ class SeqLayout:
         real_QS = columns_S < offsets.diff()[:, None]
         gather_QS = torch.where(real_QS, offsets[:-1, None] + columns_S + 1, 0)
         token_indices = torch.where(self.valid_rows(), self.seq_ids * size + self.positions, 0)
-        return replace(
-            self,
+        return self._with(
             batch_size=self.num_seqs,
             padded_len=size,
             max_seqlen=size,
@@ -515,11 +529,12 @@ class SeqLayout:
             check_at_least(0, padding, "padding", "it counts the zeros on each side; 'same' with stride 1 needs no other layout"),
             check_at_least(1, dilation, "dilation", fix.format("dilation")),
         )
+        self._check_tensors()
         self._check_frames_start_at_tokens()
         size, traced = step.frames(self.padded_len), is_tracing(self.cu_seqlens)
         if not traced and self.lengths is not None:
             frames = type(self).from_lengths([step.frames(n) for n in self.lengths], size, device=self.device)
-            return replace(frames, holes=self.holes)
+            return frames._with(holes=self.holes)
         capacity = None
         if self.has_slack or not traced:
             capacity = min(step.most_frames(self.num_rows, self.batch_size), self.batch_size * size)
@@ -531,6 +546,8 @@ class SeqLayout:
     @_constructor
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SeqLayout:
         """The same layout with its index tensors on ``device``."""
+        if self.device.type == "cpu":
+            self._check_tensors()  # where it costs no wait
         moved = self._map_tensors(lambda t: t.to(device, non_blocking=non_blocking))
         if moved.token_indices is not self.token_indices and not moved.has_slack:
             mark_unbacked(moved.token_indices)
@@ -576,7 +593,34 @@ class SeqLayout:
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> SeqLayout:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)}
-        return replace(self, **changed)
+        return self._with(**changed)
+
+    def _with(self, **changed: Any) -> SeqLayout:
+        """Other values that belong together as those of this layout do."""
+        return replace(self, **changed)._trusted()
+
+    def _trusted(self) -> SeqLayout:
+        """This layout, whose tensors belong together as they are now."""
+        if not is_tracing(self.cu_seqlens) and not self.cu_seqlens.is_inference():
+            _known[self] = self.cu_seqlens._version
+        return self
+
+    def _check_tensors(self, *, again: bool = False) -> None:
+        """Refuse tensors that do not belong together. No constructor makes such, but `dataclasses.replace`, altered pickles and writes to
+        the offsets do.
+
+        Once for each layout, and where torch has counted a write since. Some writes it does not count, so what reads the offsets checks
+        them ``again`` on a CPU, and in graphs. A CUDA graph that is captured after the first call holds no check.
+        """
+        cu, traced = self.cu_seqlens, is_tracing(self.cu_seqlens)
+        known = not traced and not cu.is_inference() and _known.get(self) == cu._version
+        if (known and (cu.is_cuda or not again)) or (traced and not again):
+            return
+        check_offsets_tensor(cu)
+        refuse_offsets(cu, self.num_rows, self.max_seqlen, slack=self.has_slack, lengths=None if traced else self.lengths)
+        if not known and not traced:
+            refuse_indices(Index(**{name: getattr(self, name) for name in Index._fields}), self.batch_size, self.padded_len)
+            self._trusted()
 
     def _check(self, x: Tensor, leading: tuple[int, ...], name: str) -> None:
         if torch.compiler.is_compiling():  # sizes that are data can not be compared while tracing, but asserted at run time
@@ -603,6 +647,8 @@ class SeqLayout:
             raise LayoutError(
                 f"`{name}` is on {x.device}, but the layout is on {self.device}: call layout.to({str(x.device)!r}) once per batch."
             )
+        if self.cu_seqlens.is_inference() or _known.get(self) != self.cu_seqlens._version:  # asked here, because this is every call
+            self._check_tensors()
 
     def _check_frames_start_at_tokens(self) -> None:
         way_out = "layout.compact() has the same packed rows, with every sequence in a row of its own from column 0"
@@ -629,6 +675,10 @@ class SeqLayout:
                 "without `capacity`."
             )
         return self.lengths
+
+
+# The version of the offsets at which the tensors of a layout were found to belong together. Not an attribute, which a pickle would carry.
+_known: WeakKeyDictionary[SeqLayout, int] = WeakKeyDictionary()
 
 
 def padding_of(mask: Tensor) -> tuple[Tensor, Tensor | None]:

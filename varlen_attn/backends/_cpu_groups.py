@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._layout_checks import check_offsets
+
 _WAVE_BYTES = (1 << 19, 1 << 20)  # of one gathered tensor, for one thread and for several: larger ones are fresh memory, to fault in
 _NOWHERE = -(1 << 62)
 _KEPT = 8  # plans: one for each pair of layouts of a step, with a reserve
@@ -133,6 +135,8 @@ def plan_for(offsets_q: tuple[int, ...], offsets_k: tuple[int, ...], rows: tuple
 
 
 def _make(offsets_q: tuple[int, ...], offsets_k: tuple[int, ...], rows: tuple[int, int], how: str, costs: Costs) -> Plan:
+    for offsets, most in zip((offsets_q, offsets_k), rows, strict=True):
+        check_offsets(offsets, None, most, slack=True)  # a plan that is kept has been checked
     found = [run for run in runs(offsets_q, offsets_k, how == "single") if run.len_k]
     bags = [[run] for run in found] if how == "single" or len(found) < 2 else list(_merge(found, how == "near", costs))
     views = sorted(bag[0] for bag in bags if len(bag) == 1)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._layout_checks import check_offsets
 from ..layout import SeqLayout
 from ..problem import Semantics
 from ._cpu_groups import Costs, Run, Side, Span, plan_for, runs
@@ -68,23 +69,32 @@ class Launch:
     Attributes:
         covers_q: whether every query row is in a kernel call: then nothing needs to be zeroed first.
         covers_k: whether every key row is in exactly one.
+        shortest: at most so many keys has the smallest one; 0 under a window, whose tiles nobody counted.
     """
 
     def __init__(
-        self, query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor, slopes: Tensor | None, causal: str, window: list[int], single: bool
-    ):
+        self, query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor, slopes: Tensor | None, causal: str, window: list[int], single: bool,
+        slack_q: bool, slack_k: bool,
+    ):  # fmt: skip
         left, right = window
-        self.causal, self.slopes, self.dtype = causal, slopes, query.dtype
+        self.causal, self.dtype = causal, query.dtype
+        self.slopes = None if slopes is None else slopes.expand(query.shape[1])
         offsets_q = tuple(cu_q.tolist())
         offsets_k = offsets_q if cu_k is cu_q else tuple(cu_k.tolist())
+        rows, rows_k = query.shape[0], key.shape[0]
+        if (offsets_q[-1] != rows and not slack_q) or (offsets_k[-1] != rows_k and not slack_k):
+            check_offsets(offsets_q, None, rows, slack_q)
+            check_offsets(offsets_k, None, rows_k, slack_k)
         # Under a causal mask nobody sees the padding of equally many queries and keys. Other masks know no padding.
         near = left < 0 and right < 0 and slopes is None and (not causal or offsets_q == offsets_k)
         how = "single" if single else "near" if near else "equal"
         costs = Costs.of(query, torch.get_num_threads())
-        self.queries, self.keys, self.order = plan_for(offsets_q, offsets_k, (query.shape[0], key.shape[0]), how, costs)
+        self.queries, self.keys, self.order = plan_for(offsets_q, offsets_k, (rows, rows_k), how, costs)
         self.covers_q, self.covers_k = self.queries.covers, self.keys.covers
         self.tiles: list[list[Tile]] | None = None  # None where each group is one kernel call, as usual
+        self.shortest = 0
         if near:
+            self.shortest = min([length for _, _, length in self.keys.spans], default=_WINDOW_ROWS)
             return
         sides = None if left < 0 else left, None if right < 0 else right
         self.semantics = Semantics(causal=causal or False, window=sides)  # type: ignore[arg-type]
@@ -202,7 +212,10 @@ def blocks(x: Tensor, spans: Sequence[Span]) -> list[Tensor]:
 
 def chunks(layout_q: SeqLayout, layout_kv: SeqLayout, single: bool, num_heads: int) -> Iterator[Run]:
     """Runs of equal adjacent lengths, cut so that the scores of one fit into memory."""
-    for run in runs(layout_q.cu_seqlens.tolist(), layout_kv.cu_seqlens.tolist(), single):
+    offsets_q, offsets_k = (layout.cu_seqlens.tolist() for layout in (layout_q, layout_kv))
+    check_offsets(offsets_q, None, layout_q.num_rows, layout_q.has_slack)
+    check_offsets(offsets_k, None, layout_kv.num_rows, layout_kv.has_slack)
+    for run in runs(offsets_q, offsets_k, single):
         step = max(1, _SCORES // max(1, num_heads * run.len_q * run.len_k))
         for first in range(0, run.size, step):
             q_start, k_start = run.q_start + first * run.len_q, run.k_start + first * run.len_k

@@ -8,7 +8,6 @@ carries too) and in torch's ``mem_eff_attention/kernel_forward.h`` and ``kernel_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ def _by_offsets(query: Tensor, key: Tensor, value: Tensor, call: Call, most: int
     lse: Tensor | None = None
     for part in _slices(call.layout_q.num_seqs, most):
         mine_q, mine_k = ((ids >= part.start) & (ids < part.stop) for ids in (ids_q, ids_k))
-        part_q, part_kv = (replace(x, cu_seqlens=x.cu_seqlens[part.start : part.stop + 1]) for x in call.layouts)
+        part_q, part_kv = (x._with(cu_seqlens=x.cu_seqlens[part.start : part.stop + 1]) for x in call.layouts)
         part_kv = part_q if call.layout_kv is call.layout_q else part_kv
         q, k, v = torch.where(mine_q, query, 0), torch.where(mine_k, key, 0), torch.where(mine_k, value, 0)
         some, some_lse = run(q, k, v, call.on(part_q, part_kv))

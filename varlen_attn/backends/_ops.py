@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.library import define, impl, infer_schema, register_autograd, register_fake
 
 from .._gather import is_tracing
+from .._layout_checks import check_offsets_tensor
+from ..errors import ArgumentError, LayoutError
 from .base import wide_dtype
 
 Op = Callable[..., Any]
@@ -107,6 +109,26 @@ def define_ops(name: str, forward: Op, backward: Op, *, kernel: str, device: str
         return without_grad(*inputs)
 
     return call
+
+
+def check_operands(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, *results: Tensor) -> None:
+    """What a kernel touches follows from these sizes, so those that do not belong together are refused, from whoever calls the op.
+
+    ``results``: gradient of the output, output and log-sum-exp.
+    """
+    (rows, heads, dim), (rows_k, kv_heads, value_dim), dtype = query.shape, value.shape, query.dtype
+    fits = key.shape == (rows_k, kv_heads, dim) and kv_heads > 0 and heads % kv_heads == 0 and key.dtype == value.dtype == dtype
+    if fits and results:
+        grad, out, lse = results
+        fits = grad.shape == out.shape == (rows, heads, value_dim) and grad.dtype == out.dtype == dtype
+        fits = fits and lse.shape == (heads, rows) and lse.dtype == wide_dtype(dtype)
+    if not fits:
+        shown = ", ".join(f"{tuple(x.shape)} of {x.dtype}" for x in (query, key, value, *results))
+        raise ArgumentError(f"query, key, value (and gradient, output, log-sum-exp) must belong together, but are {shown}.")
+    if cu_q.dtype != torch.int32 or cu_k.dtype != torch.int32 or cu_q.dim() != 1 or not 0 < cu_q.numel() == cu_k.numel() or cu_k.dim() != 1:
+        check_offsets_tensor(cu_q)
+        check_offsets_tensor(cu_k)
+        raise LayoutError(f"`cu_seqlens` of queries and keys must have equally many entries, but have {cu_q.numel()} and {cu_k.numel()}.")
 
 
 def _register_flops() -> None:

@@ -114,6 +114,7 @@ class Backend(ABC):
     capabilities: ClassVar[Capabilities]
     package: ClassVar[str] = "torch"  # the distribution whose version `backends()` shows
     install: ClassVar[str] = ""  # the fix where `missing` has a reason
+    checks_offsets: ClassVar[bool] = False  # its kernel refuses offsets that do not fit the rows; else a call is checked before
     own_op: ClassVar[bool] = False  # `run` launches a torch.library op of ours, which records itself in compiled code
 
     def missing(self, problem: Problem) -> str | None:

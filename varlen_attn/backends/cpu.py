@@ -6,8 +6,9 @@ window costs its width and not the length. What the kernel has no argument for (
 maths, a group of sequences at a time.
 
 The kernel is private to torch (`aten::_scaled_dot_product_flash_attention_for_cpu`); known of it: empty sequences kill the
-process with SIGFPE; its log-sum-exp of a row without keys is 0; it has no dropout and needs Hv == H; its half-precision backward
-accumulates in half precision, which below 192 tokens is both slower and less exact than one in float32.
+process with SIGFPE; its log-sum-exp of a row without keys is 0, and short rows of NaN count as such; it has no
+dropout and needs Hv == H; its half-precision backward accumulates in half precision, which below 192 tokens is both slower and less exact
+than one in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .._state import state
 from ..problem import Problem
 from ._cpu_plan import Launch, Target, blocks, chunks, read
 from ._dense import attend_dense, needs_eager
-from ._ops import define_ops
+from ._ops import check_operands, define_ops
 from .base import FLOATS, HALF, Backend, Call, Capabilities, Refusal, Result, connected_zeros, observe, pad_head_dim, wide_dtype
 
 # Overloads, because looking one up at every call costs microseconds. None in a torch that has dropped these private ops.
@@ -31,27 +32,42 @@ _KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
 _flash: Any = getattr(getattr(torch.ops.aten, _KERNEL, None), "default", None)
 _flash_backward: Any = getattr(getattr(torch.ops.aten, _KERNEL + "_backward", None), "default", None)
 
+_LANES = 16  # of the widest vectors, in float32
 _WIDE_BACKWARD_BELOW = 192  # tokens: half-precision backward in float32 is 2 to 5 times faster below, measured with AMX
 
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, slopes: Tensor | None, scale: float, causal: str,
-    window: list[int], single: bool,
+    window: list[int], single: bool, slack_q: bool = True, slack_k: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(T,N,H), (Tk,K,H), (Tk,K,H) -> (T,N,H)``, lse ``(N,T)``. Rows that see no key: 0 and -inf."""
+    check_operands(query, key, value, cu_q, cu_k)
     if state.records:
         observe("cpu", query.shape[0])
-    launch = Launch(query, key, cu_q, cu_k, slopes, causal, window, single)
+    launch = Launch(query, key, cu_q, cu_k, slopes, causal, window, single, slack_q, slack_k)
+    out, lse = _attend(launch, query, key, value, scale, None)
+    # Over fewer keys than its vectors have lanes, the kernel takes a row of NaN for one without keys: 0, with a log-sum-exp of exactly 0.
+    # With a mask it does not, and gives the same bits else, but short sequences take up to half longer.
+    if launch.shortest < _LANES and lse.count_nonzero().item() < lse.numel():
+        out, lse = _attend(launch, query, key, value, scale, query.new_zeros((1, 1, 1, 1), dtype=lse.dtype))
+    return out, lse
+
+
+def _attend(launch: Launch, query: Tensor, key: Tensor, value: Tensor, scale: float, no_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``no_mask``: for calls over few keys without a mask."""
     target, lses = Target(launch.queries, query, launch.covers_q), []
     for index, ((q,), (k, v)) in enumerate(zip(read(launch.queries, query), read(launch.keys, key, value), strict=True)):
         pieces = launch.pieces(index)
         if pieces and pieces[0].rows is None:
-            block, lse = _flash(q, k, v, 0.0, pieces[0].is_causal, attn_mask=pieces[0].mask, scale=scale)
+            mask = no_mask if pieces[0].mask is None and k.shape[2] < _LANES else pieces[0].mask
+            block, lse = _flash(q, k, v, 0.0, pieces[0].is_causal, attn_mask=mask, scale=scale)
         else:
             block = target.block(index)
             lse = query.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=wide_dtype(query.dtype)).transpose(1, 2)
             for rows, seen, is_causal, mask in pieces:
-                part, part_lse = _flash(q[:, :, rows], k[:, :, seen], v[:, :, seen], 0.0, is_causal, attn_mask=mask, scale=scale)
+                few = k[:, :, seen]
+                mask = no_mask if mask is None and few.shape[2] < _LANES else mask
+                part, part_lse = _flash(q[:, :, rows], few, v[:, :, seen], 0.0, is_causal, attn_mask=mask, scale=scale)
                 block[:, :, rows].copy_(part)
                 lse[:, :, rows].copy_(part_lse)
         target.put(index, block)
@@ -61,10 +77,11 @@ def _forward(
 
 def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
-    slopes: Tensor | None, scale: float, causal: str, window: list[int], single: bool,
+    slopes: Tensor | None, scale: float, causal: str, window: list[int], single: bool, slack_q: bool = True, slack_k: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value; exactly 0 where nothing is seen."""
-    launch = Launch(query, key, cu_q, cu_k, slopes, causal, window, single)
+    check_operands(query, key, value, cu_q, cu_k, grad, out, lse)
+    launch = Launch(query, key, cu_q, cu_k, slopes, causal, window, single, slack_q, slack_k)
     half = query.dtype in HALF
     # Under a window a key's gradient is a sum over pieces: half precision would round at every one.
     kv_dtype = torch.float32 if half and max(window) >= 0 else key.dtype
@@ -103,7 +120,7 @@ class Cpu(Backend):
     """ATen's CPU flash kernel over packed sequences."""
 
     name = "cpu"
-    own_op = True
+    own_op = checks_offsets = True
     install = "use a torch that has it"
     capabilities = Capabilities(devices=frozenset({"cpu"}), dtypes=FLOATS, batch_invariant=True)
 
@@ -140,7 +157,7 @@ class Cpu(Backend):
         window = [-1 if side is None else side for side in semantics.window or (None, None)]
         out, lse = _op(
             query, key, value, call.layout_q.cu_seqlens, call.layout_kv.cu_seqlens, call.extras.alibi_slopes, scale,
-            semantics.causal or "", window, semantics.batch_invariant,
+            semantics.causal or "", window, semantics.batch_invariant, call.layout_q.has_slack, call.layout_kv.has_slack,
         )  # fmt: skip
         return out if out.shape[-1] == value_dim else out[..., :value_dim], lse if semantics.return_lse else None
 

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .._layout_checks import check_offsets
 from .._state import state
+from ..errors import ArgumentError
 from ..problem import Problem
-from ._ops import define_ops
+from ._ops import check_operands, define_ops
 from .base import HALF, Backend, Call, Capabilities, Refusal, Result, observe, pad_head_dim
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in attention.h
@@ -30,17 +32,19 @@ _MULTIPLE = 16  # of head dimensions: whole vectors of every instruction set
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, slopes: Tensor | None, sinks: Tensor | None,
-    seed: Tensor | None, sides: list[int], bottom_right: bool, scale: float, softcap: float, dropout_p: float,
+    seed: Tensor | None, sides: list[int], bottom_right: bool, scale: float, softcap: float, dropout_p: float, slack_q: bool = True,
+    slack_k: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(T,N,H), (Tk,K,H), (Tk,K,Hv) -> (T,N,Hv)``, lse ``(N,T)``. Rows that see no key: 0 and -inf."""
     if state.records:
         observe("cpu_native", query.shape[0])
+    check_operands(query, key, value, cu_q, cu_k)
     rows, heads, _ = query.shape
     out = query.new_empty((rows, heads, value.shape[2]))
     lse = query.new_empty((heads, rows), dtype=torch.float32)
     _launch(
         _native.library().forward, query, key, value, out, lse, cu_q, cu_k, slopes, sinks, seed, sides, bottom_right, scale, softcap,
-        dropout_p,
+        dropout_p, slack_q, slack_k,
     )  # fmt: skip
     return out, lse
 
@@ -50,6 +54,7 @@ def _backward(
     slopes: Tensor | None, sinks: Tensor | None, *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, value and sinks; exactly 0 where nothing is seen."""
+    check_operands(query, key, value, cu_q, cu_k, grad, out, lse)
     dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
     dsinks = lse.new_zeros((cu_q.shape[0] - 1 if sinks is not None else 0, query.shape[1]))  # one row a sequence
     _launch(
@@ -61,12 +66,13 @@ def _backward(
 def _launch(
     run: Callable[[_native.Arguments], None], query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor,
     cu_k: Tensor, slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None, sides: list[int], bottom_right: bool, scale: float,
-    softcap: float, dropout_p: float, *, gradients: tuple[Tensor | None, ...] = (None,) * 5,
+    softcap: float, dropout_p: float, slack_q: bool = True, slack_k: bool = True, *, gradients: tuple[Tensor | None, ...] = (None,) * 5,
 ) -> None:  # fmt: skip
     """Call the kernel. One function without helpers: on short sequences each costs as much as a part of their attention."""
     (rows_q, heads, dim), (rows_k, kv_heads, value_dim) = query.shape, value.shape
-    if (rows_k, cu_k.numel(), cu_q.dtype, cu_k.dtype) != (key.shape[0], cu_q.numel(), torch.int32, torch.int32):
-        raise RuntimeError("offsets must be int32, as many for keys as for queries, and there must be as many keys as values")
+    for x in (slopes, sinks):
+        if x is not None and (x.shape != (heads,) or x.dtype != torch.float32):
+            raise ArgumentError(f"slopes and sinks must be float32 of shape (N,) = ({heads},), but are {tuple(x.shape)} of {x.dtype}.")
     grad, *results = gradients
     in_pairs = query.dtype == torch.bfloat16
     strides: tuple[int, ...] = ()
@@ -91,9 +97,14 @@ def _launch(
     low, high = sides
     packed = _native.PACKED.pack(
         *pointers, *strides, cu_q.shape[0] - 1, rows_q, rows_k, heads, kv_heads, dim, value_dim, _DTYPES[query.dtype], low, high,
-        bottom_right, 0 if seed is None else int(seed), scale, softcap, dropout_p, -1, not torch.backends.mkldnn.enabled,
+        bottom_right, 0 if seed is None else int(seed), slack_q, slack_k, scale, softcap, dropout_p, -1, not torch.backends.mkldnn.enabled,
     )  # fmt: skip
-    run(_native.Arguments.from_buffer_copy(packed))
+    try:
+        run(_native.Arguments.from_buffer_copy(packed))
+    except ValueError:
+        check_offsets(cu_q.tolist(), None, rows_q, slack_q)
+        check_offsets(cu_k.tolist(), None, rows_k, slack_k)
+        raise
 
 
 _op = define_ops("cpu_native", _forward, _backward, kernel="the compiled kernel")
@@ -103,7 +114,7 @@ class CpuNative(Backend):
     """The compiled CPU kernel over packed sequences."""
 
     name = "cpu_native"
-    own_op = True
+    own_op = checks_offsets = True
     install = "compile it with `python -m varlen_attn build-native`"
     capabilities = Capabilities(
         devices=frozenset({"cpu"}), dtypes=HALF | {torch.float32}, score_bias=False, batch_invariant=True
@@ -128,10 +139,10 @@ class CpuNative(Backend):
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         value_dim = value.shape[-1]
-        if query.shape[-1] % _MULTIPLE:
-            query, key = pad_head_dim(_MULTIPLE, query, key)
-        if value_dim % _MULTIPLE:
-            (value,) = pad_head_dim(_MULTIPLE, value)
+        if query.shape[-1] == value_dim:
+            query, key, value = pad_head_dim(_MULTIPLE, query, key, value) if value_dim % _MULTIPLE else (query, key, value)
+        else:
+            (query, key), (value,) = pad_head_dim(_MULTIPLE, query, key), pad_head_dim(_MULTIPLE, value)
         semantics = call.semantics
         low, high = (None, 0 if semantics.causal else None) if semantics.window is None else semantics.visible_range(0)
         # Drawn outside of the op, which is a pure function of it: recomputation under checkpointing draws the same.
@@ -139,6 +150,6 @@ class CpuNative(Backend):
         out, lse = _op(
             query, key, value, call.layout_q.cu_seqlens, call.layout_kv.cu_seqlens, call.extras.alibi_slopes, call.extras.sinks, seed,
             [-_UNLIMITED if low is None else low, _UNLIMITED if high is None else high], semantics.causal != "top_left",
-            semantics.scale, semantics.softcap or 0.0, semantics.dropout_p,
+            semantics.scale, semantics.softcap or 0.0, semantics.dropout_p, call.layout_q.has_slack, call.layout_kv.has_slack,
         )  # fmt: skip
         return out if value_dim == value.shape[-1] else out[..., :value_dim], lse if semantics.return_lse else None

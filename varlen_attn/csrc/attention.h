@@ -31,6 +31,7 @@ struct Args {
   int64_t low, high;     // query i sees keys i + low + shift .. i + high + shift, both included
   int64_t bottom_right;  // shift is Lk - Lq, else 0
   int64_t seed;
+  int64_t slack_q, slack_k;  // whether rows may follow the last sequence
   double scale, softcap, dropout_p;  // softcap and dropout_p: 0 is none
   int64_t level, portable;           // for tests: another instruction set than the best one, no product of libtorch
 };

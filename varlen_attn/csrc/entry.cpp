@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "attention.h"
 
@@ -99,17 +100,37 @@ const Choice& choice() {
 thread_local std::string last_error;
 
 // Offsets that reach beyond the tensors would be read and written beyond: never, whatever was promised about them.
-const char* wrong_offsets(const int32_t* offsets, int64_t num_seqs, int64_t rows) {
+const char* wrong_offsets(const int32_t* offsets, int64_t num_seqs, int64_t rows, bool slack) {
+  if (num_seqs < 0 || !offsets) return "offsets must have an entry";
   if (offsets[0] != 0) return "offsets must start at 0";
   for (int64_t s = 0; s < num_seqs; s++)
     if (offsets[s + 1] < offsets[s]) return "offsets must not decrease";
-  return offsets[num_seqs] > rows ? "offsets must not end beyond the packed rows" : nullptr;
+  if (offsets[num_seqs] > rows) return "offsets must not end beyond the packed rows";
+  return offsets[num_seqs] < rows && !slack ? "offsets must not end before the packed rows" : nullptr;
 }
 
-int run(const Args* args, bool backward) {
+// Sizes and sides that the kernel's arithmetic is not made for, and tensors without memory.
+bool fits(const Args& a) {
+  const bool sizes = a.heads > 0 && a.kv_heads > 0 && a.heads % a.kv_heads == 0 && a.dim > 0 && a.dim % 16 == 0 && a.value_dim > 0 && a.value_dim % 16 == 0;
+  const bool sides = std::min(a.low, a.high) >= -kUnlimited && std::max(a.low, a.high) <= kUnlimited;
+  return sizes && sides && (a.rows_q == 0 || a.q) && (a.rows_k == 0 || (a.k && a.v));
+}
+
+int run(const Args* given, bool backward) {
   try {
-    for (const char* wrong : {wrong_offsets(args->cu_q, args->num_seqs, args->rows_q), wrong_offsets(args->cu_k, args->num_seqs, args->rows_k)})
-      if (wrong) throw std::invalid_argument(wrong);
+    Args copy = *given;
+    const Args* args = &copy;
+    // Offsets of its own, which nobody writes to once they are checked.
+    std::vector<int32_t> offsets;
+    if (args->num_seqs >= 0 && args->cu_q && args->cu_k) {
+      const int64_t count = args->num_seqs + 1;
+      offsets.reserve(2 * count);
+      offsets.assign(args->cu_q, args->cu_q + count), offsets.insert(offsets.end(), args->cu_k, args->cu_k + count);
+      copy.cu_q = offsets.data(), copy.cu_k = offsets.data() + count;
+    }
+    for (const char* wrong : {wrong_offsets(args->cu_q, args->num_seqs, args->rows_q, args->slack_q), wrong_offsets(args->cu_k, args->num_seqs, args->rows_k, args->slack_k)})
+      if (wrong) return last_error = wrong, 2;
+    if (!fits(*args)) throw std::invalid_argument("sizes must be multiples of 16, heads of key/value heads, and tensors have memory");
     const Choice& chosen = choice();
     const int64_t at = args->level < 0 || args->level > chosen.best ? chosen.best : args->level;
     const Level& level = *chosen.levels[at];
