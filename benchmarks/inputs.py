@@ -101,6 +101,16 @@ def minilm() -> Any:
     return _quiet_transformers().AutoModel.from_pretrained(_weights(), attn_implementation="sdpa", local_files_only=True).eval()
 
 
+def bert(layers: int, width: int) -> Any:
+    """A ``BertModel`` with random weights and heads of 64, or of 32 where it is narrow, in evaluation mode."""
+    transformers = _quiet_transformers()
+    heads = width // (64 if width > 512 else 32)
+    config = transformers.BertConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width, attn_implementation="sdpa"
+    )
+    return transformers.BertModel(config).eval()
+
+
 def sentence_transformer() -> Any:
     """The same weights with mean pooling, as people use them."""
     _quiet_transformers()

@@ -8,16 +8,19 @@ left it: gradients, autocast, what other forwards have begun. Random numbers com
 from __future__ import annotations
 
 import copy
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._state import undone
+
+__all__ = ["NotCloned", "Seeded", "apart", "clone", "kinds", "noise"]
 
 T = TypeVar("T")
 
@@ -220,21 +223,8 @@ class Seeded(TorchDispatchMode):
 
 
 def apart(work: Callable[[], T]) -> T:
-    """What ``work`` gives, in a thread of its own, without gradients."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            with torch.no_grad():
-                future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    thread = threading.Thread(target=run, name="varlen_attn trial")
-    thread.start()
-    try:
-        thread.join()
-    except BaseException:
-        thread.join()  # it sees nothing of this, and is soon over
-        raise
-    return future.result()
+    """What ``work`` gives, in a thread of its own, without gradients. An interruption waits for it: it sees nothing, and is soon over."""
+    executor = ThreadPoolExecutor(1, "varlen_attn trial")
+    with undone(executor.shutdown):
+        result: T = executor.submit(torch.no_grad()(work)).result()
+        return result

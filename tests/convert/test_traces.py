@@ -246,6 +246,9 @@ def test_a_call_that_is_broken_off_leaves_everything_as_it_was(drawn: tuple[str,
             quietly(calls(model, level)[what])
     except kind as error:
         caught = error
+    if len(seen) <= line:  # it took fewer lines this time: what the garbage collector calls is among them
+        disable(model)
+        return
     where = f"{what}({name}, {level}) broken off at line {line} of {len(all_lines)}, {seen[-1]}"
     after = observed(model)
     if what == "disable":
