@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from varlen_attn import SeqLayout, _native, varlen_attention
+from varlen_attn import SeqLayout, varlen_attention
+from varlen_attn.kernels.cpu import build as _native
 
 pytestmark = pytest.mark.native_too
 LENGTHS = [*range(1, 10), 15, 16, 17, 20]
