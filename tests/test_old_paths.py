@@ -81,10 +81,9 @@ def test_imports_from_where_it_was(path: str, names: str) -> None:
 
 
 def test_backends_is_a_function_and_a_package() -> None:
-    import varlen_attn.backends.base as base
-
-    from varlen_attn.backends import BACKENDS
-
+    found: dict[str, Any] = {}
+    exec("import varlen_attn.backends.base as base; from varlen_attn.backends import BACKENDS", found)
+    base, BACKENDS = found["base"], found["BACKENDS"]
     assert varlen_attn.backends.BACKENDS is BACKENDS is varlen_attn.BACKENDS  # type: ignore[attr-defined]
     assert [row["name"] for row in varlen_attn.backends()] == [b.name for b in BACKENDS]
     assert base.Backend is varlen_attn.Backend
