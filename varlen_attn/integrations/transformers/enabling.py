@@ -113,11 +113,11 @@ def plan(model: nn.Module, level: str, hooks: str) -> tuple[list[Row], list[Step
         if packed:
             steps += stack_hooks.on_models(tree, root, packed if whole is None else {root: ((), True), **packed})
             steps += [hook for part in parts for hook in part.on_layers(tree, part.model)]
-            steps.append(_in_use(tree))
-        # The implementation last: masks of ours are made when everything that reads them is there.
+        # The hooks are there before masks of ours are made, and pack only where all masks of a forward are.
         enabled = [part for part in parts if part.reason is None]
         steps += [Entry(vars(part.model), _STATE, part.state()) for part in enabled]
         steps += [step for part in enabled for step in part.implementation()]
+        steps += [_in_use(tree)] if packed else []
     return rows, steps
 
 
@@ -151,7 +151,7 @@ def found(model: nn.Module) -> list[Step]:
     implementations = [_Implementation(c, vars(c)[INTERNAL], before) for c, before in _before(model).values()]
     hooks = stack_hooks.hooks_of(model.modules())
     trees = {id(tree): tree for hook in hooks if (tree := getattr(hook.hook.__self__, "tree", None))}  # type: ignore[attr-defined]
-    return [*hooks, *map(_in_use, trees.values()), *states, *implementations]
+    return [*hooks, *states, *implementations, *map(_in_use, trees.values())]
 
 
 def enabled_models(model: nn.Module) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import tempfile
 import threading
 import time
@@ -24,7 +25,7 @@ from transformers.models.bert.modeling_bert import BertLayer
 
 from varlen_attn import VarlenError, _clone, _switch, disable, enable, enabled, record
 from varlen_attn.integrations.transformers import enabling as integration
-from varlen_attn.integrations.transformers import trial as _hf_trial
+from varlen_attn.integrations.transformers import trial as hf_trial
 from varlen_attn.integrations.transformers.stack import LayerHook, is_ours
 
 from .transformers.tiny import assert_close, attention_mask, batch, build, quietly, reasons, shake, token_ids
@@ -39,7 +40,7 @@ def packed_calls(model: nn.Module) -> int:
 
 
 def clone_of(model: Any) -> Any:
-    return _hf_trial.clone_of(model, [(stack.name, stack.layers) for stack in integration._stacks(model)])[0]
+    return hf_trial.clone_of(model, [(stack.name, stack.layers) for stack in integration._stacks(model)])[0]
 
 
 # -------------------------------------------------------------------- the clone
@@ -104,7 +105,7 @@ def test_a_model_that_does_not_run_with_few_layers_is_tried_with_all() -> None:
 def test_few_layers_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than nine forwards of two layers a stack, however many there are."""
     calls: list[Any] = []
-    run = _hf_trial.run
+    run = hf_trial.run
 
     def counted(model: Any, *args: Any) -> Any:
         calls.append(sum(len(stack.layers) for stack in integration._stacks(model)))
@@ -358,6 +359,38 @@ def test_a_forward_that_began_before_its_wish_was_known() -> None:
     enable(model)
     assert_close(held.end().loss, expected, 1e-4)
     assert packed_calls(model) == 2
+
+
+@pytest.mark.parametrize("change", ["enable", "disable"])
+def test_a_model_that_is_changed_between_two_masks(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One mask is ours and the other is not: no layer may hand rows to one that cannot take them."""
+    model = build("Gemma2", dtype=torch.float32, layer_types=["full_attention", "sliding_attention"])
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(**batch())[0][VALID]
+    wanted = integration.plan(model, "model", "leave")[1]
+    steps = wanted if change == "enable" else []
+    _switch.Switch(lambda: integration.found(model), [] if steps else wanted).make()
+    module = sys.modules[type(model).__module__]
+    make = module.create_sliding_window_causal_mask
+
+    def between(*args: Any, **kwargs: Any) -> Any:
+        """As far as the model can be changed in the middle of a step."""
+        monkeypatch.setattr(module, "create_sliding_window_causal_mask", make)
+        if steps:
+            _switch.Switch(lambda: integration.found(model), steps).make()
+        else:
+            for step in reversed(integration.found(model)):
+                step.leave()
+                if isinstance(step, integration._Implementation):
+                    break
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(module, "create_sliding_window_causal_mask", between)
+    with torch.no_grad():
+        got = model(**batch())[0][VALID]
+    assert_close(got, expected, 1e-4)
+    disable(model)
 
 
 def test_a_forward_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
