@@ -28,7 +28,7 @@ from varlen_attn.integrations.transformers import enabling as integration
 from varlen_attn.integrations.transformers import trial as hf_trial
 from varlen_attn.integrations.transformers.stack import LayerHook, is_ours
 
-from .transformers.tiny import assert_close, attention_mask, batch, build, quietly, reasons, shake, token_ids
+from .tiny import assert_close, attention_mask, batch, build, quietly, reasons, shake, token_ids
 
 VALID = attention_mask().bool()
 
