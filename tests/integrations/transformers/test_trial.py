@@ -381,7 +381,7 @@ def test_a_model_that_is_changed_between_two_masks(change: str, monkeypatch: pyt
             _switch.Switch(lambda: integration.found(model), steps).make()
         else:
             for step in reversed(integration.found(model)):
-                step.leave()
+                step.restore()
                 if isinstance(step, integration._Implementation):
                     break
         return make(*args, **kwargs)
