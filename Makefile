@@ -3,6 +3,7 @@
 #   make demo            what the library does, on real text, in under a minute
 #   make demo-text       the same for MiniLM with its published weights, alone and as a SentenceTransformer (a minute, and 84 MB)
 #   make test            the tests, in WORKERS processes (2): kernels in Triton's interpreter, what the compiled kernel changes, all others
+#   make test-quick      few examples, without files that compile or train models: two minutes, for a look in between
 #   make coverage        the same but for the first, with coverage, which must not fall below its floor
 #   make check           ruff, ruff format, mypy, and bounds of how large the library is
 #   make house           the size of the library, and how many Python calls a layer and a call make
@@ -50,12 +51,14 @@ PYTEST := $(BIN)/python -m pytest -q
 marked = $(shell grep -lrw --include='*.py' $(1:%=-e mark.%) tests)
 native := $(call marked,native native_too) -m 'native or native_too' --native $(PARALLEL)
 others := tests --ignore=tests/lane -m 'not real and not alone' $(PARALLEL)
+SLOW := test_compile test_examples test_benchmarks attention/test_export nn/test_transformer_training kernels/cuda/test_flex \
+  $(addprefix integrations/transformers/test_,matrix training enable)
 alone := $(call marked,alone) -m alone
 NO_KERNEL := the tests of the compiled kernel are skipped: no compiler on this machine
 SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)"
 
-.PHONY: help setup demo demo-text examples test coverage check house format bench bench-full bench-check test-thorough sanitize docs gpu gpu-again \
+.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-check test-thorough sanitize docs gpu gpu-again \
   gpu-tests real clean
 .DEFAULT_GOAL := help
 
@@ -97,7 +100,7 @@ $(TEXT): $(STAMP)
 
 # The compiled CPU kernel: tested and measured where there is a compiler. Without one (status 3) all else works, says why it is not there,
 # and the next call looks again; a build that fails is an error.
-$(NATIVE): $(STAMP) $(wildcard varlen_attn/csrc/*) varlen_attn/_native.py
+$(NATIVE): $(STAMP) $(wildcard varlen_attn/kernels/cpu/csrc/*) varlen_attn/kernels/cpu/build.py
 	@$(BIN)/python -m varlen_attn build-native && touch $@ || { status=$$?; test $$status = 3; }
 
 # What draws the pictures of the results; tables, tests and CI do without.
@@ -122,6 +125,9 @@ test: $(NATIVE)
 	$(PYTEST) $(others)
 	$(PYTEST) $(alone)
 
+test-quick: $(STAMP)
+	HYPOTHESIS_PROFILE=fast $(PYTEST) $(others) $(foreach file,$(SLOW),--ignore=tests/$(file).py)
+
 coverage: $(NATIVE)
 	@rm -f .coverage
 	@if test -f $(NATIVE); then $(PYTEST) $(native) --cov --cov-report=; else echo "$(NO_KERNEL)"; fi
@@ -131,13 +137,13 @@ coverage: $(NATIVE)
 sanitize: $(STAMP)
 	@mkdir -p $(VENV)/sanitized
 	$(SANITIZED) $(BIN)/python -m varlen_attn build-native --sanitize address,undefined
-	$(SANITIZED) $(BIN)/python -m pytest tests/backends -q --native -k native
+	$(SANITIZED) $(BIN)/python -m pytest tests/kernels -q --native -k native
 
 test-thorough: $(STAMP)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests --ignore=tests/lane -q
 
 docs: $(STAMP)
-	$(OFFLINE) TRANSFORMERS_VERBOSITY=error $(BIN)/python -W ignore -m tests.integrations.table
+	$(OFFLINE) TRANSFORMERS_VERBOSITY=error $(BIN)/python -W ignore -m tests.integrations.transformers.table
 
 # Another Python where nothing can be installed, but a torch for CUDA is there: `make gpu GPU_PYTHON=python3`. The acceptance needs torch and
 # einops, the tests pytest, hypothesis and numpy too. GPU_OPTIONS are those of benchmarks.gpu_acceptance. Of the tests everything runs,
@@ -156,9 +162,9 @@ gpu-again:
 
 gpu-tests:
 	@status=0; \
-	$(GPU_TESTS) tests/backends/test_conformance.py -k 'not flex' || status=1; \
+	$(GPU_TESTS) tests/kernels/test_conformance.py -k 'not flex' || status=1; \
 	$(GPU_TESTS) tests -m gpu $(foreach part,integrations lane real,--ignore=tests/$(part)) || status=1; \
-	HYPOTHESIS_PROFILE=gpu $(GPU_TESTS) tests/backends/test_conformance.py -k flex || status=1; \
+	HYPOTHESIS_PROFILE=gpu $(GPU_TESTS) tests/kernels/test_conformance.py -k flex || status=1; \
 	exit $$status
 
 real: $(REAL) $(TEXT)
@@ -190,7 +196,7 @@ bench: $(TEXT) $(PICTURES) $(NATIVE)
 	$(BENCH) benchmarks.bench_layout --threads $(THREADS)
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction eval --workload w1 w3 w5 w6 text --budget 10
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction training --dtype bfloat16 --workload w3 w6 --budget 10
-	$(BENCH) benchmarks.bench_transformers --threads $(THREADS) --part text encode --budget 10
+	$(BENCH) benchmarks.bench_transformers --threads $(THREADS) --part text encode enable --budget 10
 	$(BENCH) benchmarks.bench_dispatch
 	$(BENCH) benchmarks.report
 

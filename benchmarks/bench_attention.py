@@ -2,7 +2,7 @@
 
 The baseline is `F.scaled_dot_product_attention` with a bool mask. Each contestant is compared with float64 first, output and gradients,
 and nothing is reported of one that fails. One that takes more than four times as long as the baseline is timed once, outside of the
-turns, and marked so; one that can not run stands there with the reason.
+turns, and marked so; one that cannot run stands there with the reason.
 
 Beside every batch stands what the machine can do, measured in the same run: the rate of a large matrix product, and that of torch's flash
 kernel on one sequence of 4096 tokens. Useful work of a batch is ``4 * N * H * sum(L^2)`` forward, 3.5 times that with the backward.

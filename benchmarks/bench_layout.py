@@ -79,7 +79,7 @@ def contests(mask: Tensor, x: Tensor, gpu: bool) -> dict[str, Contest]:
 
 
 def _add_triton(found: dict[str, Contest], layout: SeqLayout, flat: Tensor, rows: Tensor, qkv: list[Tensor]) -> None:
-    """The kernel, unless it can not run."""
+    """The kernel, unless it cannot run."""
     reason = fused_rows.why_not()
     if reason is not None:
         print(f"without Triton's kernel, which {reason}")

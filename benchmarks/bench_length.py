@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from varlen_attn import VarlenMultiheadAttention
-from varlen_attn.bench import ByHand
+from varlen_attn.cli.bench import ByHand
 from varlen_attn.testing import assert_within_budget
 
 from .measure import DTYPES, PATIENCE, add_machine, facts, interleave, limit_memory, peak_extra, save, use_machine

@@ -11,7 +11,7 @@ import argparse
 
 import torch
 
-from varlen_attn.bench import DIRECTIONS, Batch, Setting, rows
+from varlen_attn.cli.bench import DIRECTIONS, Batch, Setting, rows
 
 from .measure import DTYPES, add_machine, save, use_machine
 from .workloads import WORKLOADS

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varlen_attn import BackendRefused, SeqLayout, VarlenMultiheadAttention, record, varlen_mha
-from varlen_attn.bench import named_kernel
+from varlen_attn.cli.bench import named_kernel
 from varlen_attn.testing import assert_within_budget
 
 from .measure import DTYPES, Absent, Timing, add_machine, interleave, ours, ratio, save, use_machine

@@ -5,6 +5,7 @@
 - `SentenceTransformer.encode` of 256 docstrings. It sorts by length first, so there is less padding left, and it tokenises.
 - Wav2Vec2 and HuBERT, random weights of base width, on the durations of spoken prompts. Their convolutional front end computes padding
   before and after, and takes most of the time; so the transformer, with its positional convolution, is timed alone too.
+- `enable` itself, beside one forward of 4 rows of 32 tokens: BERT as large as MiniLM and as BERT base, and a stack of torch's.
 
 Before anything is timed, all outputs at real tokens, and in training the gradients of all parameters, are compared with the model in
 float64, one sequence at a time and without padding; the error budget is that of the model before. Vectors of `encode` must be within 1e-6
@@ -18,6 +19,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,17 +28,18 @@ from torch import Tensor, nn
 import varlen_attn
 from varlen_attn.testing import assert_within_budget
 
-from .inputs import SPEECH, Batch, equal_lengths, library, minilm, natural_order, sentence_transformer, speech, waves
+from .inputs import SPEECH, Batch, bert, equal_lengths, library, minilm, natural_order, sentence_transformer, speech, waves
 from .measure import Timing, environment, interleave, ratio, save
 
-BEFORE, ATTENTION, MODEL, AGAIN, FRONT = "before", "attention", "model", "before again", "front end"
+BEFORE, ATTENTION, MODEL, AGAIN, FRONT, ENABLING = "before", "attention", "model", "before again", "front end", "enable and disable"
 LEVELS = (ATTENTION, MODEL)
-TEXT, ENCODE, TRAINING, AUDIO = "text", "encode", "training", "audio"  # the parts
-PARTS = (TEXT, ENCODE, TRAINING, AUDIO)
+TEXT, ENCODE, TRAINING, AUDIO, ENABLE = "text", "encode", "training", "audio", "enable"  # the parts
+PARTS = (TEXT, ENCODE, TRAINING, AUDIO, ENABLE)
 DOCUMENTS = 256  # for `encode`, in batches of 32
 CLIPS = 8
 OF_FILL = 0.85  # goal of a packed model: this share of B*S / tokens
 ENCODE_GOAL = 1.6
+ENABLE_LIMIT = 0.15  # seconds that `enable` may take where one forward is faster
 FLOOR, FLOOR_EQUAL = 0.95, 0.97  # attention level; both levels where nothing is padded. Nothing is taken off these
 SAME_VECTORS = 1e-6
 BUSY = 0.2  # share of the machine taken by others, above which two threads say little
@@ -259,6 +262,49 @@ def _transformer(model: Any, hidden: Tensor, valid: Tensor) -> Tensor:
     return out
 
 
+class Stack(nn.Module):
+    """torch's, called as a model of transformers."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, width // 64, 4 * width, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.encoder(hidden, src_key_padding_mask=attention_mask == 0))
+
+
+def bench_enable(what: str, limits: Limits) -> dict[str, Any]:
+    """One forward, and `enable` with `disable`, which is a hundredth of it."""
+    layers, width = ENABLED[what]
+    mask = (torch.arange(32) < torch.tensor([32, 20, 12, 7])[:, None]).long()
+    torch.manual_seed(0)
+    if what.startswith("BERT"):
+        model, given = bert(layers, width), {"input_ids": torch.randint(5, 1000, mask.shape)}
+    else:
+        model, given = Stack(layers, width).eval(), {"hidden": torch.randn(*mask.shape, width)}
+    batch = Batch({**given, "attention_mask": mask}, mask.bool())
+    calls = {name: partial(evaluate, m, batch.inputs) for name, m in contestants(model, (MODEL,)).items()}
+    difference = verify({name: partial(_outputs, call, batch) for name, call in calls.items()}, truth(model, batch))
+
+    def enabling() -> None:
+        varlen_attn.enable(model)
+        varlen_attn.disable(model)
+
+    enabling()  # whatever is imported and looked up once
+    timings = contest({BEFORE: calls[BEFORE], ENABLING: enabling}, limits)
+    forward = timings[BEFORE].seconds
+    judged = Judged({ENABLING: forward / max(forward, ENABLE_LIMIT)})
+    return row(ENABLE, what, str(batch), 1 / batch.fill, timings, judged, difference)
+
+
+ENABLED = {
+    "BERT, 6 layers, width 384": (6, 384),
+    "BERT, 12 layers, width 768": (12, 768),
+    "nn.TransformerEncoder, 12 layers, width 768": (12, 768),
+}
+
+
 # -------------------------------------------------------------------- command line
 
 
@@ -278,6 +324,8 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for kind in options.kind:
             for layers in options.layers:
                 yield from bench_audio(kind, layers, options.clips, limits)
+    if ENABLE in options.part:
+        yield from (bench_enable(what, limits) for what in ENABLED)
 
 
 def demo() -> None:

@@ -1,6 +1,6 @@
 """Who takes part in the contests of attention alone: ways to compute one batch, each from q, k, v as it wants them.
 
-A contestant is made by a function of a `Case`. One that can not run raises `Absent` with the reason, and the reason goes where its time
+A contestant is made by a function of a `Case`. One that cannot run raises `Absent` with the reason, and the reason goes where its time
 would have gone. How each is called is how its own documentation calls it.
 """
 
@@ -230,7 +230,7 @@ def with_packing(case: Case) -> Contestant:
 
 
 def contestants(case: Case, others: bool = True) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """All that can run, the masked call first, and the reasons of those that can not; without ``others``, ours and the masked call only."""
+    """All that can run, the masked call first, and the reasons of those that cannot; without ``others``, ours and the masked call only."""
     found: dict[str, Contestant] = {}
     absent: dict[str, str] = {}
     for name, reason in ours(case.device).items():

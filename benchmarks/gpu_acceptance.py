@@ -142,7 +142,7 @@ class _Run:
 
 
 def run(stages: Sequence[Stage], setting: Setting, head: Result, out: Path | None) -> Result:
-    """All stages that fit, each in a process that it can not outlive; what is known stands in ``out`` at any time."""
+    """All stages that fit, each in a process that it cannot outlive; what is known stands in ``out`` at any time."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     return _Run(stages, setting, head, out).all()

@@ -18,16 +18,16 @@ import torch
 from torch import nn
 
 import varlen_attn
-from varlen_attn import _native
+from varlen_attn.kernels.cpu import build as _native
 
 HOME = Path(varlen_attn.__file__).parent
 BOUNDS = {
-    "lines of code": 9_550,
+    "lines of code": 10_350,
     "calls of a layer of nn.TransformerEncoder": 26,
     "calls of a layer of BertModel": 22,
     "calls of varlen_mha": 60,
 }
-WITH_CPU = 34  # more calls where the compiled kernel is not built, and backend `cpu` runs
+WITH_CPU = 38  # more calls where the compiled kernel is not built, and backend `cpu` runs
 _QUIET = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
 
 
@@ -68,7 +68,7 @@ def calls(call: Callable[[], Any], home: Path = HOME) -> int:
 
 
 def a_further_layer(model: Callable[[int], Callable[[], Any]]) -> int:
-    return (calls(model(5)) - calls(model(1))) // 4
+    return (calls(model(6)) - calls(model(2))) // 4  # one layer alone is not packed
 
 
 def measured() -> dict[str, int]:

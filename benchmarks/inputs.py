@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from varlen_attn.demo import BATCH_SIZE, docstrings_in
+from varlen_attn.cli.demo import BATCH_SIZE, docstrings_in
 
 from .lengths import SPEECH_MILLISECONDS
 
@@ -99,6 +99,16 @@ def minilm_tokenizer() -> Any:
 def minilm() -> Any:
     """A ``BertModel`` of 6 layers, width 384, with transformers' default attention, in evaluation mode."""
     return _quiet_transformers().AutoModel.from_pretrained(_weights(), attn_implementation="sdpa", local_files_only=True).eval()
+
+
+def bert(layers: int, width: int) -> Any:
+    """A ``BertModel`` with random weights and heads of 64, or of 32 where it is narrow, in evaluation mode."""
+    transformers = _quiet_transformers()
+    heads = width // (64 if width > 512 else 32)
+    config = transformers.BertConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width, attn_implementation="sdpa"
+    )
+    return transformers.BertModel(config).eval()
 
 
 def sentence_transformer() -> Any:

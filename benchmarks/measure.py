@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import varlen_attn
-from varlen_attn._profile import kernel_ran
-from varlen_attn._timing import PATIENCE, QUIET, Timing, cpu_name, facts, interleave, ratio
+from varlen_attn.attention.profile import kernel_ran
+from varlen_attn.cli.timing import PATIENCE, QUIET, Timing, cpu_name, facts, interleave, ratio
 
 __all__ = [
     "DTYPES", "PATIENCE", "QUIET", "RESULTS", "Absent", "Timing", "add_machine", "environment", "facts", "interleave", "kernel_ran",
@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Absent(Exception):
-    """A contestant that can not take part; its text is the reason, which stands in the results in place of a time."""
+    """A contestant that cannot take part; its text is the reason, which stands in the results in place of a time."""
 
 
 def add_machine(parser: ArgumentParser, budget: float) -> None:

@@ -90,6 +90,17 @@ def transformers(rows: list[dict[str, Any]]) -> str:
     return table(header, lines)
 
 
+def enabling(rows: list[dict[str, Any]]) -> str:
+    """Of `enable` itself."""
+    lines = []
+    for row in rows:
+        forward, taken = (row["milliseconds"][name] for name in (hf.BEFORE, hf.ENABLING))
+        limit = max(forward, 1e3 * hf.ENABLE_LIMIT)
+        met = "disturbed" if row["foreign"] > DISTURBED else "met" if taken <= limit / NEAR else "**missed**"
+        lines.append([row["what"], f"{forward:.0f}", f"**{taken:.0f}**", f"{row['foreign']:.0%}", f"at most {limit:.0f}: {met}"])
+    return table(["", "one forward of 4 x 32, ms", "**enable and disable, ms**", "others", "goal"], lines)
+
+
 def _transformers_goals(row: dict[str, Any]) -> str:
     """Nothing is taken off a floor, and the noise of the run stands beside it."""
     if row["foreign"] > DISTURBED and (row["goals"] or row["floors"]):
@@ -104,7 +115,7 @@ def transformers_summary(rows: list[dict[str, Any]]) -> str:
     """The short table of the README: times before / after, and what they would be if all work were by token."""
     lines = []
     for row in _in_order(widest(rows)):
-        if row["part"] == hf.AUDIO and not row["what"].startswith("wav2vec2, 12 layers"):
+        if row["part"] == hf.ENABLE or (row["part"] == hf.AUDIO and not row["what"].startswith("wav2vec2, 12 layers")):
             continue  # HuBERT is as fast, and no published model is that shallow
         found = [f"{row['ratio'][level]:.1f}" if level in row["ratio"] else "-" for level in hf.LEVELS]
         cells = found if row["foreign"] <= DISTURBED else ["?"] * len(found)
@@ -248,7 +259,7 @@ def _transformers_parts(rows: list[dict[str, Any]]) -> list[str]:
         for part, title in _PARTS.items():
             chosen = [r for r in rows if (r["threads"], r["part"]) == (threads, part)]
             if chosen:
-                parts += [f"### {title}, {threads_of(threads)}", transformers(chosen)]
+                parts += [f"### {title}, {threads_of(threads)}", enabling(chosen) if part == hf.ENABLE else transformers(chosen)]
     return parts
 
 
@@ -257,6 +268,7 @@ _PARTS = {
     hf.ENCODE: "`SentenceTransformer.encode`, tokenising included",
     hf.TRAINING: "MiniLM, forward and backward",
     hf.AUDIO: "Wav2Vec2 and HuBERT",
+    hf.ENABLE: "What `enable` itself takes",
 }
 
 

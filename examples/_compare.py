@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varlen_attn.demo import BUSY
 from varlen_attn.testing import assert_within_budget
 
 Batch = tuple[Tensor, ...]
@@ -28,6 +27,7 @@ Loss = Callable[[Any, Batch], Tensor]  # of a model and a batch
 
 WARM_UP = 2  # steps that are not timed
 MEMORY_STEPS = 4
+BUSY = 0.75  # load of the last minute by others, for each thread, above which times are not to be trusted
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _print_costs(script: str, args: argparse.Namespace, seconds: dict[str, list[
 
 
 def measure_memory(script: str, args: argparse.Namespace, name: str) -> float | None:
-    """In a process of its own: the peak of a process can not tell two trainings apart."""
+    """In a process of its own: the peak of a process cannot tell two trainings apart."""
     command = [sys.executable, script, "--memory-of", name, "--steps", str(args.steps), "--seed", str(args.seed)]
     command += ["--threads", str(args.threads)] if args.threads else []
     command += ["--quick"] if args.quick else []

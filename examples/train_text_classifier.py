@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varlen_attn import enable
-from varlen_attn.demo import MAX_TOKENS, VOCABULARY, docstrings_in, tokenise
+from varlen_attn.cli.demo import MAX_TOKENS, VOCABULARY, docstrings_in, tokenise
 
 if TYPE_CHECKING or __package__:
     from ._compare import Batch, Training, arguments, compare

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from varlen_attn import _native
+from varlen_attn.kernels.cpu import build as _native
 
 # The tensors of the tests are tiny, and two threads that wait for each other on a busy machine make them 30 times slower.
 torch.set_num_threads(1)
@@ -41,7 +41,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 # Where files are dealt out to several processes, those that take longest are dealt first.
-LONGEST = ("test_matrix", "test_compile", "test_hf_enable", "test_static", "test_encoder_training", "test_flex", "test_hf_training")
+LONGEST = ("test_matrix", "test_compile", "test_enable", "test_export", "test_transformer_training", "test_flex", "test_training")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""What would make a GPU wait for the host, and what a CUDA graph can not hold, seen on a CPU.
+"""What would make a GPU wait for the host, and what a CUDA graph cannot hold, seen on a CPU.
 
 `count_reads` names every operation that reads values of a tensor. `not_capturable` is for steps on the meta device: it names these too,
 and whatever touches host memory, which a capture refuses or would freeze: tensors of Python data, copies between host and device, pinned

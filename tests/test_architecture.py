@@ -1,6 +1,7 @@
 """The written import direction, read from the source with `ast`: an arrow against it fails here.
 
-Every module has a rank and imports lower ranks only. A new module gets its line in `RANKS`.
+Folders are floors. A module imports from lower floors and from its own folder, there without a circle, inside of functions as well. A new
+folder gets its place in `FLOORS`.
 """
 
 from __future__ import annotations
@@ -16,57 +17,32 @@ import pytest
 import varlen_attn
 
 ROOT = Path(varlen_attn.__file__).parent
-RANKS = (
-    ("errors", "_timing"),
-    ("_compare", "_gather", "_layout_checks", "_native", "_profile"),
-    ("_index",),
-    ("layout",),
-    ("companions", "_host_lengths", "_padded_rows"),
-    ("problem",),
-    ("backends._kept", "backends._values"),
-    ("backends._limits",),
-    ("backends.base",),
-    ("backends._*",),  # math that several backends share
-    ("backends._cpu_groups", "backends._flash_op"),
-    ("backends._cpu_plan",),
-    ("backends.*",),
-    ("backends",),
-    ("dispatch",),
-    ("records",),
-    ("_call_checks", "_static"),
-    ("_call",),
-    ("functional",),
-    ("explain",),
-    ("testing._batch", "_token_wise"),
-    ("testing._recorder",),
-    ("testing._invariance",),
-    ("testing", "data", "_masks", "_mha_checks"),
-    ("_streams",),
-    ("testing.strategies", "modules"),
-    ("encoder",),
-    ("_enablable",),
-    ("convert",),
-    ("integrations",),
-    ("integrations._hf_mask",),
-    ("integrations._hf_attention",),
-    ("integrations._hf_stack",),
-    ("integrations._hf_trial",),
-    ("integrations.*",),
-    ("demo", "bench"),
-    ("", "__main__"),
+FLOORS = (
+    ("errors", "_torch", "_state"),
+    ("layout", "_clone", "_switch"),
+    ("data", *(f"kernels.{name}" for name in ("problem", "values", "kept", "limits", "base", "ops", "dense"))),
+    ("kernels",),  # the adapters, and their order
+    ("attention",),
+    ("nn", "integrations"),
+    ("convert", "testing", "_old_paths"),
+    ("",),
+    ("cli", "__main__"),
 )
-OPTIONAL_PACKAGES_IN = ("backends.", "integrations.", "demo", "__main__", "testing.strategies")
+OPTIONAL_PACKAGES_IN = ("kernels.", "integrations.", "cli.", "testing.strategies")
 IMPORTED_LAZILY = ("testing.strategies",)  # and so may import an optional package at once
 MUTABLE = {
-    "dispatch._plans", "problem._versions", "backends.base.state",  # one cache of choices, one of versions, the thread's stack
-    "backends._ops._defined",  # for which backends ops are registered
-    "backends._cpu_groups._plans",  # how batches of some lengths are cut, by value
-    "integrations._hf_mask._thread",  # the last layout with the mask that it was made of; forwards under way
-    "layout._known",  # at which version of their offsets layouts were found to be right, gone with them
-    "_native._found", "_native._hashes",  # the compiled kernel or why there is none; what its name says of its sources
-    "backends._kept._kept", "backends.flex._kernels",  # what is derived from layouts, gone with them; one compiled kernel a kind of call
-    "backends._packages._probed", "backends.flash3._probed",  # what a package can do, asked once
-    "backends.torch_varlen._parameters",
+    "attention.dispatch._plans", "kernels.problem._versions", "_state.state",  # one cache of choices, one of versions, the thread's stack
+    "kernels.ops._defined",  # for which backends ops are registered
+    "kernels.cpu.groups._plans",  # how batches of some lengths are cut, by value
+    "integrations.transformers.mask._thread",  # the last layout with the mask that it was made of; forwards under way
+    "_switch.uses", "integrations.transformers.mask.masks",  # calls and masks that are alive, held by what makes them
+    "integrations.transformers.mask.leaving",  # configurations in the middle of a change
+    "integrations.transformers.attention._layouts",  # of offsets that a model is given, gone with them
+    "layout.seq_layout._known",  # at which version of their offsets layouts were found to be right, gone with them
+    "kernels.cpu.build._found", "kernels.cpu.build._hashes",  # the compiled kernel or why there is none; what its name says of its sources
+    "kernels.kept._kept", "kernels.cuda.flex._kernels",  # what is derived from layouts, gone with them; one compiled kernel a kind of call
+    "kernels.cuda.packages._probed", "kernels.cuda.flash3._probed",  # what a package can do, asked once
+    "kernels.cuda.torch_varlen._parameters",
 }  # fmt: skip
 
 
@@ -79,14 +55,13 @@ SOURCES = {module_name(path): ast.parse(path.read_text()) for path in sorted(ROO
 each_module = pytest.mark.parametrize("module", SOURCES, ids=lambda m: m or "varlen_attn")
 
 
-def rank(module: str) -> int:
-    """Exact names first, so that ``backends.base`` is not just any backend."""
-    head, _, tail = module.rpartition(".")
-    for pattern in (module, f"{head}._*" if tail.startswith("_") else "", f"{head}.*"):
-        for i, names in enumerate(RANKS):
-            if pattern in names and (pattern or not module):
+def floor(module: str) -> int:
+    """Of the longest name in `FLOORS` that ``module`` is or is inside of."""
+    for name in [module, *(module[:i] for i in range(len(module) - 1, 0, -1) if module[i] == ".")]:
+        for i, names in enumerate(FLOORS):
+            if name in names:
                 return i
-    raise AssertionError(f"{module} has no place in RANKS: say what it may import")
+    raise AssertionError(f"{module} has no place in FLOORS: say what it may import")
 
 
 def imports(module: str, tree: ast.AST | None = None) -> Iterator[tuple[str, bool]]:
@@ -112,18 +87,35 @@ def imports(module: str, tree: ast.AST | None = None) -> Iterator[tuple[str, boo
                 )
 
 
+def own_imports(module: str) -> set[str]:
+    names = {name for name, _ in imports(module) if name.split(".")[0] == "varlen_attn"}
+    names |= {x.value for x in ast.walk(SOURCES[module]) if isinstance(x, ast.Constant) and f"{x.value}".startswith("varlen_attn.")}
+    own = {name.removeprefix("varlen_attn").removeprefix(".") for name in names}
+    return {name for name in own if name in SOURCES}
+
+
 @each_module
-def test_arrows_point_one_way(module: str) -> None:
-    own = [
-        (name.removeprefix("varlen_attn").removeprefix("."), now) for name, now in imports(module) if name.split(".")[0] == "varlen_attn"
-    ]
-    for name, now in own:
-        if name == "" and not now:
-            continue  # `from . import __version__`, when somebody asks
-        assert rank(name) < rank(module), f"{module} imports {name}, which stands above it"
-        assert not name.startswith("integrations") or not now or module.startswith("integrations"), (
-            f"{module} imports {name} at import time"
-        )
+def test_arrows_point_down(module: str) -> None:
+    for name in own_imports(module):
+        inside = name.split(".")[0] == module.split(".")[0].replace("__main__", "cli") and floor(name) <= floor(module)
+        assert inside or floor(name) < floor(module), f"{module} imports {name}, which is not below it"
+    for name, now in imports(module):
+        known = name.startswith("varlen_attn.integrations") and not module.startswith("integrations")
+        assert not known or not now, f"{module} imports {name} at import time"
+
+
+def test_no_circles() -> None:
+    left = {module: own_imports(module) - {module} for module in SOURCES}
+    while free := [module for module, needs in left.items() if not needs & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left, f"a circle in {sorted(left)}"
+
+
+def test_no_adapter_knows_another() -> None:
+    adapters = {b.__class__.__module__.removeprefix("varlen_attn.") for b in varlen_attn.BACKENDS}
+    for module in adapters:
+        assert not own_imports(module) & adapters
 
 
 @each_module
@@ -144,15 +136,15 @@ def test_the_rules_can_fail() -> None:
     def seen(module: str, code: str) -> list[tuple[str, bool]]:
         return list(imports(module, ast.parse(code)))
 
-    assert seen("backends.cpu", "from ..dispatch import choose") == [("varlen_attn.dispatch", True)]
-    assert seen("backends.cpu", "from .flash2 import Flash2") == [("varlen_attn.backends.flash2", True)]
-    assert seen("layout", "from .problem import Problem") == [("varlen_attn.problem", True)]
-    assert seen("dispatch", "from . import functional") == [("varlen_attn.functional", True)]
-    assert seen("backends.flash2", "def f():\n    import flash_attn.x") == [("flash_attn.x", False)]
-    assert rank("dispatch") > rank("backends.cpu") == rank("backends.flash2") > rank("backends._dense") > rank("backends.base")
-    assert rank("problem") > rank("layout") > rank("errors")
-    with pytest.raises(AssertionError, match="no place in RANKS"):
-        rank("helpers")
+    assert seen("kernels.base", "from ..attention.dispatch import choose") == [("varlen_attn.attention.dispatch", True)]
+    assert seen("kernels.cuda.flash3", "from .flash2 import Flash2") == [("varlen_attn.kernels.cuda.flash2", True)]
+    assert seen("layout.seq_layout", "from ..kernels.problem import Problem") == [("varlen_attn.kernels.problem", True)]
+    assert seen("attention.dispatch", "from . import functional") == [("varlen_attn.attention.functional", True)]
+    assert seen("kernels.cuda.flash2", "def f():\n    import flash_attn.x") == [("flash_attn.x", False)]
+    assert floor("attention.dispatch") > floor("kernels.cpu.aten") == floor("kernels.cuda.flash2") > floor("kernels.base")
+    assert floor("kernels.problem") > floor("layout.seq_layout") > floor("errors")
+    with pytest.raises(AssertionError, match="no place in FLOORS"):
+        floor("helpers")
 
 
 def is_mutable(value: ast.expr | None) -> bool:
@@ -195,7 +187,7 @@ def test_the_public_names() -> None:
     assert kinds == sorted(kinds)
     tree = SOURCES[""]
     imported = {a.asname or a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names}
-    assert imported - {"annotations"} == set(names)
+    assert imported - {"_old_paths"} == set(names)
     for name in names:
         assert getattr(varlen_attn, name) is not None
 
@@ -207,4 +199,4 @@ def test_names_of_every_module_exist(module: str) -> None:
     loaded = importlib.import_module(f"varlen_attn.{module}".rstrip("."))
     for name in getattr(loaded, "__all__", ()):
         assert hasattr(loaded, name)
-    assert loaded.__doc__ or module.startswith("backends._")
+    assert loaded.__doc__

@@ -109,6 +109,7 @@ REFUSED: list[Refused] = [
     ("capacity is no integer", ArgumentError, lambda: SeqLayout.from_key_padding_mask(MASK, capacity=2.5), r"`capacity` must be an integer of at least 0, but is 2.5"),
     ("num_heads is True", ArgumentError, lambda: mha(3, 3, 8, num_heads=True), r"`num_heads` must be a positive integer, but is True"),
     ("a mask as layout", ArgumentError, lambda: mha(3, 3, 8, layout=MASK), r"`layout` must be a SeqLayout, but is Tensor: build one with"),
+    ("an endless padding value for integers", ArgumentError, lambda: LAYOUT.unpack(torch.zeros(LAYOUT.num_rows, dtype=torch.int64), float("inf")), r"`pad_value` must be an integer for a tensor of torch.int64, but is inf"),
     ("half a padding value for integers", ArgumentError, lambda: LAYOUT.unpack(torch.zeros(LAYOUT.num_rows, dtype=torch.int64), 0.5), r"`pad_value` must be an integer for a tensor of torch.int64, but is 0.5"),
     ("mask and layout", ArgumentError, lambda: padded((3, 3, 2, 8), None, None, MASK, layout=LAYOUT), r"not both: nothing says which one counts"),
     ("mask and layout, mha", ArgumentError, lambda: mha(3, 3, 8, key_padding_mask=MASK, layout=LAYOUT), r"`key_padding_mask` or `layout`, not both"),

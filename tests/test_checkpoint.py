@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from varlen_attn import (
-    SeqLayout,
-    VarlenMultiheadAttention,
-    VarlenTransformerEncoderLayer,
-    padded_attention,
-    use_backend,
-    varlen_mha,
-)
+from varlen_attn import SeqLayout, VarlenMultiheadAttention, VarlenTransformerEncoderLayer, padded_attention, use_backend, varlen_mha
 
 B, S, D, N = 3, 7, 16, 4
 

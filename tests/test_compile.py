@@ -5,12 +5,14 @@ Nobody sets a flag of dynamo's: 50 batches of one padded shape, totals 0 and 1 a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -24,10 +26,10 @@ from varlen_attn import (
     use_backend,
     varlen_mha,
 )
-from varlen_attn.backends.base import Backend
-from varlen_attn.backends.torch_varlen import TorchVarlen
+from varlen_attn.kernels.base import Backend
+from varlen_attn.kernels.cuda.torch_varlen import TorchVarlen
 
-from .backends.stand_ins import flash_backward, flash_forward, for_cpu, on_cpu
+from .kernels.fake_kernels import flash_backward, flash_forward, for_cpu, on_cpu
 
 B, S, D, N = 3, 8, 16, 4
 Call = Callable[..., Tensor]
@@ -299,14 +301,58 @@ def test_orders_and_records_around_compiled_calls() -> None:
 
 @pytest.mark.native_too
 def test_a_compiled_layer_in_an_eager_stack_sees_packed_rows() -> None:
-    """R-18: rows that were packed outside are data too."""
+    """R-18: rows that the stack packed are data too."""
     torch._dynamo.reset()
-    counter, model = CompileCounterWithBackend("aot_eager"), Encoder().inner
-    layer = model.layers[0]
+    counter, model = CompileCounterWithBackend("aot_eager"), Encoder()
+    compiled = copy.deepcopy(model)
+    compiled.inner.layers[0].compile(backend=counter, fullgraph=True)
+    for i, lengths in enumerate(batches()):
+        x, layout = torch.randn(B, S, D), SeqLayout.from_lengths(lengths, S, "left" if i % 2 else "right")
+        torch.testing.assert_close(compiled(x, layout=layout), model(x, layout=layout))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.native_too
+def test_a_compiled_layer_of_rows_that_the_caller_packed() -> None:
+    """R-18: such rows are the caller's, so the layer compiles for 0, for 1, for a number and for any, as with every size in torch."""
+    torch._dynamo.reset()
+    counter, layer = CompileCounterWithBackend("aot_eager"), Encoder().inner.layers[0]
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     for i, lengths in enumerate(batches()):
         layout = SeqLayout.from_lengths(lengths, S, "left" if i % 2 else "right")
         rows = layout.pack(torch.randn(B, S, D))
         torch.testing.assert_close(compiled(rows, layout=layout), layer(rows, layout=layout))
-    assert counter.frame_count == 1
+    assert counter.frame_count <= 4
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", ["a branch", "torch's layer", "torch's attention"])
+def test_packed_rows_are_tensors_like_any_in_code_of_the_caller(how: str) -> None:
+    torch._dynamo.reset()
+    layer = nn.TransformerEncoderLayer(D, N, 32, batch_first=True).eval()
+
+    def call(rows: Tensor) -> Tensor:
+        if how == "a branch":
+            return rows.mean(0) if len(rows) and rows.shape[0] > 4 else rows.sum(0)
+        return layer(rows[None]) if how == "torch's layer" else F.scaled_dot_product_attention(rows[None], rows[None], rows[None])
+
+    layout = SeqLayout.from_lengths([3, 2], S)
+    rows = layout.pack(torch.randn(2, S, D))
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(rows), call(rows))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("batch", [(0, 4), (2, 0), (2, 4)], ids=["no sequences", "no columns", "no tokens"])
+def test_gradients_of_nothing_are_zeros(batch: tuple[int, int]) -> None:
+    """Of sinks and score biases too."""
+
+    def call(x: Tensor, mask: Tensor, sinks: Tensor, bias: Tensor) -> Tensor:
+        return padded_attention(x, x, x, mask, sinks=sinks, score_bias=bias)
+
+    tensors = [torch.randn(shape, requires_grad=True) for shape in ((*batch, N, 8), (N,), (N, S, S))]
+    x, sinks, bias = tensors
+    torch.compile(call, fullgraph=True, backend="aot_eager")(x, torch.ones(batch, dtype=torch.bool), sinks, bias).sum().backward()
+    for tensor in tensors:
+        assert tensor.grad is not None
+        assert not tensor.grad.any()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from examples import _compare, train_audio_classifier, train_text_classifier
-from varlen_attn import SeqLayout, convert, disable, varlen_attention
+from varlen_attn import SeqLayout, disable, varlen_attention
+from varlen_attn.convert import enabling as convert
 
 ROOT = Path(__file__).parent.parent
 Main = Callable[[Sequence[str]], None]

@@ -59,9 +59,9 @@ from benchmarks.acceptance import (
 from benchmarks.acceptance.findings import Findings, Setting, Stage
 from benchmarks.measure import Timing
 from varlen_attn import BACKENDS, Problem, SeqLayout
-from varlen_attn.backends.base import Backend
+from varlen_attn.kernels.base import Backend
 
-from .backends.stand_ins import efficient_forward, flash_forward, on_cpu
+from .kernels.fake_kernels import efficient_forward, flash_forward, on_cpu
 
 ROOT = Path(acceptance.__file__).parent.parent
 CPU = Setting("cpu")
@@ -743,7 +743,7 @@ def test_tallies() -> None:
     from varlen_attn import BackendRefused
 
     def refuse() -> None:
-        raise BackendRefused("backend 'x' was ordered, but it\n  - can not. Fix: do not.")
+        raise BackendRefused("backend 'x' was ordered, but it\n  - cannot. Fix: do not.")
 
     def fail() -> None:
         raise ValueError("wrong")
@@ -753,7 +753,7 @@ def test_tallies() -> None:
         tally.attempt(label, call)
     tally.write(found)
     assert (found.checks[0].holds, found.checks[0].detail) == (False, "1 ran, 1 refused; c: ValueError: wrong")
-    assert found.facts["x"]["refused"] == {"can not. Fix: do not.": 1}
+    assert found.facts["x"]["refused"] == {"cannot. Fix: do not.": 1}
     nothing, strict, late = findings.Tally("nothing"), findings.Tally("auto"), findings.Tally("late", seconds=-1)
     nothing.attempt("a", refuse)
     strict.attempt("a", lambda: None)
@@ -987,7 +987,7 @@ def test_a_library_that_is_carried_along(tmp_path: Path, monkeypatch: pytest.Mon
         environment.load_library(tmp_path / "nothing.so", None)
     monkeypatch.undo()
     (tmp_path / "broken.so").write_bytes(b"no library")
-    with pytest.raises(RuntimeError, match="can not be loaded"):
+    with pytest.raises(RuntimeError, match="cannot be loaded"):
         environment.load_library(tmp_path / "broken.so", None)
 
 

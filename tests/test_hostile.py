@@ -21,7 +21,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from varlen_attn import ArgumentError, LayoutError, SeqLayout, _native, varlen_attention
+from varlen_attn import ArgumentError, LayoutError, SeqLayout, varlen_attention
+from varlen_attn.kernels.cpu import build as _native
 
 from .hostile import BACKENDS, FAR, USES
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from varlen_attn import BACKENDS, _native
-from varlen_attn.__main__ import main
+from varlen_attn import BACKENDS
+from varlen_attn.cli.main import main
+from varlen_attn.kernels.cpu import build as _native
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

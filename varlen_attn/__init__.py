@@ -4,29 +4,26 @@
 tokens exist, `explain` and `record` say which kernel runs and why the others do not.
 """
 
-from .backends import BACKENDS
-from .backends.base import Backend, Capabilities, Extras, Refusal
-from .companions import apply_rotary, varlen_conv1d
-from .convert import ModuleReport, Report, disable, enable, enabled
-from .data import VarlenCollator
-from .dispatch import Decision, Plan, Route, backends, choose, route, use_backend
-from .encoder import VarlenTransformerDecoder, VarlenTransformerDecoderLayer, VarlenTransformerEncoder, VarlenTransformerEncoderLayer
-from .errors import (
-    ArgumentError,
-    BackendRefused,
-    DtypeError,
-    LayoutError,
-    LayoutWarning,
-    NoBackend,
-    VarlenError,
-    VarlenWarning,
-)
-from .explain import explain
-from .functional import padded_attention, varlen_attention, varlen_mha
-from .layout import SeqLayout
-from .modules import VarlenMultiheadAttention
-from .problem import Problem, Semantics
-from .records import Call, Record, record
+import sys
+
+from . import _old_paths
+from .attention.dispatch import Decision, Plan, Route, backends, choose, route, use_backend
+from .attention.explain import explain
+from .attention.functional import padded_attention, varlen_attention, varlen_mha
+from .attention.records import Call, Record, record
+from .convert.enabling import disable, enable, enabled
+from .convert.report import ModuleReport, Report
+from .data.collator import VarlenCollator
+from .errors import ArgumentError, BackendRefused, DtypeError, LayoutError, LayoutWarning, NoBackend, VarlenError, VarlenWarning
+from .kernels import BACKENDS
+from .kernels.base import Backend, Capabilities, Refusal
+from .kernels.problem import Problem, Semantics
+from .kernels.values import Extras
+from .layout.seq_layout import SeqLayout
+from .nn.conv import varlen_conv1d
+from .nn.multihead import VarlenMultiheadAttention
+from .nn.rotary import apply_rotary
+from .nn.transformer import VarlenTransformerDecoder, VarlenTransformerDecoderLayer, VarlenTransformerEncoder, VarlenTransformerEncoderLayer
 
 __version__ = "0.1.0"
 
@@ -75,3 +72,5 @@ __all__ = [
     "varlen_conv1d",
     "varlen_mha",
 ]
+
+_old_paths.open_old_paths(sys.modules[__name__])

@@ -22,17 +22,6 @@ import warnings
 
 import torch
 
-__all__ = [
-    "ArgumentError",
-    "BackendRefused",
-    "DtypeError",
-    "LayoutError",
-    "LayoutWarning",
-    "NoBackend",
-    "VarlenError",
-    "VarlenWarning",
-]
-
 _PACKAGE_DIR = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH_DIR = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 

@@ -32,7 +32,7 @@ _ENOUGH = 1024  # tokens that are compared with float64; their results depend on
 
 
 def contestants(case: Case) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """All that can run, the default masked call first, and the reasons of those that can not."""
+    """All that can run, the default masked call first, and the reasons of those that cannot."""
     found: dict[str, Contestant] = {}
     absent: dict[str, str] = {}
     for name, make in _makers(case).items():
@@ -153,7 +153,7 @@ _BARE: dict[str, Callable[[Case], Contestant]] = {
 
 
 def verified(found: dict[str, Contestant], case: Case) -> dict[str, str]:
-    """R-12: who can not run, or is wrong on the shortest sequences, output and gradients, and how. Longer ones are compared elsewhere."""
+    """R-12: who cannot run, or is wrong on the shortest sequences, output and gradients, and how. Longer ones are compared elsewhere."""
     lengths = case.workload.lengths
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     chosen = _shortest(lengths)

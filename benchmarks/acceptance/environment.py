@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import varlen_attn
-from varlen_attn._timing import cpu_name, interleave
+from varlen_attn.cli.timing import cpu_name, interleave
 
 from .findings import Findings, Setting
 
@@ -91,7 +91,7 @@ def load_library(library: Path, runtime: Path | None) -> None:
             loaded before it, for all.
 
     Raises:
-        RuntimeError: a file is not there, can not be loaded, or registers no such operations.
+        RuntimeError: a file is not there, cannot be loaded, or registers no such operations.
     """
     for path in (library, *([runtime] if runtime else [])):
         if not path.exists():
@@ -101,7 +101,7 @@ def load_library(library: Path, runtime: Path | None) -> None:
             ctypes.CDLL(str(_from_wheel(runtime)), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(_unpacked(library)))
     except OSError as error:
-        raise RuntimeError(f"{library} can not be loaded: {error}") from None
+        raise RuntimeError(f"{library} cannot be loaded: {error}") from None
     if not hasattr(torch.ops.flash_attn_3, "fwd"):
         raise RuntimeError(f"{library} registers no torch.ops.flash_attn_3.fwd")
 

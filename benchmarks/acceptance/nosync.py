@@ -25,7 +25,7 @@ Lengths = tuple[int, ...]
 
 
 def run(setting: Setting, findings: Findings) -> None:
-    case = Case("", (512, 300, 0, 7, 100), 512, heads=(8, 8))  # an empty row too: some kernels can not have one
+    case = Case("", (512, 300, 0, 7, 100), 512, heads=(8, 8))  # an empty row too: some kernels cannot have one
     case = case.shrunk() if setting.small else case
     batch = Batch.of(case, setting.dtype, setting.device)
     modes: dict[str, Lengths | None] = {"lengths on the host": case.lengths, "capacity": None}

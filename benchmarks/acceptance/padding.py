@@ -39,7 +39,7 @@ def run(setting: Setting, findings: Findings) -> None:
 
 
 def never_read(case: Case, dtype: torch.dtype, device: str, backend: str) -> None:
-    """R-09, R-28: raise AssertionError unless the output is bitwise the same whatever stands at padding, and all is finite."""
+    """R-09, R-28: raise AssertionError unless the output is bitwise the same whatever is at padding, and all is finite."""
     batch = Batch.of(case, dtype, device)
     layouts, results = batch.layouts(), list[Results]()
     for fill in FILLS:

@@ -21,7 +21,7 @@ RUNS = 20
 
 
 def determinism(setting: Setting, findings: Findings) -> None:
-    """R-42: asked by the argument, and by torch's own switch; whoever can not says so."""
+    """R-42: asked by the argument, and by torch's own switch; whoever cannot says so."""
     case = Case("", (1024, 300, 0, 700), 1024, heads=(8, 4), options=given(causal=True))
     batch = Batch.of(case.shrunk() if setting.small else case, setting.dtype, setting.device)
     for name in ("auto", *here(setting.device)):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from varlen_attn._profile import _without_stderr
+from varlen_attn.attention.profile import _without_stderr
 
 __all__ = ["Trace", "kernels_of", "sorted_out", "trace"]
 

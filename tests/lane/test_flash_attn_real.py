@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from varlen_attn import BackendRefused, SeqLayout, padded_attention, record, varlen_attention
-from varlen_attn.backends.base import Extras
-from varlen_attn.backends.flash2 import Flash2
-from varlen_attn.problem import Semantics
+from varlen_attn.kernels.cuda.flash2 import Flash2
+from varlen_attn.kernels.problem import Semantics
+from varlen_attn.kernels.values import Extras
 from varlen_attn.testing import assert_within_budget, poison, reference_attention
 
 if os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE") != "TRUE" or os.environ.get("TRITON_INTERPRET") != "1":

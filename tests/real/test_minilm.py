@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import varlen_attn
-from varlen_attn.demo import docstrings
+from varlen_attn.cli.demo import docstrings
 from varlen_attn.testing import assert_within_budget
 
 pytestmark = pytest.mark.real

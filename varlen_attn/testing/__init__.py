@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import varlen_attention
-from ..layout import SeqLayout
+from ..attention.functional import varlen_attention
+from ..layout.seq_layout import SeqLayout
 from ._invariance import InvarianceReport, check_padding_invariance
 
 __all__ = [

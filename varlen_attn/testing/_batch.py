@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import ArgumentError
-from ..layout import SeqLayout
-
-__all__ = ["Inputs", "PaddedBatch", "map_tensors", "tensors_in"]
+from ..layout.seq_layout import SeqLayout
 
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..layout import SeqLayout
+from ..layout.seq_layout import SeqLayout
 from ._batch import PaddedBatch
 from ._recorder import Call, Event, Events, run_alone, run_batch, undisturbed
-
-__all__ = ["InvarianceReport", "check_padding_invariance"]
 
 FIXES = (  # by a part of the class's name; the first that fits
     (("Conv",), "a convolution reads its neighbours: zero its input at padding, or convolve packed rows with varlen_conv1d"),
@@ -78,9 +76,9 @@ def check_padding_invariance(
     batch_first: bool = True,
     poison: bool = True,
 ) -> InvarianceReport:
-    """Assert that the model gives every sample of a padded batch what it gives the sample alone, whatever stands at padding.
+    """Assert that the model gives every sample of a padded batch what it gives the sample alone, whatever is at padding.
 
-    It runs a copy of the model, in evaluation and in float64 (or its own dtype, where it can not); the model, its mode and the random
+    It runs a copy of the model, in evaluation and in float64 (or its own dtype, where it cannot); the model, its mode and the random
     state stay. Of its outputs every floating tensor is compared where it can be: ``(B, S, ...)`` with the axes in any order, pooled,
     downsampled (with padding on the right), and packed. Samples without tokens are skipped. Alone, a sample has no padding between its
     tokens, so what counts columns there differs.

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
-from .._token_wise import faithful_copy
 from ..errors import ArgumentError
+from ..nn.token_wise import deepcopy_module
 from ._batch import Inputs, PaddedBatch, map_tensors, tensors_in
-
-__all__ = ["Call", "Event", "Events", "Recorder", "run_alone", "run_batch", "undisturbed"]
 
 Call: TypeAlias = tuple[str, int]  # qualified name of a module, which of its calls
 Events: TypeAlias = "dict[tuple[str, Call], Event]"  # by kind and call, in the order of the run
@@ -41,7 +39,7 @@ class Recorder:
 
     def __init__(self, model: nn.Module, *, double: bool) -> None:
         try:
-            self.model = faithful_copy(model).eval()
+            self.model = deepcopy_module(model).eval()
         except Exception as error:
             raise ArgumentError(
                 f"`model` must be one that copy.deepcopy can copy, but is {type(model).__name__!r}, where that raises {error!r}: "

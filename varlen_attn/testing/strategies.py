@@ -12,8 +12,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..layout import SeqLayout
-from ..problem import Problem, Semantics
+from ..kernels.problem import Problem, Semantics
+from ..layout.seq_layout import SeqLayout
 
 __all__ = [
     "AttentionCase",

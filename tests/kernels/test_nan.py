@@ -1,0 +1,56 @@
+"""A NaN in a query or key stays one, however short its sequence is, and reaches nobody who does not see it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from varlen_attn import SeqLayout, varlen_attention
+from varlen_attn.kernels.cpu import build as _native
+
+pytestmark = pytest.mark.native_too
+LENGTHS = [*range(1, 10), 15, 16, 17, 20]
+LAYOUT = SeqLayout.from_lengths(LENGTHS)
+BACKENDS = ("cpu", "cpu_native", "sdpa_padded", "reference", "nested")
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (1, 0)}, {"batch_invariant": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", ["query", "key", "one row of it"])
+def test_nan_stays(where: str, backend: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    if backend == "cpu_native" and (_native.why_not() or dtype == torch.float64):
+        pytest.skip("does not run here")
+    if (backend == "nested" and options) or (backend == "sdpa_padded" and "batch_invariant" in options):
+        pytest.skip("does not support it")
+    heads = 2 if backend == "nested" else 1
+    query, key, value, grad = (torch.randn(LAYOUT.num_rows, n, 16).to(dtype) for n in (2, heads, heads, 2))
+    sick = torch.zeros(LAYOUT.num_rows, dtype=torch.bool)
+    for number in (0, 2, 5, 7, 9, 11):  # of 1, 3, 6, 8, 15 and 17 tokens
+        start, end = LAYOUT.cu_seqlens[number : number + 2].tolist()
+        sick[start : start + 1 if where == "one row of it" else end] = True
+    (key if where == "key" else query)[sick] = float("nan")
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    out, lse = varlen_attention(*leaves, LAYOUT, backend=backend, **options, **({} if backend == "nested" else {"return_lse": True})), None
+    if isinstance(out, tuple):
+        out, lse = out
+        assert torch.equal(lse.isnan(), sick.expand(2, -1))
+    assert torch.equal(out.isnan(), sick[:, None, None].expand_as(out))
+    gradients = torch.autograd.grad(out, leaves, grad)
+    ids = LAYOUT.seq_ids
+    same_sequence = (ids[:, None] == ids[sick]).any(1)
+    for x in gradients:
+        assert not x[~same_sequence].isnan().any()
+    assert gradients[0][sick].isnan().all()
+    assert gradients[1][sick].isnan().all()
+
+
+def test_scores_of_zero_are_not_taken_for_it() -> None:
+    """A single key with a score of 0 has the log-sum-exp by which a lost NaN is known."""
+    query, value = torch.zeros(3, 1, 16), torch.randn(3, 1, 16)
+    layout = SeqLayout.from_lengths([1, 2])
+    out, lse = varlen_attention(query, query, value, layout, backend="cpu", return_lse=True)
+    torch.testing.assert_close(out, torch.cat([value[:1], value[1:].mean(0, keepdim=True).expand(2, -1, -1)]))
+    torch.testing.assert_close(lse[0], torch.tensor([0.0, 2.0, 2.0]).log1p().clamp(max=0.0) + torch.tensor([0.0, 0.6931472, 0.6931472]))

@@ -1,0 +1,54 @@
+"""Modules that have moved, under their old paths, for one release: pickles and other people's code hold these.
+
+The old path is the module itself, under a second name, so that nothing exists twice. `varlen_attn.backends` is a function and a package:
+a module that can be called.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any, ClassVar
+
+from . import kernels, nn
+from .attention import dispatch, functional, records
+from .kernels import base, problem, reference, sdpa_padded
+from .kernels.cpu import aten, native
+from .kernels.cuda import flash2, flash3, flash4, flex, mem_efficient, nested, torch_varlen
+from .nn import multihead, transformer
+
+
+class _Backends(ModuleType):
+    __path__: ClassVar[list[str]] = []  # type: ignore[misc]
+
+    def __call__(self) -> list[dict[str, Any]]:
+        return dispatch.backends()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(kernels, name)
+
+
+backends = _Backends("varlen_attn.backends", dispatch.backends.__doc__)
+_MOVED = {
+    "companions": nn,
+    "dispatch": dispatch,
+    "encoder": transformer,
+    "functional": functional,
+    "modules": multihead,
+    "problem": problem,
+    "records": records,
+    "backends": backends,
+    "backends.base": base,
+    "backends.cpu": aten,
+    "backends.cpu_native": native,
+    "backends.reference": reference,
+    "backends.sdpa_padded": sdpa_padded,
+    **{f"backends.{m.__name__.rpartition('.')[2]}": m for m in (flash2, flash3, flash4, flex, mem_efficient, nested, torch_varlen)},
+}
+
+
+def open_old_paths(package: ModuleType) -> None:
+    for path, module in _MOVED.items():
+        sys.modules[f"{package.__name__}.{path}"] = module
+        parent, _, name = path.rpartition(".")
+        setattr(backends if parent else package, name, module)

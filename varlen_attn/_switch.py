@@ -1,0 +1,335 @@
+"""Changing a live model: all at once or not at all, and beside threads that are calling it.
+
+What the library does to a model is a list of steps: a class, a hook, an entry of a dictionary. `Switch` goes from the steps that are there
+to those that are wanted; whatever is raised on the way, it can go back. Every step may be made again, so what was interrupted is repeated.
+
+A forward in another thread may be under way. It keeps what it began with: a step is first left, so that no new call uses it, and removed
+once the calls that use it have ended. These say so themselves: each is a `Use`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial, wraps
+from types import FrameType
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from .errors import VarlenError
+
+_PATIENCE = 60.0  # seconds that a forward in another thread may still take
+_lock = threading.RLock()
+_ABSENT: Any = object()
+
+
+# -------------------------------------------------------------------- what is under way
+
+T = TypeVar("T")
+
+
+class Alive(Generic[T]):
+    """Objects that every thread can look through, as long as somebody holds them."""
+
+    def __init__(self) -> None:
+        self.references: dict[int, weakref.ref[T]] = {}
+
+    def add(self, x: T) -> None:
+        self.references[id(x)] = weakref.ref(x, partial(_forget, self.references, id(x)))
+
+    def discard(self, x: T) -> None:
+        self.references.pop(id(x), None)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter([x for reference in list(self.references.values()) if (x := reference()) is not None])
+
+
+def _forget(references: dict[int, Any], number: int, _: Any) -> None:
+    references.pop(number, None)
+
+
+class Use:
+    """A call in a thread that uses what was done to a module. It ends when it is discarded, or forgotten by a call that is broken off."""
+
+    __slots__ = ("__weakref__", "module", "thread")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.thread = module, threading.get_ident()
+
+
+uses: Alive[Use] = Alive()
+
+
+def in_use(module: nn.Module) -> Use:
+    """Whether ``module`` may still be used is looked at afterwards: then either this is seen by who takes it away, or that is seen here."""
+    use = Use(module)
+    uses.add(use)
+    return use
+
+
+# -------------------------------------------------------------------- steps
+
+
+class Step(Protocol):
+    """One thing that is done to a model. Every method may be called at any time, and again."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Two steps of one key do the same."""
+
+    @property
+    def module(self) -> nn.Module | None:
+        """Whose calls may use it; None if it makes no difference to those that are under way."""
+
+    def make(self) -> None: ...
+
+    def restore(self) -> None:
+        """New calls do without it, and those under way may go on with it."""
+
+    def remove(self) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """An entry of a dictionary, such as an attribute of an object."""
+
+    entries: MutableMapping[str, Any]
+    name: str
+    value: Any
+    before: Any = _ABSENT
+    module: None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return id(self.entries), self.name, id(self.value)
+
+    def make(self) -> None:
+        self.entries[self.name] = self.value
+
+    def restore(self) -> None:
+        if self.before is _ABSENT:
+            self.entries.pop(self.name, None)
+        else:
+            self.entries[self.name] = self.before
+
+    def remove(self) -> None:
+        self.restore()
+
+
+@dataclass(frozen=True, eq=False)
+class Hook:
+    """A hook that gets keywords.
+
+    Attributes:
+        after: a forward hook, else one before it.
+        always: it is called after errors too.
+        number: under which it is registered.
+        behind: numbers of the hooks that come before it.
+    """
+
+    module: nn.Module
+    hook: Callable[..., Any]
+    after: bool
+    always: bool
+    number: int
+    behind: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return id(self.module), self.after, self.number
+
+    @property
+    def _dicts(self) -> tuple[Any, ...]:
+        """Of the hooks, and what says how each is called."""
+        module = self.module
+        if not self.after:
+            return module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+        always = (module._forward_hooks_always_called,) if self.always else ()
+        return module._forward_hooks, module._forward_hooks_with_kwargs, *always
+
+    def make(self) -> None:
+        hooks, *flags = self._dicts
+        for flag in flags:  # first, or a forward that comes between would call it without keywords
+            flag[self.number] = True
+        hooks[self.number] = self.hook
+        for number in [number for number in hooks if number not in (*self.behind, self.number)]:
+            hooks.move_to_end(number)
+
+    def restore(self) -> None:
+        """What says whether it is in use is a step of its own."""
+
+    def remove(self) -> None:
+        for hooks in self._dicts:
+            hooks.pop(self.number, None)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, before it was enabled. A class that torch has derived from an enabled one since stays."""
+    own = type(module)
+    original = vars(own).get("original_class")
+    return original if isinstance(original, type) and issubclass(own, original) else own
+
+
+@dataclass(frozen=True, eq=False)
+class Class:
+    """A class for an object of another one. What got a class of somebody else's in the meantime keeps that."""
+
+    module: nn.Module
+    new: type[nn.Module]
+    original: type[nn.Module]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return id(self.module), self.new
+
+    def _become(self, new: type[nn.Module]) -> None:
+        if type(self.module) is not new and original_class(self.module) is self.original:
+            self.module.__class__ = new
+
+    def make(self) -> None:
+        self._become(self.new)
+
+    def restore(self) -> None:
+        if type(self.module) is not self.original:
+            self._become(_leaving(self.new, self.original))  # type: ignore[arg-type]
+
+    def remove(self) -> None:
+        self._become(self.original)
+
+
+@cache
+def _leaving(new: type[Any], original: type[Any]) -> type[nn.Module]:
+    """For objects that get their class back: what is under way finds all that it needs."""
+    return type(new.__name__, (new,), {"left": True, "original_class": original, "__module__": new.__module__})
+
+
+def switchable(new: type[Any], inside: type[Any]) -> type[Any]:
+    """A class for objects of another one, its ``original_class``, which they may get back in the middle of a call.
+
+    A call with a layout goes on with what was begun; all others get the ``forward`` of the original. A layout of the type ``inside`` comes
+    from a stack, whose own call is a use of all that is in it.
+    """
+    compute = new.forward
+    compute_inside = getattr(compute, "inside", compute)
+
+    @wraps(compute)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(kwargs.get("layout")) is inside or torch.compiler.is_compiling():
+            return compute_inside(self, *args, **kwargs)
+        use = in_use(self)
+        try:
+            if (not isinstance(self, new) or self.left) and kwargs.get("layout") is None:
+                uses.discard(use)
+                return new.original_class.forward(self, *args, **kwargs)
+            return compute(self, *args, **kwargs)
+        finally:
+            uses.discard(use)
+
+    if hasattr(compute, "takes_prepared"):
+        forward.takes_prepared = forward  # type: ignore[attr-defined]
+    new.forward, new.left = forward, False
+    return new
+
+
+# -------------------------------------------------------------------- going from some to others
+
+
+class Switch:
+    """From the steps that ``find`` sees on a model to those that are wanted.
+
+    Attributes:
+        going, made: what `make` takes away, and what it has added.
+    """
+
+    def __init__(self, find: Callable[[], Sequence[Step]], wanted: Sequence[Step]) -> None:
+        self.find, self.wanted = find, wanted
+        self.going: list[Step] = []
+        self.made: list[Step] = []
+
+    def make(self) -> None:
+        """
+        Raises:
+            VarlenError: called inside of a forward that uses what goes, or one in another thread does not end.
+        """
+        with _lock:
+            present = self.find()
+            there, wanted = {step.key for step in present}, {step.key for step in self.wanted}
+            going = [step for step in present if step.key not in wanted]
+            _refuse_inside(going)
+            self.going = going
+            if not _take_away(going):
+                raise VarlenError(
+                    f"a forward that uses what is taken away is still under way in another thread after {_PATIENCE:.0f} seconds: wait "
+                    "for it before the model is disabled or enabled anew."
+                )
+            for step in self.wanted:
+                if step.key not in there:
+                    self.made.append(step)
+                    step.make()
+
+    def undo(self) -> None:
+        """Whatever was raised, and wherever. It may be interrupted once itself."""
+        try:
+            self._back()
+        except BaseException:
+            self._back()
+            raise
+
+    def _back(self) -> None:
+        with _lock:
+            _take_away(self.made, anyway=True)
+            for step in self.going:
+                step.make()
+
+
+def _take_away(steps: Sequence[Step], anyway: bool = False) -> bool:
+    """False, with nothing removed, if forwards that use them do not end; unless ``anyway``."""
+    for step in reversed(steps):
+        step.restore()
+    ended = _wait_for({id(step.module) for step in steps if step.module is not None})
+    if ended or anyway:
+        for step in reversed(steps):
+            step.remove()
+    return ended
+
+
+def _wait_for(modules: set[int]) -> bool:
+    """Until no other thread uses them."""
+    end = time.monotonic() + _PATIENCE
+    here = threading.get_ident()
+    while any(use.thread != here and any(id(m) in modules for m in use.module.modules()) for use in list(uses)):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.0005)
+    return True
+
+
+def _refuse_inside(going: Sequence[Step]) -> None:
+    modules = {id(step.module) for step in going if step.module is not None}
+    inside = next((module for module, _ in around() if id(module) in modules), None)
+    if inside is not None:
+        raise VarlenError(
+            f"a model must not be disabled or enabled anew inside of its own forward, but that of {type(inside).__name__} is under way: "
+            "call enable or disable before or after it."
+        )
+
+
+_CALL = nn.Module._call_impl.__code__
+
+
+def around() -> Iterator[tuple[nn.Module, bool]]:
+    """The modules in whose forwards this is called, the innermost first, and whether they were called with their hooks."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL or (code.co_name == "forward" and code.co_varnames[:1] == ("self",)):
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module):
+                yield module, code is _CALL
+        frame = frame.f_back

@@ -1,0 +1,207 @@
+"""What ran: `record` around calls, and with ``kernels=True`` also what a profiler saw of each of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .._state import state, undone
+from ..kernels.problem import Problem
+from ..layout.seq_layout import SeqLayout
+from .dispatch import Plan, choose
+from .profile import Profile, profiled, short_name
+
+_RANGE = "varlen_attn call "  # with the number of a call: the range in which a profiler finds its kernels
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call. Facts that only a device or a trace knows are None.
+
+    Attributes:
+        backend, kernel: what ran; backend "dense" is a module that computed padding too.
+        plan: with the reasons; None where compiled code launched the kernel.
+        module: its name in the model that `record` was given, else its class.
+        rows: T.  slots: B*S.
+        traced: seen once while tracing, and not at each run.
+        reason: why a module went the dense way, or why a stack of layers did not run packed.
+        kernels: what the profiler saw this call launch, forward only (`record(kernels=True)`): names of device kernels, or without a
+            device of torch's and our attention ops. None where nobody looked, or compiled code launched it.
+        confirmed: whether the kernel that the backend claims is among them; None where nobody looked, or nothing is claimed.
+    """
+
+    backend: str
+    kernel: str
+    plan: Plan | None = None
+    module: str | None = None
+    rows: int | None = None
+    slots: int | None = None
+    traced: bool = False
+    reason: str | None = None
+    kernels: tuple[str, ...] | None = None
+    confirmed: bool | None = None
+
+    @property
+    def padding(self) -> float | None:
+        """Share of the padded batch that is padding."""
+        return 1 - self.rows / self.slots if self.rows is not None and self.slots else None
+
+    def seen(self, kernels: tuple[str, ...]) -> Call:
+        """This call with what a profiler saw of it."""
+        confirmed = None
+        if self.rows and self.plan is not None and self.backend == self.plan.implementation.name:
+            pattern = self.plan.implementation.seen_as(self.plan.problem)
+            confirmed = any(re.search(pattern, name) for name in kernels) if pattern else None
+        plan = replace(self.plan, evidence="profiled") if self.plan is not None and confirmed else self.plan
+        return replace(self, plan=plan, kernels=kernels, confirmed=confirmed)
+
+    def kernel_text(self) -> str:
+        """The kernel for a table: as declared, and what is known of it."""
+        text = self.kernel + (" (traced)" if self.traced else "")
+        if self.kernels is not None:
+            names = ", ".join(dict.fromkeys(short_name(name) for name in self.kernels)) or "no kernel that it knows"
+            text = f"NOT SEEN: {text}" if self.confirmed is False else text
+            text += f"; the profiler saw {names}"
+        return text + (f"; {self.reason}" if self.reason else "")
+
+
+class Record:
+    """The attention calls made inside `record`, in order; prints as a table with totals.
+
+    Attributes:
+        calls: one `Call` for each.
+        kernels: with ``record(kernels=True)``, every kernel that ran inside, attention or not, backward passes included; else None.
+    """
+
+    def __init__(self, names: dict[int, str] | None = None, *, profiles: bool = False) -> None:
+        self.calls: list[Call] = []
+        self.kernels: tuple[str, ...] | None = None
+        self.profiles = profiles
+        self._names = names or {}
+
+    def add(self, call: Call, module: object | None) -> None:
+        """Write a call, with the name of the module that made it."""
+        known = None if module is None else self._names.get(id(module), type(module).__name__)
+        self.calls.append(replace(call, module=known))
+
+    def __iter__(self) -> Iterator[Call]:
+        return iter(self.calls)
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def on_launch(self, backend: str, rows: int) -> None:
+        """A kernel that our own op launched (``rows >= 0``), or a choice made while tracing."""
+        kernel = "in compiled code"
+        self.calls.append(Call(backend, kernel, rows=rows) if rows >= 0 else Call(backend, kernel, traced=True))
+
+    def attach_profile(self, profile: Profile) -> None:
+        """Write down what the profiler saw, which it tells at the end."""
+        self.kernels = profile.kernels
+        for label, kernels in profile.by_range.items():
+            number = int(label.removeprefix(_RANGE))
+            self.calls[number] = self.calls[number].seen(kernels)
+
+    def __str__(self) -> str:
+        rows = [("#", "module", "backend", "T", "B*S", "padding", "kernel")]
+        for i, call in enumerate(self.calls):
+            padding = "-" if call.padding is None else f"{call.padding:.0%}"
+            rows.append((str(i), call.module or "-", call.backend, _text(call.rows), _text(call.slots), padding, call.kernel_text()))
+        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        counts = {name: sum(c.backend == name for c in self.calls) for name in dict.fromkeys(c.backend for c in self.calls)}
+        known = [c for c in self.calls if c.rows is not None and c.slots]
+        packed, padded = sum(c.rows or 0 for c in known), sum(c.slots or 0 for c in known)
+        saved = f"; {packed} of {padded} positions computed, {1 - packed / padded:.0%} padding left out" if padded else ""
+        lines.append(f"{len(self.calls)} calls: " + ", ".join(f"{n} x {b}" for b, n in counts.items()) + saved)
+        return "\n".join(lines)
+
+
+def _text(number: int | None) -> str:
+    return "-" if number is None else str(number)
+
+
+@contextmanager
+def record(model: torch.nn.Module | None = None, *, kernels: bool = False) -> Iterator[Record]:
+    """Record every attention call of this thread made inside: ``with record() as log: ...; print(log)``.
+
+    Args:
+        model: calls by its modules are recorded under their qualified names, others under their class.
+        kernels: run `torch.profiler` meanwhile, and write down which kernels each call launched: then ``call.confirmed`` is seen and not
+            believed. For looking, not for timing: a profiler slows everything down, and at the end it waits for the GPU.
+
+    Compiled code is seen where it runs if the backend launches an op of ours (`cpu`), else once, when it is traced.
+
+    Raises:
+        ArgumentError: ``kernels=True`` while a profiler is running: there is one for a process.
+    """
+    log = Record({} if model is None else {id(module): name for name, module in model.named_modules() if name}, profiles=kernels)
+
+    def undo() -> None:
+        state.records[:] = [other for other in state.records if other is not log]
+
+    profile = Profile()
+    try:
+        with undone(undo), profiled(_RANGE) if kernels else nullcontext(profile) as profile:
+            state.records.append(log)
+            yield log
+    finally:
+        if kernels:
+            log.attach_profile(profile)
+
+
+@contextmanager
+def recorded(plan: Plan, layout: SeqLayout, module: object | None, reason: str | None = None) -> Iterator[None]:
+    """Write one call into the open records, and keep the op that it launches silent."""
+    rows = layout.total if layout.lengths is not None else layout.num_rows
+    call = Call(plan.backend, plan.kernel, plan, None, rows, layout.batch_size * layout.padded_len, reason=reason)
+    before = state.recorded
+
+    def undo() -> None:
+        state.recorded = before
+
+    with undone(undo), _written(call, module):
+        state.recorded = True
+        yield
+
+
+def recorded_padded(module: object, query: Tensor, key: Tensor, value: Tensor, kernel: str, reason: str) -> AbstractContextManager[object]:
+    """Write a call that a module computes the dense way, on ``(B, S, N, H)`` tensors, into the open records; surround it with this."""
+    problem = Problem(
+        device_type=query.device.type,
+        dtype=query.dtype,
+        num_heads=query.shape[2],
+        num_kv_heads=key.shape[2],
+        head_dim=query.shape[3],
+        value_head_dim=value.shape[3],
+        needs_grad=torch.is_grad_enabled() and query.requires_grad,
+    )
+    return _written(dense_call(problem, kernel, reason, query.shape[0] * query.shape[1]), module)
+
+
+def dense_call(problem: Problem, kernel: str, reason: str, slots: int | None, traced: bool = False) -> Call:
+    """Of B*S ``slots``, all of which are computed. Its plan is that of the packed call, which did not run, with the reason."""
+    plan = replace(choose(problem, all_reasons=True), backend="dense", kernel=kernel, route="dense", route_reason=reason)
+    return Call("dense", kernel, plan, None, slots, slots, traced=traced, reason=reason)
+
+
+def write(call: Call, module: object | None) -> None:
+    """Into every open record."""
+    for log in state.records:
+        assert isinstance(log, Record)
+        log.add(call, module)
+
+
+def _written(call: Call, module: object | None) -> AbstractContextManager[object]:
+    """The call is in all open records; the range finds its kernels, where one of them looks for kernels."""
+    where: AbstractContextManager[object] = nullcontext()
+    for log in state.records:
+        if isinstance(log, Record) and log.profiles:
+            where = torch.profiler.record_function(f"{_RANGE}{len(log)}")
+    write(call, module)
+    return where

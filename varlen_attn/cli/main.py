@@ -1,0 +1,235 @@
+"""``python -m varlen_attn info | explain | demo | bench | build-native``, each but the last with ``--json``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..kernels.problem import Problem
+
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 where an ordered backend refuses or a build fails, 2 where a value is wrong,
+    3 where there is no compiler."""
+    options = _parser().parse_args(arguments)
+    status: int = options.run(options)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m varlen_attn", description="Attention without computing padding, and which kernel runs it."
+    )
+    commands = parser.add_subparsers(required=True, metavar="info | explain | demo | bench | build-native")
+    for name, run, says in (
+        ("info", _info, "this machine, and every backend with its reason"),
+        ("explain", _explain, "which backend runs a call, here or on another machine, and why the others do not"),
+        ("demo", _demo, "an encoder and an attention layer on real text, against torch's: same numbers, both times"),
+        ("bench", _bench, "an attention layer on this machine: torch's means and our backends, verified and timed in turns, in a minute"),
+        ("build-native", _build_native, "compile the CPU kernel of this package with this machine's C++ compiler, in about 20 seconds"),
+    ):
+        command = commands.add_parser(name, help=says, description=says)
+        command.set_defaults(run=run, parser=command)
+        if name == "bench":
+            _add_bench(command)
+        elif name == "build-native":
+            command.add_argument("--sanitize", metavar="address,undefined", help="for tests: as of the compiler's -fsanitize")
+        else:
+            command.add_argument("--json", action="store_true", help="the same facts as JSON")
+        if name == "explain":
+            _add_problem(command)
+    return parser
+
+
+def _add_problem(command: argparse.ArgumentParser) -> None:
+    """Options under the names of the fields of `Problem` and `Semantics`; None where nothing is stated."""
+    machine = command.add_argument_group("the machine (this one, where nothing is said)")
+    machine.add_argument("--device", dest="device_type", metavar="cpu|cuda|...")
+    machine.add_argument("--capability", type=_capability, metavar="9.0", help="compute capability of the GPU")
+    machine.add_argument("--rocm", action="store_true", default=None, help="an AMD GPU")
+    machine.add_argument("--torch-version", metavar="2.13.0")
+    machine.add_argument(
+        "--with", dest="packages", type=_package, action="append", metavar="flash-attn=2.8.3",
+        help="an optional package of that machine; stated packages replace those installed here",
+    )  # fmt: skip
+    call = command.add_argument_group("the call")
+    call.add_argument("--dtype", choices=DTYPES, default="float32")
+    call.add_argument("--heads", dest="num_heads", type=_positive, default=8, metavar="N")
+    call.add_argument("--kv-heads", dest="num_kv_heads", type=_positive, metavar="K", help="as many as heads, unless stated")
+    call.add_argument("--head-dim", type=_positive, default=64, metavar="H")
+    call.add_argument("--value-head-dim", type=_positive, metavar="Hv")
+    call.add_argument("--causal", nargs="?", const=True, default=False, choices=("bottom_right", "top_left"))
+    call.add_argument("--window", nargs=2, type=_side, metavar=("LEFT", "RIGHT"), help="tokens visible on each side; 'none' for all")
+    call.add_argument("--dropout", dest="dropout_p", type=float, default=0.0, metavar="P")
+    call.add_argument("--softcap", type=float, metavar="C")
+    for flag, name, says in (
+        ("--alibi", "alibi", "ALiBi slopes"),
+        ("--score-bias", "score_bias", "a score bias"),
+        ("--sinks", "sinks", "attention sinks"),
+        ("--lse", "return_lse", "the log-sum-exp is asked for"),
+        ("--backward", "needs_grad", "gradients are needed"),
+        ("--deterministic", "deterministic", "gradients must be bitwise reproducible"),
+        ("--batch-invariant", "batch_invariant", "results must not depend on batch-mates"),
+        ("--cross", "cross", "cross-attention: queries and keys of different lengths"),
+        ("--compiled", "tracing", "inside torch.compile"),
+    ):
+        call.add_argument(flag, dest=name, action="store_true", help=says)
+    call.add_argument("--backend", dest="requested", default="auto", metavar="NAME", help="order a backend by name")
+
+
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quick", action="store_true", help="two batches, ten seconds")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one, unless stated")
+    command.add_argument("--dtype", choices=DTYPES[:3], help="float32 on a CPU, bfloat16 on a GPU, unless stated")
+    command.add_argument("--threads", type=_positive, metavar="N", help="as many as torch takes, unless stated")
+    command.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the same facts as JSON, to a file if one is named")
+    batch = command.add_mutually_exclusive_group()
+    batch.add_argument("--lengths", type=_lengths, metavar="7,512,80", help="one batch of these lengths, padded to the longest")
+    batch.add_argument("--fill", type=_share, metavar="0.4", help="one batch of 16 x 512 positions, this share of them tokens")
+
+
+def _parsed(must: str, parse: Callable[[str], Any], fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """The type of an option: what ``parse`` makes of the text, where that raises no ValueError and fits."""
+
+    def parsed(text: str) -> Any:
+        with suppress(ValueError):
+            value = parse(text)
+            if fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {must}, but is {text!r}")
+
+    return parsed
+
+
+_positive = _parsed("an integer of at least 1", int, lambda number: number >= 1)
+_share = _parsed("a number above 0 and at most 1", float, lambda share: 0 < share <= 1)
+_side = _parsed(
+    "a number of tokens or 'none'",
+    lambda text: None if text.lower() == "none" else int(text),
+    lambda number: number is None or number >= 0,
+)
+_capability = _parsed(
+    "a compute capability such as 9.0",
+    lambda text: tuple(map(int, (text if "." in text else f"{text}.0").split("."))),
+    lambda numbers: len(numbers) == 2 and min(numbers) >= 0,
+)
+_package = _parsed(
+    "NAME=VERSION such as flash-attn=2.8.3",
+    lambda text: tuple(re.split("=+", text, maxsplit=1)),
+    lambda parts: len(parts) == 2 and all(parts),
+)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(_positive(number.strip()) for number in text.split(","))
+
+
+def _problem(options: argparse.Namespace) -> Problem:
+    """The problem that the options state. Raises ArgumentError for a value outside its range."""
+    import torch
+
+    from ..kernels.problem import Problem, Semantics
+
+    stated = {name: value for name, value in vars(options).items() if value is not None}
+    heads, kv_heads = options.num_heads, options.num_kv_heads or options.num_heads
+    if heads % kv_heads:
+        options.parser.error(f"--heads must be a multiple of --kv-heads, but they are {heads} and {kv_heads}")
+    if not stated.get("torch_version", "2")[:1].isdigit():
+        options.parser.error(f"--torch-version must be a version such as 2.13.0, but is {options.torch_version!r}")
+    if stated.keys() & {"capability", "rocm"}:
+        stated.setdefault("device_type", "cuda")
+    if "device_type" in stated:
+        try:
+            stated["device_type"] = torch.device(stated["device_type"]).type
+        except RuntimeError:
+            options.parser.error(f"--device must be a device of torch such as cpu or cuda, but is {options.device_type!r}")
+    if "packages" in stated:
+        stated["packages"] = tuple(stated["packages"])
+    semantics, problem = ({f.name: stated[f.name] for f in fields(kind) if f.name in stated} for kind in (Semantics, Problem))
+    problem |= dict(dtype=getattr(torch, options.dtype), semantics=Semantics.of(**semantics), self_attention=not options.cross)
+    return Problem(**problem)
+
+
+def _print(options: argparse.Namespace, found: Any, text: Callable[[Any], str]) -> int:
+    print(json.dumps(found, indent=1) if options.json else text(found))
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from ..attention.dispatch import choose
+    from ..errors import ArgumentError, BackendRefused, NoBackend
+
+    try:
+        plan = choose(_problem(options), all_reasons=True)
+    except ArgumentError as error:
+        options.parser.error(str(error))
+    except (BackendRefused, NoBackend) as error:
+        print(json.dumps({"error": str(error)}, indent=1) if options.json else error, file=sys.stdout if options.json else sys.stderr)
+        return 1
+    return _print(options, plan.as_dict(), lambda _: str(plan))
+
+
+def _info(options: argparse.Namespace) -> int:
+    from .environment import environment, environment_text
+
+    return _print(options, environment(), environment_text)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from . import demo
+
+    return _print(options, demo.facts(), demo.text)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import torch
+
+    from . import bench
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        options.parser.error("--device must be one that is here, but torch sees no GPU")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    if options.lengths:
+        batches = [bench.Batch("yours", options.lengths, max(options.lengths))]
+    else:
+        batches = [bench.batch_of_fill(options.fill)] if options.fill else bench.some_batches(options.quick)
+    limits: dict[str, Any] = dict(rounds=5, budget=0.5) if options.quick else {}
+    quiet = options.json == "-"
+    found = bench.facts(batches, bench.Setting(device, dtype, **limits), (lambda line: None) if quiet else print)
+    if quiet:
+        return _print(options, found, str)
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def _build_native(options: argparse.Namespace) -> int:
+    """0, 1 where it fails, 3 where there is nothing to build with."""
+    from ..errors import VarlenError
+    from ..kernels.cpu import build as _native
+
+    try:
+        path = _native.build(sanitize=options.sanitize)
+    except VarlenError as error:
+        print(error, file=sys.stderr)
+        return 3 if isinstance(error, _native.NoCompiler) else 1
+    print(f"built: {path}" if _native.setting == "0" else f"built: {path} ({_native.library()})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

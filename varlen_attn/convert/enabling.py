@@ -1,0 +1,250 @@
+"""`enable`, `disable`, `enabled`: make a model skip padding, in place, and say what happened to which module.
+
+A module is enabled by a new class for the same object: its weights, hooks, buffers and attributes are not touched, so `disable` is the
+exact inverse, and copies and pickles know what they are. The state after `enable` depends on the model and the arguments only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, get_args
+
+from torch import nn
+
+from .._clone import apart
+from .._switch import Class, Step, Switch, original_class
+from ..errors import ArgumentError, VarlenWarning, warn
+from ..nn.transformer import (
+    unwrapped,
+)
+from .candidates import LAYERS, Candidate, candidates, is_varlen
+from .classes import (
+    AttentionOnlyTransformerEncoder,
+    AttentionOnlyTransformerEncoderLayer,
+    EnabledMultiheadAttention,
+    EnabledMultiheadAttentionWithoutWeights,
+    EnabledTransformerDecoder,
+    EnabledTransformerDecoderLayer,
+    EnabledTransformerEncoder,
+    EnabledTransformerEncoderLayer,
+)
+from .report import Action, ModuleReport, Report
+
+Level = Literal["auto", "attention", "model"]
+
+# -------------------------------------------------------------------- the classes that enabled modules get
+
+
+# -------------------------------------------------------------------- the report
+
+
+# -------------------------------------------------------------------- the calls
+
+
+def enable(model: nn.Module, level: Level = "auto", *, need_weights: bool = True, hooks: Literal["leave", "packed"] = "leave") -> Report:
+    """Let a model skip padding: torch's attention modules, layers and stacks, and models of transformers. In place; `disable` undoes it.
+
+    Args:
+        model: any module: an `nn.TransformerEncoder`, a `PreTrainedModel` of transformers, a `SentenceTransformer`, an
+            `nn.MultiheadAttention`, or a model that contains some of these.
+        level: ``"model"`` packs once around whole stacks of layers, and around layers that are used alone; ``"attention"`` changes
+            calls of attention only, everything else stays padded. ``"auto"`` is ``"model"``.
+        need_weights: an `nn.MultiheadAttention` outside of torch's layers returns attention weights unless told otherwise, which costs
+            the padded computation; the report names each module that pays. False makes them return None instead.
+        hooks: modules with hooks of yours are left alone, because inside a stack these see packed rows ``(T, D)``; ``"packed"``
+            converts them too.
+
+    Returns:
+        What happened to each module, and why not: ``print(enable(model))``.
+
+    Raises:
+        ArgumentError: ``model`` is no module, or an option has no such value.
+        VarlenError: the model is enabled already, and this is called inside of one of its forwards.
+
+    Weights, `state_dict` and training mode stay. What changes: rows of padding come back as exactly 0. Only exactly torch's classes are
+    converted; subclasses, parametrised, quantised, compiled and scripted modules are left alone. Layers whose norms, activation or
+    linear layers were replaced are converted if a trial on a copy shows that these are token-wise; where one of them mixes tokens, it
+    reads padding, and the whole stack is left alone. A `VarlenWarning` says when nothing was converted. Enabling twice is enabling once,
+    and every call decides anew: what has been compiled or hooked since gets its class back, and the report says so.
+
+    A model of transformers (5.4 or newer) attends through its attention interface, under the name ``varlen_attn``, and its stacks of
+    layers run packed where a trial shows that nothing else changes: a few forwards in evaluation, with three short rows of random tokens
+    or sound, without a trace in random states or training flags. Architectures with attention code of their own are left alone.
+
+    Hooks that are registered on a packed layer, or inside of one, after `enable` see packed rows too.
+
+    Code that reads padding sees another number there: a mean over all columns, and a decoder that is given no
+    ``memory_key_padding_mask`` and attends to the memory's padding.
+    """
+    _check(model)
+    _check_options(level, need_weights, hooks)
+    wanted, report = apart(lambda: _plan(model, "attention" if level == "attention" else "model", need_weights, hooks))
+    switch = Switch(lambda: _found(model), wanted)
+    try:
+        switch.make()
+        if not any(m.action in ("converted", "built so") for m in report.modules):
+            warn(f"nothing was converted, the model computes padding as before: {report}.", VarlenWarning)
+        return report
+    except BaseException:
+        switch.undo()
+        raise
+
+
+def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str) -> tuple[list[Step], Report]:
+    """What is to be done to a model, of which nothing is changed yet."""
+    hf = _transformers(model)
+    rows, steps = hf.plan(model, level, hooks) if hf else ([], [])
+    found = candidates(model, hooks)
+    reports = [ModuleReport(*row) for row in rows]
+    classes: list[Step] = []
+    for c in found:
+        decision, original = _decide(c, found, level, need_weights), original_class(c.module)
+        new_class = decision.new_class or original
+        restored = decision.new_class is None and type(c.module) is not original
+        reports.append(ModuleReport(c.name, original.__name__, "restored" if restored else decision.action, decision.reason))
+        if new_class is not original:
+            classes.append(Class(c.module, new_class, original))
+    return [*classes, *steps], Report(tuple(reports))
+
+
+def _found(model: nn.Module) -> list[Step]:
+    """What has been done to a model."""
+    hf = _transformers(model)
+    classes = [Class(m, type(m), original) for m in model.modules() if (original := original_class(m)) is not type(m)]
+    return [*classes, *(hf.found(model) if hf else [])]
+
+
+def disable(model: nn.Module) -> Report:
+    """Undo `enable`: every module has its class back. Modules that were built as ours stay ours.
+
+    Forwards under way in other threads are waited for: they go on with what they began with. What is left of an `enable` of an earlier
+    version that was broken off is removed too, and a model of transformers that was given ``varlen_attn`` by hand gets its default.
+
+    Returns:
+        What was restored.
+
+    Raises:
+        ArgumentError: ``model`` is no module.
+        VarlenError: called inside of a forward of the model.
+    """
+    _check(model)
+    hf = _transformers(model)
+    restored = [ModuleReport(*row) for row in hf.enabled_models(model)] if hf else []
+    for name, module in model.named_modules():
+        original = original_class(module)
+        if original is not type(module):
+            restored.append(ModuleReport(name, original.__name__, "restored", ""))
+        elif hasattr(original, "original_class") and is_varlen(module):
+            reason = "its class was derived from the enabled one, as parametrisations do: remove them first"
+            restored.append(ModuleReport(name, original.__name__, "left alone", reason))
+    report, switch = Report(tuple(restored)), Switch(lambda: _found(model), [])
+    try:
+        switch.make()
+        return report
+    except BaseException:
+        switch.undo()
+        raise
+
+
+@contextmanager
+def enabled(
+    model: nn.Module, level: Level = "auto", *, need_weights: bool = True, hooks: Literal["leave", "packed"] = "leave"
+) -> Iterator[Report]:
+    """``with enabled(model) as report``: `enable` for the length of a block; afterwards every module is what it was before.
+
+    Raises:
+        ArgumentError, VarlenError: as `enable`.
+    """
+    _check(model)
+    before = _found(model)
+    try:
+        try:
+            yield enable(model, level, need_weights=need_weights, hooks=hooks)
+        finally:
+            Switch(lambda: _found(model), before).make()
+    finally:  # once more, if that was interrupted
+        Switch(lambda: _found(model), before).make()
+
+
+def _transformers(model: nn.Module) -> Any:
+    """The integration, if there is a model of transformers in ``model``; a program that has one has imported transformers."""
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is None or not any(isinstance(module, library.PreTrainedModel) for module in model.modules()):
+        return None
+    return importlib.import_module("varlen_attn.integrations.transformers")
+
+
+def _check(model: nn.Module) -> None:
+    if isinstance(model, type):
+        raise ArgumentError(f"`model` must be a torch.nn.Module, but is the class {model.__name__}: pass an instance.")
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"`model` must be a torch.nn.Module, but is {type(model).__name__}: pass the model itself.")
+
+
+def _check_options(level: Any, need_weights: Any, hooks: Any) -> None:
+    if level not in get_args(Level):
+        raise ArgumentError(
+            f"`level` must be 'auto', 'attention' or 'model', but is {level!r}: 'model' packs whole stacks, 'attention' calls of attention."
+        )
+    if not isinstance(need_weights, bool):
+        raise ArgumentError(
+            f"`need_weights` must be True or False, but is {need_weights!r}: False makes attention return None in place of its weights."
+        )
+    if hooks not in ("leave", "packed"):
+        raise ArgumentError(
+            f"`hooks` must be 'leave' or 'packed', but is {hooks!r}: 'leave' leaves modules with hooks alone, 'packed' converts them too."
+        )
+
+
+# -------------------------------------------------------------------- decisions
+
+_NEW_CLASSES: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {
+    ("model", nn.TransformerEncoder): EnabledTransformerEncoder,
+    ("model", nn.TransformerEncoderLayer): EnabledTransformerEncoderLayer,
+    ("model", nn.TransformerDecoder): EnabledTransformerDecoder,
+    ("model", nn.TransformerDecoderLayer): EnabledTransformerDecoderLayer,
+    ("attention", nn.TransformerEncoder): AttentionOnlyTransformerEncoder,
+    ("attention", nn.TransformerEncoderLayer): AttentionOnlyTransformerEncoderLayer,
+}
+_ATTENTION_ONLY = 'level="attention" changes calls of attention only'
+
+
+class _Decision(NamedTuple):
+    new_class: type[nn.Module] | None
+    action: Action
+    reason: str
+
+    @classmethod
+    def alone(cls, reason: str) -> _Decision:
+        return cls(None, "left alone", reason)
+
+
+def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: bool) -> _Decision:
+    """What becomes of one candidate, given all of them."""
+    if is_varlen(c.module):
+        return _Decision(None, "built so", f"a {type(c.module).__name__}: it packs already")
+    if c.why_not is not None:
+        return _Decision.alone(c.why_not)
+    if c.host is nn.MultiheadAttention:
+        return _decide_attention(c, need_weights)
+    new_class = _NEW_CLASSES.get((level, c.host))
+    if new_class is None:
+        return _Decision.alone(_ATTENTION_ONLY)
+    if c.host not in LAYERS:
+        layers = [x for x in found if x.host in LAYERS and any(x.module is unwrapped(m) for m in c.module.layers)]  # type: ignore[union-attr]
+        if not any(is_varlen(x.module) or x.why_not is None for x in layers):
+            return _Decision.alone("none of its layers can be converted")
+    return _Decision(new_class, "converted", "" if level == "model" else _ATTENTION_ONLY)
+
+
+def _decide_attention(c: Candidate, need_weights: bool) -> _Decision:
+    layer = c.parent if c.parent is not None and c.parent.host in LAYERS else None
+    if layer is not None and layer.host is nn.TransformerEncoderLayer and layer.why_not is not None:
+        return _Decision.alone("part of a layer that is left alone, which in evaluation reads its weights and does not call it")
+    if not need_weights:
+        return _Decision(EnabledMultiheadAttentionWithoutWeights, "converted", "returns no attention weights unless asked")
+    pays = "pays for attention weights with the padded computation, unless called or enabled with need_weights=False"
+    return _Decision(EnabledMultiheadAttention, "converted", "" if layer is not None else pays)

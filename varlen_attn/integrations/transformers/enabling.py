@@ -1,0 +1,538 @@
+"""Models of Hugging Face transformers: attention for every architecture that has its interface, packed stacks for those that stand a trial.
+
+`varlen_attn.enable` comes here with every `PreTrainedModel` that it finds. By hand, the two lines are::
+
+    varlen_attn.integrations.transformers.register()
+    model.set_attn_implementation("varlen_attn")
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from types import CodeType, FunctionType
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from ..._clone import NotCloned, Seeded
+from ..._switch import Entry, Step
+from ...attention.records import Record, record
+from ...errors import ArgumentError
+from . import stack as stack_hooks
+from .attention import NotPackable, varlen_attention_forward
+from .mask import leaving, masks, paddings, varlen_mask
+from .trial import INTERNAL, Trial, clone_of, difference, prepare, run
+
+# Neither "flash" nor "sdpa" nor "flex_attention" may be part of it, nor a slash: transformers takes all of these for something of its own.
+NAME = "varlen_attn"
+OLDEST = (5, 4)
+_STATE = "_varlen_attn_state"
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+
+Row = tuple[str, str, Literal["converted", "left alone", "restored"], str]
+
+
+@dataclass(frozen=True)
+class State:
+    """What `disable` needs; kept on the model, so that copies of it have it too.
+
+    Attributes:
+        before: every configuration whose attention implementation was set, with the one that it had.
+    """
+
+    before: tuple[tuple[Any, str | None], ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _state_of_pickle, (self.before,)
+
+
+def _state_of_pickle(before: Any, *_: Any) -> State:
+    """A process that loads an enabled model has not registered anything yet. Earlier versions kept one name, or several by part."""
+    register()
+    return State(before if isinstance(before, tuple) else ())
+
+
+def register() -> None:
+    """Make ``attn_implementation="varlen_attn"`` known to transformers: attention and masks, under one name.
+
+    Raises:
+        ArgumentError: transformers is older than 5.4, whose masks are made in another way.
+    """
+    import transformers
+
+    found = tuple(int(x) for x in re.findall(r"\d+", transformers.__version__)[:2])
+    if found < OLDEST:
+        raise ArgumentError(
+            f"`transformers` must be at least {OLDEST[0]}.{OLDEST[1]}, whose masks say what they hide, but is {transformers.__version__}: "
+            "pip install 'transformers>=5.4'."
+        )
+    # Both or none: with the first alone masks become None, and padding is attended to without a word.
+    transformers.AttentionInterface.register(NAME, varlen_attention_forward)
+    transformers.AttentionMaskInterface.register(NAME, varlen_mask)
+
+
+def roots(model: nn.Module) -> list[tuple[str, Any]]:
+    """The outermost models of transformers inside ``model``, by name."""
+    from transformers import PreTrainedModel
+
+    names: list[str] = []
+    found: dict[int, tuple[str, Any]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PreTrainedModel) and not _is_inside(name, names):
+            names.append(name)
+            found.setdefault(id(module), (name, module))
+    return list(found.values())
+
+
+def plan(model: nn.Module, level: str, hooks: str) -> tuple[list[Row], list[Step]]:
+    """What is to be done to every model of transformers in ``model``, of which nothing is changed.
+
+    One row for each stack of layers and each attention module.
+    """
+    rows: list[Row] = []
+    steps: list[Step] = []
+    before = _before(model)
+    closed = [name for name, module in model.named_modules() if _is_compiled(module)]
+    for name, root in roots(model):
+        register()
+        compiled = _is_inside(name, closed)
+        parts = [_Part(part_name, part, level, hooks, compiled, before) for part_name, part in _parts(root)]
+        whole = None if [part.name for part in parts] == [""] or level != "model" else _Part("", root, level, hooks, compiled, before)
+        for part in parts:
+            part.decide()
+        if whole is not None and any(part.packed for part in parts):
+            _check_whole(whole, parts)
+        rows += [row for part in parts for row in part.rows(name)]
+        tree, packed = stack_hooks.ModelId(), {part.model: (tuple(part.packed), part.guarded) for part in parts if part.packed}
+        tree.left = True
+        if packed:
+            steps += stack_hooks.on_models(tree, root, packed if whole is None else {root: ((), True), **packed})
+            steps += [hook for part in parts for hook in part.on_layers(tree, part.model)]
+        # The hooks are there before masks of ours are made, and pack only where all masks of a forward are.
+        enabled = [part for part in parts if part.reason is None]
+        steps += [Entry(vars(part.model), _STATE, part.state()) for part in enabled]
+        steps += [step for part in enabled for step in part.implementation()]
+        steps += [_in_use(tree)] if packed else []
+    return rows, steps
+
+
+def _in_use(tree: stack_hooks.ModelId) -> Step:
+    return Entry(vars(tree), "left", False, True)
+
+
+def _check_whole(whole: _Part, parts: list[_Part]) -> None:
+    """Try the model around its parts, whose heads may read padding too; if they do, no part runs packed."""
+    whole.keep_what_it_gives()
+    clone, trials = whole.clone, [(trial._replace(full=True), expected) for trial, expected in whole.trials]
+    steps: list[Step] = []
+    packed: dict[nn.Module, tuple[tuple[str, ...], bool]] = {clone: ((), True)}
+    tree = stack_hooks.ModelId()
+    for part in parts if clone is not None else ():
+        its_clone = clone.get_submodule(part.name)
+        packed[its_clone] = (tuple(part.packed), part.guarded)
+        steps += part.on_layers(tree, its_clone)
+        steps += part.implementation(whole.memo) if part.reason is None else []
+    steps += stack_hooks.on_models(tree, clone, packed) if clone is not None else []
+    with made(steps):
+        reason = whole.compare(trials)
+    for part in parts if reason is not None else ():
+        part.why_not_packed |= dict.fromkeys(part.packed, str(reason))
+        part.packed, part.guarded = [], False
+
+
+def found(model: nn.Module) -> list[Step]:
+    """What has been done to the models of transformers in ``model``."""
+    states: list[Step] = [Entry(vars(m), _STATE, vars(m)[_STATE]) for m in model.modules() if _STATE in vars(m)]
+    implementations = [_Implementation(c, vars(c)[INTERNAL], before) for c, before in _before(model).values()]
+    hooks = stack_hooks.hooks_of(model.modules())
+    trees = {id(tree): tree for hook in hooks if (tree := getattr(hook.hook.__self__, "tree", None))}  # type: ignore[attr-defined]
+    return [*hooks, *states, *implementations, *map(_in_use, trees.values())]
+
+
+def enabled_models(model: nn.Module) -> list[Row]:
+    """One row for each model that `disable` restores."""
+    return [(name, type(m).__name__, "restored", "") for name, m in model.named_modules() if _STATE in vars(m)]
+
+
+def _before(model: nn.Module) -> dict[int, tuple[Any, Any]]:
+    """The configurations that say ``varlen_attn`` now, or when they were enabled, by identity, and what they said before.
+
+    Of the states of a model and its parts, which may share one configuration, the outermost knows. What was set by hand, or left behind
+    when an earlier version was broken off, gets transformers' default.
+    """
+    said: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        for config, before in getattr(vars(module).get(_STATE), "before", ()):
+            if before != NAME:
+                said.setdefault(id(config), (config, before))
+    for module in model.modules():
+        for config in _all_configurations(getattr(module, "config", None)):
+            if vars(config).get(INTERNAL) == NAME:
+                said.setdefault(id(config), (config, "sdpa" if getattr(module, "_supports_sdpa", True) else "eager"))
+    return said
+
+
+# -------------------------------------------------------------------- attention implementations
+
+
+class _Implementation(Entry):
+    """Of a configuration. Masks that are under way are told before their layers attend with ``eager``."""
+
+    def __init__(self, config: Any, value: Any, before: Any) -> None:
+        super().__init__(vars(config), INTERNAL, value, before)
+        object.__setattr__(self, "config", config)
+
+    def make(self) -> None:
+        super().make()
+        leaving.discard(id(self.config))  # type: ignore[attr-defined]
+
+    def restore(self) -> None:
+        config = self.config  # type: ignore[attr-defined]
+        if self.before == "eager":
+            leaving.add(id(config))
+            for mask in masks:
+                mask.added |= mask.config is config
+        super().restore()
+        leaving.discard(id(config))
+
+
+def _all_configurations(config: Any) -> list[Any]:
+    """One and those inside of it."""
+    if INTERNAL not in getattr(config, "__dict__", {}):
+        return []
+    inner = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
+    return [config, *(c for sub in inner for c in _all_configurations(sub))]
+
+
+def _configurations(model: Any) -> list[Any]:
+    """Those that `set_attn_implementation` would change; none where transformers does not let it be set."""
+    from transformers import PreTrainedModel
+
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    if not model._can_set_attn_implementation():
+        return []
+    chosen = {id(m.config): m.config for m in models if m._can_set_attn_implementation()}
+    of_models = {id(m.config) for m in models}
+    inside = {id(c): c for c in _all_configurations(model.config) if id(c) not in of_models}
+    return [*chosen.values(), *inside.values()]
+
+
+# -------------------------------------------------------------------- what a model is made of
+
+
+def _is_inside(name: str, outer: Iterable[str]) -> bool:
+    """Whether a module is one of others, or inside of one."""
+    return any(not other or f"{name}.".startswith(f"{other}.") for other in outer)
+
+
+def _joined(*names: str) -> str:
+    return ".".join(filter(None, names))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _parts(root: Any) -> list[tuple[str, Any]]:
+    """The model itself, or, where it is made of several (text and images, encoder and decoder), the parts that may be tried alone."""
+    from transformers import PreTrainedModel
+
+    parts: dict[str, Any] = {}
+    for name, module in root.named_modules():
+        if not isinstance(module, PreTrainedModel) or _is_inside(name, parts):
+            continue
+        composite = len(getattr(module.config, "sub_configs", {})) > 0
+        if not (composite and any(isinstance(m, PreTrainedModel) and m.config is not module.config for m in module.modules())):
+            parts[name] = module
+    return list(parts.items()) or [("", root)]
+
+
+def _calls_interface(module: nn.Module) -> bool:
+    """Whether a module computes attention through transformers' interface."""
+    return _class_calls_interface(type(module))  # type: ignore[arg-type]
+
+
+@cache
+def _class_calls_interface(cls: type) -> bool:
+    bases = [base for base in cls.__mro__ if not base.__module__.startswith(("torch.", "transformers.modeling_utils"))]
+    return any(_names_interface(inspect.unwrap(_function(x)).__code__) for base in bases for x in vars(base).values() if _function(x))
+
+
+def _function(x: Any) -> Any:
+    """Of a method of any kind; None if it has none."""
+    x = getattr(x, "fget", getattr(x, "__func__", x))
+    return x if isinstance(x, FunctionType) else None
+
+
+def _names_interface(code: CodeType) -> bool:
+    return _INTERFACE in code.co_names or any(isinstance(x, CodeType) and _names_interface(x) for x in code.co_consts)
+
+
+def _attentions(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, nn.Module]]]:
+    """Modules that compute attention through the interface, and those with attention code of their own."""
+    through: list[tuple[str, nn.Module]] = []
+    own: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if _calls_interface(module):
+            through.append((name, module))
+        elif "Attention" in type(module).__name__ and not type(module).__module__.startswith("torch."):
+            known = any(_calls_interface(m) or isinstance(m, nn.MultiheadAttention) for m in module.modules())
+            # An attention inside of an attention is named once, by the outermost.
+            if not known and not _is_inside(name, (other for other, _ in own)):
+                own.append((name, module))
+    return through, own
+
+
+class _Stack(NamedTuple):
+    """A list of layers of which some attend through the interface, and the module that calls them."""
+
+    name: str
+    layers: nn.ModuleList
+    owner: nn.Module
+    whole: bool  # all of them do
+
+
+def _stacks(model: nn.Module) -> list[_Stack]:
+    found: list[_Stack] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or not len(module) or _is_inside(name, (other.name for other in found)):
+            continue
+        attends = [any(_calls_interface(m) for m in layer.modules()) and not _calls_interface(layer) for layer in module]
+        if any(attends):
+            found.append(_Stack(name, module, model.get_submodule(name.rpartition(".")[0]), all(attends)))
+    return found
+
+
+# -------------------------------------------------------------------- one model
+
+
+class _Part:
+    """One model, and what was found out about it on a clone.
+
+    Attributes:
+        reason: why it is left alone.
+        packed: names of its stacks that run packed.
+        guarded: whether ids at padding are looked at first.
+        clone, memo: what is tried in its place, and the clone of everything in it, by identity; None where it cannot be tried.
+        trials: with what the model gives.
+        random: whether it draws random numbers in evaluation.
+    """
+
+    def __init__(self, name: str, model: Any, level: str, hooks: str, compiled: bool, before: dict[int, tuple[Any, Any]]) -> None:
+        self.name, self.model, self.level, self.hooks, self.compiled = name, model, level, hooks, compiled
+        self.configurations = [(c, before.get(id(c), (c, vars(c)[INTERNAL]))[1]) for c in _configurations(model)]
+        self.through, self.own = _attentions(model)
+        self.stacks = _stacks(model)
+        self.clone: Any = None
+        self.memo: dict[int, Any] = {}
+        self.trials: list[tuple[Trial, dict[str, Any]]] = []
+        self.reason: str | None = None
+        self.why_not_packed: dict[str, str] = {}
+        self.packed: list[str] = []
+        self.guarded = self.random = False
+
+    def state(self) -> State:
+        return State(tuple(self.configurations))
+
+    def implementation(self, memo: dict[int, Any] | None = None) -> list[Step]:
+        """Of the model, or of a clone."""
+        pairs = [(c if memo is None else memo[id(c)], before) for c, before in self.configurations]
+        return [_Implementation(c, NAME, before) for c, before in pairs]
+
+    def on_layers(self, tree: stack_hooks.ModelId, model: nn.Module) -> list[Step]:
+        """Of the model, or of a clone."""
+        return [hook for stack in self.packed for hook in stack_hooks.on_layers(tree, model.get_submodule(stack))]  # type: ignore[arg-type]
+
+    def rows(self, root: str) -> list[Row]:
+        return [(_joined(root, self.name, name), kind, action, why) for name, kind, action, why in self._rows()]
+
+    def _rows(self) -> Iterator[Row]:
+        if self.reason is not None:
+            for name, module in [*self.through, *self.own] or [("", self.model)]:
+                yield name, type(module).__name__, "left alone", self.reason
+            return
+        for name, layers, *_ in self.stacks:
+            kind = f"{len(layers)} x {type(layers[0]).__name__}"
+            if name in self.packed:
+                guarded = ", where padding holds pad_token_id" if self.guarded else ""
+                yield name, kind, "converted", f"packed once around the stack{guarded}"
+            else:
+                yield name, kind, "left alone", f"not packed as a whole: {self.why_not_packed.get(name, _ATTENTION_ONLY)}"
+        for name, module in self.through:
+            yield name, type(module).__name__, "converted", ""
+
+    def decide(self) -> None:
+        self.reason = self._why_not()
+        if self.reason is not None:
+            return
+        untried = self.keep_what_it_gives()
+        if untried is None:
+            with made(self.implementation(self.memo)):
+                self._try()
+        elif all(getattr(m, "_supports_sdpa", True) for m in self.model.modules()):
+            # What `sdpa` can compute, dense calls of ours are.
+            self.why_not_packed = {stack.name: untried for stack in self.stacks if self.level == "model"}
+        else:
+            self.reason = f"{untried}, and it does not support sdpa"
+
+    def _why_not(self) -> str | None:
+        """Known without a trial."""
+        if self.own:
+            names = ", ".join(sorted({type(m).__name__ for _, m in self.own}))
+            return f"attention code of its own ({names}), which does not go through transformers' attention interface"
+        if not self.through:
+            return "no attention that goes through transformers' attention interface"
+        if self.compiled or any(_is_compiled(module) for module in self.model.modules()):
+            return "compiled: call enable before torch.compile"
+        if not self.configurations:
+            return "transformers does not let its attention implementation be set"
+        return None
+
+    # ---------------------------------------------------------------- trials
+
+    def keep_what_it_gives(self) -> str | None:
+        """Or say why that is not known. On a few layers, and where these do not run alone, on all."""
+        whole = True
+        for short in (True, False):
+            try:
+                trials = prepare(self.model)
+                if isinstance(trials, str):
+                    return trials
+                stacks = [(stack.name, stack.layers) for stack in self.stacks]
+                self.clone, self.memo, whole = clone_of(self.model, stacks if short else [])
+                for config, before in self.configurations:
+                    vars(self.memo[id(config)])[INTERNAL] = before
+                self.random = True
+                self.trials = [(trial, self._run(trial)) for trial in trials]
+                return None
+            except NotCloned as error:
+                return f"it could not be tried: {error}"
+            except Exception as error:
+                self.clone, reason = None, f"it could not be tried: {_in_one_line(error)}"
+                if not short or whole:
+                    break
+        return reason
+
+    def _run(self, trial: Trial) -> dict[str, Any]:
+        with Seeded() if self.random else nullcontext() as seeded:
+            given = run(self.clone, trial, [stack.name for stack in self.stacks])
+        self.random = seeded is not None and seeded.used  # to look costs as much as a small model
+        return given
+
+    def compare(self, trials: Sequence[tuple[Trial, dict[str, Any]]]) -> str | None:
+        """Whether the clone gives something else now, and what."""
+        try:
+            for trial, expected in trials:
+                with record(self.clone) as log, paddings() as made_masks:
+                    got = self._run(trial)
+                reason = difference(trial, expected, got, made_masks)
+                self.log: Record = log
+                if reason is not None or not len(log):
+                    return reason or "its layers never call transformers' attention interface"
+        except NotPackable as error:
+            return str(error)
+        except Exception as error:
+            return f"a trial failed: {_in_one_line(error)}"
+        return None
+
+    def _try(self) -> None:
+        """All stacks packed, which usually does it; else attention alone, and then one stack after another."""
+        stacks: list[str] = []
+        for stack in self.stacks if self.level == "model" else ():
+            why = self._why_not_stack(stack)
+            if why is None:
+                stacks.append(stack.name)
+            else:
+                self.why_not_packed[stack.name] = why
+        self.reason = self.compare(self.trials[:1])  # a stack that runs packed does so only as long as nothing else is asked for
+        if self.reason is not None or (stacks and self._pack(stacks)):
+            return
+        self.reason = self.compare(self.trials[1:])
+        if self.reason is None and len(stacks) > 1:
+            for name in stacks:
+                self._pack([name])
+
+    def _pack(self, stacks: list[str]) -> bool:
+        """Those of them that stand a trial, beside those that run packed already; whether any does."""
+        with self._running(stacks):
+            reason = self.compare(self.trials[:1])
+        unpacked = [name for name in stacks if reason is None and not self._was_packed(name)]
+        self.why_not_packed |= dict.fromkeys(unpacked, "its layers were not given a mask of padding alone")
+        stacks = [name for name in stacks if name not in unpacked]
+        # What is packed with padding on the left is a decoder's, whose padding sees nothing: its poolers must not see it either.
+        trials = [(trial._replace(full=True), expected) for trial, expected in self.trials]
+        odd = [(trial, expected) for trial, expected in trials if trial.odd_ids]
+        if reason is None and stacks:
+            with self._running(stacks):
+                reason = self.compare([(trial, expected) for trial, expected in trials[1:] if not trial.odd_ids])
+                looks_at_ids = reason is None and self.compare(odd) is not None
+            self.guarded |= looks_at_ids
+            if looks_at_ids:
+                with self._running(stacks):
+                    reason = self.compare(odd)
+        if reason is None:
+            self.packed += stacks
+        else:
+            self.why_not_packed |= dict.fromkeys(stacks, reason)
+        return reason is None and bool(stacks)
+
+    @contextmanager
+    def _running(self, stacks: list[str]) -> Iterator[None]:
+        """The clone with these stacks packed, beside those that are already."""
+        packed = (*self.packed, *stacks)
+        tree = stack_hooks.ModelId()
+        hooks = [hook for name in packed for hook in stack_hooks.on_layers(tree, self.clone.get_submodule(name))]
+        with made([*hooks, *stack_hooks.on_models(tree, self.clone, {self.clone: (packed, self.guarded)})]):
+            yield
+
+    # ---------------------------------------------------------------- the stack
+
+    def _why_not_stack(self, stack: _Stack) -> str | None:
+        """What is known of a stack without a trial."""
+        layers, owner = stack.layers, stack.owner
+        if not stack.whole:
+            return "not every layer in it attends through transformers' attention interface"
+        if getattr(self.model.config, "chunk_size_feed_forward", 0):
+            return "chunk_size_feed_forward cuts rows of a fixed number"
+        extras = [p for p in inspect.signature(type(owner).forward).parameters if re.search(r"visual|deepstack|image|vision", p)]
+        if extras:
+            return f"between its layers {type(owner).__name__} adds to tokens by column ({extras[0]})"
+        mixing = next((type(m).__name__ for m in layers.modules() if isinstance(m, _MIXING) and getattr(m, "kernel_size", 0) != (1,)), None)
+        if mixing is not None:
+            return f"a {mixing} in its layers mixes tokens"
+        if any(hasattr(m, "expert_capacity") for m in layers.modules()):
+            return "its experts take a number of tokens that depends on how many there are"
+        hooked = next((name for name, m in layers.named_modules() if not stack_hooks.has_only_our_hooks(m)), None)
+        if hooked is not None and self.hooks == "leave":
+            return f'layer {hooked} has hooks, which would see packed rows: allow it with hooks="packed"'
+        return None
+
+    def _was_packed(self, name: str) -> bool:
+        calls = [c for c in self.log.calls if (c.module or "").startswith(f"{name}.")]
+        return any(c.rows is not None and c.slots is not None and c.rows < c.slots for c in calls)
+
+
+@contextmanager
+def made(steps: Sequence[Step]) -> Iterator[None]:
+    """On a clone."""
+    for step in steps:
+        step.make()
+    try:
+        yield
+    finally:
+        for step in reversed(steps):
+            step.remove()
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+# Across columns, or over all of a batch's positions.
+_MIXING = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.RNNBase)
+_ATTENTION_ONLY = 'level="attention" changes calls of attention only'

@@ -1,0 +1,392 @@
+"""Packing once around a stack of transformers' layers, whatever comes before and after it.
+
+Every layer of the stack gets a hook that sees its arguments. Where these are the padded ``(B, S, D)`` hidden states and a `VarlenMask` with
+padding, the layer gets ``(1, T, D)`` rows, and everything else by token (rotary cosines, position ids) packed alike; its result goes to
+the next layer as it is, and the hook of the last one puts the tokens back. Positions, embeddings, convolutions, poolers and losses stay
+padded code on padded tensors, so that rotary, absolute and convolutional positions are what they were.
+
+The hooks hold no state: rows are told from padded tensors by their shape, against the mask that every layer is given. So layers
+may be checkpointed, recomputed, shared or skipped. What the first layer settles for all is kept on that mask: arguments that were packed,
+and how attention is computed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..._switch import Hook, around
+from ...data.host_lengths import HostLengths
+from ...errors import VarlenError
+from ...layout.seq_layout import SeqLayout
+from .attention import captured, collected
+from .mask import LOOKED_AT, Meaning, VarlenMask, end_rows, enter_forward, is_entered, leave_forward
+
+_SKIPPING_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+_ASKING_FOR_MORE = ("output_attentions", "output_router_logits", "output_scores")
+# Arguments of layers that are not about the stack's own tokens, whatever their shape.
+_FOREIGN = ("encoder", "cross", "memory", "bias", "cu_seq", "visual", "image", "vision")
+
+
+class ModelId:
+    """Of a model that was enabled, by identity: copies of the model have a copy of it.
+
+    Attributes:
+        left: the hooks begin nothing new: not all are there yet, or they are about to go.
+    """
+
+    left = False
+
+
+class LayerHook:
+    """Before a layer: packs its arguments. After the last one: puts the tokens back.
+
+    An object and not a function, so that deep copies and pickles of a model keep it.
+
+    Attributes:
+        tree: of the model.
+        names: the positional parameters of the layer's ``forward``.
+        last: whether the tokens are put back after this layer.
+    """
+
+    tree = ModelId()  # of pickles of earlier versions
+
+    def __init__(self, tree: ModelId, layer: nn.Module, last: bool) -> None:
+        self.tree = tree
+        parameters = inspect.signature(type(layer).forward).parameters.values()
+        self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
+        self.last = last
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if kwargs is None:  # being removed
+            return None
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(hidden, Tensor) or torch.compiler.is_compiling():
+            return None
+        meaning = _meaning_of(args, kwargs)
+        if meaning is None or meaning.rows is not None:
+            return None
+        # Only a batch with padding is packed, so the shape of rows is another.
+        is_rows = hidden.shape[:2] != meaning.shape[::2] and hidden.shape[:2] == (1, meaning.keys.num_rows)
+        if not is_rows:
+            reason = meaning.padded_because or _why_padded(hidden, meaning)
+            if reason is None and not meaning.forwards:  # somebody calls `forward` itself, or nobody watched
+                reason = _unwatched(module)
+            if reason is not None:
+                meaning.keep_padded(reason)
+                return None
+        rows = hidden if is_rows else meaning.keys.pack(hidden)[None]
+        packed: list[Any] = []
+        for name, x in (*zip(self.names, args, strict=False), *kwargs.items()):
+            known = meaning.packed_arguments.get((name, id(x)))
+            y = known[1] if known is not None else _packed(name, x, meaning, hidden, rows)
+            if y is _REFUSED and is_rows:
+                raise VarlenError(
+                    f"the layers of {type(module).__name__} were given packed rows, but now `{name}`, which cannot be packed: call "
+                    'varlen_attn.enable(model, level="attention").'
+                )
+            if y is _REFUSED:
+                meaning.keep_padded(f"the layers are given `{name}`, which is not by token, or asked for it")
+                return None
+            packed.append(y)
+        if not is_rows:
+            meaning.begin_rows(module)
+            if self.tree.left:
+                end_rows()
+                return None
+            meaning.hands_on(rows=True)
+        return tuple(packed[: len(args)]), dict(zip(kwargs, packed[len(args) :], strict=True))
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
+        meaning = _meaning_of(args, kwargs) if isinstance(kwargs, dict) else None
+        if meaning is None or meaning.rows is None or not self.last:  # pickles of earlier versions have this after every layer
+            return None
+        layout = meaning.rows
+        meaning.hands_on(rows=False)
+        end_rows()
+        states = collected().get("hidden_states", [])
+        for i, x in enumerate(states):  # of the layers before; this one's is collected after it was unpacked
+            if x is not None and x.shape[:2] == (1, layout.num_rows):
+                states[i] = layout.unpack(x[0])
+        if isinstance(result, Tensor):
+            return layout.unpack(result[0])
+        return (layout.unpack(result[0][0]), *result[1:])
+
+
+def _meaning_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None:
+    """Of the first mask that a layer is given."""
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, VarlenMask):
+            return x.meaning
+    return None
+
+
+def _why_padded(hidden: Tensor, meaning: Meaning) -> str | None:
+    """None for the padded tokens of a self-attention, where nothing is asked for that rows do not have."""
+    batch_size, _, len_q, len_k = meaning.shape
+    if meaning.numbers is not None:
+        return LOOKED_AT
+    if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != len_k or meaning.first_query != 0:
+        return "there are cached keys, or keys of others"
+    keys = meaning.keys
+    if meaning.pattern.documents is not None or keys.is_dense:
+        return "nothing is padded"
+    if keys.lengths is None or not keys.total:
+        return "only the device knows the lengths" if keys.lengths is None else "no row has a token"
+    asked = [name for name in captured() if name != "hidden_states"]
+    if asked:
+        return f"asked for {', '.join(asked)} of every layer"
+    if 0 in keys.lengths:
+        return "a row without tokens, which a pooler may read"
+    if keys.has_holes:  # windows count columns, and this layer does not know whether one after it has a window
+        return "padding between tokens"
+    if not meaning.pattern.causal and not keys.right_padded:  # encoders pool their first column, which must be what it was
+        return "an encoder with padding before its tokens, which a pooler may read"
+    return None
+
+
+_REFUSED = object()
+
+
+def _packed(name: str, x: Any, meaning: Meaning, hidden: Tensor, rows: Tensor) -> Any:
+    """An argument of a layer for ``rows``, or `_REFUSED`. What every layer is given is packed once."""
+    known = meaning.packed_arguments.get((name, id(x)))
+    if known is not None:
+        return known[1]
+    y: Any = _REFUSED
+    keep = True
+    if x is None or isinstance(x, bool | int | float | str):
+        y = _REFUSED if x and name in _ASKING_FOR_MORE else x
+    elif _is_foreign(name):
+        return _REFUSED
+    elif isinstance(x, VarlenMask):
+        keep = x.meaning is not meaning  # which would hold itself
+        y = x.meaning.packed if not keep or x.meaning.is_of_columns_of(meaning) else _REFUSED
+    elif x is hidden:
+        return rows
+    elif isinstance(x, Tensor):
+        keep = not x.requires_grad  # a layer that is computed again for its gradients packs again
+        by_token = x.dim() >= 2 and x.shape[0] in (1, meaning.shape[0]) and x.shape[1] == meaning.shape[2]
+        if by_token or x.dim() == 0 or name == "cache_position":
+            y = meaning.keys.pack(x.expand(meaning.shape[0], *x.shape[1:]))[None] if x.dim() >= 2 else x
+    elif isinstance(x, tuple | list):
+        parts = tuple(_packed(name, z, meaning, hidden, rows) for z in x)
+        keep = isinstance(x, tuple) and all((name, id(z)) in meaning.packed_arguments for z in x)
+        y = _REFUSED if any(z is _REFUSED for z in parts) else parts
+    elif type(x) is _cache_classes()[0]:
+        y = _cache_classes()[1](x, meaning.keys)
+    if keep and y is not _REFUSED:
+        meaning.packed_arguments[name, id(x)] = x, y
+    return y
+
+
+@cache
+def _is_foreign(name: str) -> bool:
+    return any(part in name for part in _FOREIGN)
+
+
+# -------------------------------------------------------------------- caches
+
+
+@cache
+def _cache_classes() -> tuple[Any, Any]:
+    """The caches that grow with their tokens, and a view of them for layers that run packed."""
+    from transformers.cache_utils import DynamicCache
+
+    class PackedCache(DynamicCache):  # type: ignore[misc]
+        """A view of an empty cache for layers that run packed: they go on with their rows, the cache gets padded ones, 0 at padding."""
+
+        def __init__(self, cache: Any, layout: SeqLayout) -> None:
+            self.__dict__.update(cache.__dict__)  # the same layers
+            self.layout = layout
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            keys, values = (self.layout.unpack(x[0].transpose(0, 1)).transpose(1, 2) for x in (key_states, value_states))
+            super().update(keys, values, *args, **kwargs)
+            return key_states, value_states
+
+    return DynamicCache, PackedCache
+
+
+# -------------------------------------------------------------------- hooks on models
+
+
+class ModelHook:
+    """Around a model of transformers: sees what the caller wants, and whether that reads rows of padding, which then must be there.
+
+    Attributes:
+        tree: one object for all models of a model that was enabled.
+        stacks: names of the module lists in it that run packed.
+        looks_at_ids: its head picks a row by ids (the last that is no padding, the largest), those in padding too.
+        depth: how many layers the configuration said.
+    """
+
+    def __init__(self, tree: ModelId, model: Any, stacks: tuple[str, ...], looks_at_ids: bool) -> None:
+        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.tree, self.config, self.stacks, self.looks_at_ids = tree, model.config, stacks, looks_at_ids
+        self.depth = getattr(model.config, "num_hidden_layers", None)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is not None and not torch.compiler.is_compiling():
+            reason = self._changed(module) or self._why_padded(dict(zip(self.names, args, strict=False)) | kwargs)
+            enter_forward(self.tree, module, reason or _unwatched(module))
+            if self.tree.left:
+                leave_forward(module)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> None:
+        if torch.compiler.is_compiling():
+            return
+        forward = leave_forward(module)
+        if forward is not None and forward.in_rows and result is not None:
+            raise VarlenError(
+                f"the layers of {type(module).__name__} must all be called, the last one too, but rows are left over: where some are "
+                'left out, call varlen_attn.enable(model, level="attention").'
+            )
+
+    def _changed(self, module: nn.Module) -> str | None:
+        """What is not as it was when the model was enabled."""
+        stacks = [module.get_submodule(name) for name in self.stacks]
+        if not all(map(_is_whole, stacks)) or self.depth != getattr(self.config, "num_hidden_layers", None):
+            return "its layers were changed since it was enabled: enable it again"
+        if module.training and any(getattr(self.config, name, 0) for name in _SKIPPING_LAYERS):
+            return "layers are skipped at random in training (layerdrop)"
+        # To look at all modules costs as much as a layer.
+        if "peft" in sys.modules and any(_chooses_rows(m) for s in stacks for m in s.modules()):
+            return "adapters by row of the batch"
+        return None
+
+    def _why_padded(self, given: dict[str, Any]) -> str | None:
+        mask = given.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
+            return None
+        continues = given.get("past_key_values") is not None or isinstance(given.get("logits_to_keep", 0), Tensor)
+        if (continues or given.get("logits_to_keep")) and not bool(mask[:, -1].all()):
+            return "generation with padding on the right, which reads the last column"
+        if given.get("start_positions") is not None or given.get("end_positions") is not None:
+            return "a loss over all columns, those of padding too"
+        for labels in (given.get("labels"), given.get("shift_labels")):
+            if isinstance(labels, Tensor) and labels.shape == mask.shape and _counts_padding(labels, mask):
+                return "labels at padding or just after it that are not -100, so that the loss counts it"
+        if self.looks_at_ids:
+            ids, pad = given.get("input_ids"), getattr(self.config.get_text_config(), "pad_token_id", None)
+            if ids is None or pad is None or ids.shape != mask.shape or not bool((mask.bool() | (ids == pad)).all()):
+                return "other ids than pad_token_id at padding, which the head looks at"
+        return None
+
+
+def _unwatched(module: nn.Module) -> str | None:
+    """Of a call around this one that began before the model was enabled, or that goes on after it: what its caller wants is not known."""
+    watched = bool(_hooks_of_models(module))
+    for model, called in around():
+        if model is not module and _hooks_of_models(model):
+            if called and not is_entered(model):
+                return "its forward began before it was enabled"
+            watched = True
+    return None if watched else "its forward goes on after it was disabled"
+
+
+def _hooks_of_models(module: nn.Module) -> list[Any]:
+    return [hook for hook in list(module._forward_pre_hooks.values()) if is_ours(hook, ModelHook)]
+
+
+def _counts_padding(labels: Tensor, mask: Tensor) -> bool:
+    """At padding, or, for a loss on shifted labels, just after it."""
+    if isinstance(mask, HostLengths) and mask.lengths is not None and labels.device.type != "cpu":
+        return False  # our collator's labels; to look would be to wait for the device
+    counted, padding = labels != -100, ~mask.bool().to(labels.device)
+    return bool((counted & padding).any() | (counted[:, 1:] & padding[:, :-1]).any())
+
+
+def _is_whole(layers: Any) -> bool:
+    """Whether every layer of a stack takes rows, and the last one alone puts the tokens back."""
+    if not len(layers):
+        return False
+    for i, layer in enumerate(layers, 1):
+        for hook in list(layer._forward_pre_hooks.values()):
+            if isinstance(owner := getattr(hook, "__self__", None), LayerHook):
+                break
+        else:
+            return False
+        if owner.last != (i == len(layers)):
+            return False
+    return any(map(is_ours, list(layer._forward_hooks.values())))
+
+
+def _chooses_rows(module: nn.Module) -> bool:
+    """A hook of PEFT, which puts them on its layers for a call that names an adapter for each row."""
+    hooks = list(module._forward_pre_hooks.values())
+    return any(str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("peft.") for hook in hooks)
+
+
+def has_only_our_hooks(module: nn.Module) -> bool:
+    """No hooks but ours, and transformers' own, which wait for somebody to ask for hidden states."""
+    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
+        return True
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    known = (is_ours(hook) or getattr(hook, "__qualname__", "").endswith("output_capturing_hook") for hook in hooks)
+    return not (module._backward_hooks or module._backward_pre_hooks) and all(known)
+
+
+# -------------------------------------------------------------------- what is done to modules
+
+
+def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[str, ...], bool]]) -> list[Hook]:
+    """Let models run padded where a caller's wish reads padding.
+
+    Args:
+        tree: of ``root``.
+        root: a model, which is watched with all models in it.
+        packed: of some of these, the names of their stacks that run packed, and whether a head looks at ids.
+    """
+    from transformers import PreTrainedModel
+
+    made: list[Hook] = []
+    for module in root.modules():
+        if isinstance(module, PreTrainedModel):
+            hook = ModelHook(tree, module, *packed.get(module, ((), False)))
+            made += [_hook(module, hook.before), _hook(module, hook.after, after=True, always=True)]
+    return made
+
+
+def on_layers(tree: ModelId, layers: nn.ModuleList) -> list[Hook]:
+    """Let a stack run packed."""
+    made: list[Hook] = []
+    for i, layer in enumerate(layers):
+        hook = LayerHook(tree, layer, i == len(layers) - 1)
+        # Before hooks of others, which then see what the layer sees.
+        made.append(_hook(layer, hook.before))
+        if hook.last:
+            made.append(_hook(layer, hook.after, after=True))
+    return made
+
+
+def _hook(module: nn.Module, hook: Callable[..., Any], after: bool = False, always: bool = False) -> Hook:
+    """The last one where it is called always, else the first."""
+    hooks = module._forward_hooks if after else module._forward_pre_hooks
+    return Hook(module, hook, after, always, RemovableHandle(hooks).id, tuple(hooks) if always else ())
+
+
+def hooks_of(modules: Iterable[nn.Module]) -> list[Hook]:
+    """Ours that are there, and what says that they are in use."""
+    found: list[Hook] = []
+    for module in modules:
+        for after, hooks in ((False, module._forward_pre_hooks), (True, module._forward_hooks)):
+            numbers = list(hooks)
+            for i, number in enumerate(numbers):
+                if is_ours(hooks[number]):
+                    always = after and number in module._forward_hooks_always_called
+                    found.append(Hook(module, hooks[number], after, always, number, tuple(numbers[:i])))
+    return found
+
+
+def is_ours(hook: Any, kind: Any = LayerHook | ModelHook) -> bool:
+    return isinstance(getattr(hook, "__self__", None), kind)

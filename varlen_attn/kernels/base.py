@@ -1,0 +1,337 @@
+"""What a backend is: declared `Capabilities`, a `run`, and the reasons why it would refuse.
+
+One function, `Backend.refusals`, turns a declaration into sentences. It feeds the automatic choice, forced backends, errors,
+the command line and the tests, so that none of them can disagree.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._state import state
+from .limits import in_parts
+from .problem import Problem, version_tuple
+from .values import Call, Extras, Result, ScoreBias
+
+__all__ = ["Backend", "Call", "Capabilities", "Extras", "Refusal", "Result", "ScoreBias"]
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+FLOATS = HALF | {torch.float32, torch.float64}
+
+_MACHINES = {"rocm": "ROCm", "xpu": "Intel GPUs"}
+
+F_ = TypeVar("F_", bound=Callable[..., Any])
+
+
+def constant_while_tracing(function: F_) -> F_:
+    """What `torch.compiler.assume_constant_result` does: Python runs ``function`` while tracing, and its result is a constant of the
+    graph. Its decorator imports dynamo, a second of time that who never compiles should not pay."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def on_launch(name: str, rows: int) -> None:
+    """Called by our own ops where they run: in compiled code, nobody else sees the call."""
+    if not state.recorded:
+        for record in state.records:
+            record.on_launch(name, rows)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a backend does not run a problem, and what would change that."""
+
+    reason: str
+    fix: str
+    kind: Literal["missing", "machine", "unsupported", "order"] = "unsupported"  # a package, the device, this call, by order only
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.fix})"
+
+
+def _prepared(run: Callable[..., Result]) -> Callable[..., Result]:
+    """``run`` with what is the same for all backends: a `Call` or its values one by one, on both sides, and no more than
+    `Capabilities.max_sequences` at a time."""
+    takes_values = len(inspect.signature(run).parameters) > len(("self", "query", "key", "value", "call"))
+
+    @wraps(run)
+    def prepared(self: Backend, query: Tensor, key: Tensor, value: Tensor, call: Any, *rest: Any) -> Result:
+        call = Call(call, *rest) if rest else call
+        most = self.capabilities.max_sequences
+        if most is not None and call.layout_q.num_seqs > most:
+            return in_parts(query, key, value, call, most, partial(prepared, self))
+        return run(self, query, key, value, *call) if takes_values else run(self, query, key, value, call)
+
+    return prepared
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend runs. A flag that is False is refused with a reason; the conformance suite tests every True."""
+
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    min_capability: tuple[int, int] | None = None
+    min_torch: tuple[int, ...] = ()
+    rocm: bool = True
+    untried: frozenset[str] = frozenset()  # of "rocm", "xpu": its kernel is made for them, and nobody has run it there from here: by order
+    max_head_dim: int | None = None
+    max_sequences: int | None = None  # of one launch; more run in parts
+    value_head_dim: bool = True  # Hv != H
+    gqa: bool = True  # N != K
+    causal_bottom_right: bool = True
+    causal_top_left: bool = True  # for unequal lengths; with one layout it is the same as bottom_right
+    window: bool = True
+    softcap: bool = True
+    dropout: bool = True
+    alibi: bool = True
+    score_bias: bool = True
+    sinks: bool = True
+    return_lse: bool = True
+    deterministic: bool = True
+    batch_invariant: bool = False
+    grad: bool = True
+    tracing: bool = True
+    empty_sequences: bool = True  # False: removed before the call where lengths are on the host, else refused
+    slack_rows: bool = True  # False: rows beyond cu_seqlens[-1] are left unwritten, and the caller zeroes them
+    reads_slack: bool = True  # False: such rows of query, key and value are not read either, and may hold anything
+    explicit_only: str = ""  # why it runs by order only, or where nothing else does
+
+
+class Backend(ABC):
+    """One way to compute attention on packed tensors. Stateless; one instance a class."""
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+    package: ClassVar[str] = "torch"  # the distribution whose version `backends()` shows
+    install: ClassVar[str] = ""  # the fix where `missing` has a reason
+    checks_offsets: ClassVar[bool] = False  # its kernel refuses offsets that do not fit the rows; else a call is checked before
+    custom_op: ClassVar[bool] = False  # `run` launches a torch.library op of ours, which records itself in compiled code
+
+    def missing(self, problem: Problem) -> str | None:
+        """A sentence if what the backend needs is not installed, broken or not what it says; else None."""
+        return None
+
+    def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
+        """Reasons that the fields of `Capabilities` cannot say."""
+        return ()
+
+    @abstractmethod
+    def kernel(self, problem: Problem) -> str:
+        """The kernel that `run` calls for this problem, by the name its library gives it."""
+
+    def seen_as(self, problem: Problem) -> str:
+        """A regular expression for the name under which a profiler shows that kernel; empty where nothing can be claimed.
+
+        Names of device kernels; for tensors on a CPU, of torch's and our ops.
+        """
+        return ""
+
+    @abstractmethod
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+        """``query (T,N,H)``, ``key (Tk,K,H)``, ``value (Tk,K,Hv)`` -> ``out (T,N,Hv)``, lse ``(N,T)`` or None.
+
+        Arguments are checked already; ``call.semantics.scale`` is a number. The values of a `Call` may also be taken and passed one by one.
+        """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "run" in vars(cls):
+            cls.run = _prepared(cls.run)  # type: ignore[method-assign]
+
+    def refusals(self, problem: Problem, *, all_reasons: bool = True) -> tuple[Refusal, ...]:
+        """All reasons against running ``problem``; none means that it runs.
+
+        Not all_reasons: whether a package is in order (which may import it) is asked only where nothing else speaks against it.
+        """
+        reasons = [*_capability_refusals(self.capabilities, problem), *self.extra_refusals(problem)]
+        if self.capabilities.explicit_only and problem.requested != self.name:
+            text = f"runs by order, or where nothing else does: {self.capabilities.explicit_only}"
+            reasons.append(Refusal(text, f"order it with backend={self.name!r}", "order"))
+        if problem.machine in self.capabilities.untried and problem.requested != self.name:
+            reasons.append(
+                Refusal(f"has not been run on {_MACHINES[problem.machine]}", f"order it with backend={self.name!r}, and compare", "order")
+            )
+        if all_reasons or not reasons:
+            sentence = self.missing(problem)
+            if sentence is not None:
+                reasons.insert(0, Refusal(sentence, self.install, "missing"))
+        return tuple(reasons)
+
+    def __repr__(self) -> str:
+        return f"<varlen_attn backend {self.name}>"
+
+
+def _capability_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
+    yield from _machine_refusals(can, problem)
+    yield from _shape_refusals(can, problem)
+    want = problem.semantics
+    unequal = "of unequal query and key lengths"
+    asked: tuple[tuple[bool, bool, str, str], ...] = (
+        (want.causal == "bottom_right", can.causal_bottom_right, "bottom-right causal attention", "use causal='top_left'"),
+        (want.causal == "top_left", can.causal_top_left, f"top-left causal attention {unequal}", "use causal='bottom_right'"),
+        (want.window is not None, can.window, "a sliding window", "drop `window`"),
+        (want.softcap is not None, can.softcap, "softcap", "drop `softcap`"),
+        (want.dropout_p > 0, can.dropout, "dropout", "pass dropout_p=0"),
+        (want.alibi, can.alibi, "ALiBi slopes", "drop `alibi_slopes`"),
+        (want.score_bias, can.score_bias, "a score bias", "drop `score_bias`"),
+        (want.sinks, can.sinks, "attention sinks", "drop `sinks`"),
+        (want.return_lse, can.return_lse, "returning the log-sum-exp", "drop `return_lse`"),
+        (want.deterministic and problem.needs_grad, can.deterministic, "deterministic gradients", "pass deterministic=False"),
+        (want.batch_invariant, can.batch_invariant, "results that are bitwise independent of batch-mates", "drop `batch_invariant`"),
+        (problem.needs_grad, can.grad, "a backward pass", "call it under torch.no_grad()"),
+        (problem.tracing, can.tracing, "torch.compile and fake tensors", "call it outside the compiled function"),
+        (not problem.host_lengths, can.empty_sequences, "empty sequences, and only the device knows whether there are any",
+         "build the layout from lengths or without `capacity`"),
+    )  # fmt: skip
+    for wanted, able, what, fix in asked:
+        if wanted and not able:
+            yield Refusal(f"does not support {what}", fix)
+
+
+def _machine_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
+    if problem.device_type not in can.devices:
+        there = min(can.devices)
+        elsewhere = there == "cuda" and problem.device_type != "cpu"  # no machine with a GPU of another vendor has one
+        yield Refusal(
+            f"runs on {' and '.join(sorted(can.devices))} only, and the tensors are on {problem.device_type}",
+            "use a machine with a CUDA device" if elsewhere else f"move them with .to({there!r})",
+            "machine",
+        )
+        return
+    if problem.device_type == "cuda" and problem.rocm and not can.rocm:
+        yield Refusal("has no build for ROCm that is known to be right", "use another backend, or an NVIDIA GPU", "machine")
+    if problem.device_type == "cuda" and not problem.rocm and can.min_capability is not None:
+        have = problem.capability
+        if have is None or have < can.min_capability:
+            need, got = (".".join(map(str, c)) if c else "unknown" for c in (can.min_capability, have))
+            fix = "use a newer GPU" if have else "state it, as in Problem(capability=(9, 0)) or --capability 9.0"
+            yield Refusal(f"needs compute capability {need} or newer, and this device has {got}", fix, "machine")
+    if can.min_torch and version_tuple(problem.torch_version) < can.min_torch:
+        need = ".".join(map(str, can.min_torch))
+        yield Refusal(f"needs torch {need} or newer, and this is {problem.torch_version}", f"pip install 'torch>={need}'", "machine")
+
+
+def _shape_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
+    if problem.dtype not in can.dtypes:
+        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in can.dtypes))
+        yield Refusal(
+            f"supports {names} only, and the tensors are {str(problem.dtype).removeprefix('torch.')}",
+            f"call it under torch.autocast, or convert the tensors to {names.split(',')[0]}",
+        )
+    widest = max(problem.head_dim, problem.value_head_dim or 0)
+    if can.max_head_dim is not None and widest > can.max_head_dim:
+        yield Refusal(f"supports head dimensions up to {can.max_head_dim}, and this is {widest}", "use more heads")
+    if not can.value_head_dim and problem.value_head_dim != problem.head_dim:
+        yield Refusal("needs value heads as wide as query heads", "make head_dim of query and value equal")
+    if not can.gqa and problem.num_heads != problem.num_kv_heads:
+        yield Refusal(
+            f"needs as many key/value heads as query heads, and these are {problem.num_kv_heads} and {problem.num_heads}",
+            "repeat the key/value heads with repeat_interleave",
+        )
+
+
+# -------------------------------------------------------------------- helpers that several backends share
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in, and the dtype of the log-sum-exp: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scale_refusals(problem: Problem) -> Iterator[Refusal]:
+    """For flash kernels, read in their source: scores are subtracted from their maximum and scaled after that, so that a negative scale
+    overflows, and 0 times the -inf of a masked score is NaN. For the memory-efficient one too, whose source was not read for this."""
+    scale = problem.semantics.scale
+    if scale is not None and scale <= 0:
+        yield Refusal("needs a scale above 0: its softmax takes the maximum before it scales", "multiply the query by it")
+
+
+class _ContiguousGrad(torch.autograd.Function):
+    """Identity; its gradient is contiguous. Kernels read ``dout`` by 32-bit strides, and a broadcast one
+    (``out.sum().backward()``) or a slice of a ``cat`` corrupts the gradient or is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+def contiguous_grad(x: Tensor) -> Tensor:
+    """``x``, with a contiguous gradient for whatever kernel produced it."""
+    result: Tensor = _ContiguousGrad.apply(x)
+    return result
+
+
+class _GradWithoutSlack(torch.autograd.Function):
+    """Identity; its gradient is 0 in slack rows, whatever a kernel left there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slack: Tensor) -> Tensor:
+        ctx.save_for_backward(slack)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slack,) = ctx.saved_tensors
+        return grad.masked_fill(slack, 0), None
+
+
+class _ResultWithoutSlack(torch.autograd.Function):
+    """0 in slack rows; its gradient is handed on as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slack: Tensor) -> Tensor:
+        return x.masked_fill(slack, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def grad_without_slack(x: Tensor, slack: Tensor) -> Tensor:
+    """``x``, for a kernel that neither reads slack rows of ``x`` nor writes those of its gradient: without a copy of ``x``."""
+    result: Tensor = _GradWithoutSlack.apply(x, slack)
+    return result
+
+
+def result_without_slack(x: Tensor, slack: Tensor) -> Tensor:
+    """0 in slack rows, for a kernel that did not write them and does not read those of the gradient of ``x``."""
+    result: Tensor = _ResultWithoutSlack.apply(x, slack)
+    return result
+
+
+def pad_head_dim(multiple: int, *tensors: Tensor, least: int = 0) -> tuple[Tensor, ...]:
+    """Zero columns up to one common head dimension, a multiple of ``multiple``: exact as long as the scale is the true one's."""
+    widest = least
+    for t in tensors:
+        widest = max(widest, t.shape[-1])
+    width = -(-widest // multiple) * multiple
+    padded = []
+    for t in tensors:
+        padded.append(t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])))  # noqa: PERF401 (a frame in every call)
+    return tuple(padded)
+
+
+def repeat_kv(num_heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Key/value heads repeated to ``num_heads`` (dimension 1), for kernels without grouped heads. Copies: kernels
+    have returned wrong results on broadcast (stride 0) heads."""
+    return tuple(t if t.shape[1] == num_heads else t.repeat_interleave(num_heads // int(t.shape[1]), dim=1) for t in tensors)
+
+
+def zeros_with_grad(shape: Sequence[int], *tensors: Tensor) -> Tensor:
+    """Zeros that depend on ``tensors`` with gradient 0: a batch without tokens must still run ``backward``."""
+    nothing = sum((t[:0].sum() for t in tensors), start=tensors[0].new_zeros(()))
+    return tensors[0].new_zeros(tuple(shape)) + nothing

@@ -1,0 +1,164 @@
+"""Our own ops in `torch.library`: a forward with its backward, and what tracing, autograd and the FLOP counter want of them.
+
+What `torch.library.custom_op` does, except that its wrapper imports dynamo at the first call, which takes a second.
+
+The FLOP counter, `torch.utils.flop_counter`, takes 50 ms to import: formulas are registered where somebody has imported it. That is looked
+for when this package is imported and at every call. A `FlopCounterMode` copies the formulas when it is made, so import
+``torch.utils.flop_counter`` first, or make one call before it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import define, impl, infer_schema, register_autograd, register_fake
+
+from .._torch import is_tracing
+from ..errors import ArgumentError, LayoutError
+from ..layout.checks import check_offsets_tensor
+from .base import accumulation_dtype
+
+Op = Callable[..., Any]
+
+_INPUTS = "Tensor query, Tensor key, Tensor value, "
+_COUNTER = "torch.utils.flop_counter"
+
+_defined: list[str] = []  # names of backends
+
+
+def define_ops(name: str, forward: Op, backward: Op, *, kernel: str, device: str = "cpu", lse_by_rows: bool = False) -> Op:
+    """Register ``varlen_attn::{name}_forward`` and ``_backward``; returns a function that calls the first.
+
+    ``forward(query, key, value, cu_q, cu_k, ...) -> out (T,N,Hv), lse (N,T)``: its annotations are the schema, optional tensors before
+    numbers. ``backward(grad, query, key, value, out, lse, cu_q, cu_k, ...) -> dq, dk, dv``, and the gradient of ``sinks`` if there is such
+    an argument, ``(N,)``, or ``(0,)`` for None. All have memory of their own, which is contiguous.
+
+    Autograd costs 8 microseconds a call, also where nothing requires a gradient. So the forward has an overload ``no_grad`` without it,
+    which eager calls take there; graphs of `torch.compile` and `torch.export` hold the one with it.
+
+    Args:
+        kernel: who has no second derivative, for the error.
+        device: for whose tensors; "default" for any.
+        lse_by_rows: the log-sum-exp is the transpose of a contiguous ``(T,N)``.
+    """
+    schema = infer_schema(forward, mutates_args=())
+    rest = schema.removeprefix(f"({_INPUTS}").partition(")")[0]
+    parameters = inspect.signature(forward).parameters
+    sinks = list(parameters).index("sinks") if "sinks" in parameters else None
+    num_tensors = sum("Tensor" in str(parameter.annotation) for parameter in parameters.values())
+
+    def fake_forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        if query.device != options[0].device:  # of both, this is chosen by the one that has no memory, and the other's would hold anything
+            raise ArgumentError(f"query and `cu_seqlens` must be on one device, but are on {query.device} and {options[0].device}.")
+        (rows, heads), dtype = query.shape[:2], accumulation_dtype(query.dtype)
+        lse = query.new_empty((rows, heads), dtype=dtype).t() if lse_by_rows else query.new_empty((heads, rows), dtype=dtype)
+        return query.new_empty((rows, heads, value.shape[2])), lse
+
+    def fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *options: Any) -> Any:
+        grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+        return grads if sinks is None else (*grads, lse.new_empty((0 if options[sinks - 3] is None else query.shape[1],)))
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        out, lse = output
+        # Without this the log-sum-exp would look differentiable and its gradient be dropped without a word.
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(*inputs[:3], out, lse, *inputs[3:num_tensors])
+        ctx.options = inputs[num_tensors:]
+
+    def autograd(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: under checkpointing a second time is an error
+        dq, dk, dv, *dsinks = backward_op(grad, *saved, *ctx.options)
+        grads = [dq, dk, dv, *[None] * (len(parameters) - 3)]
+        if sinks is not None and saved[sinks + 2] is not None:
+            grads[sinks] = dsinks[0]
+        return tuple(grads)
+
+    def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"the backward of backend {name!r} is not differentiable: {kernel} has no second derivative. Order backend='reference' for it."
+        )
+
+    def register(suffix: str, schema: str, function: Op, fake: Op) -> Any:
+        define(f"varlen_attn::{name}_{suffix}", schema, tags=torch.Tag.pt2_compliant_tag)
+        impl(f"varlen_attn::{name}_{suffix}", device, function)
+        register_fake(f"varlen_attn::{name}_{suffix}", fake)
+        return getattr(torch.ops.varlen_attn, f"{name}_{suffix}".partition(".")[0])
+
+    gradients = ", ".join(["Tensor"] * (3 if sinks is None else 4))
+    with_grad = register("forward", schema, forward, fake_forward).default
+    without_grad = register("forward.no_grad", schema, forward, fake_forward).no_grad
+    of_backward = f"(Tensor grad, {_INPUTS}Tensor out, Tensor lse, {rest}) -> ({gradients})"
+    backward_op = register("backward", of_backward, backward, fake_backward).default
+    register_autograd(f"varlen_attn::{name}_forward", autograd, setup_context=setup_context)
+    register_autograd(f"varlen_attn::{name}_backward", no_second_derivative)
+    _defined.append(name)
+    _register_flops()
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return with_grad(*inputs)
+        if _COUNTER in sys.modules:
+            _register_flops()
+        if torch.is_grad_enabled():
+            for x in inputs[:num_tensors]:
+                if x is not None and x.requires_grad:
+                    return with_grad(*inputs)
+        return without_grad(*inputs)
+
+    return call
+
+
+def check_operands(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, *results: Tensor) -> None:
+    """What a kernel touches follows from these sizes, so those that do not belong together are refused, in direct calls of the op too.
+
+    ``results``: gradient of the output, output and log-sum-exp.
+    """
+    (rows, heads, dim), (rows_k, kv_heads, value_dim), dtype = query.shape, value.shape, query.dtype
+    fits = key.shape == (rows_k, kv_heads, dim) and kv_heads > 0 and heads % kv_heads == 0 and key.dtype == value.dtype == dtype
+    if fits and results:
+        grad, out, lse = results
+        fits = grad.shape == out.shape == (rows, heads, value_dim) and grad.dtype == out.dtype == dtype
+        fits = fits and lse.shape == (heads, rows) and lse.dtype == accumulation_dtype(dtype)
+    if not fits:
+        shown = ", ".join(f"{tuple(x.shape)} of {x.dtype}" for x in (query, key, value, *results))
+        raise ArgumentError(f"query, key, value (and gradient, output, log-sum-exp) must belong together, but are {shown}.")
+    if cu_q.dtype != torch.int32 or cu_k.dtype != torch.int32 or cu_q.dim() != 1 or not 0 < cu_q.numel() == cu_k.numel() or cu_k.dim() != 1:
+        check_offsets_tensor(cu_q)
+        check_offsets_tensor(cu_k)
+        raise LayoutError(f"`cu_seqlens` of queries and keys must have equally many entries, but have {cu_q.numel()} and {cu_k.numel()}.")
+
+
+def _register_flops() -> None:
+    """Tell the FLOP counter of this process, if there is one, about our ops."""
+    counter: Any = sys.modules.get(_COUNTER)
+    for name in _defined if counter else ():
+        for op, formula in ((f"{name}_forward", _forward_flops), (f"{name}_backward", _backward_flops)):
+            packet = getattr(torch.ops.varlen_attn, op)
+            if packet not in counter.flop_registry:
+                counter.register_flop_formula(packet, get_raw=True)(formula)
+
+
+def _pairs(cu_q: Tensor, cu_k: Tensor, rows_q: int, rows_k: int) -> int:
+    """Query-key pairs of all sequences. Masks are not subtracted, as torch's own formulas do not."""
+    if is_tracing(cu_q):  # no values: as if all were equally long
+        return rows_q * rows_k // max(1, cu_q.shape[0] - 1)
+    return int((cu_q.diff().to(torch.int64) * cu_k.diff().to(torch.int64)).sum())
+
+
+def _forward_flops(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Two matrix products: scores, and their weights times the values."""
+    pairs = _pairs(cu_q, cu_k, query.shape[0], key.shape[0])
+    return 2 * pairs * query.shape[1] * (query.shape[2] + value.shape[2])
+
+
+def _backward_flops(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, *args: Any, **kwargs: Any
+) -> int:
+    """Five: the scores again, and the gradients of weights, values, queries and keys."""
+    pairs = _pairs(cu_q, cu_k, query.shape[0], key.shape[0])
+    return 2 * pairs * query.shape[1] * (3 * query.shape[2] + 2 * value.shape[2])
