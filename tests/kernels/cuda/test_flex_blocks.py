@@ -122,7 +122,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.numel = max(self.numel, *(x.numel() for x in (result if isinstance(result, tuple | list) else [result])), 0)
+        results = result if isinstance(result, tuple | list) else [result]
+        self.numel = max(self.numel, *(x.numel() for x in results if isinstance(x, Tensor)), 0)
         return result
 
 
