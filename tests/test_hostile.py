@@ -57,7 +57,7 @@ def run_cases(first: int, last: int, program: tuple[str, ...] = CASES) -> Found:
 
 def test_hostile_layouts() -> None:
     """Every use of each case."""
-    found = run_cases(0, settings.default.max_examples)  # type: ignore[attr-defined]
+    found = run_cases(0, max(60, settings.default.max_examples))  # type: ignore[attr-defined]
     assert not found.signals
     assert not found.wrong
     runs = {*HERE} - ({"cpu_native"} if _native.why_not() else set())
