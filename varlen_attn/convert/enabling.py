@@ -15,11 +15,10 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch import nn
 
 from .._clone import apart
+from .._state import undone
 from .._switch import Class, Step, Switch, original_class
 from ..errors import ArgumentError, VarlenWarning, warn
-from ..nn.transformer import (
-    unwrapped,
-)
+from ..nn.transformer import unwrapped
 from .candidates import LAYERS, Candidate, candidates, is_varlen
 from .classes import (
     AttentionOnlyTransformerEncoder,
@@ -34,12 +33,6 @@ from .classes import (
 from .report import Action, ModuleReport, Report
 
 Level = Literal["auto", "attention", "model"]
-
-# -------------------------------------------------------------------- the classes that enabled modules get
-
-
-# -------------------------------------------------------------------- the report
-
 
 # -------------------------------------------------------------------- the calls
 
@@ -160,13 +153,8 @@ def enabled(
     """
     _check(model)
     before = _found(model)
-    try:
-        try:
-            yield enable(model, level, need_weights=need_weights, hooks=hooks)
-        finally:
-            Switch(lambda: _found(model), before).make()
-    finally:  # once more, if that was interrupted
-        Switch(lambda: _found(model), before).make()
+    with undone(lambda: Switch(lambda: _found(model), before).make()):
+        yield enable(model, level, need_weights=need_weights, hooks=hooks)
 
 
 def _transformers(model: nn.Module) -> Any:

@@ -22,9 +22,6 @@ from .checks import check_inputs
 from .masks import additive_mask, read_masks
 from .token_wise import has_hooks, is_known
 
-# -------------------------------------------------------------------- one tensor
-
-
 # -------------------------------------------------------------------- a stack's tensors
 
 
