@@ -27,8 +27,6 @@ __all__ = ["Backend", "Call", "Capabilities", "Extras", "Refusal", "Result", "Sc
 HALF = frozenset({torch.float16, torch.bfloat16})
 FLOATS = HALF | {torch.float32, torch.float64}
 
-_MACHINES = {"rocm": "ROCm", "xpu": "Intel GPUs"}
-
 F_ = TypeVar("F_", bound=Callable[..., Any])
 
 
@@ -83,7 +81,6 @@ class Capabilities:
     min_capability: tuple[int, int] | None = None
     min_torch: tuple[int, ...] = ()
     rocm: bool = True
-    untried: frozenset[str] = frozenset()  # of "rocm", "xpu": its kernel is made for them, and nobody has run it there from here: by order
     max_head_dim: int | None = None
     max_sequences: int | None = None  # of one launch; more run in parts
     value_head_dim: bool = True  # Hv != H
@@ -157,10 +154,6 @@ class Backend(ABC):
         if self.capabilities.explicit_only and problem.requested != self.name:
             text = f"runs by order, or where nothing else does: {self.capabilities.explicit_only}"
             reasons.append(Refusal(text, f"order it with backend={self.name!r}", "order"))
-        if problem.machine in self.capabilities.untried and problem.requested != self.name:
-            reasons.append(
-                Refusal(f"has not been run on {_MACHINES[problem.machine]}", f"order it with backend={self.name!r}, and compare", "order")
-            )
         if all_reasons or not reasons:
             sentence = self.missing(problem)
             if sentence is not None:
@@ -209,7 +202,7 @@ def _machine_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
         )
         return
     if problem.device_type == "cuda" and problem.rocm and not can.rocm:
-        yield Refusal("has no build for ROCm that is known to be right", "use another backend, or an NVIDIA GPU", "machine")
+        yield Refusal("is not known to be right on ROCm", "use another backend, or an NVIDIA GPU", "machine")
     if problem.device_type == "cuda" and not problem.rocm and can.min_capability is not None:
         have = problem.capability
         if have is None or have < can.min_capability:
