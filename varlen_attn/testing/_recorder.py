@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..errors import ArgumentError
 from ..nn.token_wise import deepcopy_module
 from ._batch import Inputs, PaddedBatch, map_tensors, tensors_in

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._torch import copy_each
 from ...layout.checks import check_offsets, check_offsets_tensor
 from ...layout.seq_layout import SeqLayout
 from ..base import accumulation_dtype
@@ -188,7 +189,7 @@ class Target:
         else:
             numbers, cuts, is_padded = self.side.members[index - len(self.views)]
             parts = block.transpose(1, 2).flatten(0, 1).split(cuts)
-            torch._foreach_copy_([self.sequences[i] for i in numbers], parts[::2] if is_padded else parts)
+            copy_each([self.sequences[i] for i in numbers], parts[::2] if is_padded else parts)
 
 
 def blocks(x: Tensor, spans: Sequence[Span]) -> list[Tensor]:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._torch import has_amx
 from ...layout.checks import check_offsets
 
 _WAVE_BYTES = (1 << 19, 1 << 20)  # of one gathered tensor, for one thread and for several: larger ones are fresh memory, to fault in
@@ -57,7 +58,7 @@ class Costs(NamedTuple):
         pair = 0.024 * (1 if torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2") else 2)
         if query.dtype == torch.float64:
             pair *= 2.7
-        elif query.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        elif query.dtype == torch.bfloat16 and has_amx():
             pair *= 0.3
         share = width / 512 / min(threads, 8)  # beyond, short sequences hardly get faster
         call = 10.0 if threads == 1 else 60 + 6 * math.log2(threads)

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._torch import arguments_of
 from ..base import Refusal
 from ..problem import Problem, installed_version
 from .flash_ops import FlashOps, define_flash_ops
@@ -127,7 +128,7 @@ def _describe(what: str, namespace: str, config: str | None) -> Build | str:
 
 
 def _parameters(op: Any) -> frozenset[str]:
-    return frozenset(argument.name for argument in op._schema.arguments)
+    return frozenset(argument.name for argument in arguments_of(op))
 
 
 def _flags(config: str | None) -> dict[str, bool]:
@@ -167,8 +168,7 @@ def _missing_in(build: Build, problem: Problem) -> str | None:
 def _options(op: Any, **given: Any) -> dict[str, Any]:
     """What of ``given`` the op has a parameter for (the probe saw to the rest), and None for parameters without a default: older ops
     have no defaults."""
-    arguments = op._schema.arguments
-    return {a.name: given.get(a.name) for a in arguments if a.name in given or not a.has_default_value()}
+    return {a.name: given.get(a.name) for a in arguments_of(op) if a.name in given or not a.has_default_value()}
 
 
 def _forward(given: dict[str, Any]) -> tuple[Tensor, ...]:

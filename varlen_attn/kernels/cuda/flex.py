@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._torch import compile_error, mark_dynamic
 from ...errors import ArgumentError
 from ..base import HALF, Backend, Capabilities, Refusal, contiguous_grad, pad_head_dim, zeros_with_grad
 from ..problem import Problem, installed_version
@@ -140,11 +141,9 @@ def _kind_of_bias(bias: Any) -> Any:
 
 
 def _compiled(kind: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, Tensor | None]:
-    from torch._dynamo.exc import TorchDynamoException
-
     try:
         return _kernel(kind)(*arguments)
-    except TorchDynamoException as error:
+    except compile_error() as error:
         bias = arguments[-1]
         if bias is None or isinstance(bias, Tensor):
             raise
@@ -168,16 +167,14 @@ def _mark_sizes(q: Tensor, k: Tensor, v: Tensor, visible: Visible, bias: ScoreBi
     The tensors are views of the caller's: packed ones may be marked already, for graphs of the caller's, as sizes that are data, and the
     lowering cannot have that.
     """
-    from torch._dynamo import maybe_mark_dynamic
-
     for x in (q, k, v):
-        maybe_mark_dynamic(x, 2)
+        mark_dynamic(x, 2)
     for x in visible.rows:
-        maybe_mark_dynamic(x, 0)
+        mark_dynamic(x, 0)
     for x in visible.blocks:
-        maybe_mark_dynamic(x, list(range(2, x.dim())))
+        mark_dynamic(x, list(range(2, x.dim())))
     if isinstance(bias, Tensor):
-        maybe_mark_dynamic(bias, [1, 2])
+        mark_dynamic(bias, [1, 2])
 
 
 def _attend(

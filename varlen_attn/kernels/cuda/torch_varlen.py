@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import HALF, Backend, Capabilities, Refusal, constant_while_tracing, scale_refusals
+from ..._torch import constant_while_tracing
+from ..base import HALF, Backend, Capabilities, Refusal, scale_refusals
 from ..limits import MAX_SEQUENCES
 from ..problem import Problem, version_tuple
 from ..values import Call, Result
