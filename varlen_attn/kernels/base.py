@@ -29,7 +29,7 @@ FLOATS = HALF | {torch.float32, torch.float64}
 
 
 def on_launch(name: str, rows: int) -> None:
-    """Called by our own ops where they run: in compiled code, nobody else sees the call."""
+    """Called by our own ops where they run: in compiled code, no other code of ours sees the call."""
     if not state.recorded:
         for record in state.records:
             record.on_launch(name, rows)

@@ -123,7 +123,7 @@ def place_rows(x: Tensor, token_indices: Tensor, gather_indices: Tensor, valid_T
         out = x.new_full((slots + 1, *trailing), pad_value)
     target, source = _in_words(out, x)
     target.index_copy_(0, token_indices, source)
-    return out if valid_T is None else out.resize_(slots, *trailing)  # a slice would be a view, which nobody could change in place
+    return out if valid_T is None else out.resize_(slots, *trailing)  # a slice would be a view, which could not be changed in place
 
 
 def _has_memory(x: Tensor) -> bool:

@@ -88,7 +88,7 @@ class Recorder:
 
     def _note(self, kind: str, call: Call, blame: Call, tensors: list[Tensor]) -> None:
         module = type(self.model.get_submodule(blame[0])).__name__
-        self.events[kind, call] = Event(kind, call, blame, module, [x.clone() for x in tensors])  # before somebody writes to them
+        self.events[kind, call] = Event(kind, call, blame, module, [x.clone() for x in tensors])  # before they are written to
 
 
 def run_batch(model: nn.Module, given: PaddedBatch) -> tuple[Recorder, Events]:

@@ -5,7 +5,7 @@ wave, where the padding of a shorter sequence holds copies of its own last token
 
 With several threads every operation on more than a few rows is a parallel region, in which threads wait for each other. Where another
 process is busy, that takes a time slice of the scheduler: milliseconds, for work of microseconds. Few regions matter more than anything
-else then, so there a call counts for more than it costs on a quiet machine. One thread has nobody to wait for, and groups little.
+else then, so there a call counts for more than it costs on a quiet machine. One thread waits for no other, and groups little.
 
 Plans are pure functions of lengths and costs, kept by value: layers, forward and backward share one, and offsets that change in place
 cannot meet an old one. Costs are constants of a class of machine and not measured at run time, because they decide the shape of

@@ -10,13 +10,13 @@ the Triton kernels and their lowering were not run:
 - A callable bias becomes part of the kernel: it must be elementwise, and the floats that it holds are constants of that
   kernel. Tensors that it indexes get gradients, added up in float32 by atomic adds; one that wants a gradient and is indexed twice is
   refused by torch.
-- The number of rows is data while somebody else's graph is traced, and the lowering asks how large it is: refused there. (In capacity mode
-  it is a constant: a `Backend` object, which nobody asks while tracing, then becomes part of that graph.)
+- The number of rows is data while the caller's graph is traced, and the lowering asks how large it is: refused there. (In capacity mode
+  it is a constant: a `Backend` object, which is not asked while tracing, then becomes part of that graph.)
 - Head dimensions below 16 are refused by the lowering, so they are padded; others need not be powers of 2. Value heads may differ.
 - Pairs that are hidden inside of a visited block have weight 0, and 0 times NaN is NaN: a NaN of one sequence reaches its neighbours in
   a block of 128 rows. Slack rows are zeroed before the call for that reason.
 - Its products are TF32 where `torch.set_float32_matmul_precision` allows that, and exact float32 by default.
-- No dropout. Gradients of q, k, v are added up without atomics, but nobody has compared runs: deterministic gradients are refused.
+- No dropout. Gradients of q, k, v are added up without atomics, but runs have not been compared: deterministic gradients are refused.
 - Sinks are exact by the log-sum-exp, ``out * sigmoid(lse - sink)``, for which the kernel has a gradient.
 """
 
