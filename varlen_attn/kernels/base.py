@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._state import state
-from .limits import in_parts
+from .._torch import is_tracing
+from .limits import heads_at_once, in_heads, in_parts
 from .problem import Problem, version_tuple
 from .values import Call, Extras, Result, ScoreBias
 
@@ -49,15 +50,19 @@ class Refusal:
 
 def _prepared(run: Callable[..., Result]) -> Callable[..., Result]:
     """``run`` with what is the same for all backends: a `Call` or its values one by one, on both sides, and no more than
-    `Capabilities.max_sequences` at a time."""
+    `Capabilities.max_sequences` and `Capabilities.max_gradient` at a time."""
     takes_values = len(inspect.signature(run).parameters) > len(("self", "query", "key", "value", "call"))
 
     @wraps(run)
     def prepared(self: Backend, query: Tensor, key: Tensor, value: Tensor, call: Any, *rest: Any) -> Result:
         call = Call(call, *rest) if rest else call
-        most = self.capabilities.max_sequences
-        if most is not None and call.layout_q.num_seqs > most:
-            return in_parts(query, key, value, call, most, partial(prepared, self))
+        can = self.capabilities
+        if can.max_sequences is not None and call.layout_q.num_seqs > can.max_sequences:
+            return in_parts(query, key, value, call, can.max_sequences, partial(prepared, self))
+        if can.max_gradient is not None and not is_tracing(query):  # sizes are not compared while tracing
+            most = heads_at_once(query, key, value, call, can.max_gradient)
+            if most < query.shape[1]:
+                return in_heads(query, key, value, call, most, partial(prepared, self))
         return run(self, query, key, value, *call) if takes_values else run(self, query, key, value, call)
 
     return prepared
@@ -74,6 +79,7 @@ class Capabilities:
     rocm: bool = True
     max_head_dim: int | None = None
     max_sequences: int | None = None  # of one launch; more run in parts
+    max_gradient: int | None = None  # elements of the gradient of a query, each sequence in whole blocks; more run in parts, by heads
     value_head_dim: bool = True  # Hv != H
     gqa: bool = True  # N != K
     causal_bottom_right: bool = True

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...layout.seq_layout import SeqLayout
 from ..base import FLOATS, Backend, Capabilities, Refusal, contiguous_grad, pad_head_dim
-from ..limits import MAX_SEQUENCES
+from ..limits import MAX_GRADIENT, MAX_SEQUENCES
 from ..problem import Problem
 from ..values import Call, Result
 from .fit import aligned, nothing
@@ -39,6 +39,7 @@ class Nested(Backend):
         rocm=False,
         max_head_dim=256,
         max_sequences=MAX_SEQUENCES,
+        max_gradient=MAX_GRADIENT,
         gqa=False,
         causal_top_left=False,
         window=False,
