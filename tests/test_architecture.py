@@ -20,7 +20,7 @@ ROOT = Path(varlen_attn.__file__).parent
 FLOORS = (
     ("errors", "_torch", "_state"),
     ("layout", "_clone", "_switch"),
-    ("data", *(f"kernels.{name}" for name in ("problem", "values", "kept", "limits", "base", "ops", "dense"))),
+    ("data", *(f"kernels.{name}" for name in ("problem", "values", "kept", "limits", "base", "unseen", "ops", "dense"))),
     ("kernels",),  # the adapters, and their order
     ("attention",),
     ("nn", "integrations"),

@@ -325,3 +325,10 @@ def zeros_with_grad(shape: Sequence[int], *tensors: Tensor) -> Tensor:
     """Zeros that depend on ``tensors`` with gradient 0: a batch without tokens must still run ``backward``."""
     nothing = sum((t[:0].sum() for t in tensors), start=tensors[0].new_zeros(()))
     return tensors[0].new_zeros(tuple(shape)) + nothing
+
+
+def nothing(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+    """The result where there is nothing to see: 0, gradient 0 and -inf."""
+    out = zeros_with_grad((*query.shape[:2], value.shape[-1]), query, key, value, *call.extras.tensors)
+    lse = out.new_full((out.shape[1], out.shape[0]), float("-inf"), dtype=accumulation_dtype(out.dtype))
+    return out, lse if call.semantics.return_lse else None

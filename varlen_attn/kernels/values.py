@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -33,9 +33,8 @@ class Extras:
 
     def of_heads(self, first: int, count: int) -> Extras:
         """Those of some heads. A function is asked by the number of a head, and no kernel that needs parts takes one."""
-        if not self.tensors:
-            return self
-        return Extras(*(x[first : first + count] if isinstance(x, Tensor) else x for x in (self.alibi_slopes, self.sinks, self.score_bias)))
+        parts = {name: x[first : first + count] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **parts) if parts else self
 
 
 NO_EXTRAS = Extras()

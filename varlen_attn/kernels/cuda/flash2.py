@@ -31,10 +31,10 @@ from ...layout.seq_layout import SeqLayout
 from ..base import HALF, Backend, Capabilities, Refusal, scale_refusals
 from ..limits import MAX_GRADIENT, MAX_SEQUENCES
 from ..problem import Problem, Semantics, version_tuple
+from ..unseen import without_unseen
 from ..values import Call, Result
-from .fit import fitted, flash2_bounds, flash_window, nothing
+from .fit import fitted, flash2_bounds, flash_window
 from .packages import probe, version_refusals
-from .unseen import drop_fully_masked_queries
 
 _INTERFACE = "flash_attn.flash_attn_interface"
 _CORE = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "softmax_scale", "causal", "return_attn_probs")
@@ -135,10 +135,8 @@ class Flash2(Backend):
 
         triton = getattr(flash_attn_interface, "USE_TRITON_ROCM", False)
 
-        def attend(query: Tensor, call: Call) -> Result:
+        def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
             semantics, slopes = call.semantics, call.extras.alibi_slopes
-            if call.layout_q.num_seqs == 0:
-                return nothing(query, key, value, call)
             max_q, max_k = flash2_bounds(call)
             result = flash_attn_interface.flash_attn_varlen_func(
                 q=query,
@@ -161,7 +159,9 @@ class Flash2(Backend):
                 lse = lse - slopes[:, None] * _aligned_positions(*call.layouts)
             return result[0], lse
 
-        return drop_fully_masked_queries(query, call, attend) if triton and call.semantics.causal else attend(query, call)
+        if triton and call.semantics.causal:
+            return without_unseen(query, key, value, call, attend, queries=True)
+        return attend(query, key, value, call)
 
 
 def _options(semantics: Semantics, slopes: Tensor | None) -> dict[str, Any]:

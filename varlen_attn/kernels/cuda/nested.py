@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...layout.seq_layout import SeqLayout
-from ..base import FLOATS, Backend, Capabilities, Refusal, contiguous_grad, pad_head_dim
+from ..base import FLOATS, Backend, Capabilities, Refusal, contiguous_grad, nothing, pad_head_dim
 from ..limits import MAX_GRADIENT, MAX_SEQUENCES
 from ..problem import Problem
 from ..values import Call, Result
-from .fit import aligned, nothing
+from .fit import aligned
 
 
 class Nested(Backend):
