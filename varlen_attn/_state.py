@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 
 class Observer(Protocol):
-    """Somebody who wants to know what our own ops launch."""
+    """Gets to know what our own ops launch."""
 
     def on_launch(self, backend: str, rows: int) -> None: ...
 

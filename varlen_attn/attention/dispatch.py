@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 
 from .._state import state, undone
+from .._torch import constant_while_tracing
 from ..errors import ArgumentError, BackendRefused, NoBackend
 from ..kernels import BACKENDS
-from ..kernels.base import Backend, Refusal, constant_while_tracing
+from ..kernels.base import Backend, Refusal
 from ..kernels.problem import Problem, Semantics
 from ..layout.seq_layout import SeqLayout
 

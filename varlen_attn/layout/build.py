@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch import is_tracing, mark_unbacked
+from .._torch import assert_async, is_tracing, mark_unbacked
 from ..errors import ArgumentError, LayoutError, LayoutWarning, warn
 from .checks import CONVENTIONS, check_offsets, is_integer, raise_bad_value, shorten
 
@@ -283,10 +283,10 @@ def _refuse_overflow(count: Tensor, bound: int, name: str, what: str) -> None:
 def assert_on_device(holds: Tensor, message: str, explain: Callable[[], object] | None = None) -> None:
     """Refuse on the device, without a transfer; on a CPU the same assertion raises at once, as our error, or that of ``explain``."""
     if is_tracing(holds) or holds.device.type != "cpu":
-        torch._assert_async(holds, message)
+        assert_async(holds, message)
         return
     try:
-        torch._assert_async(holds, message)
+        assert_async(holds, message)
     except RuntimeError as error:
         if explain is not None:
             explain()
