@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _state
 from .._state import state
 from .._torch import is_plain, profiler_enabled
 from ..errors import ArgumentError
@@ -113,7 +114,8 @@ def _signature(
         if not (device == key.device == value.device == layout.cu_seqlens.device == other.cu_seqlens.device):
             return None
         signature = (
-            shape_q[1:], shape_k[1:], shape_v[1:], query.dtype, key.dtype, value.dtype, device, options, backend, state.override,
+            shape_q[1:], shape_k[1:], shape_v[1:], query.dtype, key.dtype, value.dtype, device, options, backend,
+            _state.order if state.orders else None,
             torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
             torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None,
             torch.get_deterministic_debug_mode(),

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._state import state
+from .._state import state, visible
 from .limits import in_parts
 from .problem import Problem, version_tuple
 from .values import Call, Extras, Result, ScoreBias
@@ -42,7 +42,7 @@ def constant_while_tracing(function: F_) -> F_:
 def on_launch(name: str, rows: int) -> None:
     """Called by our own ops where they run: in compiled code, nobody else sees the call."""
     if not state.recorded:
-        for record in state.records:
+        for record in visible(state.records):
             record.on_launch(name, rows)
 
 
