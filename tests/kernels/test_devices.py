@@ -6,12 +6,15 @@ not differ. What is chosen is eager maths on re-padded tensors, which calls no f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.nn import attention
+from torch.nn.attention import _registry
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from varlen_attn import BACKENDS, BackendRefused, varlen_attention
@@ -97,11 +100,43 @@ def test_what_was_not_run_says_so_and_runs_by_order(device: str, names: list[str
     ids=str,
 )
 def test_an_order_does_not_get_what_another_vendors_kernel_may_do_otherwise(device: str, options: dict[str, Any]) -> None:  # R-02
-    with pytest.raises(BackendRefused, match="kernel of another vendor"):
+    with pytest.raises(BackendRefused, match="another vendor's kernel"):
         plan(device, requested="torch_varlen", **options)
     assert plan(device, requested="torch_varlen", causal="bottom_right").backend == "torch_varlen"
     cuda = Problem(device_type="cuda", capability=(9, 0), rocm=False, torch_version="2.13.0", packages=(), dtype=torch.float16)
     assert choose(cuda).backend == "torch_varlen"
+
+
+@pytest.fixture
+def fa4() -> Iterator[None]:
+    """Stands for the real one, which needs flash-attn-4: it replaces ``aten::_flash_attention_forward``, and raises there for dropout."""
+
+    class Handle:
+        def remove(self) -> None: ...
+
+    before = _registry._FLASH_ATTENTION_IMPLS.get("FA4")
+    attention.register_flash_attention_impl("FA4", register_fn=Handle)
+    attention.activate_flash_attention_impl("FA4")
+    yield
+    attention.restore_flash_attention_impl()
+    attention.register_flash_attention_impl("FA4", register_fn=before)
+
+
+HOPPER: dict[str, Any] = dict(device_type="cuda", capability=(9, 0), rocm=False, torch_version="2.13.0", packages=(), dtype=torch.bfloat16)
+
+
+def test_a_plan_knows_that_torchs_flash_kernels_were_replaced(fa4: None) -> None:
+    """What replaces them was not run, and runs by order; a problem that was stated before keeps its plan."""
+    for dropout_p in (0.0, 0.1):
+        chosen = choose(Problem(**HOPPER, semantics=Semantics.of(dropout_p=dropout_p)))
+        assert chosen.backend not in ("torch_varlen", "nested")
+        assert "activate_flash_attention_impl" in reasons(chosen, "torch_varlen")
+        assert choose(replace(chosen.problem, flash_impl=None)).backend == "torch_varlen"
+    ordered = choose(Problem(**HOPPER, requested="torch_varlen"))
+    assert ordered.kernel == "torch_attn::_varlen_attn (torch's FA4)"
+    assert ordered.implementation.seen_as(ordered.problem) == ""
+    with pytest.raises(BackendRefused, match="torch's FA4 here, and what that does for dropout is not known"):
+        choose(Problem(**HOPPER, requested="torch_varlen", semantics=Semantics.of(dropout_p=0.1)))
 
 
 def test_no_fix_asks_for_what_the_machine_can_not_have() -> None:

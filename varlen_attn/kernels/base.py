@@ -27,7 +27,11 @@ __all__ = ["Backend", "Call", "Capabilities", "Extras", "Refusal", "Result", "Sc
 HALF = frozenset({torch.float16, torch.bfloat16})
 FLOATS = HALF | {torch.float32, torch.float64}
 
-_MACHINES = {"rocm": "ROCm", "xpu": "Intel GPUs"}
+_UNTRIED = {
+    "rocm": "on ROCm",
+    "xpu": "on Intel GPUs",
+    "flash_impl": "with what torch.nn.attention.activate_flash_attention_impl put in place of torch's flash kernels",
+}
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
 
@@ -83,7 +87,7 @@ class Capabilities:
     min_capability: tuple[int, int] | None = None
     min_torch: tuple[int, ...] = ()
     rocm: bool = True
-    untried: frozenset[str] = frozenset()  # of "rocm", "xpu": its kernel is made for them, and nobody has run it there from here: by order
+    untried: frozenset[str] = frozenset()  # of `Problem.traits`: its kernel is made for them, and nobody has run it there: by order
     max_head_dim: int | None = None
     max_sequences: int | None = None  # of one launch; more run in parts
     value_head_dim: bool = True  # Hv != H
@@ -157,10 +161,9 @@ class Backend(ABC):
         if self.capabilities.explicit_only and problem.requested != self.name:
             text = f"runs by order, or where nothing else does: {self.capabilities.explicit_only}"
             reasons.append(Refusal(text, f"order it with backend={self.name!r}", "order"))
-        if problem.machine in self.capabilities.untried and problem.requested != self.name:
-            reasons.append(
-                Refusal(f"has not been run on {_MACHINES[problem.machine]}", f"order it with backend={self.name!r}, and compare", "order")
-            )
+        untried, fix = self.capabilities.untried & problem.traits, f"order it with backend={self.name!r}, and compare"
+        if problem.requested != self.name:
+            reasons += [Refusal(f"has not been run {_UNTRIED[what]}", fix, "order") for what in sorted(untried)]
         if all_reasons or not reasons:
             sentence = self.missing(problem)
             if sentence is not None:

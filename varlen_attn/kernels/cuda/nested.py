@@ -36,7 +36,7 @@ class Nested(Backend):
         devices=frozenset({"cpu", "cuda"}),
         dtypes=FLOATS,
         min_capability=(5, 0),
-        untried=frozenset({"rocm"}),
+        untried=frozenset({"rocm", "flash_impl"}),
         max_head_dim=256,
         max_sequences=MAX_SEQUENCES,
         gqa=False,

@@ -9,8 +9,9 @@ Read in torch's source (2.10 to 2.13; of 2.14 and 2.15 what changed) and traced 
 - A row without keys has a log-sum-exp of +inf, and the log-sum-exp is ``(N, T)`` although the documentation says ``(T, N)``.
 - Rows are loaded 16 bytes at once, and windows are normalised by the longest key sequence: see `fit`.
 - It has no dropout. The aten op below it has (with a formula for autograd, so that the mask is drawn once and kept).
-- On ROCm and on Intel GPUs (XPU) the op of that name is another kernel. Its source was not read: there it runs by order only, and only
-  what the function promises by itself, no window (XPU has none), no dropout (XPU has none), no causal attention of unequal lengths and
+- On ROCm and on Intel GPUs (XPU) the op of that name is another kernel, and after
+  `torch.nn.attention.activate_flash_attention_impl` too. Its source was not read: there it runs by order only, and only what the function
+  promises by itself, no window (XPU has none), no dropout (XPU has none, FA3 and FA4 raise), no causal attention of unequal lengths and
   no log-sum-exp.
 - Its backward is deterministic where `torch.use_deterministic_algorithms(True)` says so; there is no argument for it.
 - From 2.14 on, torch prefers cuDNN's kernel on Hopper and Blackwell (cuDNN 9.18, more than 128 queries, no window, as many key heads as
@@ -58,7 +59,7 @@ class TorchVarlen(Backend):
         dtypes=HALF,
         min_capability=(8, 0),
         min_torch=(2, 11),
-        untried=frozenset({"rocm", "xpu"}),
+        untried=frozenset({"rocm", "xpu", "flash_impl"}),
         max_head_dim=256,
         max_sequences=MAX_SEQUENCES,
         causal_top_left=False,
@@ -89,7 +90,7 @@ class TorchVarlen(Backend):
         widest = max(problem.head_dim, problem.value_head_dim or 0)
         if want.dropout_p and problem.needs_grad and widest > 192 and problem.capability in _DROPOUT_BACKWARD_IS_WRONG:
             yield Refusal("has no dropout with head dimensions above 192 on this GPU", "pass dropout_p=0, or use more heads")
-        # What another vendor's kernel may do otherwise, where its source was not read.
+        # What another kernel may do otherwise, where its source was not read.
         unread = (
             (want.window is not None, "windows", "drop `window`"),
             (want.dropout_p > 0, "dropout", "pass dropout_p=0"),
@@ -97,8 +98,8 @@ class TorchVarlen(Backend):
             (want.return_lse, "the log-sum-exp", "drop `return_lse`"),
         )
         for wanted, what, fix in unread:
-            if wanted and problem.machine in self.capabilities.untried:
-                yield Refusal(f"has a kernel of another vendor here, and what that does for {what} is not known", fix, "machine")
+            if wanted and problem.traits & self.capabilities.untried:
+                yield Refusal(f"has {_other(problem)} here, and what that does for {what} is not known", fix, "machine")
         if want.dropout_p == 1.0:
             yield Refusal("needs dropout_p below 1", "pass less")
         if want.deterministic and problem.needs_grad and not problem.deterministic_mode:
@@ -113,14 +114,14 @@ class TorchVarlen(Backend):
             )
 
     def kernel(self, problem: Problem) -> str:
-        if problem.machine != "cuda":
-            return "torch_attn::_varlen_attn (another vendor's kernel)"
+        if problem.traits & self.capabilities.untried:
+            return f"torch_attn::_varlen_attn ({_other(problem)})"
         if problem.semantics.dropout_p:
             return "aten::_flash_attention_forward with cu_seqlens (flash_fwd_kernel)"
         return f"torch_attn::_varlen_attn ({'flash_fwd_kernel or cuDNN' if _may_be_cudnn(problem) else 'flash_fwd_kernel'})"
 
     def seen_as(self, problem: Problem) -> str:
-        if problem.machine != "cuda":
+        if problem.traits & self.capabilities.untried:
             return ""
         return "flash_fwd_(kernel|splitkv)" + ("|cudnn" if _may_be_cudnn(problem) else "")
 
@@ -129,6 +130,11 @@ class TorchVarlen(Backend):
         run = _with_dropout if call.semantics.dropout_p else _without_dropout
         out, lse = run(query, key, value, call)
         return out, lse.detach().masked_fill(torch.isposinf(lse), float("-inf")) if call.semantics.return_lse else None
+
+
+def _other(problem: Problem) -> str:
+    """The kernel that is there in place of the one that was read."""
+    return f"torch's {problem.flash_impl}" if problem.machine == "cuda" else "another vendor's kernel"
 
 
 def _may_be_cudnn(problem: Problem) -> bool:
