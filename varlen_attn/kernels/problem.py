@@ -250,12 +250,6 @@ class Problem:
         """The device type, and ``"rocm"`` for CUDA devices of a ROCm build: their kernels are others."""
         return "rocm" if self.device_type == "cuda" and self.rocm else self.device_type
 
-    @property
-    def traits(self) -> frozenset[str]:
-        """Of what a backend may be ``untried`` on: the machine, and ``"flash_impl"`` where torch's flash kernels were replaced."""
-        replaced = self.flash_impl is not None and self.device_type == "cuda"
-        return frozenset({self.machine, *["flash_impl"] * replaced})
-
     def version(self, distribution: str) -> str | None:
         """The version of a package: stated, or installed here."""
         if self.packages is None:
