@@ -37,6 +37,7 @@ class Nested(Backend):
         dtypes=FLOATS,
         min_capability=(5, 0),
         rocm=False,
+        torch_flash=True,
         max_head_dim=256,
         max_sequences=MAX_SEQUENCES,
         max_gradient=MAX_GRADIENT,
