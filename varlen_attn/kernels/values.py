@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -32,9 +32,9 @@ class Extras:
         return [x for x in (self.alibi_slopes, self.sinks, self.score_bias) if isinstance(x, Tensor)]
 
     def of_heads(self, first: int, count: int) -> Extras:
-        """Those of some heads. A function is asked by the number of a head, and no kernel that needs parts takes one."""
-        parts = {name: x[first : first + count] for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **parts) if parts else self
+        """Those of some heads; no kernel that needs parts takes a score bias."""
+        part = slice(first, first + count)
+        return Extras(*(None if x is None else x[part] for x in (self.alibi_slopes, self.sinks)))
 
 
 NO_EXTRAS = Extras()

@@ -146,7 +146,7 @@ def refuse_shifted(real_BS: Tensor, message: str) -> None:
 
 def refuse_offsets(cu: Tensor, rows: int, longest: int, *, slack: bool = False, lengths: Sequence[int] | None = None) -> None:
     """Offsets (int32) of other rows than these, of a sequence above ``longest``, or of other ``lengths``. Nothing is read: on a GPU the
-    device refuses, by the extremes of ``lengths`` only. That has not run on a GPU.
+    device refuses, by the extremes of ``lengths`` only.
     """
     num_seqs, least = cu.shape[0] - 1, 0
     if lengths is not None:

@@ -740,3 +740,5 @@ pytree.register_pytree_node(
     from_dumpable_context=lambda static: tuple(tuple(v) if isinstance(v, list) else v for v in static),
     flatten_with_keys_fn=_flatten_with_keys,
 )
+# For `torch.load`, which is told what it may make of a file: tensors and numbers, which every call checks against its own.
+torch.serialization.add_safe_globals([SeqLayout])

@@ -224,6 +224,7 @@ def problems(draw: st.DrawFn) -> Problem:
         capability=capability,
         rocm=device == "cuda" and draw(st.integers(0, 4)) == 0,
         torch_version=draw(st.sampled_from(("2.11.0", "2.12.0", "2.13.0"))),
+        flash_impl=draw(st.sampled_from((None, None, "FA4"))),
         packages=draw(st.sampled_from(((), (("flash-attn", "2.8.3"),), (("flash-attn", "2.5.0"),), (("flash-attn-3", "3.0.0"),)))),
         dtype=draw(st.sampled_from((torch.float16, torch.bfloat16, torch.float32, torch.float64))),
         num_heads=kv_heads * draw(st.sampled_from((1, 2, 8))),
