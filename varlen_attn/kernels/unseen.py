@@ -69,4 +69,4 @@ def _rows(layout: SeqLayout, rest: SeqLayout, taken: Callable[[], Tensor]) -> Se
     if rest.num_rows == layout.num_rows:  # what is left out had no rows
         return None
     taken_1T = taken()[None]
-    return SeqLayout._of(exact(taken_1T, taken_1T.sum(1), (rest.num_rows,), has_holes=None, right_padded=None), taken_1T.shape)
+    return SeqLayout._of(exact(taken_1T, taken_1T.sum(1), (rest.num_rows,)), taken_1T.shape)
