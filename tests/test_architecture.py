@@ -43,7 +43,6 @@ MUTABLE = {
     "kernels.cpu.build._found", "kernels.cpu.build._hashes",  # the compiled kernel or why there is none; what its name says of its sources
     "kernels.kept._kept", "kernels.cuda.flex._kernels",  # what is derived from layouts, gone with them; one compiled kernel a kind of call
     "kernels.cuda.packages._probed", "kernels.cuda.flash3._probed",  # what a package can do, asked once
-    "kernels.cuda.torch_varlen._parameters",
 }  # fmt: skip
 
 

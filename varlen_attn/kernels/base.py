@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._state import state
-from .limits import in_parts
+from .._torch import is_tracing
+from .limits import heads_at_once, in_heads, in_parts
 from .problem import Problem, version_tuple
 from .values import Call, Extras, Result, ScoreBias
 
@@ -26,8 +27,6 @@ __all__ = ["Backend", "Call", "Capabilities", "Extras", "Refusal", "Result", "Sc
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 FLOATS = HALF | {torch.float32, torch.float64}
-
-_MACHINES = {"rocm": "ROCm", "xpu": "Intel GPUs"}
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
 
@@ -60,15 +59,19 @@ class Refusal:
 
 def _prepared(run: Callable[..., Result]) -> Callable[..., Result]:
     """``run`` with what is the same for all backends: a `Call` or its values one by one, on both sides, and no more than
-    `Capabilities.max_sequences` at a time."""
+    `Capabilities.max_sequences` and `Capabilities.max_gradient` at a time."""
     takes_values = len(inspect.signature(run).parameters) > len(("self", "query", "key", "value", "call"))
 
     @wraps(run)
     def prepared(self: Backend, query: Tensor, key: Tensor, value: Tensor, call: Any, *rest: Any) -> Result:
         call = Call(call, *rest) if rest else call
-        most = self.capabilities.max_sequences
-        if most is not None and call.layout_q.num_seqs > most:
-            return in_parts(query, key, value, call, most, partial(prepared, self))
+        can = self.capabilities
+        if can.max_sequences is not None and call.layout_q.num_seqs > can.max_sequences:
+            return in_parts(query, key, value, call, can.max_sequences, partial(prepared, self))
+        if can.max_gradient is not None and not is_tracing(query):  # sizes are not compared while tracing
+            most = heads_at_once(query, key, value, call, can.max_gradient)
+            if most < query.shape[1]:
+                return in_heads(query, key, value, call, most, partial(prepared, self))
         return run(self, query, key, value, *call) if takes_values else run(self, query, key, value, call)
 
     return prepared
@@ -83,9 +86,9 @@ class Capabilities:
     min_capability: tuple[int, int] | None = None
     min_torch: tuple[int, ...] = ()
     rocm: bool = True
-    untried: frozenset[str] = frozenset()  # of "rocm", "xpu": its kernel is made for them, and nobody has run it there from here: by order
     max_head_dim: int | None = None
     max_sequences: int | None = None  # of one launch; more run in parts
+    max_gradient: int | None = None  # elements of the gradient of a query, each sequence in whole blocks; more run in parts, by heads
     value_head_dim: bool = True  # Hv != H
     gqa: bool = True  # N != K
     causal_bottom_right: bool = True
@@ -157,10 +160,6 @@ class Backend(ABC):
         if self.capabilities.explicit_only and problem.requested != self.name:
             text = f"runs by order, or where nothing else does: {self.capabilities.explicit_only}"
             reasons.append(Refusal(text, f"order it with backend={self.name!r}", "order"))
-        if problem.machine in self.capabilities.untried and problem.requested != self.name:
-            reasons.append(
-                Refusal(f"has not been run on {_MACHINES[problem.machine]}", f"order it with backend={self.name!r}, and compare", "order")
-            )
         if all_reasons or not reasons:
             sentence = self.missing(problem)
             if sentence is not None:
@@ -209,7 +208,7 @@ def _machine_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
         )
         return
     if problem.device_type == "cuda" and problem.rocm and not can.rocm:
-        yield Refusal("has no build for ROCm that is known to be right", "use another backend, or an NVIDIA GPU", "machine")
+        yield Refusal("is not known to be right on ROCm", "use another backend, or an NVIDIA GPU", "machine")
     if problem.device_type == "cuda" and not problem.rocm and can.min_capability is not None:
         have = problem.capability
         if have is None or have < can.min_capability:

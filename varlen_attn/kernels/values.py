@@ -31,6 +31,12 @@ class Extras:
         """What of them is a tensor: a gradient reaches it, 0 where there is nothing to attend to."""
         return [x for x in (self.alibi_slopes, self.sinks, self.score_bias) if isinstance(x, Tensor)]
 
+    def of_heads(self, first: int, count: int) -> Extras:
+        """Those of some heads. A function is asked by the number of a head, and no kernel that needs parts takes one."""
+        if not self.tensors:
+            return self
+        return Extras(*(x[first : first + count] if isinstance(x, Tensor) else x for x in (self.alibi_slopes, self.sinks, self.score_bias)))
+
 
 NO_EXTRAS = Extras()
 

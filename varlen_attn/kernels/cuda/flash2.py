@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...layout.seq_layout import SeqLayout
 from ..base import HALF, Backend, Capabilities, Refusal, scale_refusals
-from ..limits import MAX_SEQUENCES
+from ..limits import MAX_GRADIENT, MAX_SEQUENCES
 from ..problem import Problem, Semantics, version_tuple
 from ..values import Call, Result
 from .fit import fitted, flash2_bounds, flash_window, nothing
@@ -85,6 +85,7 @@ class Flash2(Backend):
         min_capability=(8, 0),
         max_head_dim=256,
         max_sequences=MAX_SEQUENCES,
+        max_gradient=MAX_GRADIENT,
         causal_top_left=False,
         score_bias=False,
         sinks=False,

@@ -51,7 +51,7 @@ class Flex(Backend):
         dtypes=HALF | {torch.float32},
         min_capability=(8, 0),
         min_torch=(2, 11),
-        untried=frozenset({"rocm"}),
+        rocm=False,
         max_head_dim=256,
         dropout=False,
         deterministic=False,
