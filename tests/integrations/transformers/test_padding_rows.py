@@ -16,6 +16,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from varlen_attn import SeqLayout, enable, record
+from varlen_attn._switch import Switch
+from varlen_attn.integrations import transformers as hf
 
 from .tiny import assert_close, attention_mask, batch, build, error, gradients, reasons, shake
 
@@ -297,3 +299,44 @@ def test_no_reader_around_the_model(top: Callable[[], nn.Module]) -> None:
     assert "text.encoder.layer" not in reasons(report)
     assert packed(model, **batch())
     assert_close(model(**batch())[VALID], expected[VALID])
+
+
+# -------------------------------------------------------------------- what a caller wants there
+
+
+def enable_with(model: nn.Module, padding_rows: Any) -> dict[str, str]:
+    """The rows of the report that are left alone."""
+    rows, steps = hf.plan(model, "model", "leave", padding_rows)
+    Switch(lambda: hf.found(model), steps).make()
+    return {name: reason for name, _, action, reason in rows if action == "left alone"}
+
+
+READ: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "nothing": (lambda: build("Llama"), {}),
+    "columns": (lambda: build("Bert", "ForQuestionAnswering"), {}),
+    "labels": (tagger, {"tags": TAGS}),
+    "ids": (lambda: build("Bert"), {"input_ids": batch()["input_ids"].masked_fill(~VALID, 40)}),
+    "an LSTM": (lambda: Around(nn.LSTM(32, 16, batch_first=True), first).eval(), {}),
+}
+
+
+@pytest.mark.parametrize("padding_rows", ["edge", "zero", "exact"])
+@pytest.mark.parametrize("name", READ)
+def test_the_caller_says_what_they_hold(name: str, padding_rows: Any) -> None:
+    """Which goes before what is known of readers."""
+    make, given = READ[name]
+    model, inputs, seen = make(), batch() | given, []
+    base = model.text if isinstance(model, Around) else model.base_model
+    base.register_forward_hook(lambda _, args, out: seen.append(out.last_hidden_state))
+    model(**inputs)
+    left = enable_with(model, padding_rows)
+    assert packed(model, **inputs) == (padding_rows != "exact")
+    expected, got = seen[0], seen[-1]
+    assert_close(got[VALID], expected[VALID])
+    if padding_rows == "exact":
+        assert any('padding_rows="exact"' in reason for reason in left.values())
+        assert_close(got, expected)
+    elif padding_rows == "zero":
+        assert not got[~VALID].any()
+    else:
+        assert_edges(got, inputs["attention_mask"])
