@@ -124,7 +124,7 @@ def plan(model: nn.Module, level: str, hooks: str, padding_rows: PaddingRows = N
 
 
 def _why_attention_only(model: nn.Module, found: list[tuple[str, Any]], root: Any, level: str, padding_rows: PaddingRows) -> str | None:
-    """Known without a trial: what the caller asks for, or who reads rows at padding after the layers."""
+    """Known without a trial: what the caller asks for, or what reads rows at padding after the layers."""
     if level != "model":
         return 'level="attention" changes calls of attention only'
     if padding_rows == "exact":
@@ -143,11 +143,14 @@ def _why_attention_only(model: nn.Module, found: list[tuple[str, Any]], root: An
 
 
 def _mixes(module: nn.Module, masked: bool) -> bool:
-    """Whether a module computes across columns, those of padding too. Attention does not if it is given a mask, which torch's is where
-    somebody ``masked`` it.
+    """Whether a module computes across columns, those of padding too. Attention that is given a mask does not.
+
+    Args:
+        module: around a model of transformers.
+        masked: whether code there says that it gives torch's attention a mask.
     """
     cls = original_class(module)
-    if "Attention" in cls.__name__ and not cls.__module__.startswith("varlen_attn."):
+    if "Attention" in cls.__name__ and not cls.__module__.startswith("varlen_attn"):
         parameters = inspect.signature(cls.forward).parameters.values()
         return not masked if cls is nn.MultiheadAttention else all("mask" not in p.name or p.default is not p.empty for p in parameters)
     sizes = getattr(module, "kernel_size", 0)
@@ -183,9 +186,10 @@ def found(model: nn.Module) -> list[Step]:
     """What has been done to the models of transformers in ``model``."""
     states: list[Step] = [Entry(vars(m), _STATE, vars(m)[_STATE]) for m in model.modules() if _STATE in vars(m)]
     implementations = [_Implementation(c, vars(c)[INTERNAL], before) for c, before in _before(model).values()]
-    hooks = stack_hooks.hooks_of(model.modules())
-    trees = {id(tree): tree for hook in hooks if (tree := getattr(hook.hook.__self__, "tree", None))}  # type: ignore[attr-defined]
-    return [*hooks, *states, *implementations, *map(_in_use, trees.values())]
+    steps = stack_hooks.found_on(model.modules())
+    hooks = [getattr(getattr(step, "hook", None), "__self__", getattr(step, "value", None)) for step in steps]
+    trees = {id(tree): tree for hook in hooks if (tree := getattr(hook, "tree", None))}
+    return [*steps, *states, *implementations, *map(_in_use, trees.values())]
 
 
 def enabled_models(model: nn.Module) -> list[Row]:
@@ -541,7 +545,7 @@ class _Part:
     def _running(self, stacks: list[str]) -> Iterator[None]:
         """The clone with these stacks packed, beside those that are already."""
         packed = (*self.packed, *stacks)
-        tree = stack_hooks.ModelId(self.options.padding_rows or "edge")  # nobody's rules, so that it runs packed whatever it is given
+        tree = stack_hooks.ModelId(self.options.padding_rows or "edge")  # without rules, so that it runs packed whatever it is given
         hooks = [hook for name in packed for hook in stack_hooks.on_layers(tree, self.clone.get_submodule(name))]
         with made([*hooks, *stack_hooks.on_models(tree, self.clone, {self.clone: (packed, self.guarded)})]):
             yield

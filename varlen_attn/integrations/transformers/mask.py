@@ -66,9 +66,9 @@ class Forward:
         tree: of the model that was enabled, whose or whose part's forward it is.
         model: whose it is.
         padded_because: why its layers must not run packed, which may turn out after a mask was made.
-        reader: who reads rows at padding, as its arguments say; asked once, by the first layer that would run packed otherwise, with
-            whether its mask is causal.
-        filled: its layers run padded, but nobody is known to read rows at padding, so that these hold what they do after a packed stack.
+        reader: says why rows at padding are read, from its arguments; called once, by the first layer that would run packed otherwise,
+            with whether its mask is causal.
+        filled: its layers run padded, but no reader of rows at padding is known, so that these hold what they do after a packed stack.
         in_rows: whether a layer handed on rows, and the last did not put them back yet.
         use: of the model's hooks.
     """
@@ -211,7 +211,7 @@ class Meaning:
             self.forwards[-1].padded_because, self.forwards[-1].filled = reason, filled
 
     def read_by(self) -> str | None:
-        """Who reads rows at padding, as the arguments of the forwards say."""
+        """Why rows at padding are read, as the arguments of the forwards say."""
         for forward in self.forwards:
             reader, forward.reader = forward.reader, None
             if reader is not None and forward.padded_because is None:
