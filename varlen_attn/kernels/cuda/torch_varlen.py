@@ -43,8 +43,9 @@ class TorchVarlen(Backend):
     name = "torch_varlen"
     install = "pip install 'torch>=2.11' for CUDA"
     capabilities = replace(
-        FLASH, min_torch=(2, 11), rocm=False, max_gradient=MAX_GRADIENT, softcap=False, alibi=False, sinks=False, reads_slack=False
-    )
+        FLASH, min_torch=(2, 11), rocm=False, torch_flash=True, max_gradient=MAX_GRADIENT,
+        softcap=False, alibi=False, sinks=False, reads_slack=False,
+    )  # fmt: skip
 
     def missing(self, problem: Problem) -> str | None:
         if problem.torch_version != torch.__version__:
