@@ -109,7 +109,7 @@ def plan(model: nn.Module, level: str, hooks: str) -> tuple[list[Row], list[Step
             _check_whole(whole, parts)
         rows += [row for part in parts for row in part.rows(name)]
         tree, packed = stack_hooks.ModelId(), {part.model: (tuple(part.packed), part.guarded) for part in parts if part.packed}
-        tree.left = True
+        tree.left, tree.hooks = True, hooks
         if packed:
             steps += stack_hooks.on_models(tree, root, packed if whole is None else {root: ((), True), **packed})
             steps += [hook for part in parts for hook in part.on_layers(tree, part.model)]
@@ -508,10 +508,7 @@ class _Part:
             return f"a {mixing} in its layers mixes tokens"
         if any(hasattr(m, "expert_capacity") for m in layers.modules()):
             return "its experts take a number of tokens that depends on how many there are"
-        hooked = next((name for name, m in layers.named_modules() if not stack_hooks.has_only_our_hooks(m)), None)
-        if hooked is not None and self.hooks == "leave":
-            return f'layer {hooked} has hooks, which would see packed rows: allow it with hooks="packed"'
-        return None
+        return stack_hooks.why_hooked(layers, self.hooks)
 
     def _was_packed(self, name: str) -> bool:
         calls = [c for c in self.log.calls if (c.module or "").startswith(f"{name}.")]

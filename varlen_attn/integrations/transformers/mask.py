@@ -330,6 +330,19 @@ class VarlenMask(Tensor):
         kind = "causal" if pattern.causal else "bidirectional"
         return f"VarlenMask({tuple(self.shape)}, {kind}, window={pattern.window}, device={self.device})"
 
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        """Copies of what layers are given, which debuggers and recorders keep, are of transformers' own mask."""
+        return self.meaning.dense.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.meaning.dense.clone().__reduce_ex__(protocol)
+
+    def numpy(self, **options: Any) -> Any:
+        return self.meaning.dense.clone().numpy(**options)
+
+    def tolist(self) -> Any:
+        return self.meaning.dense.tolist()
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
