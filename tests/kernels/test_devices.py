@@ -6,12 +6,15 @@ kernel of another library.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.nn import attention
+from torch.nn.attention import _registry
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from varlen_attn import BACKENDS, BackendRefused, varlen_attention
@@ -85,6 +88,35 @@ def test_kernels_that_were_not_run_there_are_refused(device: str) -> None:
             choose(replace(chosen.problem, requested=name))
     said = [name for name in NAMES if "is not known to be right on ROCm" in reasons(chosen, name)]
     assert said == (["flash3", "flash4", "torch_varlen", "mem_efficient", "nested", "flex"] if device == "rocm" else [])
+
+
+@pytest.fixture
+def fa4() -> Iterator[None]:
+    """Stands for the real one, which needs flash-attn-4: it replaces ``aten::_flash_attention_forward``, and raises there for dropout."""
+
+    class Handle:
+        def remove(self) -> None: ...
+
+    before = _registry._FLASH_ATTENTION_IMPLS.get("FA4")
+    attention.register_flash_attention_impl("FA4", register_fn=Handle)
+    attention.activate_flash_attention_impl("FA4")
+    yield
+    attention.restore_flash_attention_impl()
+    attention.register_flash_attention_impl("FA4", register_fn=before)
+
+
+HOPPER: dict[str, Any] = dict(device_type="cuda", capability=(9, 0), rocm=False, torch_version="2.13.0", packages=(), dtype=torch.bfloat16)
+
+
+def test_a_plan_knows_that_torchs_flash_kernels_were_replaced(fa4: None) -> None:
+    """What replaces them was not run, and is refused; a problem that says that nothing replaces them keeps its plan."""
+    for dropout_p in (0.0, 0.1):
+        chosen = choose(Problem(**HOPPER, semantics=Semantics.of(dropout_p=dropout_p)))
+        assert chosen.backend not in ("torch_varlen", "nested")
+        assert "activate_flash_attention_impl" in reasons(chosen, "torch_varlen")
+        assert choose(replace(chosen.problem, flash_impl=None)).backend == "torch_varlen"
+    with pytest.raises(BackendRefused, match=r"(?s)calls torch's flash kernels, in whose place .* put FA4. Fix: call .*restore_flash"):
+        choose(Problem(**HOPPER, requested="torch_varlen"))
 
 
 def test_no_fix_asks_for_what_the_machine_can_not_have() -> None:

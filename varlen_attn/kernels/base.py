@@ -11,13 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._state import state
+from .._state import state, visible
 from .._torch import is_tracing
 from .limits import heads_at_once, in_heads, in_parts
 from .problem import Problem, version_tuple
@@ -28,20 +28,11 @@ __all__ = ["Backend", "Call", "Capabilities", "Extras", "Refusal", "Result", "Sc
 HALF = frozenset({torch.float16, torch.bfloat16})
 FLOATS = HALF | {torch.float32, torch.float64}
 
-F_ = TypeVar("F_", bound=Callable[..., Any])
-
-
-def constant_while_tracing(function: F_) -> F_:
-    """What `torch.compiler.assume_constant_result` does: Python runs ``function`` while tracing, and its result is a constant of the
-    graph. Its decorator imports dynamo, a second of time that who never compiles should not pay."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
 
 def on_launch(name: str, rows: int) -> None:
-    """Called by our own ops where they run: in compiled code, nobody else sees the call."""
+    """Called by our own ops where they run: in compiled code, no other code of ours sees the call."""
     if not state.recorded:
-        for record in state.records:
+        for record in visible(state.records):
             record.on_launch(name, rows)
 
 
@@ -86,6 +77,7 @@ class Capabilities:
     min_capability: tuple[int, int] | None = None
     min_torch: tuple[int, ...] = ()
     rocm: bool = True
+    torch_flash: bool = False  # it calls torch's flash kernels for GPUs
     max_head_dim: int | None = None
     max_sequences: int | None = None  # of one launch; more run in parts
     max_gradient: int | None = None  # elements of the gradient of a query, each sequence in whole blocks; more run in parts, by heads
@@ -209,6 +201,12 @@ def _machine_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
         return
     if problem.device_type == "cuda" and problem.rocm and not can.rocm:
         yield Refusal("is not known to be right on ROCm", "use another backend, or an NVIDIA GPU", "machine")
+    if problem.device_type == "cuda" and can.torch_flash and problem.flash_impl is not None:
+        yield Refusal(
+            f"calls torch's flash kernels, in whose place torch.nn.attention.activate_flash_attention_impl put {problem.flash_impl}",
+            "call torch.nn.attention.restore_flash_attention_impl()",
+            "machine",
+        )
     if problem.device_type == "cuda" and not problem.rocm and can.min_capability is not None:
         have = problem.capability
         if have is None or have < can.min_capability:

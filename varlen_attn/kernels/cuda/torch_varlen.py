@@ -47,6 +47,7 @@ class TorchVarlen(Backend):
         min_capability=(8, 0),
         min_torch=(2, 11),
         rocm=False,
+        torch_flash=True,
         max_head_dim=256,
         max_sequences=MAX_SEQUENCES,
         max_gradient=MAX_GRADIENT,
