@@ -21,6 +21,7 @@ from torch import nn
 
 from ..._clone import NotCloned, Seeded
 from ..._switch import Entry, Step
+from ...attention.dispatch import use_backend
 from ...attention.records import Record, record
 from ...errors import ArgumentError
 from . import stack as stack_hooks
@@ -179,6 +180,21 @@ def _before(model: nn.Module) -> dict[int, tuple[Any, Any]]:
 
 
 # -------------------------------------------------------------------- attention implementations
+
+
+class _WasEager(str):
+    """Our name in place of ``eager``, and equal to both: transformers lets no other one have ``config.output_attentions``."""
+
+    def __eq__(self, other: object) -> bool:
+        return other == "eager" or str(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+_WAS_EAGER = _WasEager(NAME)
 
 
 class _Implementation(Entry):
@@ -343,7 +359,7 @@ class _Part:
     def implementation(self, memo: dict[int, Any] | None = None) -> list[Step]:
         """Of the model, or of a clone."""
         pairs = [(c if memo is None else memo[id(c)], before) for c, before in self.configurations]
-        return [_Implementation(c, NAME, before) for c, before in pairs]
+        return [_Implementation(c, _WAS_EAGER if before == "eager" else NAME, before) for c, before in pairs]
 
     def on_layers(self, tree: stack_hooks.ModelId, model: nn.Module) -> list[Step]:
         """Of the model, or of a clone."""
@@ -420,7 +436,8 @@ class _Part:
         return reason
 
     def _run(self, trial: Trial) -> dict[str, Any]:
-        with Seeded() if self.random else nullcontext() as seeded:
+        # Orders of the caller's are for calls of the caller's.
+        with use_backend("auto"), Seeded() if self.random else nullcontext() as seeded:
             given = run(self.clone, trial, [stack.name for stack in self.stacks])
         self.random = seeded is not None and seeded.used  # to look costs as much as a small model
         return given

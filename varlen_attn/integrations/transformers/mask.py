@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 
 from ..._switch import Alive, Use, in_use, uses
 from ..._torch import is_tracing
+from ...attention.dispatch import requested_backend
 from ...data.host_lengths import HostLengths
 from ...errors import ArgumentError
 from ...layout.seq_layout import SeqLayout
@@ -181,7 +182,7 @@ class Meaning:
         self.numbers: Tensor | None = None
         self.added = False
         masks.add(self)
-        if id(self.config) in leaving or getattr(self.config, "_attn_implementation", None) == "eager":
+        if id(self.config) in leaving or str(getattr(self.config, "_attn_implementation", None)) == "eager":
             self.added = True
 
     @property
@@ -432,7 +433,12 @@ def varlen_mask(
     )  # fmt: skip
     device = torch.device(kwargs.get("device", "cpu"))
     pattern = None if kwargs.get("use_vmap") else classify(mask_function)
-    plain = isinstance(q_offset, int) and q_length > 1 and device.type != "meta" and not torch.compiler.is_compiling()
+    plain = (
+        isinstance(q_offset, int)
+        and (q_length > 1 or requested_backend("auto") != "auto")
+        and device.type != "meta"
+        and not torch.compiler.is_compiling()
+    )
     traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if pattern is None:
         for forward in _under_way()[-1:]:
