@@ -13,7 +13,7 @@ import torch
 
 
 class Observer(Protocol):
-    """Somebody who wants to know what our own ops launch."""
+    """Gets to know what our own ops launch."""
 
     def on_launch(self, backend: str, rows: int) -> None: ...
 

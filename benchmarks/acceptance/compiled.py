@@ -16,7 +16,14 @@ from .findings import Findings, Setting
 __all__ = ["run"]
 
 COLUMNS = 64
-LENGTHS = ((64, 30, 7, 50), (1, 2, 3, 4), (64, 64, 64, 64), (0, 1, 0, 0), (0, 0, 0, 0), (50, 60, 0, 10))  # totals of 1 and 0 among them
+LENGTHS: tuple[tuple[int, ...], ...] = (
+    (64, 30, 7, 50),
+    (1, 2, 3, 4),
+    (64, 64, 64, 64),
+    (0, 1, 0, 0),
+    (0, 0, 0, 0),
+    (50, 60, 0, 10),
+)  # totals of 1 and 0 among them
 Attend = Callable[..., Tensor]
 
 
@@ -48,7 +55,7 @@ def _divides_by_no_rows() -> bool:
     return version_tuple(torch.__version__) < (2, 13)
 
 
-def frames_of(attend: Attend, compiler: str, dtype: torch.dtype, device: str, sets: tuple[tuple[int, ...], ...] = LENGTHS) -> int:
+def frames_of(attend: Attend, compiler: str, dtype: torch.dtype, device: str, sets: tuple[tuple[int, ...], ...]) -> int:
     """R-18, R-19: how often it was compiled; raises unless every result is right."""
     import torch._dynamo
     import torch._dynamo.testing

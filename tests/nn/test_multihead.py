@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from varlen_attn import ArgumentError, BackendRefused, LayoutError, SeqLayout, VarlenMultiheadAttention, record, use_backend, varlen_mha
 from varlen_attn.nn.multihead import _Inputs
@@ -199,6 +201,49 @@ def test_zero_padding_rows_false_keeps_torchs_rows() -> None:
     for options in ({}, {"attn_mask": torch.rand(5, 5) < 0.2}, {"need_weights": True}):
         hidden = {"need_weights": False, **options}
         assert_same(ours(x, x, x, padding, **hidden)[0], theirs(x, x, x, padding, **hidden)[0], str(options))
+
+
+SPLIT: dict[str, Callable[[Any, Callable[..., Tensor]], Callable[..., Tensor]]] = {
+    "reentrant checkpoint": lambda module, f: partial(checkpoint, f, use_reentrant=True),
+    "checkpoint": lambda module, f: partial(checkpoint, f, use_reentrant=False),
+    "full backward hook": lambda module, f: module.register_full_backward_hook(lambda *args: None) and f,
+    "detached copies": lambda module, f: lambda q, k, v: f(q, k.detach().requires_grad_(k.requires_grad), v),
+}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("how", SPLIT)
+@pytest.mark.filterwarnings("ignore::varlen_attn.LayoutWarning")
+@given(batch=batches(max_batch=3, max_len=6), weights=st.booleans(), zero=st.booleans())
+def test_self_attention_is_one_memory(how: str, batch_first: bool, batch: Batch, weights: bool, zero: bool) -> None:
+    """Checkpoints and hooks hand over several objects for one."""
+    _, ours = pair(batch_first)
+    ours.zero_padding_rows = zero
+    x, factors = (batch.tensor(E, dtype=torch.float64, salt=salt) for salt in range(2))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (y if batch_first else y.transpose(0, 1) for y in (q, k, v))
+        out, _ = ours(q, k, v, batch.mask, need_weights=weights)
+        return out if batch_first else out.transpose(0, 1)
+
+    leaf = x.clone().requires_grad_()
+    want = attend(leaf, leaf, leaf)
+    (want * factors).sum().backward()
+    split = x.clone().requires_grad_()
+    got = SPLIT[how](ours, attend)(split, split, split)
+    (got * factors).sum().backward()
+    assert_same(got, want, "output")
+    if how != "detached copies":
+        # Without any token nothing is computed of the input, and torch may leave its gradient out.
+        got, want = (torch.zeros_like(x) if y.grad is None else y.grad for y in (split, leaf))
+        assert_same(got, want, "gradient")
+
+
+def test_another_key_of_equal_numbers_leaves_every_query_real() -> None:
+    theirs, ours = pair()
+    x, padding = torch.randn(2, 5, E, dtype=torch.float64), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    want, _ = theirs(x, x, x, padding)
+    assert_same(ours(x, x.clone(), x, padding)[0], want, "a copy is another key")
 
 
 # -------------------------------------------------------------------- inputs of other kinds

@@ -18,9 +18,10 @@ import torch
 
 from .. import _state
 from .._state import Order, opened, state, visible
+from .._torch import constant_while_tracing
 from ..errors import ArgumentError, BackendRefused, NoBackend
 from ..kernels import BACKENDS
-from ..kernels.base import Backend, Refusal, constant_while_tracing
+from ..kernels.base import Backend, Refusal
 from ..kernels.problem import Problem, Semantics
 from ..layout.seq_layout import SeqLayout
 

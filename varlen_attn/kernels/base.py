@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,18 +28,9 @@ __all__ = ["Backend", "Call", "Capabilities", "Extras", "Refusal", "Result", "Sc
 HALF = frozenset({torch.float16, torch.bfloat16})
 FLOATS = HALF | {torch.float32, torch.float64}
 
-F_ = TypeVar("F_", bound=Callable[..., Any])
-
-
-def constant_while_tracing(function: F_) -> F_:
-    """What `torch.compiler.assume_constant_result` does: Python runs ``function`` while tracing, and its result is a constant of the
-    graph. Its decorator imports dynamo, a second of time that who never compiles should not pay."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
 
 def on_launch(name: str, rows: int) -> None:
-    """Called by our own ops where they run: in compiled code, nobody else sees the call."""
+    """Called by our own ops where they run: in compiled code, no other code of ours sees the call."""
     if not state.recorded:
         for record in visible(state.records):
             record.on_launch(name, rows)

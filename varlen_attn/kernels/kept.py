@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .._torch import is_tracing
+from .._torch import is_tracing, num_writes
 from ..layout.seq_layout import SeqLayout
 
 _T = TypeVar("_T")
@@ -27,7 +27,7 @@ def kept(layout_q: SeqLayout, layout_kv: SeqLayout, key: Hashable, make: Callabl
     offsets = layout_q.cu_seqlens, layout_kv.cu_seqlens
     if is_tracing(*offsets) or _is_captured(offsets[0]) or any(x.is_inference() for x in offsets):
         return make()
-    versions = offsets[0]._version, offsets[1]._version
+    versions = num_writes(offsets[0]), num_writes(offsets[1])
     known = _kept.setdefault(layout_q, WeakKeyDictionary()).setdefault(layout_kv, {})
     if key not in known or known[key][0] != versions:
         with torch.inference_mode(False):  # kept for a later training step, which saves these tensors for its backward

@@ -32,10 +32,9 @@ class Extras:
         return [x for x in (self.alibi_slopes, self.sinks, self.score_bias) if isinstance(x, Tensor)]
 
     def of_heads(self, first: int, count: int) -> Extras:
-        """Those of some heads. A function is asked by the number of a head, and no kernel that needs parts takes one."""
-        if not self.tensors:
-            return self
-        return Extras(*(x[first : first + count] if isinstance(x, Tensor) else x for x in (self.alibi_slopes, self.sinks, self.score_bias)))
+        """Those of some heads; no kernel that needs parts takes a score bias."""
+        part = slice(first, first + count)
+        return Extras(*(None if x is None else x[part] for x in (self.alibi_slopes, self.sinks)))
 
 
 NO_EXTRAS = Extras()

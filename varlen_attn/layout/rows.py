@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import is_tracing
+from .._torch import is_batch_of_gradients, is_tracing
 
 # Rows of at most so many bytes are moved by the formulas: with one thread on a CPU (torch 2.13, float32 and bfloat16, data in the
 # cache) the steps around the faster copy took longer than what it saved.
@@ -123,15 +123,15 @@ def place_rows(x: Tensor, token_indices: Tensor, gather_indices: Tensor, valid_T
         out = x.new_full((slots + 1, *trailing), pad_value)
     target, source = _in_words(out, x)
     target.index_copy_(0, token_indices, source)
-    return out if valid_T is None else out.resize_(slots, *trailing)  # a slice would be a view, which nobody could change in place
+    return out if valid_T is None else out.resize_(slots, *trailing)  # a slice would be a view, which could not be changed in place
 
 
 def _has_memory(x: Tensor) -> bool:
     """Whether the numbers of ``x`` stand in memory that we may address: not in a tensor subclass, not quantised, and not in a batch of
-    gradients (``is_grads_batched``, ``vectorize=True``), which is no transform of `torch.func` and has no storage."""
+    gradients, which has no storage."""
     if x.device.type not in ("cpu", "cuda") or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ or x.is_quantized:
         return False
-    return not torch._C._functorch.is_legacy_batchedtensor(x)
+    return not is_batch_of_gradients(x)
 
 
 def _in_words(*rows: Tensor) -> tuple[Tensor, ...]:

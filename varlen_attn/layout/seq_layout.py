@@ -22,9 +22,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from .._torch import is_tracing, mark_unbacked, needs_plain_gathers, trace_quietly
+from .._torch import is_tracing, mark_unbacked, needs_plain_gathers, num_writes, pytree, ragged_dim, trace_quietly
 from ..errors import ArgumentError, DtypeError, LayoutError
 from .build import (
     Index,
@@ -292,7 +291,7 @@ class SeqLayout:
                 f"`nested` must be a nested tensor with layout torch.jagged, but is {describe(nested)}: "
                 "make one with torch.nested.as_nested_tensor(tensors, layout=torch.jagged)."
             )
-        if getattr(nested, "_ragged_idx", 1) != 1 or nested.lengths() is not None:  # type: ignore[attr-defined]
+        if ragged_dim(nested) != 1 or nested.lengths() is not None:  # type: ignore[attr-defined]
             raise LayoutError(
                 "`nested` must hold its sequences one after another along dimension 1, but it is a "
                 "transposed view or has gaps: call .contiguous() on it."
@@ -590,7 +589,7 @@ class SeqLayout:
     def _trusted(self) -> SeqLayout:
         """This layout, whose tensors belong together as they are now."""
         if not is_tracing(self.cu_seqlens) and not self.cu_seqlens.is_inference():
-            _known[self] = self.cu_seqlens._version
+            _known[self] = num_writes(self.cu_seqlens)
         return self
 
     def _part(self, sequences: slice) -> SeqLayout:
@@ -608,7 +607,7 @@ class SeqLayout:
         """
         cu, is_traced = self.cu_seqlens, is_tracing(self.cu_seqlens)
         at = None if is_traced else _known.get(self)
-        known = at is not None and not cu.is_inference() and at == cu._version
+        known = at is not None and not cu.is_inference() and at == num_writes(cu)
         if at == _UNCHECKED or (known and (cu.is_cuda or not again)) or (is_traced and not traced):
             return
         check_offsets_tensor(cu)
@@ -643,7 +642,7 @@ class SeqLayout:
             raise LayoutError(
                 f"`{name}` is on {x.device}, but the layout is on {self.device}: call layout.to({str(x.device)!r}) once per batch."
             )
-        if self.cu_seqlens.is_inference() or _known.get(self) != self.cu_seqlens._version:  # asked here, because this is every call
+        if self.cu_seqlens.is_inference() or _known.get(self) != num_writes(self.cu_seqlens):  # asked here, because this is every call
             self._check_tensors()
 
     def _check_frames_start_at_tokens(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._state import state
-from .._torch import is_tracing, trace_quietly
+from .._torch import is_plain, is_tracing, trace_quietly
 from ..attention.call import Options, attend
 from ..attention.checks import check_holes, check_layouts
 from ..attention.dispatch import requested_backend
@@ -64,15 +64,17 @@ class _Inputs(NamedTuple):
     form: Form
 
     def each(self, layout_q: T, layout_k: T, change: Callable[[T, Tensor], R]) -> tuple[R, R, R]:
-        """Query by its layout, key and value by theirs; what is one object with one layout is changed once, and stays one."""
+        """Query by its layout, key and value by theirs; what is one object with one layout is changed once, and stays one. Two objects
+        of one memory stay two: each takes its own gradient."""
         query = change(layout_q, self.query)
-        key = query if self.self_attention and layout_q is layout_k else change(layout_k, self.key)
+        key = query if self.key is self.query and layout_q is layout_k else change(layout_k, self.key)
         return query, key, key if self.value is self.key else change(layout_k, self.value)
 
     @property
     def self_attention(self) -> bool:
-        """The key padding mask holds for queries too."""
-        return self.query is self.key
+        """The key padding mask holds for queries too. By memory: reentrant checkpoints and full backward hooks copy one object."""
+        query, key = self.query, self.key
+        return query is key or (is_plain(query) and is_plain(key) and query.is_set_to(key))
 
 
 class VarlenMultiheadAttention(nn.MultiheadAttention):
@@ -81,9 +83,9 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
     Constructor, `state_dict`, forward arguments and results as torch's, with these differences:
 
     - ``need_weights`` is **False** by default: asking for weights forces the dense computation.
-    - If ``query is key`` (the object), or ``key`` is left out, the key padding mask holds for queries too: padded rows of the result, of
-      the weights and of the gradients are exactly 0. ``zero_padding_rows=False`` keeps torch's rows there. With another key every
-      query row is real.
+    - If query and key are the same memory (``query.is_set_to(key)``: one object, or detached copies of one), or ``key`` is left out, the
+      key padding mask holds for queries too: padded rows of the result, of the weights and of the gradients are exactly 0.
+      ``zero_padding_rows=False`` keeps torch's rows there. With another key every query row is real.
     - ``is_causal=True`` without a mask means causal (top-left); torch raises.
     - A query without a visible key gives 0 (before the output projection), and never NaN.
 

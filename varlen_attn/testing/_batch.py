@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..data.batches import Inputs, inputs_of, is_layout, map_tensors, masks_in, tensors_in
 from ..errors import ArgumentError
 from ..layout.seq_layout import SeqLayout

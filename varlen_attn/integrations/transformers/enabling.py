@@ -149,9 +149,10 @@ def found(model: nn.Module) -> list[Step]:
     """What has been done to the models of transformers in ``model``."""
     states: list[Step] = [Entry(vars(m), _STATE, vars(m)[_STATE]) for m in model.modules() if _STATE in vars(m)]
     implementations = [_Implementation(c, vars(c)[INTERNAL], before) for c, before in _before(model).values()]
-    hooks = stack_hooks.hooks_of(model.modules())
-    trees = {id(tree): tree for hook in hooks if (tree := getattr(hook.hook.__self__, "tree", None))}  # type: ignore[attr-defined]
-    return [*hooks, *states, *implementations, *map(_in_use, trees.values())]
+    steps = stack_hooks.found_on(model.modules())
+    hooks = [getattr(getattr(step, "hook", None), "__self__", getattr(step, "value", None)) for step in steps]
+    trees = {id(tree): tree for hook in hooks if (tree := getattr(hook, "tree", None))}
+    return [*steps, *states, *implementations, *map(_in_use, trees.values())]
 
 
 def enabled_models(model: nn.Module) -> list[Row]:

@@ -15,14 +15,15 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
-from typing import Any
+from functools import cache, partial, update_wrapper, wraps
+from types import MethodType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..._switch import Hook, around
+from ..._switch import Class, Entry, Hook, Step, around, original_class
 from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
@@ -79,8 +80,8 @@ class LayerHook:
         is_rows = hidden.shape[:2] != meaning.shape[::2] and hidden.shape[:2] == (1, meaning.keys.num_rows)
         if not is_rows:
             reason = meaning.padded_because or _why_padded(hidden, meaning)
-            if reason is None and not meaning.forwards:  # somebody calls `forward` itself, or nobody watched
-                reason = _unwatched(module)
+            if reason is None and not meaning.forwards:
+                reason = "no forward of its model is under way, or it began before that was enabled"
             if reason is not None:
                 meaning.keep_padded(reason)
                 return None
@@ -217,11 +218,11 @@ def _cache_classes() -> tuple[Any, Any]:
     return DynamicCache, PackedCache
 
 
-# -------------------------------------------------------------------- hooks on models
+# -------------------------------------------------------------------- models
 
 
 class ModelHook:
-    """Around a model of transformers: sees what the caller wants, and whether that reads rows of padding, which then must be there.
+    """Around the forward of a model of transformers: sees whether its caller wants rows of padding, which then must be there.
 
     Attributes:
         tree: one object for all models of a model that was enabled.
@@ -236,9 +237,10 @@ class ModelHook:
         self.depth = getattr(model.config, "num_hidden_layers", None)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """Called by the model's forward, and as a hook in pickles of earlier versions, like `after`."""
         if kwargs is not None and not torch.compiler.is_compiling():
             reason = self._changed(module) or self._why_padded(dict(zip(self.names, args, strict=False)) | kwargs)
-            enter_forward(self.tree, module, reason or _unwatched(module))
+            enter_forward(self.tree, module, reason or _began_before(module))
             if self.tree.left:
                 leave_forward(module)
 
@@ -283,19 +285,10 @@ class ModelHook:
         return None
 
 
-def _unwatched(module: nn.Module) -> str | None:
-    """Of a call around this one that began before the model was enabled, or that goes on after it: what its caller wants is not known."""
-    watched = bool(_hooks_of_models(module))
-    for model, called in around():
-        if model is not module and _hooks_of_models(model):
-            if called and not is_entered(model):
-                return "its forward began before it was enabled"
-            watched = True
-    return None if watched else "its forward goes on after it was disabled"
-
-
-def _hooks_of_models(module: nn.Module) -> list[Any]:
-    return [hook for hook in list(module._forward_pre_hooks.values()) if is_ours(hook, ModelHook)]
+def _began_before(module: nn.Module) -> str | None:
+    """Of a model around this one whose forward began before it was enabled: what its caller wants is not known."""
+    unseen = any(isinstance(model, Watched) and model is not module and not is_entered(model) for model in around())
+    return "its forward began before it was enabled" if unseen else None
 
 
 def _counts_padding(labels: Tensor, mask: Tensor) -> bool:
@@ -336,10 +329,88 @@ def has_only_our_hooks(module: nn.Module) -> bool:
     return not (module._backward_hooks or module._backward_pre_hooks) and all(known)
 
 
+# -------------------------------------------------------------------- the class of a model
+
+_WATCH = "_varlen_attn_watch"  # the attribute of a model that holds its `ModelHook`
+
+
+class Watched:
+    """A class for objects of another one, its ``original_class``, whose forward is watched however it is called: as ``model(...)``, as
+    ``model.forward(...)``, and below functions that stand in its place on the object, such as Accelerate's. Its name is the original's.
+    """
+
+    original_class: ClassVar[Any] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What the original does for classes of its users is not for this one."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A new model is none that was enabled."""
+        return cls.original_class(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made: Any = super().__reduce_ex__(protocol)
+        (make, args, *rest), original = made, original_class(self)  # type: ignore[arg-type]
+        return _watched_again, (make, tuple(original if x is type(self) else x for x in args)), *rest
+
+
+def _watched_again(make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """For copies and pickles, which the class by its name would not find."""
+    model = make(*args)
+    model.__class__ = _watched(original_class(model))  # type: ignore[arg-type]
+    return model
+
+
+@cache
+def _watched(original: Any) -> Any:
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    own = {**names, "original_class": original, "forward": _Forward(original)}
+    return type(original)(original.__name__, (Watched, original), own)
+
+
+class _Forward:
+    """The ``forward`` of a class of models. With a ``__set__`` it comes before what is on the object."""
+
+    def __init__(self, original: Any) -> None:
+        @wraps(original.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _seen(self, MethodType(original.forward, self), *args, **kwargs)
+
+        self.function = forward
+
+    def __get__(self, model: Any, cls: Any = None) -> Any:
+        if model is None:
+            return self.function
+        own = vars(model).get("forward")
+        return MethodType(self.function, model) if own is None else update_wrapper(partial(_seen, model, own), own)
+
+    def __set__(self, model: Any, value: Any) -> None:
+        vars(model)["forward"] = value
+        if value == MethodType(self.function, model):  # who put another one there puts back what was there
+            del model.forward
+
+    def __delete__(self, model: Any) -> None:
+        if vars(model).pop("forward", None) is None:
+            raise AttributeError("forward")
+
+
+def _seen(model: Any, compute: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    hook = vars(model).get(_WATCH)
+    if hook is None:
+        return compute(*args, **kwargs)
+    hook.before(model, args, kwargs)
+    result = None
+    try:
+        result = compute(*args, **kwargs)
+        return result
+    finally:
+        hook.after(model, args, kwargs, result)
+
+
 # -------------------------------------------------------------------- what is done to modules
 
 
-def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[str, ...], bool]]) -> list[Hook]:
+def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[str, ...], bool]]) -> list[Step]:
     """Let models run padded where a caller's wish reads padding.
 
     Args:
@@ -349,11 +420,13 @@ def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[s
     """
     from transformers import PreTrainedModel
 
-    made: list[Hook] = []
+    made: list[Step] = []
     for module in root.modules():
         if isinstance(module, PreTrainedModel):
-            hook = ModelHook(tree, module, *packed.get(module, ((), False)))
-            made += [_hook(module, hook.before), _hook(module, hook.after, after=True, always=True)]
+            made.append(Entry(vars(module), _WATCH, ModelHook(tree, module, *packed.get(module, ((), False)))))
+            original = original_class(module)
+            if not issubclass(original, Watched):  # nor is it derived from one, as fully_shard does
+                made.append(Class(module, _watched(original), original))  # type: ignore[arg-type]
     return made
 
 
@@ -363,22 +436,21 @@ def on_layers(tree: ModelId, layers: nn.ModuleList) -> list[Hook]:
     for i, layer in enumerate(layers):
         hook = LayerHook(tree, layer, i == len(layers) - 1)
         # Before hooks of others, which then see what the layer sees.
-        made.append(_hook(layer, hook.before))
+        made.append(Hook(layer, hook.before, False, False, RemovableHandle(layer._forward_pre_hooks).id))
         if hook.last:
-            made.append(_hook(layer, hook.after, after=True))
+            made.append(Hook(layer, hook.after, True, False, RemovableHandle(layer._forward_hooks).id))
     return made
 
 
-def _hook(module: nn.Module, hook: Callable[..., Any], after: bool = False, always: bool = False) -> Hook:
-    """The last one where it is called always, else the first."""
-    hooks = module._forward_hooks if after else module._forward_pre_hooks
-    return Hook(module, hook, after, always, RemovableHandle(hooks).id, tuple(hooks) if always else ())
-
-
-def hooks_of(modules: Iterable[nn.Module]) -> list[Hook]:
-    """Ours that are there, and what says that they are in use."""
-    found: list[Hook] = []
+def found_on(modules: Iterable[nn.Module]) -> list[Step]:
+    """What of it is there."""
+    found: list[Step] = []
     for module in modules:
+        original = original_class(module)
+        if isinstance(module, Watched) and original is not type(module):
+            found.append(Class(module, type(module), original))
+        if _WATCH in vars(module):
+            found.append(Entry(vars(module), _WATCH, vars(module)[_WATCH]))
         for after, hooks in ((False, module._forward_pre_hooks), (True, module._forward_hooks)):
             numbers = list(hooks)
             for i, number in enumerate(numbers):
