@@ -18,7 +18,7 @@ import varlen_attn
 
 ROOT = Path(varlen_attn.__file__).parent
 FLOORS = (
-    ("errors", "_torch", "_state", "_outputs"),
+    ("errors", "_torch", "_state"),
     ("layout", "_clone", "_switch"),
     ("data", *(f"kernels.{name}" for name in ("problem", "values", "kept", "limits", "base", "ops", "dense"))),
     ("kernels",),  # the adapters, and their order

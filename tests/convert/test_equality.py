@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from varlen_attn import SeqLayout, enable
-from varlen_attn._outputs import gap, tensors_of
 from varlen_attn.convert.equality import Difference, Run, differences, run
 from varlen_attn.data.batches import inputs_of
+from varlen_attn.data.results import gap, tensors_of
 
 B, S, D = 4, 12, 16
 PAD = torch.arange(S) >= torch.tensor([12, 7, 9, 6])[:, None]

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .._outputs import Gap, gap, tensors_of
 from .._state import undone
 from ..attention.records import Record, record
 from ..data.batches import Inputs, map_tensors, masks_in, tensors_in
+from ..data.results import Gap, gap, tensors_of
 from ..errors import VarlenError
 
 _FINE = 1e-4  # of the usual size of a result, for sums in another order through many layers
@@ -146,7 +146,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     """In evaluation; afterwards training flags, buffers, gradients and random states are what they were. No ``train`` is called, which may
     be the caller's code."""
     training = [(module, module.training) for module in model.modules()]
-    tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    tables = [(vars(module)["_buffers"], dict(vars(module)["_buffers"])) for module in model.modules()]
     buffers = [(x, x.detach().clone()) for x in model.buffers() if not x.is_meta]
     gradients = [(p, p.grad) for p in model.parameters()]
     numpy = sys.modules.get("numpy.random")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._outputs import farthest
+from ..data.results import farthest
 from ..errors import ArgumentError
 from ..layout.seq_layout import SeqLayout
 from ._batch import PaddedBatch

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._clone import NotCloned, clone, kinds, noise
-from ..._outputs import gap, tensors_of
+from ...data.results import gap, tensors_of
 
 INTERNAL = "_attn_implementation_internal"  # of a configuration
 _SMALL = 1 << 20  # parameters: gates and heads; to look at all weights of a large model takes as long as a forward
