@@ -118,7 +118,7 @@ def measured() -> dict[str, int]:
         config = BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32)
         model = BertModel(config).eval()
         varlen_attn.enable(model)
-        return lambda: model(torch.ones(2, 4, dtype=torch.long), attention_mask=(~padding).long())
+        return lambda: model((~padding).long(), attention_mask=(~padding).long())
 
     with torch.no_grad():
         counts: tuple[int, ...] = (

@@ -39,6 +39,7 @@ MUTABLE = {
     "integrations.transformers.mask.leaving",  # configurations in the middle of a change
     "integrations.transformers.attention._layouts",  # of offsets that a model is given, gone with them
     "layout.seq_layout._known",  # at which version of their offsets layouts were found to be right, gone with them
+    "layout.seq_layout._edges",  # which rows padding repeats, gone with the layouts
     "kernels.cpu.build._found", "kernels.cpu.build._hashes",  # the compiled kernel or why there is none; what its name says of its sources
     "kernels.kept._kept", "kernels.cuda.flex._kernels",  # what is derived from layouts, gone with them; one compiled kernel a kind of call
     "kernels.cuda.packages._probed", "kernels.cuda.flash3._probed",  # what a package can do, asked once
