@@ -5,14 +5,26 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _modules
 
 # Whether a profiler runs, for whom calls leave a range: opening one costs microseconds.
 profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+
+
+def global_hooks() -> tuple[dict[int, Any], ...]:
+    """Hooks that are called for every module."""
+    return (
+        _modules._global_forward_hooks,
+        _modules._global_forward_pre_hooks,
+        _modules._global_backward_hooks,
+        _modules._global_backward_pre_hooks,
+    )
 
 
 def is_tracing(*tensors: Tensor) -> bool:
