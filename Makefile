@@ -6,7 +6,7 @@
 #   make test-quick      few examples, without files that compile or train models: two minutes, for a look in between
 #   make coverage        the same but for the first, with coverage, which must not fall below its floor
 #   make check           ruff, ruff format, mypy, and bounds of how large the library is
-#   make house           the size of the library, and how many Python calls a layer and a call make
+#   make house           the size of the library, how many Python calls a layer and a call make, and words to avoid
 #   make examples        two classifiers, each trained padded and packed: same losses, times and memory beside each other
 #   make bench           the benchmarks of benchmarks/, written to benchmarks/results/ and README.md (about half an hour)
 #   make bench-full      the same with every workload, 100 steps of the mini test, and memory of whole encoders (hours)

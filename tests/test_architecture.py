@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,10 +39,10 @@ MUTABLE = {
     "integrations.transformers.mask.leaving",  # configurations in the middle of a change
     "integrations.transformers.attention._layouts",  # of offsets that a model is given, gone with them
     "layout.seq_layout._known",  # at which version of their offsets layouts were found to be right, gone with them
+    "layout.seq_layout._edges",  # which rows padding repeats, gone with the layouts
     "kernels.cpu.build._found", "kernels.cpu.build._hashes",  # the compiled kernel or why there is none; what its name says of its sources
     "kernels.kept._kept", "kernels.cuda.flex._kernels",  # what is derived from layouts, gone with them; one compiled kernel a kind of call
     "kernels.cuda.packages._probed", "kernels.cuda.flash3._probed",  # what a package can do, asked once
-    "kernels.cuda.torch_varlen._parameters",
 }  # fmt: skip
 
 
@@ -92,6 +92,64 @@ def own_imports(module: str) -> set[str]:
     names |= {x.value for x in ast.walk(SOURCES[module]) if isinstance(x, ast.Constant) and f"{x.value}".startswith("varlen_attn.")}
     own = {name.removeprefix("varlen_attn").removeprefix(".") for name in names}
     return {name for name in own if name in SOURCES}
+
+
+# Names that are private to another package, where they are touched outside of `_torch`. Names after "torch.ops." do not count: an adapter
+# calls a private kernel, and asks whether it is there.
+PRIVATE = {
+    "errors": "_getframe",
+    "_clone": "_DropoutNd _buffers _python_dispatch _schema",
+    "_switch": "_call_impl _forward_hooks _forward_hooks_always_called _forward_hooks_with_kwargs _forward_pre_hooks "
+    "_forward_pre_hooks_with_kwargs _getframe",
+    "attention.profile": "_is_profiler_enabled",
+    "convert.candidates": "_backward_hooks _backward_pre_hooks _ff_block _forward_hooks _forward_pre_hooks",
+    "convert.classes": "_sa_block",
+    "data.host_lengths": "_C _pytree _version",
+    "integrations.transformers.attention": "_version",
+    "integrations.transformers.enabling": "_ConvNd _NormBase _can_set_attn_implementation",
+    "integrations.transformers.mask": "_C _disabled_torch_function_impl _make_wrapper_subclass _pytree",
+    "integrations.transformers.stack": "_backward_hooks _backward_pre_hooks _forward_hooks _forward_hooks_always_called _forward_pre_hooks",
+    "integrations.transformers.trial": "_get_feat_extract_output_lengths",
+    "nn.checks": "_mha_shape_check _qkv_same_embed_dim",
+    "nn.multihead": "_qkv_same_embed_dim",
+    "nn.stream": "_forward_hooks _forward_pre_hooks",
+    "nn.token_wise": "_ff_block _modules",
+    "nn.transformer": "_ff_block _mha_block _modules _sa_block",
+}
+
+
+def defined(trees: Iterable[ast.AST]) -> set[str]:
+    """Every name that is given to something."""
+    names = {"_asdict", "_fields", "_replace"}  # of named tuples
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) in ("self", "cls"):
+            names.add(node.attr)
+    return names
+
+
+def private_names(tree: ast.AST, own: set[str]) -> set[str]:
+    """Names with an underscore that are read of something or imported from another package, and that nothing here is called."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not ast.unparse(node).startswith("torch.ops."):
+            names |= {node.attr} - own
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {part for alias in node.names for part in alias.name.split(".")}
+    return {name for name in names if name.startswith("_") and not name.endswith("__")}
+
+
+OWN = defined(SOURCES.values())
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES.keys() - {"_torch"}), ids=lambda m: m or "varlen_attn")
+def test_what_is_private_to_torch_is_touched_in_one_file(module: str) -> None:
+    assert private_names(SOURCES[module], OWN) == set(PRIVATE.get(module, "").split()), "touch it in `_torch`, by one function"
 
 
 @each_module
@@ -146,6 +204,13 @@ def test_the_rules_can_fail() -> None:
     with pytest.raises(AssertionError, match="no place in FLOORS"):
         floor("helpers")
 
+    def touched(code: str) -> set[str]:
+        return private_names(ast.parse(code), {"_mine"})
+
+    assert touched("x._version + torch._C.y(x._mine, x.__dict__)") == {"_version", "_C"}
+    assert touched("from torch.utils import _pytree") == touched("import torch.utils._pytree") == {"_pytree"}
+    assert touched("from ._torch import pytree\ntorch.ops.aten._efficient_attention_forward()") == set()
+
 
 def is_mutable(value: ast.expr | None) -> bool:
     if isinstance(value, ast.Call):
@@ -174,7 +239,8 @@ def test_module_state_is_what_is_written_down(module: str) -> None:
                 found.add(f"{module}.{name}")
     assert found <= MUTABLE
     text = [ast.unparse(node) for node in ast.walk(SOURCES[module]) if isinstance(node, ast.Global | ast.Attribute | ast.Name)]
-    for forbidden in ("lru_cache", "functools.cache", "ContextVar", "contextvars.ContextVar"):
+    allowed = ("ContextVar",) if module == "_state" else ()  # which reads it in eager code, and as an attribute of the module while tracing
+    for forbidden in {"lru_cache", "functools.cache", "ContextVar", "contextvars.ContextVar"} - {*allowed}:
         assert forbidden not in text, f"{module} uses {forbidden}: it does not trace"
     assert not any(t.startswith("global ") for t in text)
 

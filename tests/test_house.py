@@ -51,3 +51,14 @@ def test_growth_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         monkeypatch.setattr(house, "measured", lambda: {"lines of code": count})  # noqa: B023
         assert house.main() == status
         assert says in capsys.readouterr().out
+
+
+def test_the_longest_chain_counts_once_for_each_module() -> None:
+    assert house.height({"a": {"b", "c"}, "b": {"c"}, "c": {"c"}, "d": set()}) == 3
+
+
+def test_words_are_whole_words_however_they_are_written() -> None:
+    text = "Nobody stands there. It understands somebody; who can not? Cannot."
+    assert dict(zip(house.WORDS, house.words(text), strict=True)) == {
+        "stands": 1, "whoever": 0, "can not": 1, "its business": 0, "nobody": 1, "somebody": 1,
+    }  # fmt: skip

@@ -81,9 +81,7 @@ class _Cloning:
         if id(module) in self.memo:
             known: nn.Module = self.memo[id(module)]
             return known
-        # fully_shard derives a class of its own.
-        own = next(c for c in type(module).__mro__ if not c.__module__.startswith("torch.distributed.fsdp"))
-        new: nn.Module = object.__new__(own)
+        new: nn.Module = object.__new__(_own(_own(type(module))))
         self.memo[id(module)] = new
         made.append((module, new))
         children = list(vars(module)["_modules"].items())
@@ -144,6 +142,11 @@ class _Cloning:
             if "during iteration" in str(error):
                 raise
             return x  # a lock, a stream, a file: nothing that a forward computes with
+
+
+def _own(cls: type[Any]) -> type[Any]:
+    """Without the class that fully_shard derives, or that of a module that was enabled."""
+    return vars(cls).get("original_class") or next(c for c in cls.__mro__ if not c.__module__.startswith("torch.distributed.fsdp"))
 
 
 def _is_part_of(hook: Any) -> bool:

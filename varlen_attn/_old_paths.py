@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 from . import kernels, nn
 from .attention import dispatch, functional, records
 from .kernels import base, problem, reference, sdpa_padded
-from .kernels.cpu import aten, native
+from .kernels.cpu import aten, build, native
 from .kernels.cuda import flash2, flash3, flash4, flex, mem_efficient, nested, torch_varlen
+from .layout import build as layout_build
 from .nn import multihead, transformer
 
 
@@ -30,6 +31,8 @@ class _Backends(ModuleType):
 
 backends = _Backends("varlen_attn.backends", dispatch.backends.__doc__)
 _MOVED = {
+    "_index": layout_build,
+    "_native": build,
     "companions": nn,
     "dispatch": dispatch,
     "encoder": transformer,

@@ -209,9 +209,10 @@ class Class:
 
 
 @cache
-def _leaving(new: type[Any], original: type[Any]) -> type[nn.Module]:
+def _leaving(new: Any, original: type[Any]) -> Any:
     """For objects that get their class back: what is under way finds all that it needs."""
-    return type(new.__name__, (new,), {"left": True, "original_class": original, "__module__": new.__module__})
+    names = {"__module__": new.__module__, "__qualname__": new.__qualname__}
+    return type(new)(new.__name__, (new,), {**names, "left": True, "original_class": original})
 
 
 class _Here(threading.local):
@@ -346,7 +347,7 @@ def _wait_for(modules: set[int]) -> bool:
 
 def _refuse_inside(going: Sequence[Step]) -> None:
     modules = {id(step.module) for step in going if step.module is not None}
-    inside = next((module for module, _ in around() if id(module) in modules), None)
+    inside = next((module for module in around() if id(module) in modules), None)
     if inside is not None:
         raise VarlenError(
             f"a model must not be disabled or enabled anew inside of its own forward, but that of {type(inside).__name__} is under way: "
@@ -357,13 +358,13 @@ def _refuse_inside(going: Sequence[Step]) -> None:
 _CALL = nn.Module._call_impl.__code__
 
 
-def around() -> Iterator[tuple[nn.Module, bool]]:
-    """The modules in whose forwards this is called, the innermost first, and whether they were called with their hooks."""
+def around() -> Iterator[nn.Module]:
+    """The modules in whose forwards this is called, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code is _CALL or (code.co_name == "forward" and code.co_varnames[:1] == ("self",)):
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module):
-                yield module, code is _CALL
+                yield module
         frame = frame.f_back

@@ -5,26 +5,33 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _modules
+from torch.utils import _pytree
 
+F_ = TypeVar("F_", bound=Callable[..., Any])
+
+pytree = _pytree
 # Whether a profiler runs, for whom calls leave a range: opening one costs microseconds.
 profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
-
-
-def global_hooks() -> tuple[dict[int, Any], ...]:
-    """Hooks that are called for every module."""
-    return (
-        _modules._global_forward_hooks,
-        _modules._global_forward_pre_hooks,
-        _modules._global_backward_hooks,
-        _modules._global_backward_pre_hooks,
-    )
+# How often a tensor was written to, as autograd counts. Not a function in Python, because every call asks.
+num_writes: Callable[[Tensor], int] = attrgetter("_version")
+# Fail on the device, without a transfer, where the tensor does not hold.
+assert_async: Callable[[Tensor, str], None] = torch._assert_async
+# Copy each tensor of one list to that of another.
+copy_each = torch._foreach_copy_
+# Whether this CPU multiplies tiles of bfloat16, and the system lets it.
+has_amx: Callable[[], bool] = torch.cpu._is_amx_tile_supported
+# Whether a tensor is a batch of gradients (``is_grads_batched``, ``vectorize=True``), which is no transform of `torch.func`.
+is_batch_of_gradients: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+# Hooks that are called for every module.
+global_hooks = tuple(vars(_modules)[f"_global_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
 def is_tracing(*tensors: Tensor) -> bool:
@@ -57,7 +64,7 @@ def mark_unbacked(tensor: Tensor) -> None:
     """Tell `torch.compile` that the number of packed rows is data: one graph for all of 0, 1, 2, ...
 
     Only of tensors that are ours and stay here: code that is compiled with a marked one cannot look at the size, and much of torch does.
-    Only where dynamo is loaded already: its import costs 0.8 s and nobody compiles without it.
+    Only where dynamo is loaded already: its import costs 0.8 s, and without it nothing is compiled.
     """
     if "torch._dynamo" in sys.modules and not is_tracing(tensor):
         from torch._dynamo.decorators import mark_unbacked
@@ -77,3 +84,35 @@ def is_transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def constant_while_tracing(function: F_) -> F_:
+    """What `torch.compiler.assume_constant_result` does: Python runs ``function`` while tracing, and its result is a constant of the
+    graph. Its decorator imports dynamo, a second of time that programs without `torch.compile` should not pay."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def mark_dynamic(tensor: Tensor, dims: int | list[int]) -> None:
+    """Tell `torch.compile` that these sizes change from call to call."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    maybe_mark_dynamic(tensor, dims)
+
+
+def compile_error() -> type[Exception]:
+    """What `torch.compile` raises for code that it cannot trace or lower."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
+def arguments_of(op: Any) -> list[Any]:
+    """What the schema of an op (an overload) says of each of its arguments: name, type, default."""
+    arguments: list[Any] = op._schema.arguments
+    return arguments
+
+
+def ragged_dim(nested: Tensor) -> int:
+    """The dimension of a jagged nested tensor whose size differs between its sequences."""
+    return getattr(nested, "_ragged_idx", 1)

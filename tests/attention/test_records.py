@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from varlen_attn import ArgumentError, SeqLayout, VarlenMultiheadAttention, padded_attention, record, use_backend, varlen_attention
-from varlen_attn._state import state
+from varlen_attn._state import _around, state
 from varlen_attn.attention.profile import Profile, _alone, _kernels, _kernels_below
 from varlen_attn.attention.records import Call, Record
 from varlen_attn.kernels.problem import Problem
@@ -237,7 +237,14 @@ def _attend() -> None:
 
 
 def _of_the_thread() -> tuple[Any, ...]:
-    return state.override, list(state.records), state.recorded, torch.autograd.profiler._is_profiler_enabled, _alone.locked()
+    return (
+        list(state.orders),
+        list(state.records),
+        state.recorded,
+        _around.get(),
+        torch.autograd.profiler._is_profiler_enabled,
+        _alone.locked(),
+    )
 
 
 @pytest.mark.parametrize("what", [_recorded, _profiled, _ordered])
@@ -252,6 +259,8 @@ def test_blocks_that_are_broken_off_at_any_line(what: Callable[[], None]) -> Non
         with suppress(Interrupted), lines(line) as broken:
             what()
         now = _of_the_thread()
+        state.orders.clear()
         state.records.clear()
-        state.override, state.recorded = before[0], before[2]
+        state.recorded = before[2]
+        _around.set(before[3])
         assert now == before, f"at {broken[-1]}"

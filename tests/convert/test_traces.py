@@ -99,7 +99,7 @@ def _process() -> dict[str, Any]:
         "signals": signal.getsignal(signal.SIGINT),
         "environment": dict(os.environ),
         "threads": threading.active_count(),
-        "ours": (state.override, list(state.records), state.recorded),
+        "ours": (list(state.orders), list(state.records), state.recorded),
         "attention functions": sorted(set(transformers.AttentionInterface().valid_keys()) - {"varlen_attn"}),
     }
 

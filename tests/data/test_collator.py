@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import pickle
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -559,6 +562,35 @@ def test_through_workers(packed: bool) -> None:
         if packed:
             assert there["cu_seq_lens_k"] is there[key]
         assert all(torch.equal(there[k], v) for k, v in here.items() if isinstance(v, Tensor))
+
+
+def saved(batch: Any, weights_only: bool) -> Any:
+    file = io.BytesIO()
+    torch.save(batch, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "way",
+    [lambda b: saved(b, True), lambda b: saved(b, False), lambda b: pickle.loads(pickle.dumps(b)), copy.deepcopy],
+    ids=["torch.load", "torch.load everything", "pickle", "deepcopy"],
+)
+def test_a_batch_can_be_saved_and_copied(way: Callable[[Any], Any], packed: bool) -> None:
+    here = VarlenCollator(packed=packed, with_layout=True)(EXAMPLES)
+    here["layout"].unpack(here["layout"].pack(torch.zeros(here["layout"].batch_size, here["layout"].padded_len)))  # and after use
+    there = way(here)
+    assert there.keys() == here.keys()
+    key = "cu_seq_lens_q" if packed else "attention_mask"
+    assert type(there[key]) is HostLengths
+    assert (there[key].lengths, there[key].known.kind) == (here[key].lengths, here[key].known.kind)
+    assert_same(there["layout"], here["layout"])
+    assert not packed or there["cu_seq_lens_k"] is there[key]
+    assert all(torch.equal(there[k], v) for k, v in here.items() if isinstance(v, Tensor))
+    there[key].add_(1)
+    assert there[key].lengths is None
+    assert saved(there, True)[key].lengths is None, "what it has forgotten stays so"
 
 
 def test_packing_a_batch_reads_nothing() -> None:

@@ -1,17 +1,20 @@
 """ROCm, Intel GPUs and Apple's: plans for stated problems. Nothing here runs on any of them, and no plan says that something has.
 
-The rule: what is made for a device and was not run there is never chosen by itself; an order runs it, with the options whose meaning can
-not differ. What is chosen is eager maths on re-padded tensors, which calls no fused kernel of anybody.
+The rule: a kernel that was not run on a device is refused there. What is chosen is eager math on re-padded tensors, which calls no fused
+kernel of another library.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.nn import attention
+from torch.nn.attention import _registry
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from varlen_attn import BACKENDS, BackendRefused, varlen_attention
@@ -77,31 +80,43 @@ def test_a_plan_is_complete_and_chooses_what_is_right_there(device: str, dtype: 
         assert flash or (chosen.backend, chosen.kernel) == ("sdpa_padded", EAGER)
 
 
-@pytest.mark.parametrize(("device", "names"), [("rocm", ["torch_varlen", "nested", "flex"]), ("xpu", ["torch_varlen"]), ("mps", [])])
-def test_what_was_not_run_says_so_and_runs_by_order(device: str, names: list[str]) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_that_were_not_run_there_are_refused(device: str) -> None:
     chosen = plan(device)
-    said = [name for name in NAMES if "has not been run on" in reasons(chosen, name)]
-    assert said == names
-    for name in names:
-        assert f"order it with backend='{name}'" in reasons(chosen, name)
-        assert choose(replace(chosen.problem, requested=name)).backend == name
-    for name in set(NAMES) - {*names, "sdpa_padded", "reference"}:
+    for name in set(NAMES) - {"sdpa_padded", "reference"}:
         with pytest.raises(BackendRefused):
             choose(replace(chosen.problem, requested=name))
+    said = [name for name in NAMES if "is not known to be right on ROCm" in reasons(chosen, name)]
+    assert said == (["flash3", "flash4", "torch_varlen", "mem_efficient", "nested", "flex"] if device == "rocm" else [])
 
 
-@pytest.mark.parametrize("device", ["rocm", "xpu"])
-@pytest.mark.parametrize(
-    "options",
-    [dict(window=(3, 0)), dict(dropout_p=0.1), dict(causal="bottom_right", self_attention=False), dict(return_lse=True)],
-    ids=str,
-)
-def test_an_order_does_not_get_what_another_vendors_kernel_may_do_otherwise(device: str, options: dict[str, Any]) -> None:  # R-02
-    with pytest.raises(BackendRefused, match="kernel of another vendor"):
-        plan(device, requested="torch_varlen", **options)
-    assert plan(device, requested="torch_varlen", causal="bottom_right").backend == "torch_varlen"
-    cuda = Problem(device_type="cuda", capability=(9, 0), rocm=False, torch_version="2.13.0", packages=(), dtype=torch.float16)
-    assert choose(cuda).backend == "torch_varlen"
+@pytest.fixture
+def fa4() -> Iterator[None]:
+    """Stands for the real one, which needs flash-attn-4: it replaces ``aten::_flash_attention_forward``, and raises there for dropout."""
+
+    class Handle:
+        def remove(self) -> None: ...
+
+    before = _registry._FLASH_ATTENTION_IMPLS.get("FA4")
+    attention.register_flash_attention_impl("FA4", register_fn=Handle)
+    attention.activate_flash_attention_impl("FA4")
+    yield
+    attention.restore_flash_attention_impl()
+    attention.register_flash_attention_impl("FA4", register_fn=before)
+
+
+HOPPER: dict[str, Any] = dict(device_type="cuda", capability=(9, 0), rocm=False, torch_version="2.13.0", packages=(), dtype=torch.bfloat16)
+
+
+def test_a_plan_knows_that_torchs_flash_kernels_were_replaced(fa4: None) -> None:
+    """What replaces them was not run, and is refused; a problem that says that nothing replaces them keeps its plan."""
+    for dropout_p in (0.0, 0.1):
+        chosen = choose(Problem(**HOPPER, semantics=Semantics.of(dropout_p=dropout_p)))
+        assert chosen.backend not in ("torch_varlen", "nested")
+        assert "activate_flash_attention_impl" in reasons(chosen, "torch_varlen")
+        assert choose(replace(chosen.problem, flash_impl=None)).backend == "torch_varlen"
+    with pytest.raises(BackendRefused, match=r"(?s)calls torch's flash kernels, in whose place .* put FA4. Fix: call .*restore_flash"):
+        choose(Problem(**HOPPER, requested="torch_varlen"))
 
 
 def test_no_fix_asks_for_what_the_machine_can_not_have() -> None:

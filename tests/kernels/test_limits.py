@@ -1,4 +1,4 @@
-"""More sequences than a kernel's grid can count: in parts, with the results of one call (R-22)."""
+"""More sequences than a kernel's grid can count, more elements than 32 bits: in parts, with the results of one call (R-22)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varlen_attn import SeqLayout, varlen_attention
+from varlen_attn import ArgumentError, SeqLayout, varlen_attention
 from varlen_attn.kernels.base import Backend
+from varlen_attn.kernels.cuda import torch_varlen
 from varlen_attn.kernels.cuda.flash2 import Flash2
 from varlen_attn.kernels.cuda.flash3 import Flash3
 from varlen_attn.kernels.cuda.flash4 import Flash4
@@ -21,7 +22,7 @@ from varlen_attn.kernels.cuda.torch_varlen import TorchVarlen
 from varlen_attn.kernels.limits import MAX_SEQUENCES
 
 from . import fake_kernels
-from .fake_kernels import for_cpu, on_cpu
+from .fake_kernels import flash_backward, flash_forward, for_cpu, on_cpu
 
 KERNELS = {
     "_flash_attention_forward": "flash_forward",
@@ -92,6 +93,39 @@ def test_parts_where_only_the_device_knows_them(most: int, cross: bool, launched
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
         assert not a.isnan().any()
+
+
+@pytest.mark.parametrize(("heads", "most", "parts"), [((4, 4), 3, [3, 1]), ((6, 2), 4, [3, 3]), ((8, 2), 3, [2] * 4), ((2, 2), 2, [2])])
+def test_gradients_that_a_kernel_cannot_count_run_by_heads(
+    heads: tuple[int, int], most: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R-22: grouped heads stay with the key head that they share. A forward alone is one call."""
+    launched: list[int] = []
+    flash = torch_varlen._flash
+
+    def watched(query: Tensor, key: Tensor, *rest: Any) -> Any:
+        launched.append(query.shape[1])
+        assert query.shape[1] % key.shape[1] == 0
+        return flash(query, key, *rest)
+
+    monkeypatch.setattr(torch_varlen, "_flash", watched)
+    layout = SeqLayout.from_lengths(LENGTHS_Q)
+    qkv = [torch.randn(layout.num_rows, n, 8).half().requires_grad_() for n in (heads[0], heads[1], heads[1])]
+    of_one = (layout.num_rows + 128 * layout.num_seqs) * 32
+    with on_cpu(_flash_attention_forward=flash_forward, _flash_attention_backward=flash_backward):
+        all_at_once, limited = (
+            varlen_attention(*qkv, layout, causal=True, return_lse=True, backend=for_cpu(TorchVarlen, max_gradient=limit))
+            for limit in (None, of_one * most)
+        )
+        assert launched == [heads[0], *parts]
+        cotangent = torch.randn_like(all_at_once[0])
+        for a, b in zip(*([*x, *torch.autograd.grad(x[0], qkv, cotangent)] for x in (all_at_once, limited)), strict=True):
+            torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)  # gradients of a key head may be sums of parts
+        with torch.no_grad():
+            varlen_attention(*qkv, layout, backend=for_cpu(TorchVarlen, max_gradient=of_one))
+        assert launched[len(parts) + 1 :] == [heads[0]]
+        with pytest.raises(ArgumentError, match="elements a head"):
+            varlen_attention(*qkv, layout, backend=for_cpu(TorchVarlen, max_gradient=of_one - 1))
 
 
 def test_nested_tensors_run_in_parts_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,9 @@ from varlen_attn.nn.transformer import (
     VarlenTransformerEncoderLayer,
 )
 from varlen_attn.testing import poison
-from varlen_attn.testing.strategies import AttentionMask, Batch, attention_masks, batches, mask_dtypes, transformer_options
+from varlen_attn.testing.strategies import Batch, batches, mask_dtypes
+
+from .strategies import AttentionMask, attention_masks, transformer_options
 
 E, N, FF = 8, 2, 12
 OURS: dict[type[nn.Module], type[nn.Module]] = {

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import current_flash_attention_impl
 
+from .. import _state
 from .._state import state
 from .._torch import is_plain, profiler_enabled
 from ..errors import ArgumentError
@@ -113,7 +115,8 @@ def _signature(
         if not (device == key.device == value.device == layout.cu_seqlens.device == other.cu_seqlens.device):
             return None
         signature = (
-            shape_q[1:], shape_k[1:], shape_v[1:], query.dtype, key.dtype, value.dtype, device, options, backend, state.override,
+            shape_q[1:], shape_k[1:], shape_v[1:], query.dtype, key.dtype, value.dtype, device, options, backend,
+            _state.order if state.orders else None, current_flash_attention_impl() if device.type == "cuda" else None,
             torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
             torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None,
             torch.get_deterministic_debug_mode(),
@@ -240,6 +243,7 @@ class AttentionCall:
         problem = (
             ("device_type", device.type),
             ("device_index", device.index),
+            ("flash_impl", current_flash_attention_impl()),
             ("dtype", self.query.dtype),
             ("num_heads", int(self.query.shape[1])),
             ("num_kv_heads", int(self.key.shape[1])),

@@ -16,10 +16,12 @@ from typing import Any, Literal
 
 import torch
 
-from .._state import state, undone
+from .. import _state
+from .._state import Order, opened, state, visible
+from .._torch import constant_while_tracing
 from ..errors import ArgumentError, BackendRefused, NoBackend
 from ..kernels import BACKENDS
-from ..kernels.base import Backend, Refusal, constant_while_tracing
+from ..kernels.base import Backend, Refusal
 from ..kernels.problem import Problem, Semantics
 from ..layout.seq_layout import SeqLayout
 
@@ -188,7 +190,7 @@ def choose_while_tracing(problem: tuple[tuple[str, Any], ...], semantics: tuple[
     """`choose` as a constant of the graph: plain values in, the backend's name out; run by Python while tracing."""
     plan = choose(problem_of_fields(problem, semantics))
     if not plan.implementation.custom_op:
-        for log in state.records:
+        for log in visible(state.records):
             log.on_launch(plan.backend, -1)
     return plan.backend
 
@@ -213,8 +215,10 @@ def requested_backend(backend: str | Backend) -> str | Backend:
         if not isinstance(backend, str | Backend):
             raise ArgumentError(f"`backend` must be 'auto', a name or a Backend, but is {backend!r}.")
         return backend
-    if state.override is not None:
-        return state.override  # type: ignore[no-any-return]
+    traced = [block for block in state.traced if isinstance(block, Order)]
+    order: str | Backend | None = traced[-1].backend if traced else _state.order
+    if order is not None:
+        return order
     if _environment_order not in _NAMES:
         raise ArgumentError(f"`{_ENVIRONMENT}` must be 'auto' or one of {list(_NAMES[1:])}, but is {_environment_order!r}.")
     return _environment_order
@@ -222,20 +226,14 @@ def requested_backend(backend: str | Backend) -> str | Backend:
 
 @contextmanager
 def use_backend(name: str | Backend) -> Iterator[None]:
-    """Order a backend for all calls inside, in this thread. It runs, or the call raises `BackendRefused`.
+    """Order a backend for all calls inside, in this thread and this coroutine. It runs, or the call raises `BackendRefused`.
 
     It must surround the backward pass too where activations are checkpointed, because recomputation chooses again. On a GPU autograd
     recomputes in a thread of its own, which this does not reach: give a checkpointed module ``backend=`` instead.
     """
     if not isinstance(name, Backend) and name not in _NAMES:
         raise ArgumentError(f"`name` must be 'auto' or one of {list(_NAMES[1:])}, but is {name!r}.")
-    before = state.override
-
-    def undo() -> None:
-        state.override = before
-
-    with undone(undo):
-        state.override = name
+    with opened(state.orders, Order(name)):
         yield
 
 

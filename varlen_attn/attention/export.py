@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .._state import state
+from .._torch import constant_while_tracing
 from ..errors import BackendRefused
-from ..kernels.base import Backend, constant_while_tracing, repeat_kv
+from ..kernels.base import Backend, repeat_kv
 from ..kernels.dense import EAGER, FUSED, attend_dense, needs_eager
 from ..kernels.problem import Semantics
 from ..kernels.values import Extras

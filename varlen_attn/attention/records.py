@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._state import state, undone
+from .._state import opened, state, undone, visible
 from ..kernels.problem import Problem
 from ..layout.seq_layout import SeqLayout
 from .dispatch import Plan, choose
@@ -128,7 +128,7 @@ def _text(number: int | None) -> str:
 
 @contextmanager
 def record(model: torch.nn.Module | None = None, *, kernels: bool = False) -> Iterator[Record]:
-    """Record every attention call of this thread made inside: ``with record() as log: ...; print(log)``.
+    """Record every attention call made inside, in this thread and this coroutine: ``with record() as log: ...; print(log)``.
 
     Args:
         model: calls by its modules are recorded under their qualified names, others under their class.
@@ -141,14 +141,9 @@ def record(model: torch.nn.Module | None = None, *, kernels: bool = False) -> It
         ArgumentError: ``kernels=True`` while a profiler is running: there is one for a process.
     """
     log = Record({} if model is None else {id(module): name for name, module in model.named_modules() if name}, profiles=kernels)
-
-    def undo() -> None:
-        state.records[:] = [other for other in state.records if other is not log]
-
     profile = Profile()
     try:
-        with undone(undo), profiled(_RANGE) if kernels else nullcontext(profile) as profile:
-            state.records.append(log)
+        with opened(state.records, log), profiled(_RANGE) if kernels else nullcontext(profile) as profile:
             yield log
     finally:
         if kernels:
@@ -192,7 +187,7 @@ def dense_call(problem: Problem, kernel: str, reason: str, slots: int | None, tr
 
 def write(call: Call, module: object | None) -> None:
     """Into every open record."""
-    for log in state.records:
+    for log in visible(state.records):
         assert isinstance(log, Record)
         log.add(call, module)
 
@@ -200,7 +195,7 @@ def write(call: Call, module: object | None) -> None:
 def _written(call: Call, module: object | None) -> AbstractContextManager[object]:
     """The call is in all open records; the range finds its kernels, where one of them looks for kernels."""
     where: AbstractContextManager[object] = nullcontext()
-    for log in state.records:
+    for log in visible(state.records):
         if isinstance(log, Record) and log.profiles:
             where = torch.profiler.record_function(f"{_RANGE}{len(log)}")
     write(call, module)

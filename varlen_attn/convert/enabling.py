@@ -132,7 +132,7 @@ def disable(model: nn.Module) -> Report:
     restored = [ModuleReport(*row) for row in hf.enabled_models(model)] if hf else []
     for name, module in model.named_modules():
         original = original_class(module)
-        if original is not type(module):
+        if original is not type(module) and (hf is None or not isinstance(module, hf.Watched)):
             restored.append(ModuleReport(name, original.__name__, "restored", ""))
         elif hasattr(original, "original_class") and is_varlen(module):
             reason = "its class was derived from the enabled one, as parametrisations do: remove them first"

@@ -27,12 +27,6 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 # Of these no hook looks at what goes through a module: they gather, mask or normalise weights, compute again, or note which module runs.
 _OURS = __name__.partition(".")[0]
 _BLIND = (f"{_OURS}.", "torch.distributed.fsdp.", "torch.distributed._composable.", "torch.nn.utils.", "torch.utils.module_tracker")
-    f"{__name__.partition('.')[0]}.",
-    "torch.distributed.fsdp.",
-    "torch.distributed._composable.",
-    "torch.nn.utils.",
-    "torch.utils.module_tracker",
-)
 
 
 def _torchs(owner: Any, *names: str) -> tuple[tuple[Any, str, Any], ...]:
@@ -73,7 +67,7 @@ def why_touched(module: nn.Module, hooks: bool) -> str | None:
                     return _touched_part(module, hooks)
                 if d["_modules"]:
                     parents.append(m)
-    return "hooks for all modules" if hooks and any(map(_sees, global_hooks())) else None
+    return "hooks for all modules" if hooks and any(map(_sees, global_hooks)) else None
 
 
 def _touched_part(module: Any, hooks: bool) -> str | None:

@@ -211,11 +211,20 @@ class HostLengths(Tensor):
         return self.detach().clone()
 
     def __reduce_ex__(self, proto: Any) -> tuple[Any, ...]:
-        return HostLengths._of, (self.as_subclass(Tensor), self.known)  # `copy.copy`, too: memory and the count of writes are shared then
+        return _restored, (self.as_subclass(Tensor), self.known)  # `copy.copy`, too: memory and the count of writes are shared then
 
     def __repr__(self) -> str:  # type: ignore[override]
         facts = "forgotten" if self.known is None else repr(self.known).removeprefix("Known(").removesuffix(")")
         return f"HostLengths({self.as_subclass(Tensor)!r}, {facts})"
+
+
+def _restored(plain: Tensor, known: Known | None) -> HostLengths:
+    """What a pickle calls, by a name that `torch.load` can allow."""
+    return HostLengths._of(plain, known)
+
+
+# For `torch.load`, which is told what it may make of a file: that builds plain values, and reads nothing else.
+torch.serialization.add_safe_globals([_restored, Known])
 
 
 def _plain(x: HostLengths) -> Tensor:

@@ -23,7 +23,7 @@ BACKENDS: tuple[Backend, ...] = (
     MemEfficient(),  # packed for float32 and for GPUs before sm80; slower than flash
     Nested(),  # the same two kernels, with fewer options and more work on the host
     Flex(),  # fused for score biases, but its block mask costs time for every batch
-    CpuNative(),  # faster than the next, where somebody has compiled it
+    CpuNative(),  # faster than the next, where it has been compiled
     Cpu(),  # the packed path that every CPU has
     SdpaPadded(),  # any device, any option: slow, never wrong
     Reference(),  # by name only

@@ -11,14 +11,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._state import state
-from .limits import in_parts
+from .._state import state, visible
+from .._torch import is_tracing
+from .limits import heads_at_once, in_heads, in_parts
 from .problem import Problem, version_tuple
 from .values import Call, Extras, Result, ScoreBias
 
@@ -27,22 +28,11 @@ __all__ = ["Backend", "Call", "Capabilities", "Extras", "Refusal", "Result", "Sc
 HALF = frozenset({torch.float16, torch.bfloat16})
 FLOATS = HALF | {torch.float32, torch.float64}
 
-_MACHINES = {"rocm": "ROCm", "xpu": "Intel GPUs"}
-
-F_ = TypeVar("F_", bound=Callable[..., Any])
-
-
-def constant_while_tracing(function: F_) -> F_:
-    """What `torch.compiler.assume_constant_result` does: Python runs ``function`` while tracing, and its result is a constant of the
-    graph. Its decorator imports dynamo, a second of time that who never compiles should not pay."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
 
 def on_launch(name: str, rows: int) -> None:
-    """Called by our own ops where they run: in compiled code, nobody else sees the call."""
+    """Called by our own ops where they run: in compiled code, no other code of ours sees the call."""
     if not state.recorded:
-        for record in state.records:
+        for record in visible(state.records):
             record.on_launch(name, rows)
 
 
@@ -60,15 +50,19 @@ class Refusal:
 
 def _prepared(run: Callable[..., Result]) -> Callable[..., Result]:
     """``run`` with what is the same for all backends: a `Call` or its values one by one, on both sides, and no more than
-    `Capabilities.max_sequences` at a time."""
+    `Capabilities.max_sequences` and `Capabilities.max_gradient` at a time."""
     takes_values = len(inspect.signature(run).parameters) > len(("self", "query", "key", "value", "call"))
 
     @wraps(run)
     def prepared(self: Backend, query: Tensor, key: Tensor, value: Tensor, call: Any, *rest: Any) -> Result:
         call = Call(call, *rest) if rest else call
-        most = self.capabilities.max_sequences
-        if most is not None and call.layout_q.num_seqs > most:
-            return in_parts(query, key, value, call, most, partial(prepared, self))
+        can = self.capabilities
+        if can.max_sequences is not None and call.layout_q.num_seqs > can.max_sequences:
+            return in_parts(query, key, value, call, can.max_sequences, partial(prepared, self))
+        if can.max_gradient is not None and not is_tracing(query):  # sizes are not compared while tracing
+            most = heads_at_once(query, key, value, call, can.max_gradient)
+            if most < query.shape[1]:
+                return in_heads(query, key, value, call, most, partial(prepared, self))
         return run(self, query, key, value, *call) if takes_values else run(self, query, key, value, call)
 
     return prepared
@@ -83,9 +77,10 @@ class Capabilities:
     min_capability: tuple[int, int] | None = None
     min_torch: tuple[int, ...] = ()
     rocm: bool = True
-    untried: frozenset[str] = frozenset()  # of "rocm", "xpu": its kernel is made for them, and nobody has run it there from here: by order
+    torch_flash: bool = False  # it calls torch's flash kernels for GPUs
     max_head_dim: int | None = None
     max_sequences: int | None = None  # of one launch; more run in parts
+    max_gradient: int | None = None  # elements of the gradient of a query, each sequence in whole blocks; more run in parts, by heads
     value_head_dim: bool = True  # Hv != H
     gqa: bool = True  # N != K
     causal_bottom_right: bool = True
@@ -157,10 +152,6 @@ class Backend(ABC):
         if self.capabilities.explicit_only and problem.requested != self.name:
             text = f"runs by order, or where nothing else does: {self.capabilities.explicit_only}"
             reasons.append(Refusal(text, f"order it with backend={self.name!r}", "order"))
-        if problem.machine in self.capabilities.untried and problem.requested != self.name:
-            reasons.append(
-                Refusal(f"has not been run on {_MACHINES[problem.machine]}", f"order it with backend={self.name!r}, and compare", "order")
-            )
         if all_reasons or not reasons:
             sentence = self.missing(problem)
             if sentence is not None:
@@ -209,7 +200,13 @@ def _machine_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
         )
         return
     if problem.device_type == "cuda" and problem.rocm and not can.rocm:
-        yield Refusal("has no build for ROCm that is known to be right", "use another backend, or an NVIDIA GPU", "machine")
+        yield Refusal("is not known to be right on ROCm", "use another backend, or an NVIDIA GPU", "machine")
+    if problem.device_type == "cuda" and can.torch_flash and problem.flash_impl is not None:
+        yield Refusal(
+            f"calls torch's flash kernels, in whose place torch.nn.attention.activate_flash_attention_impl put {problem.flash_impl}",
+            "call torch.nn.attention.restore_flash_attention_impl()",
+            "machine",
+        )
     if problem.device_type == "cuda" and not problem.rocm and can.min_capability is not None:
         have = problem.capability
         if have is None or have < can.min_capability:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch import is_transformed
-from .base import HALF, accumulation_dtype, constant_while_tracing, pad_head_dim, repeat_kv
+from .._torch import constant_while_tracing, is_transformed
+from .base import HALF, accumulation_dtype, pad_head_dim, repeat_kv
 from .problem import Semantics, strictly_deterministic
 from .values import NO_EXTRAS, Extras, ScoreBias
 

@@ -1,8 +1,11 @@
-"""Calls with more sequences than a kernel's grid can count, in parts (R-22).
+"""Calls that are larger than a kernel can count, in parts (R-22).
 
 Flash-attention's kernels start ``(blocks of rows, sequences, heads)`` and the memory-efficient one ``(blocks, heads, sequences)``; CUDA
 counts to 65,535 in the second and in the third place, and refuses to start more. Read in flash-attention's launch templates (which torch
-carries too) and in torch's ``mem_eff_attention/kernel_forward.h`` and ``kernel_backward.h`` (2.11 and 2.13); not run on a GPU.
+carries too) and in torch's ``mem_eff_attention/kernel_forward.h`` and ``kernel_backward.h`` (2.11 and 2.13).
+
+The backward of flash-attention 2 counts the gradient of a query in 32 bits, with every sequence in blocks of 128 rows and heads in
+multiples of 32: beyond that it reads and writes illegal memory (torch 2.11 on an H200). Its forward does not.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ import torch
 from torch import Tensor
 
 from .._torch import is_tracing
+from ..errors import ArgumentError
 from ..layout.seq_layout import SeqLayout
 from .kept import kept
 from .values import Call, Result
 
+MAX_GRADIENT = 2**31 - 1  # of flash-attention 2, in torch and as a package
 MAX_SEQUENCES = 65_535 - 4_095  # what is left is for sequences that an adapter adds, such as those over slack rows
 
 
@@ -69,3 +74,35 @@ def _by_offsets(query: Tensor, key: Tensor, value: Tensor, call: Call, most: int
             lse = torch.where(mine_q[:, 0, 0], some_lse, float("-inf") if lse is None else lse)
     assert out is not None
     return out, lse
+
+
+def heads_at_once(query: Tensor, key: Tensor, value: Tensor, call: Call, most: int) -> int:
+    """How many query heads a kernel takes whose gradient may have ``most`` elements; all, where there is none.
+
+    Raises:
+        ArgumentError: one head is too much.
+    """
+    num_heads = query.shape[1]
+    of_one = (query.shape[0] + 128 * call.layout_q.num_seqs) * (-(-query.shape[2] // 32) * 32)
+    if of_one * num_heads <= most or not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
+        return num_heads
+    if of_one > most:
+        raise ArgumentError(
+            f"`query` must have at most {most} elements a head for the backward of this kernel, each sequence rounded up to 128 rows, but "
+            f"has {of_one}: pass fewer sequences at a time, or backend='mem_efficient'."
+        )
+    return most // of_one
+
+
+def in_heads(query: Tensor, key: Tensor, value: Tensor, call: Call, most: int, run: Callable[..., Result]) -> Result:
+    """``run(query, key, value, call)``, with at most so many query heads at a time, and the key heads that they share."""
+    group = query.shape[1] // key.shape[1]
+    size = most - most % group if most >= group else max(n for n in range(1, most + 1) if group % n == 0)
+    again = max(group // size, 1)  # parts of one key head
+    keys, values = ([part for part in x.split(max(size // group, 1), 1) for _ in range(again)] for x in (key, value))
+    results = [
+        run(*qkv, call._replace(extras=call.extras.of_heads(i * size, size)))
+        for i, qkv in enumerate(zip(query.split(size, 1), keys, values, strict=True))
+    ]
+    lses = [lse for _, lse in results if lse is not None]
+    return torch.cat([out for out, _ in results], 1), torch.cat(lses) if lses else None

@@ -2,7 +2,7 @@
 
 What `torch.library.custom_op` does, except that its wrapper imports dynamo at the first call, which takes a second.
 
-The FLOP counter, `torch.utils.flop_counter`, takes 50 ms to import: formulas are registered where somebody has imported it. That is looked
+The FLOP counter, `torch.utils.flop_counter`, takes 50 ms to import: formulas are registered where it has been imported. That is looked
 for when this package is imported and at every call. A `FlopCounterMode` copies the formulas when it is made, so import
 ``torch.utils.flop_counter`` first, or make one call before it.
 """

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import current_flash_attention_impl
 
 from .._torch import is_tracing, is_transformed
 from ..errors import ArgumentError
@@ -168,6 +169,7 @@ class Problem:
         capability: compute capability, as (9, 0) for an H100; that of this machine's first GPU if left out.
         rocm: whether torch is a ROCm build.
         torch_version: of the torch that would run it.
+        flash_impl: what `torch.nn.attention.activate_flash_attention_impl` put in place of torch's flash kernels on GPUs, as ``"FA4"``.
         packages: ``(("flash-attn", "2.8.3"), ...)`` where another machine is described; None is what is installed here.
         dtype, num_heads, num_kv_heads, head_dim, value_head_dim: of query, key and value (N, K, H, Hv).
         semantics: what the call computes.
@@ -184,6 +186,7 @@ class Problem:
     capability: tuple[int, int] | None = None
     rocm: bool = field(default_factory=lambda: torch.version.hip is not None)
     torch_version: str = torch.__version__
+    flash_impl: str | None = field(default_factory=current_flash_attention_impl)
     packages: tuple[tuple[str, str], ...] | None = None
     dtype: torch.dtype = torch.float32
     num_heads: int = 8

@@ -31,6 +31,11 @@ class Extras:
         """What of them is a tensor: a gradient reaches it, 0 where there is nothing to attend to."""
         return [x for x in (self.alibi_slopes, self.sinks, self.score_bias) if isinstance(x, Tensor)]
 
+    def of_heads(self, first: int, count: int) -> Extras:
+        """Those of some heads; no kernel that needs parts takes a score bias."""
+        part = slice(first, first + count)
+        return Extras(*(None if x is None else x[part] for x in (self.alibi_slopes, self.sinks)))
+
 
 NO_EXTRAS = Extras()
 

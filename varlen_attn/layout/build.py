@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch import is_tracing, mark_unbacked
+from .._torch import assert_async, is_tracing, mark_unbacked
 from ..errors import ArgumentError, LayoutError, LayoutWarning, warn
 from .checks import CONVENTIONS, check_offsets, is_integer, raise_bad_value, shorten
 
@@ -146,7 +146,7 @@ def refuse_shifted(real_BS: Tensor, message: str) -> None:
 
 def refuse_offsets(cu: Tensor, rows: int, longest: int, *, slack: bool = False, lengths: Sequence[int] | None = None) -> None:
     """Offsets (int32) of other rows than these, of a sequence above ``longest``, or of other ``lengths``. Nothing is read: on a GPU the
-    device refuses, by the extremes of ``lengths`` only. That has not run on a GPU.
+    device refuses, by the extremes of ``lengths`` only.
     """
     num_seqs, least = cu.shape[0] - 1, 0
     if lengths is not None:
@@ -283,10 +283,10 @@ def _refuse_overflow(count: Tensor, bound: int, name: str, what: str) -> None:
 def assert_on_device(holds: Tensor, message: str, explain: Callable[[], object] | None = None) -> None:
     """Refuse on the device, without a transfer; on a CPU the same assertion raises at once, as our error, or that of ``explain``."""
     if is_tracing(holds) or holds.device.type != "cpu":
-        torch._assert_async(holds, message)
+        assert_async(holds, message)
         return
     try:
-        torch._assert_async(holds, message)
+        assert_async(holds, message)
     except RuntimeError as error:
         if explain is not None:
             explain()

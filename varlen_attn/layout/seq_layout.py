@@ -22,9 +22,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from .._torch import is_tracing, mark_unbacked, needs_plain_gathers, trace_quietly
+from .._torch import is_tracing, mark_unbacked, needs_plain_gathers, num_writes, pytree, ragged_dim, trace_quietly
 from ..errors import ArgumentError, DtypeError, LayoutError
 from .build import (
     Index,
@@ -55,7 +54,7 @@ from .checks import (
     shorten,
     signed_pad_value,
 )
-from .rows import STAND_INS, Pack, Unpack, gather_rows, place_rows, scatter_rows, take_rows
+from .rows import STAND_INS, Edges, Pack, Unpack, gather_rows, place_rows, scatter_rows, take_rows
 
 Pooling = Literal["mean", "max", "sum", "first", "last"]
 P = ParamSpec("P")
@@ -292,7 +291,7 @@ class SeqLayout:
                 f"`nested` must be a nested tensor with layout torch.jagged, but is {describe(nested)}: "
                 "make one with torch.nested.as_nested_tensor(tensors, layout=torch.jagged)."
             )
-        if getattr(nested, "_ragged_idx", 1) != 1 or nested.lengths() is not None:  # type: ignore[attr-defined]
+        if ragged_dim(nested) != 1 or nested.lengths() is not None:  # type: ignore[attr-defined]
             raise LayoutError(
                 "`nested` must hold its sequences one after another along dimension 1, but it is a "
                 "transposed view or has gaps: call .contiguous() on it."
@@ -393,8 +392,11 @@ class SeqLayout:
             return packed
         return take_rows(flat, self.token_indices, valid_T)
 
-    def unpack(self, x: Tensor, pad_value: float = 0) -> Tensor:
+    def unpack(self, x: Tensor, pad_value: float | Literal["edge"] = 0) -> Tensor:
         """``(T, ...) -> (B, S, ...)``: tokens at their places, ``pad_value`` at padding; the backward of `pack`.
+
+        ``"edge"`` repeats tokens: padding holds what the nearest token before it in its row holds, else the first one after it, and takes
+        no gradient. A row without any token is 0.
 
         Raises:
             LayoutError: ``x`` does not have T rows, or is on another device.
@@ -402,21 +404,43 @@ class SeqLayout:
             DtypeError: ``x`` is quantised in a way that torch takes no rows of.
         """
         self._check(x, (self.token_indices.shape[0],), "x")
+        edges = None
+        if isinstance(pad_value, str):
+            edges, pad_value = self._edges(pad_value), 0
         exact = not (x.is_floating_point() or x.is_complex() or x.is_quantized)
         if exact and pad_value % 1 != 0:
             raise ArgumentError(f"`pad_value` must be an integer for a tensor of {x.dtype}, but is {pad_value}.")
         value = int(pad_value) if exact else pad_value
         if x.dtype in STAND_INS:
-            return self.unpack(x.view(STAND_INS[x.dtype]), signed_pad_value(value, x.dtype)).view(x.dtype)
+            return self.unpack(x.view(STAND_INS[x.dtype]), "edge" if edges else signed_pad_value(value, x.dtype)).view(x.dtype)
         if needs_plain_gathers():
             padded = scatter_rows(x, self.gather_indices, value)
+            if edges is not None:
+                padding = (self.gather_indices == 0).view(-1, *[1] * (x.dim() - 1))
+                padded = torch.where(padding, edges.rows_of(x.detach()), padded)
         else:
             valid_T = self.valid_rows() if self.has_slack else None
             if torch.is_grad_enabled() and x.requires_grad:
-                padded = Unpack.apply(x, self.token_indices, self.gather_indices, valid_T, value)
+                padded = Unpack.apply(x, self.token_indices, self.gather_indices, valid_T, value, edges)
+            elif edges is not None:
+                padded = edges.rows_of(x)
             else:
                 padded = place_rows(x, self.token_indices, self.gather_indices, valid_T, value)
         return padded.reshape(self.batch_size, self.padded_len, *x.shape[1:])
+
+    @_constructor
+    def _edges(self, how: str) -> Edges:
+        """Kept for a layout, except where its tensors may be written to."""
+        if how != "edge":
+            raise ArgumentError(f'`pad_value` must be a number or "edge", but is {how!r}.')
+        traced = is_tracing(self.cu_seqlens)
+        known = None if traced else _edges.get(self)
+        if known is None:
+            empty = traced or self.lengths is None or 0 in self.lengths or self.row_ids is not None
+            known = Edges.of(self.gather_indices.view(self.batch_size, self.padded_len), leading=not self.right_padded, empty=empty)
+            if not (traced or self.has_slack or is_captured(self.cu_seqlens)):
+                _edges[self] = known
+        return known
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """``(T, ...) -> Q`` views, one a sequence. Needs lengths on the host."""
@@ -590,7 +614,7 @@ class SeqLayout:
     def _trusted(self) -> SeqLayout:
         """This layout, whose tensors belong together as they are now."""
         if not is_tracing(self.cu_seqlens) and not self.cu_seqlens.is_inference():
-            _known[self] = self.cu_seqlens._version
+            _known[self] = num_writes(self.cu_seqlens)
         return self
 
     def _part(self, sequences: slice) -> SeqLayout:
@@ -608,7 +632,7 @@ class SeqLayout:
         """
         cu, is_traced = self.cu_seqlens, is_tracing(self.cu_seqlens)
         at = None if is_traced else _known.get(self)
-        known = at is not None and not cu.is_inference() and at == cu._version
+        known = at is not None and not cu.is_inference() and at == num_writes(cu)
         if at == _UNCHECKED or (known and (cu.is_cuda or not again)) or (is_traced and not traced):
             return
         check_offsets_tensor(cu)
@@ -643,7 +667,7 @@ class SeqLayout:
             raise LayoutError(
                 f"`{name}` is on {x.device}, but the layout is on {self.device}: call layout.to({str(x.device)!r}) once per batch."
             )
-        if self.cu_seqlens.is_inference() or _known.get(self) != self.cu_seqlens._version:  # asked here, because this is every call
+        if self.cu_seqlens.is_inference() or _known.get(self) != num_writes(self.cu_seqlens):  # asked here, because this is every call
             self._check_tensors()
 
     def _check_frames_start_at_tokens(self) -> None:
@@ -675,7 +699,13 @@ class SeqLayout:
 
 # The version of the offsets at which the tensors of a layout were found to belong together. Not an attribute, which a pickle would carry.
 _known: WeakKeyDictionary[SeqLayout, int] = WeakKeyDictionary()
+_edges: WeakKeyDictionary[SeqLayout, Edges] = WeakKeyDictionary()
 _UNCHECKED = -1
+
+
+def is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, whose memory must not be kept."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def padding_of(mask: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -741,3 +771,5 @@ pytree.register_pytree_node(
     from_dumpable_context=lambda static: tuple(tuple(v) if isinstance(v, list) else v for v in static),
     flatten_with_keys_fn=_flatten_with_keys,
 )
+# For `torch.load`, which is told what it may make of a file: tensors and numbers, which every call checks against its own.
+torch.serialization.add_safe_globals([SeqLayout])

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..errors import ArgumentError
 from ..layout.seq_layout import SeqLayout
 

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..errors import ArgumentError
 from ..nn.token_wise import deepcopy_module
 from ._batch import Inputs, PaddedBatch, map_tensors, tensors_in
@@ -88,7 +88,7 @@ class Recorder:
 
     def _note(self, kind: str, call: Call, blame: Call, tensors: list[Tensor]) -> None:
         module = type(self.model.get_submodule(blame[0])).__name__
-        self.events[kind, call] = Event(kind, call, blame, module, [x.clone() for x in tensors])  # before somebody writes to them
+        self.events[kind, call] = Event(kind, call, blame, module, [x.clone() for x in tensors])  # before they are written to
 
 
 def run_batch(model: nn.Module, given: PaddedBatch) -> tuple[Recorder, Events]:

@@ -397,7 +397,7 @@ def refusals(**fields: Any) -> str:
         (dict(dtype=torch.float64), "float64"),
         (dict(head_dim=320), "up to 256"),
         (dict(capability=(7, 5)), "8.0"),
-        (dict(rocm=True), "has not been run on ROCm"),
+        (dict(rocm=True), "not known to be right on ROCm"),
         (dict(device_type="cpu"), "cuda only"),
         (dict(device_type="mps"), "cuda only"),
         (dict(device_type="xpu"), "cuda only"),

@@ -15,14 +15,15 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
-from typing import Any
+from functools import cache, partial, update_wrapper, wraps
+from types import MethodType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..._switch import Hook, around
+from ..._switch import Class, Entry, Hook, Step, around, original_class
 from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
@@ -40,9 +41,15 @@ class ModelId:
 
     Attributes:
         left: the hooks begin nothing new: not all are there yet, or they are about to go.
+        padding_rows: what rows at padding hold after a packed stack, as the caller of `enable` said; None for edge rows, and for stacks
+            that run as they came where a reader is known.
     """
 
     left = False
+    padding_rows: str | None = None  # also of pickles of earlier versions
+
+    def __init__(self, padding_rows: str | None = None) -> None:
+        self.padding_rows = padding_rows
 
 
 class LayerHook:
@@ -78,11 +85,13 @@ class LayerHook:
         # Only a batch with padding is packed, so the shape of rows is another.
         is_rows = hidden.shape[:2] != meaning.shape[::2] and hidden.shape[:2] == (1, meaning.keys.num_rows)
         if not is_rows:
-            reason = meaning.padded_because or _why_padded(hidden, meaning)
-            if reason is None and not meaning.forwards:  # somebody calls `forward` itself, or nobody watched
-                reason = _unwatched(module)
+            reason = meaning.padded_because or _why_as_it_came(hidden, meaning)
+            if reason is None and not meaning.forwards:
+                reason = "no forward of its model is under way, or it began before that was enabled"
+            filled = reason is None
+            reason = reason or _why_padded(meaning)
             if reason is not None:
-                meaning.keep_padded(reason)
+                meaning.keep_padded(reason, filled)
                 return None
         rows = hidden if is_rows else meaning.keys.pack(hidden)[None]
         packed: list[Any] = []
@@ -95,7 +104,7 @@ class LayerHook:
                     'varlen_attn.enable(model, level="attention").'
                 )
             if y is _REFUSED:
-                meaning.keep_padded(f"the layers are given `{name}`, which is not by token, or asked for it")
+                meaning.keep_padded(f"the layers are given `{name}`, which is not by token, or asked for it", filled)
                 return None
             packed.append(y)
         if not is_rows:
@@ -108,18 +117,25 @@ class LayerHook:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
         meaning = _meaning_of(args, kwargs) if isinstance(kwargs, dict) else None
-        if meaning is None or meaning.rows is None or not self.last:  # pickles of earlier versions have this after every layer
+        if meaning is None or not self.last:  # pickles of earlier versions have this after every layer
             return None
-        layout = meaning.rows
-        meaning.hands_on(rows=False)
-        end_rows()
+        if meaning.rows is not None:
+            meaning.hands_on(rows=False)
+            end_rows()
+        elif not meaning.filled:
+            return None
+        layout, shape = meaning.rows or meaning.keys, meaning.shape[::2] if meaning.rows is None else (1, meaning.shape[2])
+
+        def put_back(x: Tensor) -> Tensor:
+            """Rows at padding hold the same, whether the stack ran packed or padded."""
+            rows = x[0] if meaning.rows is not None else layout.pack(x)
+            return layout.unpack(rows, 0 if self.tree.padding_rows == "zero" else "edge")
+
         states = collected().get("hidden_states", [])
         for i, x in enumerate(states):  # of the layers before; this one's is collected after it was unpacked
-            if x is not None and x.shape[:2] == (1, layout.num_rows):
-                states[i] = layout.unpack(x[0])
-        if isinstance(result, Tensor):
-            return layout.unpack(result[0])
-        return (layout.unpack(result[0][0]), *result[1:])
+            if x is not None and x.shape[:2] == shape:
+                states[i] = put_back(x)
+        return put_back(result) if isinstance(result, Tensor) else (put_back(result[0]), *result[1:])
 
 
 def _meaning_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None:
@@ -130,8 +146,8 @@ def _meaning_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None
     return None
 
 
-def _why_padded(hidden: Tensor, meaning: Meaning) -> str | None:
-    """None for the padded tokens of a self-attention, where nothing is asked for that rows do not have."""
+def _why_as_it_came(hidden: Tensor, meaning: Meaning) -> str | None:
+    """None for the padded tokens of a self-attention, where no reader of rows at padding is known."""
     batch_size, _, len_q, len_k = meaning.shape
     if meaning.numbers is not None:
         return LOOKED_AT
@@ -142,16 +158,20 @@ def _why_padded(hidden: Tensor, meaning: Meaning) -> str | None:
         return "nothing is padded"
     if keys.lengths is None or not keys.total:
         return "only the device knows the lengths" if keys.lengths is None else "no row has a token"
+    if 0 in keys.lengths:
+        return "a row without tokens, which a pooler may read"
+    if not meaning.pattern.causal and not keys.right_padded:  # encoders pool their first column, which must be what it was
+        return f"an encoder with padding {'between' if keys.has_holes else 'before'} its tokens, which a pooler may read"
+    return meaning.read_by()
+
+
+def _why_padded(meaning: Meaning) -> str | None:
+    """None where nothing is asked for that rows do not have."""
     asked = [name for name in captured() if name != "hidden_states"]
     if asked:
         return f"asked for {', '.join(asked)} of every layer"
-    if 0 in keys.lengths:
-        return "a row without tokens, which a pooler may read"
-    if keys.has_holes:  # windows count columns, and this layer does not know whether one after it has a window
-        return "padding between tokens"
-    if not meaning.pattern.causal and not keys.right_padded:  # encoders pool their first column, which must be what it was
-        return "an encoder with padding before its tokens, which a pooler may read"
-    return None
+    # Windows count columns, and this layer does not know whether one after it has a window.
+    return "padding between tokens" if meaning.keys.has_holes else None
 
 
 _REFUSED = object()
@@ -217,28 +237,35 @@ def _cache_classes() -> tuple[Any, Any]:
     return DynamicCache, PackedCache
 
 
-# -------------------------------------------------------------------- hooks on models
+# -------------------------------------------------------------------- models
 
 
 class ModelHook:
-    """Around a model of transformers: sees what the caller wants, and whether that reads rows of padding, which then must be there.
+    """Around the forward of a model of transformers: sees whether its caller wants rows of padding, which then must be there.
 
     Attributes:
         tree: one object for all models of a model that was enabled.
         stacks: names of the module lists in it that run packed.
         looks_at_ids: its head picks a row by ids (the last that is no padding, the largest), those in padding too.
         depth: how many layers the configuration said.
+        inputs: keywords that are no labels: of models inside, and of transformers' own.
     """
+
+    inputs: frozenset[str] = frozenset()  # of pickles of earlier versions
 
     def __init__(self, tree: ModelId, model: Any, stacks: tuple[str, ...], looks_at_ids: bool) -> None:
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.tree, self.config, self.stacks, self.looks_at_ids = tree, model.config, stacks, looks_at_ids
         self.depth = getattr(model.config, "num_hidden_layers", None)
+        inside = {type(m) for m in model.modules() if m is not model and hasattr(m, "get_input_embeddings")}
+        known = inside | ({type(model)} if type(model).__module__.startswith("transformers.") else set())
+        self.inputs = frozenset(name for cls in known for name in inspect.signature(cls.forward).parameters) - _LABELS
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """Called by the model's forward, and as a hook in pickles of earlier versions, like `after`."""
         if kwargs is not None and not torch.compiler.is_compiling():
-            reason = self._changed(module) or self._why_padded(dict(zip(self.names, args, strict=False)) | kwargs)
-            enter_forward(self.tree, module, reason or _unwatched(module))
+            given = dict(zip(self.names, args, strict=False)) | kwargs
+            enter_forward(self.tree, module, self._changed(module) or _began_before(module), partial(self._read_by, given))
             if self.tree.left:
                 leave_forward(module)
 
@@ -264,46 +291,70 @@ class ModelHook:
             return "adapters by row of the batch"
         return None
 
-    def _why_padded(self, given: dict[str, Any]) -> str | None:
-        mask = given.get("attention_mask")
+    def _read_by(self, given: dict[str, Any], causal: bool) -> str | None:
+        """Why rows at padding are read, as far as arguments say. From a device all flags come in one transfer, if there are any.
+
+        A caller who said what rows at padding hold knows the readers. The exception is what picks a row by column or by ids.
+        """
+        mask, ids = given.get("attention_mask"), given.get("input_ids")
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
             return None
+        ids = ids.to(mask.device) if isinstance(ids, Tensor) and ids.shape == mask.shape else None
+        of_collator = isinstance(mask, HostLengths) and mask.lengths is not None and mask.device.type != "cpu"
+        padding, config = ~mask.bool(), self.config.get_text_config()
+        found: list[tuple[str, Tensor]] = []
         continues = given.get("past_key_values") is not None or isinstance(given.get("logits_to_keep", 0), Tensor)
-        if (continues or given.get("logits_to_keep")) and not bool(mask[:, -1].all()):
-            return "generation with padding on the right, which reads the last column"
-        if given.get("start_positions") is not None or given.get("end_positions") is not None:
-            return "a loss over all columns, those of padding too"
-        for labels in (given.get("labels"), given.get("shift_labels")):
-            if isinstance(labels, Tensor) and labels.shape == mask.shape and _counts_padding(labels, mask):
-                return "labels at padding or just after it that are not -100, so that the loss counts it"
+        if continues or given.get("logits_to_keep"):
+            found.append(("generation with padding on the right, which reads the last column", padding[:, -1].any()))
         if self.looks_at_ids:
-            ids, pad = given.get("input_ids"), getattr(self.config.get_text_config(), "pad_token_id", None)
-            if ids is None or pad is None or ids.shape != mask.shape or not bool((mask.bool() | (ids == pad)).all()):
-                return "other ids than pad_token_id at padding, which the head looks at"
-        return None
+            reason, pad = "other ids than pad_token_id at padding, which the head looks at", getattr(config, "pad_token_id", None)
+            if ids is None or pad is None:
+                return reason
+            found.append((reason, ((ids != pad) & padding).any()))
+        if self.tree.padding_rows is None:
+            if ids is not None and not causal and not of_collator:
+                unusual = padding
+                for known in _special_ids(config):
+                    unusual = unusual & (ids != known)
+                found.append(("ids at padding that are not those of padding, so that their rows may be read", unusual.any()))
+            for name in sorted(given.keys() - self.inputs - _INPUTS):
+                x = given[name]
+                of_tokens = isinstance(x, Tensor) and x.shape[:2] == mask.shape
+                if of_tokens and not (of_collator and x.dim() == 2 and name in _LABELS):
+                    reason = f"`{name}` at padding or just after it that are not -100, so that a loss may count it"
+                    found.append((reason, _counts(x, padding)))
+        said = torch.stack([x for _, x in found]).tolist() if found else []
+        return next((reason for (reason, _), x in zip(found, said, strict=True) if x), None)
 
 
-def _unwatched(module: nn.Module) -> str | None:
-    """Of a call around this one that began before the model was enabled, or that goes on after it: what its caller wants is not known."""
-    watched = bool(_hooks_of_models(module))
-    for model, called in around():
-        if model is not module and _hooks_of_models(model):
-            if called and not is_entered(model):
-                return "its forward began before it was enabled"
-            watched = True
-    return None if watched else "its forward goes on after it was disabled"
+def _began_before(module: nn.Module) -> str | None:
+    """Of a model around this one whose forward began before it was enabled: what its caller wants is not known."""
+    unseen = any(isinstance(model, Watched) and model is not module and not is_entered(model) for model in around())
+    return "its forward began before it was enabled" if unseen else None
 
 
-def _hooks_of_models(module: nn.Module) -> list[Any]:
-    return [hook for hook in list(module._forward_pre_hooks.values()) if is_ours(hook, ModelHook)]
+_LABELS = frozenset(("labels", "shift_labels"))
+# Keywords by token that are no labels, for models with a class of the user's own.
+_INPUTS = frozenset(
+    (
+        "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox", "input_values", "input_features",
+        "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "encoder_hidden_states", "encoder_attention_mask",
+        "global_attention_mask", "special_tokens_mask",
+    )
+)  # fmt: skip
 
 
-def _counts_padding(labels: Tensor, mask: Tensor) -> bool:
+def _special_ids(config: Any) -> set[int]:
+    """Tokenizers pad with one of these, or with 0."""
+    found = [getattr(config, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "sep", "cls")]
+    return {0, *(x for ids in found for x in (ids if isinstance(ids, list) else [ids]) if x is not None)}
+
+
+def _counts(labels: Tensor, padding: Tensor) -> Tensor:
     """At padding, or, for a loss on shifted labels, just after it."""
-    if isinstance(mask, HostLengths) and mask.lengths is not None and labels.device.type != "cpu":
-        return False  # our collator's labels; to look would be to wait for the device
-    counted, padding = labels != -100, ~mask.bool().to(labels.device)
-    return bool((counted & padding).any() | (counted[:, 1:] & padding[:, :-1]).any())
+    counted = (labels != -100).flatten(2).any(-1) if labels.dim() > 2 else labels != -100
+    counted = counted.to(padding.device)
+    return (counted & padding).any() | (counted[:, 1:] & padding[:, :-1]).any()
 
 
 def _is_whole(layers: Any) -> bool:
@@ -336,10 +387,88 @@ def has_only_our_hooks(module: nn.Module) -> bool:
     return not (module._backward_hooks or module._backward_pre_hooks) and all(known)
 
 
+# -------------------------------------------------------------------- the class of a model
+
+_WATCH = "_varlen_attn_watch"  # the attribute of a model that holds its `ModelHook`
+
+
+class Watched:
+    """A class for objects of another one, its ``original_class``, whose forward is watched however it is called: as ``model(...)``, as
+    ``model.forward(...)``, and below functions that stand in its place on the object, such as Accelerate's. Its name is the original's.
+    """
+
+    original_class: ClassVar[Any] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What the original does for classes of its users is not for this one."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A new model is none that was enabled."""
+        return cls.original_class(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made: Any = super().__reduce_ex__(protocol)
+        (make, args, *rest), original = made, original_class(self)  # type: ignore[arg-type]
+        return _watched_again, (make, tuple(original if x is type(self) else x for x in args)), *rest
+
+
+def _watched_again(make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """For copies and pickles, which the class by its name would not find."""
+    model = make(*args)
+    model.__class__ = _watched(original_class(model))  # type: ignore[arg-type]
+    return model
+
+
+@cache
+def _watched(original: Any) -> Any:
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    own = {**names, "original_class": original, "forward": _Forward(original)}
+    return type(original)(original.__name__, (Watched, original), own)
+
+
+class _Forward:
+    """The ``forward`` of a class of models. With a ``__set__`` it comes before what is on the object."""
+
+    def __init__(self, original: Any) -> None:
+        @wraps(original.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _seen(self, MethodType(original.forward, self), *args, **kwargs)
+
+        self.function = forward
+
+    def __get__(self, model: Any, cls: Any = None) -> Any:
+        if model is None:
+            return self.function
+        own = vars(model).get("forward")
+        return MethodType(self.function, model) if own is None else update_wrapper(partial(_seen, model, own), own)
+
+    def __set__(self, model: Any, value: Any) -> None:
+        vars(model)["forward"] = value
+        if value == MethodType(self.function, model):  # who put another one there puts back what was there
+            del model.forward
+
+    def __delete__(self, model: Any) -> None:
+        if vars(model).pop("forward", None) is None:
+            raise AttributeError("forward")
+
+
+def _seen(model: Any, compute: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    hook = vars(model).get(_WATCH)
+    if hook is None:
+        return compute(*args, **kwargs)
+    hook.before(model, args, kwargs)
+    result = None
+    try:
+        result = compute(*args, **kwargs)
+        return result
+    finally:
+        hook.after(model, args, kwargs, result)
+
+
 # -------------------------------------------------------------------- what is done to modules
 
 
-def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[str, ...], bool]]) -> list[Hook]:
+def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[str, ...], bool]]) -> list[Step]:
     """Let models run padded where a caller's wish reads padding.
 
     Args:
@@ -349,11 +478,13 @@ def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[s
     """
     from transformers import PreTrainedModel
 
-    made: list[Hook] = []
+    made: list[Step] = []
     for module in root.modules():
         if isinstance(module, PreTrainedModel):
-            hook = ModelHook(tree, module, *packed.get(module, ((), False)))
-            made += [_hook(module, hook.before), _hook(module, hook.after, after=True, always=True)]
+            made.append(Entry(vars(module), _WATCH, ModelHook(tree, module, *packed.get(module, ((), False)))))
+            original = original_class(module)
+            if not issubclass(original, Watched):  # nor is it derived from one, as fully_shard does
+                made.append(Class(module, _watched(original), original))  # type: ignore[arg-type]
     return made
 
 
@@ -363,22 +494,21 @@ def on_layers(tree: ModelId, layers: nn.ModuleList) -> list[Hook]:
     for i, layer in enumerate(layers):
         hook = LayerHook(tree, layer, i == len(layers) - 1)
         # Before hooks of others, which then see what the layer sees.
-        made.append(_hook(layer, hook.before))
+        made.append(Hook(layer, hook.before, False, False, RemovableHandle(layer._forward_pre_hooks).id))
         if hook.last:
-            made.append(_hook(layer, hook.after, after=True))
+            made.append(Hook(layer, hook.after, True, False, RemovableHandle(layer._forward_hooks).id))
     return made
 
 
-def _hook(module: nn.Module, hook: Callable[..., Any], after: bool = False, always: bool = False) -> Hook:
-    """The last one where it is called always, else the first."""
-    hooks = module._forward_hooks if after else module._forward_pre_hooks
-    return Hook(module, hook, after, always, RemovableHandle(hooks).id, tuple(hooks) if always else ())
-
-
-def hooks_of(modules: Iterable[nn.Module]) -> list[Hook]:
-    """Ours that are there, and what says that they are in use."""
-    found: list[Hook] = []
+def found_on(modules: Iterable[nn.Module]) -> list[Step]:
+    """What of it is there."""
+    found: list[Step] = []
     for module in modules:
+        original = original_class(module)
+        if isinstance(module, Watched) and original is not type(module):
+            found.append(Class(module, type(module), original))
+        if _WATCH in vars(module):
+            found.append(Entry(vars(module), _WATCH, vars(module)[_WATCH]))
         for after, hooks in ((False, module._forward_pre_hooks), (True, module._forward_hooks)):
             numbers = list(hooks)
             for i, number in enumerate(numbers):

@@ -145,11 +145,12 @@ def _sound(name: str, values: Tensor, lengths: Tensor, names: tuple[str, ...]) -
 
 _WRAPPERS = ("FullyShardedDataParallel", "DataParallel", "DistributedDataParallel", "OptimizedModule")
 _LAYERS = re.compile(r"(^|_)(n|num)?_?(hidden_)?layers?$|depth$")
+_WORDS = 256  # of a vocabulary: a head that gives each token a number for every word takes longer than the layers below it
 _LARGE = 1 << 25  # numbers of weights that are elsewhere, which random ones stand in for
 
 
 def clone_of(model: Any, stacks: Sequence[tuple[str, nn.ModuleList]]) -> tuple[Any, dict[int, Any], bool]:
-    """A clone of a model, the clones of everything in it, and whether it has all layers.
+    """A clone of a model, the clones of everything in it, and whether nothing is left out: it has all layers and all words.
 
     Args:
         model: it, or a part of one.
@@ -175,13 +176,21 @@ def clone_of(model: Any, stacks: Sequence[tuple[str, nn.ModuleList]]) -> tuple[A
         closed = isinstance(x, nn.Parameter) and x.is_floating_point() and x.numel() <= _SMALL and not x.any()
         return nn.Parameter(noise(x, generator), x.requires_grad) if closed else x
 
+    made: Any
     made, memo = clone(model, weight, lengths=lengths)
+    head: Any = made.get_output_embeddings() if stacks and hasattr(made, "get_output_embeddings") else None
+    cut = type(head) is nn.Linear and head.out_features > _WORDS
+    if cut:
+        made._buffers |= {k: x[..., :_WORDS] for k, x in made.named_buffers(recurse=False) if x.shape[-1:] == (head.out_features,)}
+        head.out_features = _WORDS
+        for name, x in head.named_parameters(recurse=False):
+            setattr(head, name, nn.Parameter(x.detach()[:_WORDS], x.requires_grad))
     configurations = {id(x): vars(x) for m in made.modules() if INTERNAL in getattr(x := getattr(m, "config", None), "__dict__", ())}
     for layers, n in lengths.items():
         for entries in configurations.values():
             changed = {k: n for k, x in entries.items() if type(x) is int and x == len(layers) and _LAYERS.search(k)}  # type: ignore[arg-type]
             entries.update(changed)
-    return made, memo, not lengths
+    return made, memo, not lengths and not cut
 
 
 def _enough(layers: nn.ModuleList) -> int:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._torch import copy_each
 from ...layout.checks import check_offsets, check_offsets_tensor
 from ...layout.seq_layout import SeqLayout
 from ..base import accumulation_dtype
@@ -69,7 +70,7 @@ class Launch:
     Attributes:
         covers_q: whether every query row is in a kernel call: then nothing needs to be zeroed first.
         covers_k: whether every key row is in exactly one.
-        shortest: at most so many keys has the smallest one; 0 under a window, whose tiles nobody counted.
+        shortest: at most so many keys has the smallest one; 0 under a window, whose tiles are not counted.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Launch:
         if (offsets_q[-1] != rows and not slack_q) or (offsets_k[-1] != rows_k and not slack_k):
             check_offsets(offsets_q, None, rows, slack_q)
             check_offsets(offsets_k, None, rows_k, slack_k)
-        # Under a causal mask nobody sees the padding of equally many queries and keys. Other masks know no padding.
+        # Under a causal mask no query sees the padding of equally many queries and keys. Other masks know no padding.
         near = left < 0 and right < 0 and slopes is None and (not causal or offsets_q == offsets_k)
         how = "single" if single else "near" if near else "equal"
         costs = Costs.of(query, torch.get_num_threads())
@@ -188,7 +189,7 @@ class Target:
         else:
             numbers, cuts, is_padded = self.side.members[index - len(self.views)]
             parts = block.transpose(1, 2).flatten(0, 1).split(cuts)
-            torch._foreach_copy_([self.sequences[i] for i in numbers], parts[::2] if is_padded else parts)
+            copy_each([self.sequences[i] for i in numbers], parts[::2] if is_padded else parts)
 
 
 def blocks(x: Tensor, spans: Sequence[Span]) -> list[Tensor]:
@@ -199,7 +200,7 @@ def blocks(x: Tensor, spans: Sequence[Span]) -> list[Tensor]:
     sizes = [size * length for _, size, length in spans]
     if sum(sizes) == x.shape[0]:
         views = list(x.transpose(0, 1)[None].split(sizes, 2))
-    else:  # the rows between the spans, and those after the last, become parts that nobody wants
+    else:  # the rows between the spans, and those after the last, become parts that are not used
         ends = [start + n for (start, _, _), n in zip(spans, sizes, strict=True)]
         gaps = [start - end for (start, _, _), end in zip(spans, [0, *ends], strict=False)]
         cuts = [n for pair in zip(gaps, sizes, strict=True) for n in pair] + [x.shape[0] - ends[-1]]

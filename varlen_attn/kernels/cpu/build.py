@@ -158,10 +158,10 @@ def _load(name: str) -> Library | str:
 
 
 def _shared(*places: Path) -> str | None:
-    """Why somebody else could decide what runs here, if that is so: by owning one of these, or by the right to write to it.
+    """Why another user could decide what runs here, if that is so: by owning one of these, or by the right to write to it.
 
     Trusted are this user, root, and who owns this package, whose code runs here anyway. A group of its owner's number is that owner's own
-    (what ``login`` and ``pam_umask`` go by when they let new files be writable by the group); of any other group nobody knows the members.
+    (what ``login`` and ``pam_umask`` go by when they let new files be writable by the group); of any other group the members are not known.
     Folders further up do not matter: a user who replaces the folder becomes the owner of the new one.
     """
     if not hasattr(os, "geteuid"):

@@ -5,7 +5,7 @@ wave, where the padding of a shorter sequence holds copies of its own last token
 
 With several threads every operation on more than a few rows is a parallel region, in which threads wait for each other. Where another
 process is busy, that takes a time slice of the scheduler: milliseconds, for work of microseconds. Few regions matter more than anything
-else then, so there a call counts for more than it costs on a quiet machine. One thread has nobody to wait for, and groups little.
+else then, so there a call counts for more than it costs on a quiet machine. One thread waits for no other, and groups little.
 
 Plans are pure functions of lengths and costs, kept by value: layers, forward and backward share one, and offsets that change in place
 cannot meet an old one. Costs are constants of a class of machine and not measured at run time, because they decide the shape of
@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._torch import has_amx
 from ...layout.checks import check_offsets
 
 _WAVE_BYTES = (1 << 19, 1 << 20)  # of one gathered tensor, for one thread and for several: larger ones are fresh memory, to fault in
@@ -57,7 +58,7 @@ class Costs(NamedTuple):
         pair = 0.024 * (1 if torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2") else 2)
         if query.dtype == torch.float64:
             pair *= 2.7
-        elif query.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        elif query.dtype == torch.bfloat16 and has_amx():
             pair *= 0.3
         share = width / 512 / min(threads, 8)  # beyond, short sequences hardly get faster
         call = 10.0 if threads == 1 else 60 + 6 * math.log2(threads)

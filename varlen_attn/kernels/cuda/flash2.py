@@ -9,7 +9,7 @@ Read in its source (2.8.3, with what changed since 2.1); its Triton build is run
 - Rows beyond ``cu_seqlens[-1]`` are never written. A row without keys has a log-sum-exp of +inf; before 2.6 it comes padded.
 - With dropout, the log-sum-exp is only to be had together with all attention weights: refused.
 - Of its two ROCm builds, the CK one ignores softcap, and the Triton one ignores windows and softcap, asserts at one ALiBi slope a head
-  and draws the same dropout mask at every call (refused on a GPU, where somebody would train with it). Its log-sum-exp is ``(T, N)``;
+  and draws the same dropout mask at every call (refused on a GPU, where models are trained with it). Its log-sum-exp is ``(T, N)``;
   under a causal mask, a block of queries that see no key zeroes it beyond the end of the sequence and of the memory. In Triton's
   interpreter, bfloat16 is garbage.
 - A module named ``flash_attn`` is no evidence: flash-attn-4 leaves a namespace package of that name, and other distributions
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...layout.seq_layout import SeqLayout
 from ..base import HALF, Backend, Capabilities, Refusal, scale_refusals
-from ..limits import MAX_SEQUENCES
+from ..limits import MAX_GRADIENT, MAX_SEQUENCES
 from ..problem import Problem, Semantics, version_tuple
 from ..values import Call, Result
 from .fit import fitted, flash2_bounds, flash_window, nothing
@@ -85,6 +85,7 @@ class Flash2(Backend):
         min_capability=(8, 0),
         max_head_dim=256,
         max_sequences=MAX_SEQUENCES,
+        max_gradient=MAX_GRADIENT,
         causal_top_left=False,
         score_bias=False,
         sinks=False,

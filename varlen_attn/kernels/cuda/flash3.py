@@ -29,12 +29,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..base import HALF, Backend, Capabilities, Refusal
-from ..limits import MAX_SEQUENCES
+from ..._torch import arguments_of
+from ..base import Refusal
 from ..problem import Problem, installed_version
-from ..values import Call, Result
-from .fit import fitted
-from .flash_ops import Arguments, common_refusals, define_flash_ops, run_flash_op
+from .flash_ops import FlashOps, define_flash_ops
 from .packages import load_quietly
 
 _INTERFACE, _CONFIG = "flash_attn_interface", "flash_attn_config"
@@ -130,7 +128,7 @@ def _describe(what: str, namespace: str, config: str | None) -> Build | str:
 
 
 def _parameters(op: Any) -> frozenset[str]:
-    return frozenset(argument.name for argument in op._schema.arguments)
+    return frozenset(argument.name for argument in arguments_of(op))
 
 
 def _flags(config: str | None) -> dict[str, bool]:
@@ -170,62 +168,34 @@ def _missing_in(build: Build, problem: Problem) -> str | None:
 def _options(op: Any, **given: Any) -> dict[str, Any]:
     """What of ``given`` the op has a parameter for (the probe saw to the rest), and None for parameters without a default: older ops
     have no defaults."""
-    arguments = op._schema.arguments
-    return {a.name: given.get(a.name) for a in arguments if a.name in given or not a.has_default_value()}
+    return {a.name: given.get(a.name) for a in arguments_of(op) if a.name in given or not a.has_default_value()}
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, arguments: Arguments) -> tuple[Tensor, Tensor]:
-    build = _probe()
-    assert isinstance(build, Build), build
-    options = _options(build.forward, q=query, k=key, v=value, num_splits=1, **_common(cu_q, cu_k, arguments))
-    out, lse, *_ = build.forward(**options)
+def _forward(given: dict[str, Any]) -> tuple[Tensor, ...]:
+    op = _build().forward
+    out, lse, *_ = op(**_options(op, num_splits=1, is_causal=given["causal"], **given))
     return out, lse
 
 
-def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, arguments: Arguments
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(given: dict[str, Any]) -> tuple[Tensor, ...]:
+    op, grads = _build().backward, {f"d{name}": torch.empty_like(given[name]) for name in "qkv"}
+    op(**_options(op, is_causal=given["causal"], softmax_lse=given["lse"], **grads, **given))
+    return tuple(grads.values())  # what the op returns changed from 8 tensors to 5; the gradients are written where they should be
+
+
+def _build() -> Build:
     build = _probe()
     assert isinstance(build, Build), build
-    grads = dict(zip(("dq", "dk", "dv"), (torch.empty_like(x) for x in (query, key, value)), strict=True))
-    options = _options(
-        build.backward, dout=grad, q=query, k=key, v=value, out=out, softmax_lse=lse, deterministic=arguments.deterministic,
-        **grads, **_common(cu_q, cu_k, arguments),
-    )  # fmt: skip
-    build.backward(**options)  # what it returns changed from 8 tensors to 5; the gradients are written where they should be
-    return grads["dq"], grads["dk"], grads["dv"]
+    return build
 
 
-def _common(cu_q: Tensor, cu_k: Tensor, arguments: Arguments) -> dict[str, Any]:
-    return dict(
-        cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=arguments.max_q, max_seqlen_k=arguments.max_k, softmax_scale=arguments.scale,
-        is_causal=arguments.causal, window_size_left=arguments.window[0], window_size_right=arguments.window[1], softcap=arguments.softcap,
-    )  # fmt: skip
-
-
-_op = define_flash_ops("flash3", _forward, _backward)
-
-
-class Flash3(Backend):
+class Flash3(FlashOps):
     """flash-attn's kernels for Hopper."""
 
     name = "flash3"
     package = "flash-attn-3"
-    custom_op = True
     install = "install flash-attn-3 built for this torch, or use 'torch_varlen' or 'flash2'"
-    capabilities = Capabilities(
-        devices=frozenset({"cuda"}),
-        dtypes=HALF,
-        min_capability=(9, 0),
-        rocm=False,
-        max_head_dim=256,
-        max_sequences=MAX_SEQUENCES,
-        causal_top_left=False,
-        dropout=False,
-        alibi=False,
-        score_bias=False,
-        slack_rows=False,
-    )
+    op = staticmethod(define_flash_ops("flash3", _forward, _backward))
 
     def missing(self, problem: Problem) -> str | None:
         if problem.packages is not None:  # another machine's: its name and version are all that is known
@@ -237,7 +207,7 @@ class Flash3(Backend):
         return build if isinstance(build, str) else _missing_in(build, problem)
 
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
-        yield from common_refusals(problem)
+        yield from super().extra_refusals(problem)
         want = problem.semantics
         if problem.capability is not None and problem.capability >= (10, 0):
             yield Refusal("has no kernels for GPUs after Hopper (compute capability 9.0)", "use 'flash4' or 'torch_varlen'", "machine")
@@ -249,7 +219,3 @@ class Flash3(Backend):
 
     def seen_as(self, problem: Problem) -> str:
         return "FlashAttnFwdSm90"
-
-    @fitted(align=False)
-    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
-        return run_flash_op(_op, query, key, value, call)

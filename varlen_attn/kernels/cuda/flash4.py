@@ -20,17 +20,14 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-from ..base import HALF, Backend, Capabilities, Refusal
-from ..limits import MAX_SEQUENCES
+from ..base import Refusal
 from ..problem import Problem, version_tuple
-from ..values import Call, Result
-from .fit import fitted
-from .flash_ops import Arguments, common_refusals, define_flash_ops, run_flash_op
+from .flash_ops import FlashOps, define_flash_ops
 from .packages import probe, version_refusals
 
 _INTERFACE = "flash_attn.cute.interface"
@@ -48,56 +45,28 @@ def _release(version: str) -> tuple[Any, ...]:
     return (*numbers, int(beta[1]) if beta else float("inf"))
 
 
-def _function(name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(importlib.import_module(_INTERFACE), name)
-    return function
+def _call(name: str, given: dict[str, Any]) -> tuple[Tensor, ...]:
+    """A function of the library, which returns other tensors after ours in each version."""
+    sides = {side: None if given[side] < 0 else given[side] for side in ("window_size_left", "window_size_right")}
+    found: tuple[Tensor, ...] = getattr(importlib.import_module(_INTERFACE), name)(**given | sides)
+    return found
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, arguments: Arguments) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _function("_flash_attn_fwd")(q=query, k=key, v=value, return_lse=True, **_common(cu_q, cu_k, arguments))
-    return out, lse
+def _forward(given: dict[str, Any]) -> tuple[Tensor, ...]:
+    return _call("_flash_attn_fwd", given | {"return_lse": True})[:2]
 
 
-def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, arguments: Arguments
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv, *_ = _function("_flash_attn_bwd")(
-        q=query, k=key, v=value, out=out, dout=grad, lse=lse, deterministic=arguments.deterministic, **_common(cu_q, cu_k, arguments)
-    )
-    return dq, dk, dv
+def _backward(given: dict[str, Any]) -> tuple[Tensor, ...]:
+    return _call("_flash_attn_bwd", given)[:3]
 
 
-def _common(cu_q: Tensor, cu_k: Tensor, arguments: Arguments) -> dict[str, Any]:
-    left, right = (None if side < 0 else side for side in arguments.window)
-    return dict(
-        cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=arguments.max_q, max_seqlen_k=arguments.max_k, softmax_scale=arguments.scale,
-        causal=arguments.causal, window_size_left=left, window_size_right=right, softcap=arguments.softcap,
-    )  # fmt: skip
-
-
-_op = define_flash_ops("flash4", _forward, _backward)
-
-
-class Flash4(Backend):
+class Flash4(FlashOps):
     """flash-attn's kernels for Hopper and Blackwell, written in CuTe."""
 
     name = "flash4"
     package = "flash-attn-4"
-    custom_op = True
     install = "pip install --pre 'flash-attn-4>=4.0.0b28', or use 'torch_varlen' or 'flash2'"
-    capabilities = Capabilities(
-        devices=frozenset({"cuda"}),
-        dtypes=HALF,
-        min_capability=(9, 0),
-        rocm=False,
-        max_head_dim=256,
-        max_sequences=MAX_SEQUENCES,
-        causal_top_left=False,
-        dropout=False,
-        alibi=False,
-        score_bias=False,
-        slack_rows=False,
-    )
+    op = staticmethod(define_flash_ops("flash4", _forward, _backward))
 
     def missing(self, problem: Problem) -> str | None:
         version = problem.version(self.package)
@@ -108,7 +77,7 @@ class Flash4(Backend):
         return probe(f"flash-attn-4 {version}", _INTERFACE, _CORE)[0]
 
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
-        yield from common_refusals(problem)
+        yield from super().extra_refusals(problem)
         want, major = problem.semantics, (problem.capability or (9, 0))[0]
         gates = (
             (True, "4.0.0b12", "varlen attention with gradients"),
@@ -126,7 +95,3 @@ class Flash4(Backend):
 
     def kernel(self, problem: Problem) -> str:
         return "flash_attn.cute.interface._flash_attn_fwd"
-
-    @fitted(align=False)
-    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
-        return run_flash_op(_op, query, key, value, call)

@@ -13,44 +13,32 @@ where tensors are real, they do what differs between versions of the libraries o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..._state import state
 from ...layout.seq_layout import SeqLayout
-from ..base import Refusal, on_launch, scale_refusals
+from ..base import HALF, Backend, Capabilities, Refusal, on_launch, scale_refusals
+from ..limits import MAX_SEQUENCES
 from ..ops import define_ops
 from ..problem import Problem
 from ..values import Call, Result
-from .fit import aligned, flash_window
+from .fit import aligned, fitted, flash_window
 
 _TILE = 128  # rows of a kernel's block
 _MOST_PIECES = 4_095  # sequences that slack rows are cut into: a kernel's grid does not count far (see `kernels.limits`)
 
 
-class Arguments(NamedTuple):
-    """The arguments of a kernel that are no tensors: a side of the window that is -1 is unlimited, a softcap of 0 is none."""
-
-    max_q: int
-    max_k: int
-    scale: float
-    causal: bool
-    window: list[int]
-    softcap: float
-    deterministic: bool
+Function = Callable[[dict[str, Any]], tuple[Tensor, ...]]
 
 
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Arguments], tuple[Tensor, Tensor]]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Arguments], tuple[Tensor, Tensor, Tensor]]
+def define_flash_ops(name: str, forward: Function, backward: Function) -> Callable[..., Any]:
+    """`define_ops` around a library, whose functions get their arguments by name.
 
-
-def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Callable[..., Any]:
-    """`define_ops` around a library.
-
-    ``forward(query, key, value, cu_q, cu_k, arguments) -> out, lse (N,T)``, ``backward(grad, query, key, value, out, lse, cu_q, cu_k,
-    arguments) -> dq, dk, dv``. The log-sum-exp of a row without keys is -inf.
+    ``forward`` gets those of `_named`, and returns out and lse ``(N,T)``, which is -inf in rows without keys. ``backward`` gets ``dout``,
+    ``out``, ``lse`` and ``deterministic`` too, and returns the gradients of query, key and value.
     """
 
     def forward_op(
@@ -62,27 +50,36 @@ def define_flash_ops(name: str, forward: Forward, backward: Backward) -> Callabl
         if 0 in (query.shape[0], key.shape[0]):
             blind = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
             return query.new_zeros(query.shape), blind
-        query, key, value = (aligned(x) for x in (query, key, value))
-        arguments = Arguments(max_q, max_k, scale, causal, window, softcap, deterministic)
-        out, lse = forward(query, key, value, cu_q, cu_k, arguments)
+        out, lse = forward(_named(query, key, value, cu_q, cu_k, max_q, max_k, scale, causal, window, softcap))
         return (out if sinks is None else _with_sinks(out, lse, sinks)), lse
 
     def backward_op(
         grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
         sinks: Tensor | None, *options: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         dsinks = grad.new_zeros((query.shape[1] if sinks is not None else 0,), dtype=torch.float32)
         if 0 in (query.shape[0], key.shape[0]):
             return query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape), dsinks
-        query, key, value = (aligned(x) for x in (query, key, value))
         grad = grad.contiguous()  # a broadcast one is read by its strides, and those of a slice overflow 32 bits (flash-attention#2611)
         if sinks is not None:
             lse = _joined(lse, sinks)
             dsinks = _sinks_gradient(grad, out, lse, sinks)
-        dq, dk, dv = backward(grad, query, key, value, out, lse, cu_q, cu_k, Arguments(*options))
-        return dq, dk, dv, dsinks
+        given = _named(query, key, value, cu_q, cu_k, *options[:-1])
+        return *backward(given | dict(dout=grad, out=out, lse=lse, deterministic=options[-1])), dsinks
 
     return define_ops(name, forward_op, backward_op, kernel="the kernel", device="default")
+
+
+def _named(
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, causal: bool,
+    window: list[int], softcap: float,
+) -> dict[str, Any]:  # fmt: skip
+    """By flash-attn's names, in memory that the kernels can read. A side of the window that is -1 is unlimited, a softcap of 0 is none."""
+    q, k, v = (aligned(x) for x in (query, key, value))
+    return dict(
+        q=q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, softmax_scale=scale, causal=causal,
+        window_size_left=window[0], window_size_right=window[1], softcap=softcap,
+    )  # fmt: skip
 
 
 def _joined(lse: Tensor, sinks: Tensor) -> Tensor:
@@ -125,19 +122,36 @@ def _cover(layout: SeqLayout, pieces: int, rows: int) -> Tensor:
     return torch.cat([cu, ends.clamp(max=layout.num_rows)])
 
 
-def run_flash_op(op: Any, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
-    """`Backend.run` of both."""
-    cu_q, cu_k, max_q, max_k = covering_offsets(*call.layouts)
-    semantics = call.semantics
-    out, lse = op(
-        query, key, value, cu_q, cu_k, call.extras.sinks, max_q, max_k, semantics.factor, bool(semantics.causal),
-        list(flash_window(semantics)), semantics.softcap or 0.0, semantics.deterministic,
-    )  # fmt: skip
-    return out, lse
+class FlashOps(Backend):
+    """The adapters of both: a library is its ``op``, of `define_flash_ops`, and what it refuses beyond this."""
 
+    custom_op = True
+    op: ClassVar[Callable[..., Any]]
+    capabilities = Capabilities(
+        devices=frozenset({"cuda"}),
+        dtypes=HALF,
+        min_capability=(9, 0),
+        rocm=False,
+        max_head_dim=256,
+        max_sequences=MAX_SEQUENCES,
+        causal_top_left=False,
+        dropout=False,
+        alibi=False,
+        score_bias=False,
+        slack_rows=False,
+    )
 
-def common_refusals(problem: Problem) -> Iterable[Refusal]:
-    """What neither library's kernels do, beyond what `Capabilities` says."""
-    if problem.transformed:
-        yield Refusal("has a backward only, and this is torch.func or forward-mode AD", "order backend='sdpa_padded'")
-    yield from scale_refusals(problem)
+    def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
+        if problem.transformed:
+            yield Refusal("has a backward only, and this is torch.func or forward-mode AD", "order backend='sdpa_padded'")
+        yield from scale_refusals(problem)
+
+    @fitted(align=False)
+    def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+        cu_q, cu_k, max_q, max_k = covering_offsets(*call.layouts)
+        semantics = call.semantics
+        out, lse = self.op(
+            query, key, value, cu_q, cu_k, call.extras.sinks, max_q, max_k, semantics.factor, bool(semantics.causal),
+            list(flash_window(semantics)), semantics.softcap or 0.0, semantics.deterministic,
+        )  # fmt: skip
+        return out, lse

@@ -10,13 +10,13 @@ the Triton kernels and their lowering were not run:
 - A callable bias becomes part of the kernel: it must be elementwise, and the floats that it holds are constants of that
   kernel. Tensors that it indexes get gradients, added up in float32 by atomic adds; one that wants a gradient and is indexed twice is
   refused by torch.
-- The number of rows is data while somebody else's graph is traced, and the lowering asks how large it is: refused there. (In capacity mode
-  it is a constant: a `Backend` object, which nobody asks while tracing, then becomes part of that graph.)
+- The number of rows is data while the caller's graph is traced, and the lowering asks how large it is: refused there. (In capacity mode
+  it is a constant: a `Backend` object, which is not asked while tracing, then becomes part of that graph.)
 - Head dimensions below 16 are refused by the lowering, so they are padded; others need not be powers of 2. Value heads may differ.
 - Pairs that are hidden inside of a visited block have weight 0, and 0 times NaN is NaN: a NaN of one sequence reaches its neighbours in
   a block of 128 rows. Slack rows are zeroed before the call for that reason.
 - Its products are TF32 where `torch.set_float32_matmul_precision` allows that, and exact float32 by default.
-- No dropout. Gradients of q, k, v are added up without atomics, but nobody has compared runs: deterministic gradients are refused.
+- No dropout. Gradients of q, k, v are added up without atomics, but runs have not been compared: deterministic gradients are refused.
 - Sinks are exact by the log-sum-exp, ``out * sigmoid(lse - sink)``, for which the kernel has a gradient.
 """
 
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._torch import compile_error, mark_dynamic
 from ...errors import ArgumentError
 from ..base import HALF, Backend, Capabilities, Refusal, contiguous_grad, pad_head_dim, zeros_with_grad
 from ..problem import Problem, installed_version
@@ -51,7 +52,7 @@ class Flex(Backend):
         dtypes=HALF | {torch.float32},
         min_capability=(8, 0),
         min_torch=(2, 11),
-        untried=frozenset({"rocm"}),
+        rocm=False,
         max_head_dim=256,
         dropout=False,
         deterministic=False,
@@ -140,11 +141,9 @@ def _kind_of_bias(bias: Any) -> Any:
 
 
 def _compiled(kind: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, Tensor | None]:
-    from torch._dynamo.exc import TorchDynamoException
-
     try:
         return _kernel(kind)(*arguments)
-    except TorchDynamoException as error:
+    except compile_error() as error:
         bias = arguments[-1]
         if bias is None or isinstance(bias, Tensor):
             raise
@@ -168,16 +167,14 @@ def _mark_sizes(q: Tensor, k: Tensor, v: Tensor, visible: Visible, bias: ScoreBi
     The tensors are views of the caller's: packed ones may be marked already, for graphs of the caller's, as sizes that are data, and the
     lowering cannot have that.
     """
-    from torch._dynamo import maybe_mark_dynamic
-
     for x in (q, k, v):
-        maybe_mark_dynamic(x, 2)
+        mark_dynamic(x, 2)
     for x in visible.rows:
-        maybe_mark_dynamic(x, 0)
+        mark_dynamic(x, 0)
     for x in visible.blocks:
-        maybe_mark_dynamic(x, list(range(2, x.dim())))
+        mark_dynamic(x, list(range(2, x.dim())))
     if isinstance(bias, Tensor):
-        maybe_mark_dynamic(bias, [1, 2])
+        mark_dynamic(bias, [1, 2])
 
 
 def _attend(

@@ -1,6 +1,6 @@
 """Jagged nested tensors and `F.scaled_dot_product_attention`, which picks flash, memory-efficient or eager attention for them.
 
-Read in torch's ``nested/_internal/sdpa.py`` (2.11 to 2.13); the CPU path is run by the tests, the CUDA paths were not run on a GPU:
+Read in torch's ``nested/_internal/sdpa.py`` (2.11 to 2.13); run with torch 2.11 on an H200, and in the tests on a CPU:
 
 - No masks, no grouped heads, no empty sequences; causal needs a fused kernel, so there is none on a CPU ("No viable backend").
 - Causal of unequal lengths is bottom-right on flash and top-left on the memory-efficient kernel, whichever is picked: refused.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...layout.seq_layout import SeqLayout
 from ..base import FLOATS, Backend, Capabilities, Refusal, contiguous_grad, pad_head_dim
-from ..limits import MAX_SEQUENCES
+from ..limits import MAX_GRADIENT, MAX_SEQUENCES
 from ..problem import Problem
 from ..values import Call, Result
 from .fit import aligned, nothing
@@ -36,9 +36,11 @@ class Nested(Backend):
         devices=frozenset({"cpu", "cuda"}),
         dtypes=FLOATS,
         min_capability=(5, 0),
-        untried=frozenset({"rocm"}),
+        rocm=False,
+        torch_flash=True,
         max_head_dim=256,
         max_sequences=MAX_SEQUENCES,
+        max_gradient=MAX_GRADIENT,
         gqa=False,
         causal_top_left=False,
         window=False,
@@ -59,7 +61,7 @@ class Nested(Backend):
             yield Refusal("is never chosen by itself on a CPU: it is slower than `cpu` there", f"order it with backend={self.name!r}")
         if not on_cpu and problem.dtype == torch.float64:
             yield Refusal("has no fused kernel for float64 on a GPU", "convert the tensors to float32")
-        if not on_cpu and problem.dtype == torch.bfloat16 and (problem.capability or (8, 0)) < (8, 0) and not problem.rocm:
+        if not on_cpu and problem.dtype == torch.bfloat16 and (problem.capability or (8, 0)) < (8, 0):
             yield Refusal("has no fused kernel for bfloat16 on GPUs before compute capability 8.0", "use float16", "machine")
         if problem.semantics.dropout_p and not on_cpu:
             yield Refusal(

@@ -1,17 +1,17 @@
-"""Torch's own variable-length flash kernel: `torch.nn.attention.varlen.varlen_attn`, compiled by every caller without a graph break.
+"""Torch's own variable-length flash kernel: the aten op below `torch.nn.attention.varlen.varlen_attn`, or that function itself.
 
-Read in torch's source (2.10 to 2.13; of 2.14 and 2.15 what changed) and traced on meta tensors here; not run on a GPU:
+The function is a Python-bodied op around the aten op, with a backward in Python. That costs more host time than the kernel takes for a
+small batch, so it is called only where it knows another kernel (torch 2.14). Read in torch's source (2.10 to 2.13; of 2.14 and 2.15 what
+changed); run with torch 2.11 on an H200:
 
-- 2.10 takes ``is_causal`` and no scale; 2.11 has scale and ``window_size``, 2.12 wants ``enable_gqa`` for grouped heads.
+- The function of 2.12 and later wants ``enable_gqa`` for grouped heads; the op does not.
 - Causal is the window ``(-1, 0)`` as a tuple: a list compares unequal. It is aligned bottom-right.
 - The head dimension must be a multiple of 8, and nothing is padded there. Value heads are as wide as query heads.
 - Rows beyond ``cu_seqlens[-1]`` are never written: not the output, not the gradients.
 - A row without keys has a log-sum-exp of +inf, and the log-sum-exp is ``(N, T)`` although the documentation says ``(T, N)``.
 - Rows are loaded 16 bytes at once, and windows are normalised by the longest key sequence: see `fit`.
-- It has no dropout. The aten op below it has (with a formula for autograd, so that the mask is drawn once and kept).
-- On ROCm and on Intel GPUs (XPU) the op of that name is another kernel. Its source was not read: there it runs by order only, and only
-  what the function promises by itself, no window (XPU has none), no dropout (XPU has none), no causal attention of unequal lengths and
-  no log-sum-exp.
+- It has no dropout. The aten op has (with a formula for autograd, so that the mask is drawn once and kept).
+- On ROCm and on Intel GPUs (XPU) the op of that name is another kernel. Its source was not read: refused there.
 - Its backward is deterministic where `torch.use_deterministic_algorithms(True)` says so; there is no argument for it.
 - From 2.14 on, torch prefers cuDNN's kernel on Hopper and Blackwell (cuDNN 9.18, more than 128 queries, no window, as many key heads as
   query heads); from 2.15 on also for causal attention with one tensor of offsets, and for grouped heads. Whether that kernel is
@@ -20,47 +20,37 @@ Read in torch's source (2.10 to 2.13; of 2.14 and 2.15 what changed) and traced 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base import HALF, Backend, Capabilities, Refusal, constant_while_tracing, scale_refusals
-from ..limits import MAX_SEQUENCES
+from ..base import HALF, Backend, Capabilities, Refusal, scale_refusals
+from ..limits import MAX_GRADIENT, MAX_SEQUENCES
 from ..problem import Problem, version_tuple
 from ..values import Call, Result
 from .fit import fitted, flash2_bounds, flash_window
 
+_CUDNN = (2, 14)  # the torch whose function may choose cuDNN's kernel
+_KNOWS_CUDNN = version_tuple(torch.__version__) >= _CUDNN
 _DROPOUT_BACKWARD_IS_WRONG = {(8, 6), (8, 9), (12, 0)}  # with head dimensions above 192: refused by torch's own checks too
-
-_parameters: dict[str, frozenset[str]] = {}
-
-
-@constant_while_tracing
-def _takes(parameter: str) -> bool:
-    """Whether this torch's `varlen_attn` has a parameter: its signature changed in 2.11 and in 2.12."""
-    if torch.__version__ not in _parameters:
-        from torch.nn.attention.varlen import varlen_attn
-
-        _parameters[torch.__version__] = frozenset(inspect.signature(varlen_attn).parameters)
-    return parameter in _parameters[torch.__version__]
 
 
 class TorchVarlen(Backend):
-    """`torch.nn.attention.varlen.varlen_attn`, or the aten op below it where dropout is asked."""
+    """`aten._flash_attention_forward` with offsets; from torch 2.14 on `torch.nn.attention.varlen.varlen_attn` where nothing is dropped."""
 
     name = "torch_varlen"
     install = "pip install 'torch>=2.11' for CUDA"
     capabilities = Capabilities(
-        devices=frozenset({"cuda", "xpu"}),
+        devices=frozenset({"cuda"}),
         dtypes=HALF,
         min_capability=(8, 0),
         min_torch=(2, 11),
-        untried=frozenset({"rocm", "xpu"}),
+        rocm=False,
+        torch_flash=True,
         max_head_dim=256,
         max_sequences=MAX_SEQUENCES,
+        max_gradient=MAX_GRADIENT,
         causal_top_left=False,
         softcap=False,
         alibi=False,
@@ -73,12 +63,6 @@ class TorchVarlen(Backend):
     def missing(self, problem: Problem) -> str | None:
         if problem.torch_version != torch.__version__:
             return None  # another machine's torch: its version is all that is known
-        try:
-            lacking = [name for name in ("return_aux", "scale", "window_size") if not _takes(name)]
-        except (ImportError, OSError) as error:
-            return f"torch {torch.__version__} has no torch.nn.attention.varlen ({error})"
-        if lacking:
-            return f"varlen_attn of torch {torch.__version__} has no parameter {' and no '.join(lacking)}"
         if torch.cuda.is_available() and not torch.backends.cuda.is_flash_attention_available():
             return f"torch {torch.__version__} is built without flash attention"
         return None
@@ -89,16 +73,6 @@ class TorchVarlen(Backend):
         widest = max(problem.head_dim, problem.value_head_dim or 0)
         if want.dropout_p and problem.needs_grad and widest > 192 and problem.capability in _DROPOUT_BACKWARD_IS_WRONG:
             yield Refusal("has no dropout with head dimensions above 192 on this GPU", "pass dropout_p=0, or use more heads")
-        # What another vendor's kernel may do otherwise, where its source was not read.
-        unread = (
-            (want.window is not None, "windows", "drop `window`"),
-            (want.dropout_p > 0, "dropout", "pass dropout_p=0"),
-            (want.causal and not problem.self_attention, "causal attention of unequal lengths", "use one layout for queries and keys"),
-            (want.return_lse, "the log-sum-exp", "drop `return_lse`"),
-        )
-        for wanted, what, fix in unread:
-            if wanted and problem.machine in self.capabilities.untried:
-                yield Refusal(f"has a kernel of another vendor here, and what that does for {what} is not known", fix, "machine")
         if want.dropout_p == 1.0:
             yield Refusal("needs dropout_p below 1", "pass less")
         if want.deterministic and problem.needs_grad and not problem.deterministic_mode:
@@ -113,20 +87,16 @@ class TorchVarlen(Backend):
             )
 
     def kernel(self, problem: Problem) -> str:
-        if problem.machine != "cuda":
-            return "torch_attn::_varlen_attn (another vendor's kernel)"
-        if problem.semantics.dropout_p:
+        if problem.semantics.dropout_p or version_tuple(problem.torch_version) < _CUDNN:
             return "aten::_flash_attention_forward with cu_seqlens (flash_fwd_kernel)"
         return f"torch_attn::_varlen_attn ({'flash_fwd_kernel or cuDNN' if _may_be_cudnn(problem) else 'flash_fwd_kernel'})"
 
     def seen_as(self, problem: Problem) -> str:
-        if problem.machine != "cuda":
-            return ""
         return "flash_fwd_(kernel|splitkv)" + ("|cudnn" if _may_be_cudnn(problem) else "")
 
     @fitted(align=True)
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
-        run = _with_dropout if call.semantics.dropout_p else _without_dropout
+        run = _varlen_attn if _KNOWS_CUDNN and not call.semantics.dropout_p else _flash
         out, lse = run(query, key, value, call)
         return out, lse.detach().masked_fill(torch.isposinf(lse), float("-inf")) if call.semantics.return_lse else None
 
@@ -135,15 +105,14 @@ def _may_be_cudnn(problem: Problem) -> bool:
     """Whether torch may choose cuDNN's kernel: it decides by lengths and by cuDNN's version too, which no problem knows."""
     want = problem.semantics
     fits = want.window is None and not want.dropout_p and (not want.causal or problem.self_attention)
-    since = (2, 15) if want.causal or problem.num_heads != problem.num_kv_heads else (2, 14)
+    since = (2, 15) if want.causal or problem.num_heads != problem.num_kv_heads else _CUDNN
     return fits and (problem.capability or (0, 0))[0] in (9, 10) and version_tuple(problem.torch_version) >= since
 
 
-def _without_dropout(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def _varlen_attn(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     max_q, max_k = flash2_bounds(call)
-    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] and _takes("enable_gqa") else {}
     out, lse = varlen_attn(
         query=query,
         key=key,
@@ -155,12 +124,12 @@ def _without_dropout(query: Tensor, key: Tensor, value: Tensor, call: Call) -> t
         return_aux=AuxRequest(lse=True),
         scale=call.semantics.scale,
         window_size=flash_window(call.semantics),
-        **grouped,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return out, lse
 
 
-def _with_dropout(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def _flash(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     left, right = flash_window(call.semantics)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         query,
