@@ -57,16 +57,16 @@ def why_touched(module: nn.Module, hooks: bool) -> str | None:
 
     One frame for all parts, where there is nothing: this is a part of the time of every forward.
     """
-    parents = [module]
+    parents = [vars(module)]
     for parent in parents:
-        for m in parent._modules.values():
+        for m in parent["_modules"].values():
             if m is not None:
                 d = m.__dict__
                 seen = d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"] or "forward" in d
                 if (seen and hooks) or "_sa_block" in d or "_mha_block" in d or "_ff_block" in d:
                     return _touched_part(module, hooks)
                 if d["_modules"]:
-                    parents.append(m)
+                    parents.append(d)
     return "hooks for all modules" if hooks and any(map(_sees, global_hooks)) else None
 
 
