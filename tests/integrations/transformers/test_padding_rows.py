@@ -247,6 +247,31 @@ def first(top: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     return top(x)[0]
 
 
+class Scored(nn.Module):
+    """A user's module with a loss over all columns, given its targets in one way or another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.head = build("Bert", add_pooling_layer=False), shake(nn.Linear(32, 3).double())
+
+    def forward(self, batch: dict[str, Tensor], tags: Tensor | None = None, **more: Tensor) -> Tensor:
+        states = self.text(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        targets = next(x for x in (tags, more.get("gold"), batch.get("labels")) if x is not None)
+        return cross_entropy(self.head(states).flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("way", ["tags", "gold", "labels"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_loss_of_a_module_around_the_model(way: str, ignored: bool) -> None:
+    model, targets = Scored().eval(), TAGS.masked_fill(~VALID, -100) if ignored else TAGS
+    args, kwargs = (({**batch(), "labels": targets},), {}) if way == "labels" else ((batch(),), {way: targets})
+    expected = model(*args, **kwargs)
+    enable(model)
+    with record() as log:
+        assert_close(model(*args, **kwargs), expected)
+    assert {call.rows for call in log} == ({20} if ignored else {36})
+
+
 class MyAttention(nn.Linear):  # transformers leaves models alone that stand beside one of nn.Module
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).softmax(1) * x
