@@ -247,6 +247,27 @@ def first(top: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     return top(x)[0]
 
 
+class Normed(transformers.BertPreTrainedModel):
+    """In training its statistics are of all columns, in evaluation of none."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.bert, self.norm = transformers.BertModel(config, add_pooling_layer=False), nn.BatchNorm1d(config.hidden_size)
+        self.post_init()
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, return_dict: Any = None) -> TokenClassifierOutput:
+        states = self.bert(input_ids, attention_mask=attention_mask)[0]
+        return TokenClassifierOutput(logits=self.norm(states.transpose(1, 2)).transpose(1, 2))
+
+
+def test_a_norm_over_the_batch_inside_of_the_model() -> None:
+    model = shake(Normed(build("Bert").config).double()).train()
+    expected = model(**batch()).logits
+    report = enable(model)
+    assert any("what norm reads differs" in reason for reason in reasons(report).values())
+    assert_close(model(**batch()).logits, expected)
+
+
 class Scored(nn.Module):
     """A user's module with a loss over all columns, given its targets in one way or another."""
 
@@ -282,6 +303,9 @@ READERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "GRU": (lambda: nn.GRU(32, 16, batch_first=True, bidirectional=True), first),
     "Conv1d": (lambda: nn.Conv1d(32, 8, 3, padding=1), by_column),
     "BatchNorm1d": (lambda: nn.BatchNorm1d(32, track_running_stats=False), by_column),
+    "Conv2d": (lambda: nn.Conv2d(1, 32, (3, 32), padding=(1, 0)), lambda top, x, mask: top(x[:, None])[..., 0].transpose(1, 2)),
+    "Flatten": (lambda: nn.Flatten(), lambda top, x, mask: x + top(x).mean(1)[:, None, None]),
+    "Softmax": (lambda: nn.Softmax(1), lambda top, x, mask: top(x) * x),
     "AvgPool1d": (lambda: nn.AvgPool1d(3, 1, 1), by_column),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(32, 4, batch_first=True), lambda top, x, mask: top(x, x, x)[0]),
     "MyAttention": (lambda: MyAttention(32, 1), by_row),
@@ -324,6 +348,13 @@ def test_no_reader_around_the_model(top: Callable[[], nn.Module]) -> None:
     assert "text.encoder.layer" not in reasons(report)
     assert packed(model, **batch())
     assert_close(model(**batch())[VALID], expected[VALID])
+
+
+def test_images_beside_the_text() -> None:
+    model = Around(nn.Linear(32, 8), by_row).eval()
+    model.images = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.MaxPool2d(2))
+    enable(model)
+    assert packed(model, **batch())
 
 
 # -------------------------------------------------------------------- what a caller wants there
