@@ -9,6 +9,7 @@ once the calls that use it have ended. These say so themselves: each is a `Use`.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import time
@@ -347,7 +348,7 @@ def _wait_for(modules: set[int]) -> bool:
 
 def _refuse_inside(going: Sequence[Step]) -> None:
     modules = {id(step.module) for step in going if step.module is not None}
-    inside = next((module for module in around() if id(module) in modules), None)
+    inside = next((module for module, _ in around() if id(module) in modules), None)
     if inside is not None:
         raise VarlenError(
             f"a model must not be disabled or enabled anew inside of its own forward, but that of {type(inside).__name__} is under way: "
@@ -358,13 +359,15 @@ def _refuse_inside(going: Sequence[Step]) -> None:
 _CALL = nn.Module._call_impl.__code__
 
 
-def around() -> Iterator[nn.Module]:
-    """The modules in whose forwards this is called, the innermost first."""
+def around() -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """The modules in whose forwards this is called, the innermost first, and what these are given."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code is _CALL or (code.co_name == "forward" and code.co_varnames[:1] == ("self",)):
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module):
-                yield module
+                stars = sum(code.co_flags & flag != 0 for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS))
+                given = code.co_argcount + code.co_kwonlyargcount + stars
+                yield module, {name: frame.f_locals.get(name) for name in code.co_varnames[1:given]}
         frame = frame.f_back
