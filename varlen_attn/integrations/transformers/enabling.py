@@ -155,9 +155,13 @@ def _mixes(module: nn.Module, masked: bool) -> bool:
     if "Attention" in cls.__name__ and not cls.__module__.startswith("varlen_attn"):
         parameters = inspect.signature(cls.forward).parameters.values()
         return not masked if cls is nn.MultiheadAttention else all("mask" not in p.name or p.default is not p.empty for p in parameters)
-    sizes = getattr(module, "kernel_size", 0)
-    over_time = isinstance(module, (*_MIXING, nn.RNNCellBase)) or cls.__module__ == "torch.nn.modules.pooling"
-    return over_time and sizes != 1 and sizes not in ((1,), (1, 1), (1, 1, 1))
+    size = getattr(module, "kernel_size", 0)
+    sizes = set(size) if isinstance(size, tuple) else {size}
+    of_images = (
+        cls.__name__.endswith(("2d", "3d")) and len(sizes) == 1
+    )  # of text, where a matrix of words counts as one, no kernel is square
+    known = isinstance(module, (*_MIXING, nn.RNNCellBase, nn.Flatten)) or cls.__module__ == "torch.nn.modules.pooling"
+    return (known and sizes != {1} and not of_images) or (isinstance(module, nn.Softmax) and module.dim in (1, -2))
 
 
 def _in_use(tree: stack_hooks.ModelId) -> Step:

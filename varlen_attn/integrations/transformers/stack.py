@@ -13,6 +13,7 @@ and how attention is computed.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial, update_wrapper, wraps
 from types import MethodType
@@ -268,7 +269,8 @@ class ModelHook:
         """Called by the model's forward, and as a hook in pickles of earlier versions, like `after`."""
         if kwargs is not None and not torch.compiler.is_compiling():
             given = dict(zip(self.names, args, strict=False)) | kwargs
-            enter_forward(self.tree, module, self._changed(module) or _began_before(module), partial(self._read_by, given))
+            reason, around_it = _around(module)
+            enter_forward(self.tree, module, self._changed(module) or reason, partial(self._read_by, given, around_it))
             if self.tree.left:
                 leave_forward(module)
 
@@ -296,7 +298,7 @@ class ModelHook:
             self.looked = registered
         return None
 
-    def _read_by(self, given: dict[str, Any], causal: bool) -> str | None:
+    def _read_by(self, given: dict[str, Any], around_it: dict[str, Any], causal: bool) -> str | None:
         """Why rows at padding are read, as far as arguments say. From a device all flags come in one transfer, if there are any.
 
         A caller who said what rows at padding hold knows the readers. The exception is what picks a row by column or by ids.
@@ -322,8 +324,7 @@ class ModelHook:
                 for known in _special_ids(config):
                     unusual = unusual & (ids != known)
                 found.append(("ids at padding that are not those of padding, so that their rows may be read", unusual.any()))
-            for name in sorted(given.keys() - self.inputs - _INPUTS):
-                x = given[name]
+            for name, x in (around_it | {name: given[name] for name in sorted(given.keys() - self.inputs - _INPUTS)}).items():
                 of_tokens = isinstance(x, Tensor) and x.shape[:2] == mask.shape
                 if of_tokens and not (of_collator and x.dim() == 2 and name in _LABELS):
                     reason = f"`{name}` at padding or just after it that are not -100, so that a loss may count it"
@@ -332,12 +333,22 @@ class ModelHook:
         return next((reason for (reason, _), x in zip(found, said, strict=True) if x), None)
 
 
-def _began_before(module: nn.Module) -> str | None:
-    """Of a model around this one whose forward began before it was enabled: what its caller wants is not known."""
-    unseen = any(isinstance(model, Watched) and model is not module and not is_entered(model) for model in around())
-    return "its forward began before it was enabled" if unseen else None
+def _around(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
+    """A reason if what the caller of a model around this one wants is not known, and targets that other modules around it are given."""
+    models: list[nn.Module] = []
+    targets: dict[str, Any] = {}
+    for model, given in around():
+        if isinstance(model, Watched):
+            models += [] if model is module else [model]
+        else:
+            inside = (x for x in given.values() if isinstance(x, Mapping))
+            targets |= {name: x for some in (given, *inside) for name, x in some.items() if _TARGETS.search(str(name))}
+    unseen = not all(map(is_entered, models))
+    return "its forward began before it was enabled" if unseen else None, {} if models else targets
 
 
+# Names of what a loss compares with, in modules around a model, whose other arguments may be anything.
+_TARGETS = re.compile("label|tag|target|gold|truth")
 _LABELS = frozenset(("labels", "shift_labels"))
 # Keywords by token that are no labels, for models with a class of the user's own.
 _INPUTS = frozenset(
