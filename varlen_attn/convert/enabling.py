@@ -21,8 +21,9 @@ from .._switch import Class, Step, Switch, original_class
 from ..data.batches import inputs_of
 from ..errors import ArgumentError, VarlenWarning, warn
 from ..nn.transformer import unwrapped
-from .candidates import LAYERS, Candidate, candidates, is_varlen
+from .candidates import Candidate, candidates, is_varlen
 from .classes import (
+    OPTIONS,
     AttentionOnlyTransformerEncoder,
     AttentionOnlyTransformerEncoderLayer,
     EnabledMultiheadAttention,
@@ -34,6 +35,7 @@ from .classes import (
 )
 from .equality import Part, settled
 from .report import Action, ModuleReport, Report
+from .watch import LAYERS
 
 Level = Literal["auto", "attention", "model"]
 
@@ -81,7 +83,8 @@ def enable(
     layers run packed where a trial shows that nothing else changes: a few forwards in evaluation, with three short rows of random tokens
     or sound, without a trace in random states or training flags. Architectures with attention code of their own are left alone.
 
-    Hooks that are registered on a packed layer, or inside of one, after `enable` see packed rows too.
+    Hooks that are registered on a packed layer of torch's, or inside of one, after `enable` see packed rows too. Where they are inside of
+    a stack of transformers, it runs as it came as long as they are there, unless ``hooks="packed"``.
 
     Code that reads padding sees another number there: a mean over all columns, and a decoder that is given no
     ``memory_key_padding_mask`` and attends to the memory's padding. An ``example`` finds it.
@@ -122,6 +125,7 @@ def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str) -> dict[
     hf = _transformers(model)
     rows, steps = hf.plan(model, level, hooks) if hf else ([], [])
     found = candidates(model, hooks)
+    options = (("hooks_packed", True),) if hooks == "packed" else ()
     parts: dict[Any, Part] = {None: Part([ModuleReport(*row) for row in rows], list(steps))}
     for c in found:
         decision, original = _decide(c, found, level, need_weights), original_class(c.module)
@@ -133,14 +137,15 @@ def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str) -> dict[
         part = parts.setdefault(outermost.name, Part([], []))
         part.rows.append(ModuleReport(c.name, original.__name__, "restored" if restored else decision.action, decision.reason))
         if new_class is not original:
-            part.steps.append(Class(c.module, new_class, original))
+            part.steps.append(Class(c.module, new_class, original, options))
     return parts
 
 
 def _found(model: nn.Module) -> list[Step]:
     """What has been done to a model."""
     hf = _transformers(model)
-    classes = [Class(m, type(m), original) for m in model.modules() if (original := original_class(m)) is not type(m)]
+    enabled = [(m, original) for m in model.modules() if (original := original_class(m)) is not type(m)]
+    classes = [Class(m, type(m), original, tuple((x, vars(m)[x]) for x in OPTIONS if x in vars(m))) for m, original in enabled]
     return [*classes, *(hf.found(model) if hf else [])]
 
 

@@ -247,6 +247,52 @@ def first(top: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     return top(x)[0]
 
 
+class Normed(transformers.BertPreTrainedModel):
+    """In training its statistics are of all columns, in evaluation of none."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.bert, self.norm = transformers.BertModel(config, add_pooling_layer=False), nn.BatchNorm1d(config.hidden_size)
+        self.post_init()
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, return_dict: Any = None) -> TokenClassifierOutput:
+        states = self.bert(input_ids, attention_mask=attention_mask)[0]
+        return TokenClassifierOutput(logits=self.norm(states.transpose(1, 2)).transpose(1, 2))
+
+
+def test_a_norm_over_the_batch_inside_of_the_model() -> None:
+    model = shake(Normed(build("Bert").config).double()).train()
+    expected = model(**batch()).logits
+    report = enable(model)
+    assert any("what norm reads differs" in reason for reason in reasons(report).values())
+    assert_close(model(**batch()).logits, expected)
+
+
+class Scored(nn.Module):
+    """A user's module with a loss over all columns, given its targets in one way or another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.head = build("Bert", add_pooling_layer=False), shake(nn.Linear(32, 3).double())
+
+    def forward(self, batch: dict[str, Tensor], tags: Tensor | None = None, **more: Tensor) -> Tensor:
+        states = self.text(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        targets = next(x for x in (tags, more.get("gold"), batch.get("labels")) if x is not None)
+        return cross_entropy(self.head(states).flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("way", ["tags", "gold", "labels"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_loss_of_a_module_around_the_model(way: str, ignored: bool) -> None:
+    model, targets = Scored().eval(), TAGS.masked_fill(~VALID, -100) if ignored else TAGS
+    args, kwargs = (({**batch(), "labels": targets},), {}) if way == "labels" else ((batch(),), {way: targets})
+    expected = model(*args, **kwargs)
+    enable(model)
+    with record() as log:
+        assert_close(model(*args, **kwargs), expected)
+    assert {call.rows for call in log} == ({20} if ignored else {36})
+
+
 class MyAttention(nn.Linear):  # transformers leaves models alone that stand beside one of nn.Module
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).softmax(1) * x
@@ -257,6 +303,9 @@ READERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "GRU": (lambda: nn.GRU(32, 16, batch_first=True, bidirectional=True), first),
     "Conv1d": (lambda: nn.Conv1d(32, 8, 3, padding=1), by_column),
     "BatchNorm1d": (lambda: nn.BatchNorm1d(32, track_running_stats=False), by_column),
+    "Conv2d": (lambda: nn.Conv2d(1, 32, (3, 32), padding=(1, 0)), lambda top, x, mask: top(x[:, None])[..., 0].transpose(1, 2)),
+    "Flatten": (lambda: nn.Flatten(), lambda top, x, mask: x + top(x).mean(1)[:, None, None]),
+    "Softmax": (lambda: nn.Softmax(1), lambda top, x, mask: top(x) * x),
     "AvgPool1d": (lambda: nn.AvgPool1d(3, 1, 1), by_column),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(32, 4, batch_first=True), lambda top, x, mask: top(x, x, x)[0]),
     "MyAttention": (lambda: MyAttention(32, 1), by_row),
@@ -299,6 +348,13 @@ def test_no_reader_around_the_model(top: Callable[[], nn.Module]) -> None:
     assert "text.encoder.layer" not in reasons(report)
     assert packed(model, **batch())
     assert_close(model(**batch())[VALID], expected[VALID])
+
+
+def test_images_beside_the_text() -> None:
+    model = Around(nn.Linear(32, 8), by_row).eval()
+    model.images = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.MaxPool2d(2))
+    enable(model)
+    assert packed(model, **batch())
 
 
 # -------------------------------------------------------------------- what a caller wants there

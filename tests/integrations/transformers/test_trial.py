@@ -228,6 +228,26 @@ def test_a_model_that_was_sharded() -> None:
         assert_close(model(**batch())[0][VALID].detach(), expected)
 
 
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+def test_a_model_that_is_sharded_afterwards() -> None:
+    """Its layers get hooks that bring weights, and it gets a class that is derived from the one it has."""
+    model = build("Bert", "ForMaskedLM")
+    labels = token_ids(torch.ones_like(VALID).long())
+    expected = model(**batch(), labels=labels).loss.detach()
+    enable(model)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for part in (*model.bert.encoder.layer, model):
+        fully_shard(part, mesh=mesh)
+    for _ in range(2):
+        assert packed_calls(model) == 2
+        assert_close(model(**batch(), labels=labels).loss.detach(), expected)
+        quietly(model)
+    disable(model)
+    assert packed_calls(model) == 0
+    assert_close(model(**batch(), labels=labels).loss.detach(), expected)
+
+
 def test_weights_that_are_elsewhere() -> None:
     model = build("Bert").to("meta")
     assert "its weights are not here" in str(quietly(model))

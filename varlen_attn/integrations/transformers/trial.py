@@ -209,15 +209,17 @@ def run(model: Any, trial: Trial, stacks: Sequence[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _inputs_of(model: nn.Module, stacks: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """What the innermost modules read, by name; one vector a row, of which nothing is padding."""
+    """What the innermost modules read, by name; one vector a row, of which nothing is padding. Of norms over a batch all that they read,
+    because in training they read it together.
+    """
     read: dict[str, list[Tensor]] = {}
     handles = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{stack}.") for stack in stacks) or next(module.children(), None) is not None:
             continue
 
-        def keep(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            read.setdefault(f"what {name} reads", []).extend(x.clone() for x in args if isinstance(x, Tensor) and x.dim() == 2)
+        def keep(_: nn.Module, args: tuple[Any, ...], name: str = name, every: bool = "BatchNorm" in type(module).__name__) -> None:
+            read.setdefault(f"what {name} reads", []).extend(x.clone() for x in args if isinstance(x, Tensor) and (every or x.dim() == 2))
 
         handles.append(module.register_forward_pre_hook(keep))
     try:
