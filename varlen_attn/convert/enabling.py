@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
@@ -18,6 +19,7 @@ from .._clone import apart
 from .._state import undone
 from .._switch import Class, Step, Switch, original_class
 from ..attention.forms import PaddingRows
+from ..data.batches import inputs_of
 from ..errors import ArgumentError, VarlenWarning, warn
 from ..nn.transformer import unwrapped
 from .candidates import Candidate, candidates, is_varlen, mixing
@@ -32,6 +34,7 @@ from .classes import (
     EnabledTransformerEncoder,
     EnabledTransformerEncoderLayer,
 )
+from .equality import Part, settled
 from .report import Action, ModuleReport, Report
 from .watch import LAYERS
 
@@ -47,6 +50,7 @@ def enable(
     need_weights: bool = True,
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
+    example: Any = None,
 ) -> Report:
     """Let a model skip padding: torch's attention modules, layers and stacks, and models of transformers. In place; `disable` undoes it.
 
@@ -63,12 +67,16 @@ def enable(
             a gradient; or ``"exact"``, what the model as it came has there, for which a stack then runs as it came. None is ``"zero"`` for
             torch's stacks and layers, as their fast path has it, and for an `nn.MultiheadAttention`, unless something in ``model`` mixes
             over time, such as a convolution: then it keeps torch's rows. Models of transformers have ``"edge"``.
+        example: a batch for the model's forward (a dict of keywords, a tuple of arguments or a tensor), with labels if it takes some. The
+            model is called with it in evaluation, as it came and converted. Where a result, such as a loss, differs by more than rounding
+            explains, what makes it differ stays as it came, or changes in attention only, and the report says what differed. Rows of
+            padding in results may differ. Buffers, gradients and random states are put back.
 
     Returns:
         What happened to each module, and why not: ``print(enable(model))``.
 
     Raises:
-        ArgumentError: ``model`` is no module, or an option has no such value.
+        ArgumentError: ``model`` is no module, an option has no such value, or the model does not take ``example``.
         VarlenError: the model is enabled already, and this is called inside of one of its forwards.
 
     Weights, `state_dict` and training mode stay. What changes: rows at padding, as ``padding_rows`` says. Only exactly torch's classes are
@@ -82,39 +90,59 @@ def enable(
     or sound, without a trace in random states or training flags. Architectures with attention code of their own are left alone.
 
     Code that reads padding sees another number there: a mean over all columns, and a decoder that is given no
-    ``memory_key_padding_mask`` and attends to the memory's padding. docs/what-enable-changes.md has all of it.
+    ``memory_key_padding_mask`` and attends to the memory's padding. An ``example`` finds it; docs/what-enable-changes.md has all of it.
     """
     _check(model)
     _check_options(level, need_weights, hooks, padding_rows)
-    wanted, report = apart(lambda: _plan(model, "attention" if level == "attention" else "model", need_weights, hooks, padding_rows))
-    switch = Switch(lambda: _found(model), wanted)
+    levels = ("attention",) if level == "attention" else ("model", "attention")
+    plans = (apart(partial(_plan, model, name, need_weights, hooks, padding_rows)) for name in levels)
+    before = _found(model)
     try:
-        switch.make()
+        if example is None:
+            parts = next(plans)
+        else:
+            parts = settled(model, inputs_of(example, "example"), plans, partial(_go, model))
+        _go(model, [step for part in parts.values() for step in part.steps])
+        report = Report(tuple(row for part in parts.values() for row in part.rows))
         if not any(m.action in ("converted", "built so") for m in report.modules):
             warn(f"nothing was converted, the model computes padding as before: {report}.", VarlenWarning)
         return report
+    except BaseException:
+        with undone(partial(_go, model, before)):
+            raise
+
+
+def _go(model: nn.Module, steps: Sequence[Step]) -> None:
+    """From what has been done to a model to ``steps``."""
+    switch = Switch(lambda: _found(model), steps)
+    try:
+        switch.make()
     except BaseException:
         switch.undo()
         raise
 
 
-def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str, padding_rows: PaddingRows | None) -> tuple[list[Step], Report]:
-    """What is to be done to a model, of which nothing is changed yet."""
+def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str, padding_rows: PaddingRows | None) -> dict[Any, Part]:
+    """What is to be done to a model, of which nothing is changed yet: to its models of transformers, and to each module of torch's with all
+    inside of it."""
     hf = _transformers(model)
     rows, steps = hf.plan(model, level, hooks, padding_rows) if hf else ([], [])
     found, mixer = candidates(model, hooks), None if padding_rows else mixing(model)
-    reports = [ModuleReport(*row) for row in rows]
-    classes: list[Step] = []
+    parts: dict[Any, Part] = {None: Part([ModuleReport(*row) for row in rows], list(steps))}
     for c in found:
         decision, original = _decide(c, found, level, need_weights, mixer), original_class(c.module)
         new_class = decision.new_class or original
         restored = decision.new_class is None and type(c.module) is not original
-        reports.append(ModuleReport(c.name, original.__name__, "restored" if restored else decision.action, decision.reason))
+        outermost = c
+        while outermost.parent is not None:
+            outermost = outermost.parent
+        part = parts.setdefault(outermost.name, Part([], []))
+        part.rows.append(ModuleReport(c.name, original.__name__, "restored" if restored else decision.action, decision.reason))
         if new_class is not original:
             wanted = {"hooks_packed": hooks == "packed", "padding_rows": padding_rows or decision.padding_rows}
             changed = ((name, value) for name, value in wanted.items() if value != getattr(new_class, name))
-            classes.append(Class(c.module, new_class, original, tuple(changed)))
-    return [*classes, *steps], Report(tuple(reports))
+            part.steps.append(Class(c.module, new_class, original, tuple(changed)))
+    return parts
 
 
 def _found(model: nn.Module) -> list[Step]:
@@ -148,13 +176,9 @@ def disable(model: nn.Module) -> Report:
         elif hasattr(original, "original_class") and is_varlen(module):
             reason = "its class was derived from the enabled one, as parametrisations do: remove them first"
             restored.append(ModuleReport(name, original.__name__, "left alone", reason))
-    report, switch = Report(tuple(restored)), Switch(lambda: _found(model), [])
-    try:
-        switch.make()
-        return report
-    except BaseException:
-        switch.undo()
-        raise
+    report = Report(tuple(restored))
+    _go(model, [])
+    return report
 
 
 @contextmanager
@@ -165,6 +189,7 @@ def enabled(
     need_weights: bool = True,
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
+    example: Any = None,
 ) -> Iterator[Report]:
     """``with enabled(model) as report``: `enable` for the length of a block; afterwards every module is what it was before.
 
@@ -173,8 +198,8 @@ def enabled(
     """
     _check(model)
     before = _found(model)
-    with undone(lambda: Switch(lambda: _found(model), before).make()):
-        yield enable(model, level, need_weights=need_weights, hooks=hooks, padding_rows=padding_rows)
+    with undone(partial(_go, model, before)):
+        yield enable(model, level, need_weights=need_weights, hooks=hooks, padding_rows=padding_rows, example=example)
 
 
 def _transformers(model: nn.Module) -> Any:
