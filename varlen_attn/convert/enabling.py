@@ -67,7 +67,8 @@ def enable(model: nn.Module, level: Level = "auto", *, need_weights: bool = True
     layers run packed where a trial shows that nothing else changes: a few forwards in evaluation, with three short rows of random tokens
     or sound, without a trace in random states or training flags. Architectures with attention code of their own are left alone.
 
-    Hooks that are registered on a packed layer, or inside of one, after `enable` see packed rows too.
+    Hooks that are registered on a packed layer of torch's, or inside of one, after `enable` see packed rows too. Where they are inside of
+    a stack of transformers, it runs as it came as long as they are there, unless ``hooks="packed"``.
 
     Code that reads padding sees another number there: a mean over all columns, and a decoder that is given no
     ``memory_key_padding_mask`` and attends to the memory's padding.

@@ -7,11 +7,13 @@ gradients (pytorch#196678). A query that sees no key gives 0 and a log-sum-exp o
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch import constant_while_tracing, is_transformed
+from .._torch import constant_while_tracing, is_plain, is_transformed
 from .base import HALF, accumulation_dtype, pad_head_dim, repeat_kv
 from .problem import Semantics, strictly_deterministic
 from .values import NO_EXTRAS, Extras, ScoreBias
@@ -75,6 +77,11 @@ def dense_kernel_here(semantics: Semantics, *tensors: Tensor) -> str:
 
 
 # -------------------------------------------------------------------- masks and biases
+
+
+def is_nan(x: Tensor) -> bool:
+    """Whether one is among ``x``, in one pass."""
+    return math.isnan(x.sum().item())
 
 
 def visible_mask(semantics: Semantics, rows: Tensor, columns: Tensor, offset: int | Tensor) -> Tensor | None:
@@ -158,7 +165,10 @@ def attend_dense(
     if kernel == FUSED:
         return _fused(query, key, value, visible, semantics.factor), None, None
     if kernel != EAGER and 0 not in (*query.shape[:3], *key.shape[:3]):
-        return *_by_kernel(kernel, query, key, value, visible, bias, semantics), None
+        out, its_lse = _by_kernel(kernel, query, key, value, visible, bias, semantics)
+        # The kernel of a CPU adds -inf to scores that it hides, and NaN stays NaN.
+        if kernel != FLASH_CPU or visible is None or not is_plain(its_lse) or not is_nan(its_lse):
+            return out, its_lse, None
 
     dtype = accumulation_dtype(query.dtype) if wide else query.dtype
     q, k, v = (x.to(dtype) for x in (query, *repeat_kv(num_heads, key, value)))

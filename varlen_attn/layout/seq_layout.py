@@ -47,7 +47,6 @@ from .checks import (
     check_offsets,
     check_offsets_tensor,
     check_rank,
-    check_size,
     check_takes_rows,
     describe,
     host_lengths,
@@ -196,7 +195,7 @@ class SeqLayout:
             check_integer_vector(lengths, "lengths")
         values = host_lengths(lengths)
         longest = max(values, default=0)
-        size = longest if padded_len is None else check_size(padded_len, "padded_len")
+        size = longest if padded_len is None else check_at_least(0, padded_len, "padded_len", error=LayoutError)
         if longest > size:
             raise LayoutError(
                 f"`lengths[{values.index(longest)}]` must be at most padded_len = {size}, but is {longest}: "
@@ -276,7 +275,9 @@ class SeqLayout:
         check_rank(ids, "ids")
         if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
             raise DtypeError(f"`ids` must have an integer dtype, but is {ids.dtype}: number the documents 1, 2, ...")
-        return cls._of(index_of_documents(ids, None if max_docs is None else check_size(max_docs, "max_docs")), ids.shape)
+        return cls._of(
+            index_of_documents(ids, None if max_docs is None else check_at_least(0, max_docs, "max_docs", error=LayoutError)), ids.shape
+        )
 
     @classmethod
     @_constructor
@@ -446,7 +447,11 @@ class SeqLayout:
         """``(T, ...) -> Q`` views, one a sequence. Needs lengths on the host."""
         self._check(x, (self.num_rows,), "x")
         self._check_tensors(again=True, traced=True)
-        views: tuple[Tensor, ...] = x[: self.total].split(list(self._host_lengths("split")))
+        if self.lengths is None:
+            raise LayoutError(
+                "split needs the lengths on the host, but only the device knows them: build the layout from lengths, or without `capacity`."
+            )
+        views: tuple[Tensor, ...] = x[: self.total].split(list(self.lengths))
         return views
 
     def to_nested(self, x: Tensor) -> Tensor:
@@ -687,14 +692,6 @@ class SeqLayout:
         if self.right_padded is False:
             raise LayoutError(message)
         refuse_shifted(~self.padding_mask(), message)
-
-    def _host_lengths(self, what: str) -> tuple[int, ...]:
-        if self.lengths is None:
-            raise LayoutError(
-                f"{what} needs the lengths on the host, but only the device knows them: build the layout from lengths, or "
-                "without `capacity`."
-            )
-        return self.lengths
 
 
 # The version of the offsets at which the tensors of a layout were found to belong together. Not an attribute, which a pickle would carry.

@@ -19,7 +19,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..._state import state
 from ...attention.call import Options as Asked
 from ...attention.call import attend
-from ...attention.forms import pack_rows, unpack_rows
+from ...attention.dispatch import requested_backend
+from ...attention.export import refuse_order
+from ...attention.forms import full_layout, pack_rows, unpack_rows
 from ...attention.records import recorded_padded
 from ...data.host_lengths import HostLengths
 from ...errors import ArgumentError, LayoutError
@@ -92,16 +94,21 @@ def varlen_attention_forward(
     ):
         return _attend_rows(module, query, key, value, meaning.stack, Options(scaling, dropout, softcap, None, s_aux, False)), None
     options = Options(scaling, dropout, softcap, position_bias, s_aux, wants_weights or "attentions" in collected())
+    order = requested_backend("auto")
     if has_offsets and not torch.compiler.is_compiling():
         layouts, causal = _given_layouts(query, key, mask, kwargs), _is_causal(module, is_causal)
         way = _by_offsets(*layouts, mask, causal, options)
         if isinstance(way, str):
             mask = _same_document(mask, *layouts, causal)
     elif meaning is not None:
-        way = _by_mask(meaning, query, key, options)
+        way = _by_mask(meaning, query, key, options, order)
+    elif mask is None and order != "auto" and options.bias is None and not options.weights:
+        aligned = "top_left" if query.shape[2] > 1 and _is_causal(module, is_causal) else False
+        way = Packing(full_layout(query.transpose(1, 2)), full_layout(key.transpose(1, 2)), aligned, None)
     else:
         way = "nothing is padded" if mask is None else _OTHER_MASK
     if isinstance(way, str):
+        refuse_order(order, f"this call can only be computed the dense way: {way}", "drop the order, or order 'sdpa_padded'")
         return _dense(module, query, key, value, mask, is_causal, options, way, kwargs)
     if (query.shape[0], query.shape[2]) != (way.layout_q.batch_size, way.layout_q.padded_len):
         return _attend_rows(module, query, key, value, way, options), None
@@ -129,7 +136,7 @@ def _attend(module: nn.Module, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, way:
 # -------------------------------------------------------------------- which way
 
 
-def _by_mask(meaning: Meaning, query: Tensor, key: Tensor, options: Options) -> Packing | str:
+def _by_mask(meaning: Meaning, query: Tensor, key: Tensor, options: Options, order: Any) -> Packing | str:
     batch_size, _, len_q, len_k = meaning.shape
     if (query.shape[0], query.shape[2]) != (batch_size, len_q) or (key.shape[0], key.shape[2]) != (batch_size, len_k):
         return "the mask was made for tensors of another shape"
@@ -137,7 +144,7 @@ def _by_mask(meaning: Meaning, query: Tensor, key: Tensor, options: Options) -> 
         raise NotPackable("it adds a position bias to the scores, or gives attention weights")
     if options.weights:
         return "attention weights are asked for"
-    if meaning.is_plain:
+    if meaning.is_plain and order == "auto":
         return "nothing is padded"
     way = meaning.packing
     if isinstance(way, str) or options.bias is None:
@@ -146,7 +153,7 @@ def _by_mask(meaning: Meaning, query: Tensor, key: Tensor, options: Options) -> 
         return "a position bias by columns, which are not positions in this batch"
     if way.layout_q.padded_len != len_q or meaning.first_query != 0:
         return "a position bias of cached keys"
-    if meaning.keys.fill is not None and meaning.keys.fill > _BIAS_FILL:
+    if meaning.keys.fill is not None and meaning.keys.fill > _BIAS_FILL and order == "auto":
         return "a position bias with little padding: one dense call is faster than eager maths for each sequence"
     return way
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..._clone import NotCloned, Seeded
 from ..._switch import Entry, Step, original_class
+from ...attention.dispatch import use_backend
 from ...attention.records import Record, record
 from ...errors import ArgumentError
 from . import stack as stack_hooks
@@ -110,7 +111,8 @@ def plan(model: nn.Module, level: str, hooks: str, padding_rows: PaddingRows = N
         if whole is not None and any(part.packed for part in parts):
             _check_whole(whole, parts)
         rows += [row for part in parts for row in part.rows(name)]
-        tree, packed = stack_hooks.ModelId(padding_rows), {part.model: (tuple(part.packed), part.guarded) for part in parts if part.packed}
+        packed = {part.model: (tuple(part.packed), part.guarded) for part in parts if part.packed}
+        tree = stack_hooks.ModelId(hooks, padding_rows)
         tree.left = True
         if packed:
             steps += stack_hooks.on_models(tree, root, packed if whole is None else {root: ((), True), **packed})
@@ -172,7 +174,7 @@ def _check_whole(whole: _Part, parts: list[_Part]) -> None:
     clone, trials = whole.clone, [(trial._replace(full=True), expected) for trial, expected in whole.trials]
     steps: list[Step] = []
     packed: dict[nn.Module, tuple[tuple[str, ...], bool]] = {clone: ((), True)}
-    tree = stack_hooks.ModelId(whole.options.padding_rows or "edge")
+    tree = stack_hooks.ModelId(whole.options.hooks, whole.options.padding_rows or "edge")
     for part in parts if clone is not None else ():
         its_clone = clone.get_submodule(part.name)
         packed[its_clone] = (tuple(part.packed), part.guarded)
@@ -220,6 +222,21 @@ def _before(model: nn.Module) -> dict[int, tuple[Any, Any]]:
 
 
 # -------------------------------------------------------------------- attention implementations
+
+
+class _WasEager(str):
+    """Our name in place of ``eager``, and equal to both: transformers lets no other one have ``config.output_attentions``."""
+
+    def __eq__(self, other: object) -> bool:
+        return other == "eager" or str(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+_WAS_EAGER = _WasEager(NAME)
 
 
 class _Implementation(Entry):
@@ -406,7 +423,7 @@ class _Part:
     def implementation(self, memo: dict[int, Any] | None = None) -> list[Step]:
         """Of the model, or of a clone."""
         pairs = [(c if memo is None else memo[id(c)], before) for c, before in self.configurations]
-        return [_Implementation(c, NAME, before) for c, before in pairs]
+        return [_Implementation(c, _WAS_EAGER if before == "eager" else NAME, before) for c, before in pairs]
 
     def on_layers(self, tree: stack_hooks.ModelId, model: nn.Module) -> list[Step]:
         """Of the model, or of a clone."""
@@ -483,7 +500,8 @@ class _Part:
         return reason
 
     def _run(self, trial: Trial) -> dict[str, Any]:
-        with Seeded() if self.random else nullcontext() as seeded:
+        # Orders of the caller's are for calls of the caller's.
+        with use_backend("auto"), Seeded() if self.random else nullcontext() as seeded:
             given = run(self.clone, trial, [stack.name for stack in self.stacks])
         self.random = seeded is not None and seeded.used  # to look costs as much as a small model
         return given
@@ -549,7 +567,9 @@ class _Part:
     def _running(self, stacks: list[str]) -> Iterator[None]:
         """The clone with these stacks packed, beside those that are already."""
         packed = (*self.packed, *stacks)
-        tree = stack_hooks.ModelId(self.options.padding_rows or "edge")  # without rules, so that it runs packed whatever it is given
+        tree = stack_hooks.ModelId(
+            self.options.hooks, self.options.padding_rows or "edge"
+        )  # without rules, so that it runs packed whatever it is given
         hooks = [hook for name in packed for hook in stack_hooks.on_layers(tree, self.clone.get_submodule(name))]
         with made([*hooks, *stack_hooks.on_models(tree, self.clone, {self.clone: (packed, self.guarded)})]):
             yield
@@ -571,10 +591,7 @@ class _Part:
             return f"a {mixing} in its layers mixes tokens"
         if any(hasattr(m, "expert_capacity") for m in layers.modules()):
             return "its experts take a number of tokens that depends on how many there are"
-        hooked = next((name for name, m in layers.named_modules() if not stack_hooks.has_only_our_hooks(m)), None)
-        if hooked is not None and self.options.hooks == "leave":
-            return f'layer {hooked} has hooks, which would see packed rows: allow it with hooks="packed"'
-        return None
+        return stack_hooks.why_hooked(layers, self.options.hooks)
 
     def _was_packed(self, name: str) -> bool:
         calls = [c for c in self.log.calls if (c.module or "").startswith(f"{name}.")]

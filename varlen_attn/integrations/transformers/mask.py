@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 
 from ..._switch import Alive, Use, in_use, uses
 from ..._torch import is_tracing
+from ...attention.dispatch import requested_backend
 from ...data.host_lengths import HostLengths
 from ...errors import ArgumentError
 from ...layout.seq_layout import SeqLayout
@@ -187,7 +188,7 @@ class Meaning:
         self.numbers: Tensor | None = None
         self.added = False
         masks.add(self)
-        if id(self.config) in leaving or getattr(self.config, "_attn_implementation", None) == "eager":
+        if id(self.config) in leaving or str(getattr(self.config, "_attn_implementation", None)) == "eager":
             self.added = True
 
     @property
@@ -348,6 +349,19 @@ class VarlenMask(Tensor):
         kind = "causal" if pattern.causal else "bidirectional"
         return f"VarlenMask({tuple(self.shape)}, {kind}, window={pattern.window}, device={self.device})"
 
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        """Copies of what layers are given, which debuggers and recorders keep, are of transformers' own mask."""
+        return self.meaning.dense.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.meaning.dense.clone().__reduce_ex__(protocol)
+
+    def numpy(self, **options: Any) -> Any:
+        return self.meaning.dense.clone().numpy(**options)
+
+    def tolist(self) -> Any:
+        return self.meaning.dense.tolist()
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
@@ -437,7 +451,12 @@ def varlen_mask(
     )  # fmt: skip
     device = torch.device(kwargs.get("device", "cpu"))
     pattern = None if kwargs.get("use_vmap") else classify(mask_function)
-    plain = isinstance(q_offset, int) and q_length > 1 and device.type != "meta" and not torch.compiler.is_compiling()
+    plain = (
+        isinstance(q_offset, int)
+        and (q_length > 1 or requested_backend("auto") != "auto")
+        and device.type != "meta"
+        and not torch.compiler.is_compiling()
+    )
     traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if pattern is None:
         for forward in _under_way()[-1:]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial, update_wrapper, wraps
 from types import MethodType
@@ -42,15 +41,17 @@ class ModelId:
 
     Attributes:
         left: the hooks begin nothing new: not all are there yet, or they are about to go.
+        hooks: which hooks of others may see rows, as `varlen_attn.enable` takes it.
         padding_rows: what rows at padding hold after a packed stack, as the caller of `enable` said; None for edge rows, and for stacks
             that run as they came where a reader is known.
     """
 
     left = False
-    padding_rows: str | None = None  # also of pickles of earlier versions
+    hooks = "leave"  # these two also of pickles of earlier versions
+    padding_rows: str | None = None
 
-    def __init__(self, padding_rows: str | None = None) -> None:
-        self.padding_rows = padding_rows
+    def __init__(self, hooks: str = "leave", padding_rows: str | None = None) -> None:
+        self.hooks, self.padding_rows = hooks, padding_rows
 
 
 class LayerHook:
@@ -250,9 +251,11 @@ class ModelHook:
         looks_at_ids: its head picks a row by ids (the last that is no padding, the largest), those in padding too.
         depth: how many layers the configuration said.
         inputs: keywords that are no labels: of models inside, and of transformers' own.
+        looked: how many hooks had been registered in this process when there were none of others in the stacks.
     """
 
     inputs: frozenset[str] = frozenset()  # of pickles of earlier versions
+    looked: int | None = None
 
     def __init__(self, tree: ModelId, model: Any, stacks: tuple[str, ...], looks_at_ids: bool) -> None:
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
@@ -288,9 +291,11 @@ class ModelHook:
             return "its layers were changed since it was enabled: enable it again"
         if module.training and any(getattr(self.config, name, 0) for name in _SKIPPING_LAYERS):
             return "layers are skipped at random in training (layerdrop)"
-        # To look at all modules costs as much as a layer.
-        if "peft" in sys.modules and any(_chooses_rows(m) for s in stacks for m in s.modules()):
-            return "adapters by row of the batch"
+        registered = RemovableHandle.next_id
+        if self.looked != registered:  # to look at all modules costs as much as a layer
+            if (hooked := next(filter(None, (why_hooked(s, self.tree.hooks) for s in stacks)), None)) is not None:
+                return hooked
+            self.looked = registered
         return None
 
     def _read_by(self, given: dict[str, Any], around_it: dict[str, Any], causal: bool) -> str | None:
@@ -383,19 +388,29 @@ def _is_whole(layers: Any) -> bool:
     return any(map(is_ours, list(layer._forward_hooks.values())))
 
 
-def _chooses_rows(module: nn.Module) -> bool:
-    """A hook of PEFT, which puts them on its layers for a call that names an adapter for each row."""
-    hooks = list(module._forward_pre_hooks.values())
-    return any(str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("peft.") for hook in hooks)
+def why_hooked(layers: nn.Module, allowed: str) -> str | None:
+    """Why the hooks in a stack, if any, keep it from running packed; ``allowed`` as `varlen_attn.enable` takes it."""
+    for name, module in layers.named_modules():
+        kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+        homes = [_home(hook) for kind in kinds if kind for hook in list(kind.values()) if not is_ours(hook)]
+        homes = [home for home in homes if not home.startswith(_UNCONCERNED)]
+        if any(home.startswith("peft.") for home in homes):
+            return "adapters by row of the batch"
+        if homes and allowed == "leave":
+            return f'layer {name} has hooks, which would see packed rows: allow it with hooks="packed"'
+    return None
 
 
-def has_only_our_hooks(module: nn.Module) -> bool:
-    """No hooks but ours, and transformers' own, which wait for somebody to ask for hidden states."""
-    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
-        return True
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    known = (is_ours(hook) or getattr(hook, "__qualname__", "").endswith("output_capturing_hook") for hook in hooks)
-    return not (module._backward_hooks or module._backward_pre_hooks) and all(known)
+def _home(hook: Any) -> str:
+    """The module of its code. PEFT's are partial functions, put on its layers for a call that names an adapter for each row."""
+    hook = getattr(hook, "func", hook)
+    return str(getattr(hook, "__module__", None) or type(hook).__module__)
+
+
+# Hooks that bring weights, and those of transformers that wait for somebody to ask for hidden states.
+_UNCONCERNED = (
+    "torch.nn.utils", "torch.distributed.fsdp", "torch.distributed._composable", "deepspeed.", "transformers.utils.output_capturing"
+)  # fmt: skip
 
 
 # -------------------------------------------------------------------- the class of a model

@@ -198,15 +198,10 @@ def _name() -> str:
 
 
 def _sources_hash() -> str:
-    if "hash" not in _hashes:
-        digest = hashlib.sha256(repr((_COMPILER_FLAGS, _LINKER_FLAGS, _LEVELS)).encode())
-        for file in sorted(_SOURCES.glob("*.*")):
-            digest.update(file.read_bytes())
-        _hashes["hash"] = digest.hexdigest()[:12]
-    return _hashes["hash"]
-
-
-_hashes: dict[str, str] = {}
+    digest = hashlib.sha256(repr((_COMPILER_FLAGS, _LINKER_FLAGS, _LEVELS)).encode())
+    for name in sorted(os.listdir(_SOURCES)):
+        digest.update((_SOURCES / name).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _folders() -> Iterator[Path]:

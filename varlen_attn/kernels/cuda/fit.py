@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import contiguous_grad, pad_head_dim, zeros_with_grad
+from ..base import contiguous_grad, nothing, pad_head_dim
 from ..problem import Semantics
 from ..values import Call, Result
 
@@ -67,12 +67,6 @@ def fitted(*, align: bool) -> Callable[[Run], Run]:
         return fit
 
     return decorate
-
-
-def nothing(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
-    """The result of a call without sequences."""
-    out = zeros_with_grad((*query.shape[:2], value.shape[-1]), query, key, value, *call.extras.tensors)
-    return out, out.new_zeros((out.shape[1], out.shape[0]), dtype=torch.float32) if call.semantics.return_lse else None
 
 
 def flash2_bounds(call: Call) -> tuple[int, int]:
