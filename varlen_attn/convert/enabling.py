@@ -19,8 +19,9 @@ from .._state import undone
 from .._switch import Class, Step, Switch, original_class
 from ..errors import ArgumentError, VarlenWarning, warn
 from ..nn.transformer import unwrapped
-from .candidates import LAYERS, Candidate, candidates, is_varlen
+from .candidates import Candidate, candidates, is_varlen
 from .classes import (
+    OPTIONS,
     AttentionOnlyTransformerEncoder,
     AttentionOnlyTransformerEncoderLayer,
     EnabledMultiheadAttention,
@@ -31,6 +32,7 @@ from .classes import (
     EnabledTransformerEncoderLayer,
 )
 from .report import Action, ModuleReport, Report
+from .watch import LAYERS
 
 Level = Literal["auto", "attention", "model"]
 
@@ -93,6 +95,7 @@ def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str) -> tuple
     rows, steps = hf.plan(model, level, hooks) if hf else ([], [])
     found = candidates(model, hooks)
     reports = [ModuleReport(*row) for row in rows]
+    options = (("hooks_packed", True),) if hooks == "packed" else ()
     classes: list[Step] = []
     for c in found:
         decision, original = _decide(c, found, level, need_weights), original_class(c.module)
@@ -100,14 +103,15 @@ def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str) -> tuple
         restored = decision.new_class is None and type(c.module) is not original
         reports.append(ModuleReport(c.name, original.__name__, "restored" if restored else decision.action, decision.reason))
         if new_class is not original:
-            classes.append(Class(c.module, new_class, original))
+            classes.append(Class(c.module, new_class, original, options))
     return [*classes, *steps], Report(tuple(reports))
 
 
 def _found(model: nn.Module) -> list[Step]:
     """What has been done to a model."""
     hf = _transformers(model)
-    classes = [Class(m, type(m), original) for m in model.modules() if (original := original_class(m)) is not type(m)]
+    enabled = [(m, original) for m in model.modules() if (original := original_class(m)) is not type(m)]
+    classes = [Class(m, type(m), original, tuple((x, vars(m)[x]) for x in OPTIONS if x in vars(m))) for m, original in enabled]
     return [*classes, *(hf.found(model) if hf else [])]
 
 

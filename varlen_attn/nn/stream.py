@@ -177,6 +177,12 @@ def pack_input(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Pac
     return stream._replace(causal=False, mask=added)
 
 
+def filled(padded: Tensor, padding: Tensor, attn: nn.Module) -> Tensor:
+    """What was computed on padded tensors, as `PackedInput.restore` gives it."""
+    stream = pack_input(attn, "output", padded, Masks(padding, None, False, None))
+    return stream.restore(stream.rows)
+
+
 def _check(attn: nn.Module, name: str, x: Tensor, packed_by: SeqLayout | None, masks: Masks, queries: PackedInput | None) -> None:
     """Shapes, in torch's words."""
     if packed_by is not None:

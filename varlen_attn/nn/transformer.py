@@ -173,7 +173,7 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
         for layer in self.layers:
             if takes_prepared(layer, prepared):
                 x = layer(x, layout=prepared)
-            elif _takes(layer, "layout"):
+            elif takes_layouts(layer):
                 x = layer(x, src_mask=stream.mask, is_causal=stream.causal, layout=stream.layout)
             else:
                 x = _padded_encoder_layer(layer, x, prepared)
@@ -318,7 +318,7 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
         for layer in self.layers:
             if takes_prepared(layer, own) and across.written:
                 x = layer(x, source.rows, layout=own, layout_kv=across)
-            elif _takes(layer, "layout", "layout_kv"):
+            elif takes_layouts(layer, "layout", "layout_kv"):
                 x = layer(
                     x, source.rows, tgt_mask=target.mask, memory_mask=source.mask, tgt_is_causal=target.causal,
                     memory_is_causal=source.causal, layout=target.layout, layout_kv=source.layout,
@@ -365,9 +365,9 @@ def unwrapped(layer: nn.Module) -> nn.Module:
     return layer if inner is None else unwrapped(inner)
 
 
-def _takes(layer: nn.Module, *names: str) -> bool:
-    """Whether a layer can be called on packed rows, with these layouts."""
-    layer = unwrapped(layer)
+def takes_layouts(layer: nn.Module, *names: str) -> bool:
+    """Whether a layer can be called on packed rows, with these layouts; ``layout`` by default."""
+    layer, names = unwrapped(layer), names or ("layout",)
     ours = (VarlenTransformerEncoderLayer, VarlenTransformerDecoderLayer)
     return isinstance(layer, ours) or {*names} <= {*inspect.signature(type(layer).forward).parameters}
 

@@ -361,6 +361,7 @@ def test_losses_and_gradients(name: str, form: str, level: Level) -> None:
         pytest.skip("nothing of it is converted, or it has no such batch, or that is looked at elsewhere")
 
     def gradients(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Outputs:
+        model = copy.deepcopy(model)  # some keep the states of their last forward, whose graph could not be copied later
         generator = torch.Generator().manual_seed(3)
         loss = torch.zeros(())
         for _, output in tensors(model(**arguments)):

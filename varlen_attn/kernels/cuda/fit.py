@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import contiguous_grad, nothing, pad_head_dim
+from ..base import HALF, Capabilities, contiguous_grad, nothing, pad_head_dim
+from ..limits import MAX_SEQUENCES
 from ..problem import Semantics
 from ..values import Call, Result
 
 Run = Callable[..., Result]
+
+# What flash kernels have in common; an adapter says where its own differs.
+FLASH = Capabilities(
+    devices=frozenset({"cuda"}), dtypes=HALF, min_capability=(8, 0), max_head_dim=256, max_sequences=MAX_SEQUENCES,
+    causal_top_left=False, score_bias=False, slack_rows=False,
+)  # fmt: skip
 
 _BYTES = 16  # of one load
 

@@ -21,18 +21,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...layout.seq_layout import SeqLayout
-from ..base import HALF, Backend, Capabilities, Refusal, scale_refusals
-from ..limits import MAX_GRADIENT, MAX_SEQUENCES
+from ..base import HALF, Backend, Refusal, scale_refusals
+from ..limits import MAX_GRADIENT
 from ..problem import Problem, Semantics, version_tuple
 from ..unseen import without_unseen
 from ..values import Call, Result
-from .fit import fitted, flash2_bounds, flash_window
+from .fit import FLASH, fitted, flash2_bounds, flash_window
 from .packages import findable, probe, version_refusals
 
 _INTERFACE = "flash_attn.flash_attn_interface"
@@ -80,18 +81,8 @@ class Flash2(Backend):
     name = "flash2"
     package = "flash-attn"
     install = "pip install flash-attn --no-build-isolation, built for this torch"
-    capabilities = Capabilities(
-        devices=frozenset({"cuda", "cpu"}),
-        dtypes=HALF | {torch.float32},
-        min_capability=(8, 0),
-        max_head_dim=256,
-        max_sequences=MAX_SEQUENCES,
-        max_gradient=MAX_GRADIENT,
-        causal_top_left=False,
-        score_bias=False,
-        sinks=False,
-        slack_rows=False,
-        reads_slack=False,
+    capabilities = replace(
+        FLASH, devices=frozenset({"cuda", "cpu"}), dtypes=HALF | {torch.float32}, max_gradient=MAX_GRADIENT, sinks=False, reads_slack=False
     )
 
     def missing(self, problem: Problem) -> str | None:
