@@ -3,7 +3,7 @@
 Equal lengths share one kernel call: without a copy where they are adjacent, gathered where they are not and short; near-equal short
 ones too, padded. No padding at all is one dense call. Causal masks and windows are cut to the rows and keys that see each other, so a
 window costs its width and not the length. What the kernel has no argument for (softcap, dropout, sinks, score bias) is exact eager
-maths, a group of sequences at a time.
+math, a group of sequences at a time.
 
 The kernel is private to torch (`aten::_scaled_dot_product_flash_attention_for_cpu`); known of it: empty sequences kill the
 process with SIGFPE; its log-sum-exp of a row without keys is 0, and short rows of NaN count as such; it has no

@@ -306,20 +306,8 @@ def _compile(compiler: list[str], scratch: Path, sanitize: str | None) -> Path:
     openmp = sorted(str(file) for file in libraries.glob("libgomp*.so*")) or ["-fopenmp"]
     objects = [job[-1] for job in jobs]
     target = scratch / "native.so"
-    _call(
-        [
-            *compiler,
-            *_LINKER_FLAGS,
-            *checks,
-            *objects,
-            f"-L{libraries}",
-            "-ltorch_cpu",
-            *openmp,
-            f"-Wl,-rpath,{libraries}",
-            "-o",
-            str(target),
-        ]
-    )
+    libtorch = [f"-L{libraries}", "-ltorch_cpu", *openmp, f"-Wl,-rpath,{libraries}"]
+    _call([*compiler, *_LINKER_FLAGS, *checks, *objects, *libtorch, "-o", str(target)])
     return target
 
 

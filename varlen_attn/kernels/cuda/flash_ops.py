@@ -48,8 +48,7 @@ def define_flash_ops(name: str, forward: Function, backward: Function) -> Callab
         if state.records:
             on_launch(name, query.shape[0])
         if 0 in (query.shape[0], key.shape[0]):
-            blind = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
-            return query.new_zeros(query.shape), blind
+            return query.new_zeros(query.shape), query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
         out, lse = forward(_named(query, key, value, cu_q, cu_k, max_q, max_k, scale, causal, window, softcap))
         return (out if sinks is None else _with_sinks(out, lse, sinks)), lse
 
