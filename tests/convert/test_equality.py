@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from varlen_attn import SeqLayout, enable
+from varlen_attn import ArgumentError, SeqLayout, VarlenTransformerEncoder, VarlenWarning, disable, enable, enabled
 from varlen_attn.convert.equality import Difference, Run, differences, run
 from varlen_attn.data.batches import inputs_of
 from varlen_attn.data.results import gap, tensors_of
@@ -211,3 +212,91 @@ def test_what_rounding_explains() -> None:
     assert gap(x, nan).size == gap(nan, x).size == float("inf")
     assert gap(x, nan, torch.arange(100) != 3).size == 0
     assert gap(torch.tensor([1, 2]), torch.tensor([1, 3])) == (1.0, 0.0)
+
+
+# -------------------------------------------------------------------- enable(model, example=batch)
+
+
+@pytest.mark.parametrize("what", [x for x in READS_PADDING if x != "integers"])  # which are right again with attention alone
+def test_what_differs_on_the_example_stays_as_it_came(what: str) -> None:
+    read, (name,) = READS_PADDING[what]
+    model = Model(read)
+    with pytest.warns(VarlenWarning, match=f"(?s)nothing was converted.*on the example {re.escape(name)} "):
+        report = enable(model, example=batch())
+    assert type(model.encoder) is nn.TransformerEncoder
+    assert {m.action for m in report.modules} == {"left alone"}
+
+
+@pytest.mark.parametrize("what", READS_TOKENS)
+def test_what_is_equal_on_the_example_is_converted(what: str) -> None:
+    model = Model(READS_TOKENS[what])
+    assert len(enable(model, example=batch()).converted) == 5
+    assert isinstance(model.encoder, VarlenTransformerEncoder)
+    enable(model, example=dict(zip(("x", "pad"), batch(), strict=True)))
+    assert isinstance(model.encoder, VarlenTransformerEncoder)
+    disable(model)
+    assert type(model.encoder) is nn.TransformerEncoder
+
+
+class Several(nn.Module):
+    """Encoders beside each other, of which some are read at padding."""
+
+    def __init__(self, bad: set[int], number: int = 6) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoders, self.bad = nn.ModuleList(Model(lambda m, y, pad: y).encoder for _ in range(number)), bad
+
+    def forward(self, x: Tensor, pad: Tensor) -> Any:
+        return [
+            e(x, src_key_padding_mask=pad).sum(1) if i in self.bad else e(x, src_key_padding_mask=pad) for i, e in enumerate(self.encoders)
+        ]
+
+
+@pytest.mark.parametrize("bad", [{0}, {4}, {1, 5}, {0, 1, 2}], ids=str)
+def test_only_what_makes_a_result_differ_stays(bad: set[int]) -> None:
+    model = Several(bad)
+    report = enable(model, example=batch())
+    assert {i for i, e in enumerate(model.encoders) if type(e) is nn.TransformerEncoder} == bad
+    for i in bad:
+        (reason,) = {m.reason for m in report.modules if m.module.startswith(f"encoders.{i}")}
+        assert f"[{i}]" in reason
+    assert not any(m.reason for m in report.converted)
+
+
+def test_an_example_that_the_model_does_not_take() -> None:
+    model = Model(lambda m, y, pad: y)
+    enable(model)
+    for example, why in ((batch()[:1], "TypeError"), ((*batch(), 3), "TypeError"), (3, "must be a tuple, list, mapping or tensor")):
+        with pytest.raises(ArgumentError, match=f"`example` .*{why}"):
+            enable(model, example=example)
+        assert isinstance(model.encoder, VarlenTransformerEncoder), "as it was before"
+    disable(model)
+    with enabled(model, example=batch()) as report:
+        assert len(report.converted) == 5
+    assert type(model.encoder) is nn.TransformerEncoder
+
+
+def test_models_of_transformers_change_in_attention_only_where_their_padding_is_read() -> None:
+    transformers = pytest.importorskip("transformers")
+
+    class Pooled(nn.Module):
+        def __init__(self, everywhere: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            options = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+            self.bert, self.everywhere = transformers.BertModel(transformers.BertConfig(**options)), everywhere
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            y: Tensor = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+            return y.mean(1) if self.everywhere else y
+
+    ids = torch.randint(5, 50, (B, S), generator=torch.Generator().manual_seed(0))
+    example = {"input_ids": ids.masked_fill(PAD, 0), "attention_mask": (~PAD).long()}
+    model = Pooled(False)
+    assert any("BertLayer" in m.kind for m in enable(model, example=example).converted)
+    model = Pooled(True)
+    expected = model.eval()(**example)
+    report = enable(model, example=example)
+    assert [m.kind for m in report.converted] == ["BertSelfAttention"] * 2
+    assert all("on the example the output differs by" in m.reason for m in report.converted)
+    torch.testing.assert_close(model(**example), expected)

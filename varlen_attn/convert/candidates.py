@@ -200,6 +200,18 @@ def _has_our_hook_only(module: nn.Module) -> bool:
 
 # -------------------------------------------------------------------- parts that may not be token-wise
 
+_OVER_TIME = tuple(f"torch.nn.modules.{name}" for name in ("conv", "rnn", "batchnorm", "instancenorm", "pooling", "fold"))
+
+
+def mixing(model: nn.Module) -> str | None:
+    """The first module that computes a token from others, and so from rows at padding that are given to it."""
+    for name, m in model.named_modules():
+        over_time = isinstance(m, nn.GroupNorm) or any(c.__module__ in _OVER_TIME for c in type(m).__mro__)
+        one_column = getattr(m, "kernel_size", 0) in (1, (1,), (1, 1), (1, 1, 1))
+        if (over_time and not one_column) or len(getattr(m, "normalized_shape", "D")) > 1:
+            return f"{name} ({type(m).__name__})"
+    return None
+
 
 class _Finding(NamedTuple):
     """Why parts of a layer, or the norm of a stack, cannot be called on packed rows.

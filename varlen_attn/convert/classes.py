@@ -28,7 +28,7 @@ _switchable = partial(switchable, inside=Prepared)
 
 
 # What `enable` sets on objects beside their class.
-OPTIONS = ("hooks_packed",)
+OPTIONS = ("hooks_packed", "padding_rows")
 
 
 class _Enabled:
@@ -46,10 +46,12 @@ class _Enabled:
     hooks_packed: bool = False
 
     def why_as_it_came(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if self.padding_rows == "exact" and any(x is not None for x in _given(self.takes[1:], args, kwargs)):
+            return 'padding_rows="exact" is what torch computes there'
         return why_replaced(self.original_class) or (why_touched(self, not self.hooks_packed) if self.packs else None)
 
     def as_it_came(self: Any, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x, *padding = (args[i] if i < len(args) else kwargs.get(name) for i, name in self.takes)
+        x, *padding = _given(self.takes, args, kwargs)
         layers = self.layers if isinstance(self, STACKS) else ()
         owner = layers[0] if layers else self
         attn: Any = getattr(owner, "self_attn", owner)
@@ -59,8 +61,12 @@ class _Enabled:
             note = recorded_padded(self, heads, heads, heads, "torch's own", f"runs as it came: {why}")
         with note:
             out = run_as_it_came(self, args, kwargs, all(unwrapped(x) is x and "forward" not in vars(x) for x in layers))
-        replaced = why_replaced(self.original_class)  # by somebody who may want anything at padding
-        return out if replaced or not padding or padding[0] is None else filled(out, padding[0], attn)
+        as_it_is = self.padding_rows == "exact" or why_replaced(self.original_class)  # by somebody who may want anything at padding
+        return out if as_it_is or not padding or padding[0] is None else filled(out, padding[0], attn, self.padding_rows)
+
+
+def _given(takes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in takes]
 
 
 class _EnabledEncoder(_Enabled):

@@ -5,21 +5,25 @@ A run is in evaluation, once without gradients and once with: torch's own fast p
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._state import undone
+from .._switch import Step
 from ..attention.records import Record, record
 from ..data.batches import Inputs, map_tensors, masks_in, tensors_in
 from ..data.results import Gap, gap, tensors_of
-from ..errors import VarlenError
+from ..errors import ArgumentError, VarlenError
+from .report import Action, ModuleReport
 
 _FINE = 1e-4  # of the usual size of a result, for sums in another order through many layers
 
@@ -59,6 +63,64 @@ class Run:
     masks: tuple[Tensor, ...]
     log: Record
     dtype: torch.dtype | None
+
+
+class Part(NamedTuple):
+    """A part of a model that is converted or not as a whole: its rows of the report, and what is to be done."""
+
+    rows: list[ModuleReport]
+    steps: list[Step]
+
+
+def settled(model: nn.Module, inputs: Inputs, plans: Iterator[dict[Any, Part]], go: Callable[[list[Step]], None]) -> dict[Any, Part]:
+    """Of each part the first plan with which results stay the same; else it stays as it came.
+
+    Raises:
+        ArgumentError: the model does not take ``inputs``.
+    """
+    first = next(plans)
+    go([])
+    try:
+        before = run(model, inputs)
+    except Exception as error:
+        fix = "pass a dict for model(**example), or a tuple for model(*example)"
+        raise ArgumentError(f"`example` must be a batch that the model takes, but with it that raises {error!r}: {fix}.") from error
+    chosen = {key: Part(part.rows, []) for key, part in first.items()}
+    reasons: dict[Any, str] = {}
+
+    def keep(plan: dict[Any, Part], keys: list[Any]) -> None:
+        """Those of ``keys`` that change nothing: all, or what can be kept of one half and then of the other."""
+        tried = chosen | {key: plan[key] for key in keys}
+        go([step for part in tried.values() for step in part.steps])
+        why = _why_not(model, inputs, before)
+        if why is None:
+            chosen.update(tried)
+        elif len(keys) == 1:
+            reasons.setdefault(keys[0], f"on the example {why}")
+        else:
+            keep(plan, keys[: len(keys) // 2])
+            keep(plan, keys[len(keys) // 2 :])
+
+    for plan in itertools.chain([first], plans):
+        if left := [key for key, part in plan.items() if part.steps and not chosen[key].steps]:
+            keep(plan, left)
+        if not left or not reasons:
+            break
+    for key, why in reasons.items():
+        part = chosen[key]
+        action: Action = "converted" if part.steps else "left alone"
+        rows = [replace(row, action=action, reason=why) if row.action == "converted" else row for row in part.rows]
+        chosen[key] = part._replace(rows=rows)
+    return chosen
+
+
+def _why_not(model: nn.Module, inputs: Inputs, before: Run) -> str | None:
+    """What is most unlike what it was, in words."""
+    try:
+        found = [x for x in differences(before, run(model, inputs)) if not x.at_padding]
+    except Exception as error:
+        return f"it raises {error!r}"
+    return str(max(found, key=lambda x: x.gap.size / (x.gap.allowed or 1))) if found else None
 
 
 def run(model: nn.Module, inputs: Inputs) -> Run:

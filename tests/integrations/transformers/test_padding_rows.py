@@ -131,21 +131,22 @@ def test_a_head_that_compares_columns(name: str, given: bool) -> None:
         assert_close(got[key], expected[key], what=key)
 
 
-@pytest.mark.parametrize("special", [False, True])
-def test_ids_at_padding(special: bool) -> None:
-    """Somebody reads rows of [MASK] that no token attends to; padding with another special id is padding."""
+@pytest.mark.parametrize("kind", ["mask", "special", "random"])
+def test_ids_at_padding(kind: str) -> None:
+    """ColBERT reads rows of [MASK] that no token attends to; padding with another special id is padding, and so are random numbers."""
     model = build("Bert", sep_token_id=4)
     inputs = batch()
-    inputs["input_ids"] = inputs["input_ids"].masked_fill(~VALID, 4 if special else 40)
+    chosen = {"mask": torch.where(VALID.cumsum(1) < 6, 40, 1), "special": torch.tensor(4), "random": torch.arange(36).view(4, 9) + 5}
+    inputs["input_ids"] = torch.where(VALID, inputs["input_ids"], chosen[kind])
     expected = model(**inputs).last_hidden_state
     enable(model)
     with record() as log:
         got = model(**inputs).last_hidden_state
-    if special:
+    if kind != "mask":
         assert_edges(got, inputs["attention_mask"])
         return
     assert_close(got, expected)
-    assert all("ids at padding that are not those of padding" in (call.reason or "") for call in log)
+    assert all("an id at padding that is not that of padding" in (call.reason or "") for call in log)
 
 
 def test_ids_at_padding_of_a_decoder_are_anything() -> None:

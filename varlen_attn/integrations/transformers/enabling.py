@@ -161,6 +161,7 @@ def _mixes(module: nn.Module, masked: bool) -> bool:
         cls.__name__.endswith(("2d", "3d")) and len(sizes) == 1
     )  # of text, where a matrix of words counts as one, no kernel is square
     known = isinstance(module, (*_MIXING, nn.RNNCellBase, nn.Flatten)) or cls.__module__ == "torch.nn.modules.pooling"
+    known |= len(getattr(module, "normalized_shape", "D")) > 1
     return (known and sizes != {1} and not of_images) or (isinstance(module, nn.Softmax) and module.dim in (1, -2))
 
 

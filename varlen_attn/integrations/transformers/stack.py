@@ -320,10 +320,12 @@ class ModelHook:
             found.append((reason, ((ids != pad) & padding).any()))
         if self.tree.padding_rows is None:
             if ids is not None and not causal and not of_collator:
-                unusual = padding
+                usual = ~padding
                 for known in _special_ids(config):
-                    unusual = unusual & (ids != known)
-                found.append(("ids at padding that are not those of padding, so that their rows may be read", unusual.any()))
+                    usual = usual | (ids == known)
+                # One id was chosen, such as [MASK]. Several are random numbers, whose rows mean nothing.
+                chosen = ids.masked_fill(usual, _LARGEST).amin() == ids.masked_fill(usual, -1).amax()
+                found.append(("an id at padding that is not that of padding, so that its rows may be read", chosen))
             for name, x in (around_it | {name: given[name] for name in sorted(given.keys() - self.inputs - _INPUTS)}).items():
                 of_tokens = isinstance(x, Tensor) and x.shape[:2] == mask.shape
                 if of_tokens and not (of_collator and x.dim() == 2 and name in _LABELS):
@@ -349,6 +351,7 @@ def _around(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
 
 # Names of what a loss compares with, in modules around a model, whose other arguments may be anything.
 _TARGETS = re.compile("label|tag|target|gold|truth")
+_LARGEST = torch.iinfo(torch.int32).max  # of all token ids
 _LABELS = frozenset(("labels", "shift_labels"))
 # Keywords by token that are no labels, for models with a class of the user's own.
 _INPUTS = frozenset(
