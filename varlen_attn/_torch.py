@@ -53,6 +53,11 @@ def is_plain(x: Tensor) -> bool:
     return not (x.is_meta or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
+def is_observed() -> bool:
+    """Whether a mode sees each operation: it may record them for other values, as `make_fx` does."""
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
 def trace_quietly() -> None:
     """Under `torch.jit.trace` sizes are tensors, and each check of a shape would warn that it is no part of the graph. torch ignores such
     warnings of its own files likewise, and for the whole process."""

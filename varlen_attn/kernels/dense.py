@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch import constant_while_tracing, is_plain, is_transformed
+from .._torch import constant_while_tracing, is_observed, is_plain, is_transformed
 from .base import HALF, accumulation_dtype, pad_head_dim, repeat_kv
 from .problem import Semantics, strictly_deterministic
 from .values import NO_EXTRAS, Extras, ScoreBias
@@ -80,8 +80,8 @@ def dense_kernel_here(semantics: Semantics, *tensors: Tensor) -> str:
 
 
 def is_nan(x: Tensor) -> bool:
-    """Whether one is among ``x``, in one pass."""
-    return math.isnan(x.sum().item())
+    """Whether one is among ``x``, in one pass; False where values must not be read."""
+    return is_plain(x) and not is_observed() and math.isnan(x.sum().item())
 
 
 def visible_mask(semantics: Semantics, rows: Tensor, columns: Tensor, offset: int | Tensor) -> Tensor | None:
@@ -167,7 +167,7 @@ def attend_dense(
     if kernel != EAGER and 0 not in (*query.shape[:3], *key.shape[:3]):
         out, its_lse = _by_kernel(kernel, query, key, value, visible, bias, semantics)
         # The kernel of a CPU adds -inf to scores that it hides, and NaN stays NaN.
-        if kernel != FLASH_CPU or visible is None or not is_plain(its_lse) or not is_nan(its_lse):
+        if kernel != FLASH_CPU or visible is None or not is_nan(its_lse):
             return out, its_lse, None
 
     dtype = accumulation_dtype(query.dtype) if wide else query.dtype

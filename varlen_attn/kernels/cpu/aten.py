@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..._state import state
-from ..._torch import is_plain, is_transformed
+from ..._torch import is_transformed
 from ..base import FLOATS, HALF, Backend, Capabilities, Refusal, accumulation_dtype, on_launch, pad_head_dim, zeros_with_grad
 from ..dense import attend_dense, is_nan, needs_eager
 from ..ops import check_operands, define_ops
@@ -160,7 +160,7 @@ class Cpu(Backend):
             query, key, value, call.layout_q.cu_seqlens, call.layout_kv.cu_seqlens, call.extras.alibi_slopes, scale,
             semantics.causal or "", window, semantics.batch_invariant, call.layout_q.has_slack, call.layout_kv.has_slack,
         )  # fmt: skip
-        if (semantics.window or (semantics.causal and call.extras.alibi_slopes is not None)) and is_plain(lse) and is_nan(lse):
+        if (semantics.window or (semantics.causal and call.extras.alibi_slopes is not None)) and is_nan(lse):
             return _run_eager(query, key, value[..., :value_dim], call)  # the kernel adds -inf to scores that it hides: NaN stays NaN
         return out if out.shape[-1] == value_dim else out[..., :value_dim], lse if semantics.return_lse else None
 
