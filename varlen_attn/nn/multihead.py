@@ -155,8 +155,8 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             key, value: ``(B, S, kdim)`` and ``(B, S, vdim)`` likewise; ``query`` and ``key`` if left out.
             key_padding_mask: ``(B, S)``, or ``(S,)`` unbatched; True is padding. Floats are added to the scores, as torch does.
             need_weights: also return the attention weights (computed the dense way).
-            attn_mask: ``(L, S)`` or ``(B*N, L, S)``; True hides. Served packed where ``is_causal`` is given and it is exactly
-                causal (compared once; while tracing trusted, as torch documents), else the dense way.
+            attn_mask: ``(L, S)`` or ``(B*N, L, S)``; True hides. Served packed where it is exactly causal at all real keys (compared once,
+                where ``is_causal`` or a padding mask is given; while tracing the first is trusted, as torch documents), else the dense way.
             average_attn_weights: average the weights over heads.
             is_causal: query i sees keys up to i.
             layout, layout_kv: of queries and of keys, (B, S) whatever ``batch_first``, in place of the mask.
@@ -243,20 +243,22 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         Reads a device mask once: lengths, where padding is, whether a float mask is padding only, whether ``attn_mask`` is causal.
         """
         mask, attn_mask = masks
-        facts = read_masks(inputs.key, mask, attn_mask, hint=is_causal, compare=is_causal)
+        # Without a padding mask nothing is read anyway, and without padding nothing is to be won.
+        facts = read_masks(inputs.key, mask, attn_mask, hint=is_causal, compare=is_causal or mask is not None)
+        causal = is_causal if attn_mask is None else not facts.not_causal
         layouts = self._layouts(inputs, facts.layout, layout, layout_kv)
         apart = layouts[0] is not layouts[1]
-        shifted = is_causal and apart and not all(x.right_padded for x in layouts)
+        shifted = causal and apart and not all(x.right_padded for x in layouts)
         reasons = (
             (need_weights, "need_weights=True: weights exist only in the dense computation, flash was bypassed for them alone"),
-            (facts.not_causal, "attn_mask is not known to be causal, or the padding mask of a stack is additive"),
+            (facts.not_causal, "attn_mask is not causal, or only is_causal=True could say so (no padding mask, or traced)"),
             (facts.additive, "key_padding_mask is additive: it has values other than 0 and -inf, or wants a gradient"),
             (shifted, "causal with unlike padding of queries and keys: columns, which torch compares, differ from packed positions"),
             (windowed and apart and inputs.self_attention, "a window over padded rows, which padding_rows='exact' keeps"),
             (self.bias_k is not None, "add_bias_kv"),
             (self.add_zero_attn, "add_zero_attn"),
         )
-        return layouts, is_causal and not facts.not_causal, next((text for holds, text in reasons if holds), None)
+        return layouts, causal, next((text for holds, text in reasons if holds), None)
 
     def _layouts(
         self, inputs: _Inputs, masked: SeqLayout | None, layout: SeqLayout | None, layout_kv: SeqLayout | None
