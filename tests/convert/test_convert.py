@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from varlen_attn import ArgumentError, VarlenMultiheadAttention, VarlenWarning, record
+from varlen_attn import ArgumentError, VarlenMultiheadAttention, VarlenWarning, record, use_backend
 from varlen_attn.convert.enabling import disable, enable, enabled
 from varlen_attn.convert.report import Report
 from varlen_attn.nn.transformer import (
@@ -1559,3 +1559,40 @@ def test_attention_level_packs_in_compiled_code_too() -> None:
         got = compiled(rows(), src_key_padding_mask=PADDING)
     assert_same([got[~PADDING]], [want])
     assert {c.backend for c in log.calls} == {"cpu"}
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "attention"])
+@pytest.mark.parametrize("training", [False, True])
+def test_where_nothing_is_padded_little_work_is_as_it_came(kind: str, training: bool) -> None:
+    """Bit by bit, torch's fast path included, and the record says so. With a backend requested it runs on that; more work is packed."""
+    plain: Any
+    if kind == "encoder":
+        plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    elif kind == "decoder":
+        plain = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    else:
+        plain = nn.MultiheadAttention(16, 2, batch_first=True)
+    plain.train(training)
+    model, x = copy.deepcopy(plain), torch.randn(3, 5, 16)
+    enable(model)
+    given = {"encoder": (x,), "decoder": (x, x + 1), "attention": (x, x, x)}[kind]
+    none = {"attention": "key_padding_mask", "encoder": "src_key_padding_mask", "decoder": "tgt_key_padding_mask"}[kind]
+    options = {"need_weights": False} if kind == "attention" else {}
+    for masks in ({}, {none: torch.zeros(3, 5, dtype=torch.bool)}):
+        with torch.set_grad_enabled(training), record() as log:
+            got, want = (first(m(*given, **masks, **options)) for m in (model, plain))
+        assert torch.equal(got, want)
+        assert [call.kernel for call in log.calls] == ["torch's own"]
+        assert "nothing is padded" in str(log)
+        with use_backend("reference"), record() as log:
+            torch.testing.assert_close(first(model(*given, **masks, **options)), want)
+        assert {call.backend for call in log.calls} == {"reference"}
+    padded = torch.arange(5) >= torch.tensor([5, 2, 3])[:, None]
+    with record() as log:
+        model(*given, **{none: padded}, **options)
+    assert all(call.rows == 10 for call in log.calls if call.module and "multihead" not in call.module) or kind == "decoder"
+    assert "nothing is padded" not in str(log)
+
+
+def first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
