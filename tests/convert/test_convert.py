@@ -1596,3 +1596,32 @@ def test_where_nothing_is_padded_little_work_is_as_it_came(kind: str, training: 
 
 def first(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("cross", [True, False])
+def test_weights_are_torchs_own_computation(batch_first: bool, average: bool, cross: bool) -> None:
+    """Whatever is at padding reaches no token, and no gradient; rows and weights of padding are 0, as the module built by name has them."""
+    plain = nn.MultiheadAttention(8, 2, batch_first=batch_first, dtype=torch.float64)
+    model, named = copy.deepcopy(plain), VarlenMultiheadAttention(8, 2, batch_first=batch_first, dtype=torch.float64)
+    named.load_state_dict(plain.state_dict())
+    enable(model)
+    padding = torch.arange(5) >= torch.tensor([5, 2, 3])[:, None]
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    x = torch.where(padding[..., None], torch.nan, x)
+    query = torch.randn(3, 5, 8, dtype=torch.float64)
+    x, query = (x, query) if batch_first else (x.transpose(0, 1), query.transpose(0, 1))
+    results = []
+    for module in (model, named):
+        leaf = x.clone().requires_grad_()
+        given = (query, leaf, leaf) if cross else (leaf, leaf, leaf)
+        with record() as log:
+            out, weights = module(*given, padding, need_weights=True, average_attn_weights=average)
+        results.append((out, weights, *torch.autograd.grad(out.square().sum() + weights.square().sum(), [leaf, *module.parameters()])))
+        assert ("padded computation only" in str(log)) == (module is model)
+    for ours, built in zip(*results, strict=True):
+        torch.testing.assert_close(ours, built)
+    with record() as log:
+        model(*(t.nan_to_num() for t in given), torch.ones_like(padding))  # no key: torch has NaN there, and in every gradient
+    assert "padded computation only" not in str(log)

@@ -607,7 +607,7 @@ def test_a_causal_mask_is_read_in_the_one_transfer() -> None:
             with count_reads() as made:
                 ours(x, **options)
         reads.append(len(made))
-    assert reads[2] == reads[0], "nothing is padded: nothing is read"
+    assert reads[2] <= reads[0], "nothing is padded: no mask is read"
     assert reads[3] == reads[1]
 
 

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .._state import state
@@ -80,13 +81,18 @@ class _Enabled:
         for mask in _given(self.padding, args, kwargs):
             if mask is not None and (not is_plain(mask) or not mask.is_cpu or bool(mask.any())):
                 return False
+        attns = [layer.self_attn for layer in self.layers] if isinstance(self, STACKS) else [getattr(self, "self_attn", self)]
+        return bool(self._requests_nothing(kwargs, attns))
+
+    def _requests_nothing(self, kwargs: dict[str, Any], attns: list[Any]) -> bool:
+        """No backend, and nothing that torch's modules do not know."""
         if not _OURS.isdisjoint(kwargs) or requested_backend("auto") != "auto":
             return False
-        attns = [layer.self_attn for layer in self.layers] if isinstance(self, STACKS) else [getattr(self, "self_attn", self)]
         return all(getattr(x, "backend", "auto") == "auto" and getattr(x, "window", None) is None for x in attns)
 
 
 NOTHING_PADDED = "nothing is padded, and torch's own is as quick"
+_WEIGHTS = "attention weights exist in the padded computation only"
 _LITTLE = 1 << 18  # numbers of an input: below, a forward of torch's encoder took less time than ours on packed rows (Zen 4, one thread)
 _OURS = frozenset({"layout", "layout_kv", "window", "backend"})  # keywords that torch's modules do not know
 
@@ -109,6 +115,47 @@ class _EnabledAttention(_Enabled):
     takes = ((0, "query"),)
     padding = ((3, "key_padding_mask"),)
     packs = False
+    gives_weights: ClassVar[bool] = False  # unless told otherwise
+
+    def why_as_it_came(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        return _WEIGHTS if self._is_torchs(args, kwargs) else super().why_as_it_came(args, kwargs)
+
+    def _is_torchs(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Weights are wanted, which exist in the padded computation only, and torch's own has the meaning that is wanted: every query sees
+        a key. On a GPU nobody knows that without a transfer."""
+        if not (args[4] if len(args) > 4 else kwargs.get("need_weights", self.gives_weights)) or len(args) > 5:
+            return False
+        query, padding = _given(((0, "query"), (3, "key_padding_mask")), args, kwargs)
+        if not isinstance(query, Tensor) or not query.is_cpu or query.is_nested or not is_plain(query) or is_observed():
+            return False
+        if kwargs.get("attn_mask") is not None or kwargs.get("is_causal") or self.padding_rows == "edge":
+            return False
+        if padding is not None and (not is_plain(padding) or padding.dtype != torch.bool or bool(padding.all(-1).any())):
+            return False
+        return bool(self._requests_nothing(kwargs, [self]))
+
+    def as_it_came(self: Any, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = ("query", "key", "value", "key_padding_mask", "need_weights")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        query, padding = given["query"], given.get("key_padding_mask")
+        key = given.setdefault("key", None)
+        given["value"] = value = given.get("value")
+        key = query if key is None else key
+        value = key if value is None else value
+        if why is not _WEIGHTS or padding is None:
+            return super().as_it_came(why, (query, key, value, *args[3:]), {k: x for k, x in kwargs.items() if k not in names[:3]})
+        at = (padding if self.batch_first or padding.dim() == 1 else padding.T)[..., None]
+        inputs = {id(x): x.masked_fill(at, 0) for x in (key, value)}  # NaN at padding reaches no token
+        whole = query.is_set_to(key)
+        if whole:
+            inputs[id(query)] = inputs[id(key)]
+        given |= {"query": inputs.get(id(query), query), "key": inputs[id(key)], "value": inputs[id(value)]}
+        out, weights = super().as_it_came(why, (), {"need_weights": True, **given})
+        if whole and self.padding_rows == "zero":
+            per_head = weights.dim() > padding.dim() + 1
+            out = out.masked_fill(at, 0)
+            weights = weights.masked_fill((padding.unsqueeze(-2) if per_head else padding)[..., None], 0)
+        return out, weights
 
 
 @_switchable
@@ -116,6 +163,7 @@ class EnabledMultiheadAttention(_EnabledAttention, VarlenMultiheadAttention):
     """`VarlenMultiheadAttention` with torch's ``need_weights=True``, so that a model that reads the weights goes on doing so."""
 
     original_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
+    gives_weights = True
 
     def forward(
         self,
