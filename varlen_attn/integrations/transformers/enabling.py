@@ -98,12 +98,10 @@ def plan(model: nn.Module, level: str, hooks: str) -> tuple[list[Row], list[Step
     rows: list[Row] = []
     steps: list[Step] = []
     before = _before(model)
-    closed = [name for name, module in model.named_modules() if _is_compiled(module)]
     for name, root in roots(model):
         register()
-        compiled = _is_inside(name, closed)
-        parts = [_Part(part_name, part, level, hooks, compiled, before) for part_name, part in _parts(root)]
-        whole = None if [part.name for part in parts] == [""] or level != "model" else _Part("", root, level, hooks, compiled, before)
+        parts = [_Part(part_name, part, level, hooks, before) for part_name, part in _parts(root)]
+        whole = None if [part.name for part in parts] == [""] or level != "model" else _Part("", root, level, hooks, before)
         for part in parts:
             part.decide()
         if whole is not None and any(part.packed for part in parts):
@@ -251,10 +249,6 @@ def _joined(*names: str) -> str:
     return ".".join(filter(None, names))
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-
-
 def _parts(root: Any) -> list[tuple[str, Any]]:
     """The model itself, or, where it is made of several (text and images, encoder and decoder), the parts that may be tried alone."""
     from transformers import PreTrainedModel
@@ -340,8 +334,8 @@ class _Part:
         random: whether it draws random numbers in evaluation.
     """
 
-    def __init__(self, name: str, model: Any, level: str, hooks: str, compiled: bool, before: dict[int, tuple[Any, Any]]) -> None:
-        self.name, self.model, self.level, self.hooks, self.compiled = name, model, level, hooks, compiled
+    def __init__(self, name: str, model: Any, level: str, hooks: str, before: dict[int, tuple[Any, Any]]) -> None:
+        self.name, self.model, self.level, self.hooks = name, model, level, hooks
         self.configurations = [(c, before.get(id(c), (c, vars(c)[INTERNAL]))[1]) for c in _configurations(model)]
         self.through, self.own = _attentions(model)
         self.stacks = _stacks(model)
@@ -404,8 +398,6 @@ class _Part:
             return f"attention code of its own ({names}), which does not go through transformers' attention interface"
         if not self.through:
             return "no attention that goes through transformers' attention interface"
-        if self.compiled or any(_is_compiled(module) for module in self.model.modules()):
-            return "compiled: call enable before torch.compile"
         if not self.configurations:
             return "transformers does not let its attention implementation be set"
         return None
