@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _modules
 from torch.utils import _pytree
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
@@ -31,6 +32,8 @@ copy_each = torch._foreach_copy_
 has_amx: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 # Whether a tensor is a batch of gradients (``is_grads_batched``, ``vectorize=True``), which is no transform of `torch.func`.
 is_batch_of_gradients: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+# Hooks that are called for every module.
+global_hooks = tuple(vars(_modules)[f"_global_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
 def is_tracing(*tensors: Tensor) -> bool:
@@ -50,6 +53,11 @@ def is_plain(x: Tensor) -> bool:
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
         return False
     return not (x.is_meta or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+
+
+def is_observed() -> bool:
+    """Whether a mode sees each operation: it may record them for other values, as `make_fx` does."""
+    return bool(torch._C._len_torch_dispatch_stack())
 
 
 def trace_quietly() -> None:

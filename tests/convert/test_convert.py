@@ -459,7 +459,7 @@ def test_attention_level_packs_attention_only() -> None:
     widths: list[int] = []
     for level, dims in (("attention", 3), ("auto", 2), ("model", 2)):
         model = stack(norm_first=True).eval()
-        report = enable(model, level)
+        report = enable(model, level, hooks="packed")
         for x in model.layers:
             x.linear1.register_forward_hook(lambda module, args, out: widths.append(args[0].dim()))
         with torch.no_grad(), record() as log:

@@ -167,7 +167,7 @@ def test_one_graph(name: str, way: str) -> None:
     assert counter.frame_count <= 6
 
 
-@pytest.mark.parametrize("wish", ["labels at padding", "an answer's place"])
+@pytest.mark.parametrize("wish", ["labels at padding", "the last logits"])
 def test_wishes_in_compiled_calls(wish: str) -> None:
     make, asked = WISHES[wish]
     model = make()

@@ -67,6 +67,9 @@ class Forward:
         tree: of the model that was enabled, whose or whose part's forward it is.
         model: whose it is.
         padded_because: why its layers must not run packed, which may turn out after a mask was made.
+        reader: says why rows at padding are read, from its arguments; called once, by the first layer that would run packed otherwise,
+            with whether its mask is causal.
+        filled: its layers run padded, but no reader of rows at padding is known, so that these hold what they do after a packed stack.
         in_rows: whether a layer handed on rows, and the last did not put them back yet.
         use: of the model's hooks.
     """
@@ -74,6 +77,8 @@ class Forward:
     tree: object
     model: nn.Module
     padded_because: str | None
+    reader: Callable[[bool], str | None] | None = None
+    filled: bool = False
     in_rows: bool = False
 
     def __post_init__(self) -> None:
@@ -92,10 +97,10 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def enter_forward(tree: object, model: nn.Module, reason: str | None) -> None:
+def enter_forward(tree: object, model: nn.Module, reason: str | None, reader: Callable[[bool], str | None] | None = None) -> None:
     """A model's forward begins; ``reason`` is why its layers must not run packed, None if they may."""
     left = next((i for i, f in enumerate(_thread.forwards) if f.model is model), None)  # interrupted, and never left
-    _thread.forwards = [*_thread.forwards[:left], Forward(tree, model, reason)]
+    _thread.forwards = [*_thread.forwards[:left], Forward(tree, model, reason, reader)]
 
 
 def _under_way() -> list[Forward]:
@@ -116,6 +121,7 @@ def leave_forward(model: nn.Module) -> Forward | None:
         return None
     _thread.forwards = forwards[:i]
     for forward in forwards[i:]:
+        forward.reader = None
         uses.discard(forward.use)
     end_rows()
     return forwards[i]
@@ -201,10 +207,22 @@ class Meaning:
         if self.forwards:
             self.forwards[-1].in_rows = rows
 
-    def keep_padded(self, reason: str) -> None:
+    def keep_padded(self, reason: str, filled: bool) -> None:
         """All layers of this forward, whatever their masks."""
         if self.forwards and self.padded_because is None:
-            self.forwards[-1].padded_because = reason
+            self.forwards[-1].padded_because, self.forwards[-1].filled = reason, filled
+
+    def read_by(self) -> str | None:
+        """Why rows at padding are read, as the arguments of the forwards say."""
+        for forward in self.forwards:
+            reader, forward.reader = forward.reader, None
+            if reader is not None and forward.padded_because is None:
+                forward.padded_because = reader(self.pattern.causal)
+        return self.padded_because
+
+    @property
+    def filled(self) -> bool:
+        return bool(self.forwards) and self.forwards[-1].filled
 
     @property
     def dense(self) -> Tensor:

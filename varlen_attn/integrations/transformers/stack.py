@@ -13,6 +13,7 @@ and how attention is computed.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial, update_wrapper, wraps
 from typing import Any, ClassVar
@@ -41,10 +42,16 @@ class ModelId:
     Attributes:
         left: the hooks begin nothing new: not all are there yet, or they are about to go.
         hooks: which hooks of others may see rows, as `varlen_attn.enable` takes it.
+        padding_rows: what rows at padding hold after a packed stack, as the caller of `enable` said; None for edge rows, and for stacks
+            that run as they came where a reader is known.
     """
 
     left = False
-    hooks = "leave"
+    hooks = "leave"  # these two also of pickles of earlier versions
+    padding_rows: str | None = None
+
+    def __init__(self, hooks: str = "leave", padding_rows: str | None = None) -> None:
+        self.hooks, self.padding_rows = hooks, padding_rows
 
 
 class LayerHook:
@@ -81,11 +88,13 @@ class LayerHook:
         # Only a batch with padding is packed, so the shape of rows is another.
         is_rows = hidden.shape[:2] != meaning.shape[::2] and hidden.shape[:2] == (1, meaning.keys.num_rows)
         if not is_rows:
-            reason = meaning.padded_because or _why_padded(hidden, meaning)
+            reason = meaning.padded_because or _why_as_it_came(hidden, meaning)
             if reason is None and not meaning.forwards:
                 reason = "no forward of its model is under way, or it began before that was enabled"
+            filled = reason is None
+            reason = reason or _why_padded(meaning)
             if reason is not None:
-                meaning.keep_padded(reason)
+                meaning.keep_padded(reason, filled)
                 return None
         # No view: in `torch.compile` that would be another graph than for what a layer gives.
         rows = hidden if is_rows else with_first_dimension(meaning.keys.pack(hidden))
@@ -99,7 +108,7 @@ class LayerHook:
                     'varlen_attn.enable(model, level="attention").'
                 )
             if y is _REFUSED:
-                meaning.keep_padded(f"the layers are given `{name}`, which is not by token, or asked for it")
+                meaning.keep_padded(f"the layers are given `{name}`, which is not by token, or asked for it", filled)
                 return None
             packed.append(y)
         if not is_rows:
@@ -114,18 +123,25 @@ class LayerHook:
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
         traced = torch.compiler.is_compiling()
         meaning = _meaning_of(args, kwargs) if isinstance(kwargs, dict) and not traced else None
-        if meaning is None or meaning.rows is None or not self.last:  # pickles of earlier versions have this after every layer
+        if meaning is None or not self.last:  # pickles of earlier versions have this after every layer
             return None
-        layout = meaning.rows
-        meaning.hands_on(rows=False)
-        end_rows()
+        if meaning.rows is not None:
+            meaning.hands_on(rows=False)
+            end_rows()
+        elif not meaning.filled:
+            return None
+        layout, shape = meaning.rows or meaning.keys, meaning.shape[::2] if meaning.rows is None else (1, meaning.shape[2])
+
+        def put_back(x: Tensor) -> Tensor:
+            """Rows at padding hold the same, whether the stack ran packed or padded."""
+            rows = x[0] if meaning.rows is not None else layout.pack(x)
+            return layout.unpack(rows, 0 if self.tree.padding_rows == "zero" else "edge")
+
         states = collected().get("hidden_states", [])
         for i, x in enumerate(states):  # of the layers before; this one's is collected after it was unpacked
-            if x is not None and x.shape[:2] == (1, layout.num_rows):
-                states[i] = layout.unpack(x[0])
-        if isinstance(result, Tensor):
-            return layout.unpack(result[0])
-        return (layout.unpack(result[0][0]), *result[1:])
+            if x is not None and x.shape[:2] == shape:
+                states[i] = put_back(x)
+        return put_back(result) if isinstance(result, Tensor) else (put_back(result[0]), *result[1:])
 
 
 def _meaning_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None:
@@ -136,8 +152,8 @@ def _meaning_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None
     return None
 
 
-def _why_padded(hidden: Tensor, meaning: Meaning) -> str | None:
-    """None for the padded tokens of a self-attention, where nothing is asked for that rows do not have."""
+def _why_as_it_came(hidden: Tensor, meaning: Meaning) -> str | None:
+    """None for the padded tokens of a self-attention, where no reader of rows at padding is known."""
     batch_size, _, len_q, len_k = meaning.shape
     if meaning.numbers is not None:
         return LOOKED_AT
@@ -148,16 +164,20 @@ def _why_padded(hidden: Tensor, meaning: Meaning) -> str | None:
         return "nothing is padded"
     if keys.lengths is None or not keys.total:
         return "only the device knows the lengths" if keys.lengths is None else "no row has a token"
+    if 0 in keys.lengths:
+        return "a row without tokens, which a pooler may read"
+    if not meaning.pattern.causal and not keys.right_padded:  # encoders pool their first column, which must be what it was
+        return f"an encoder with padding {'between' if keys.has_holes else 'before'} its tokens, which a pooler may read"
+    return meaning.read_by()
+
+
+def _why_padded(meaning: Meaning) -> str | None:
+    """None where nothing is asked for that rows do not have."""
     asked = [name for name in captured() if name != "hidden_states"]
     if asked:
         return f"asked for {', '.join(asked)} of every layer"
-    if 0 in keys.lengths:
-        return "a row without tokens, which a pooler may read"
-    if keys.has_holes:  # windows count columns, and this layer does not know whether one after it has a window
-        return "padding between tokens"
-    if not meaning.pattern.causal and not keys.right_padded:  # encoders pool their first column, which must be what it was
-        return "an encoder with padding before its tokens, which a pooler may read"
-    return None
+    # Windows count columns, and this layer does not know whether one after it has a window.
+    return "padding between tokens" if meaning.keys.has_holes else None
 
 
 _REFUSED = object()
@@ -234,22 +254,28 @@ class ModelHook:
         stacks: names of the module lists in it that run packed.
         looks_at_ids: its head picks a row by ids (the last that is no padding, the largest), those in padding too.
         depth: how many layers the configuration said.
+        inputs: keywords that are no labels: of models inside, and of transformers' own.
         looked: how many hooks had been registered in this process when there were none of others in the stacks.
     """
 
+    inputs: frozenset[str] = frozenset()  # of pickles of earlier versions
     looked: int | None = None
 
     def __init__(self, tree: ModelId, model: Any, stacks: tuple[str, ...], looks_at_ids: bool) -> None:
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.tree, self.config, self.stacks, self.looks_at_ids = tree, model.config, stacks, looks_at_ids
         self.depth = getattr(model.config, "num_hidden_layers", None)
+        inside = {type(m) for m in model.modules() if m is not model and hasattr(m, "get_input_embeddings")}
+        known = inside | ({type(model)} if type(model).__module__.startswith("transformers.") else set())
+        self.inputs = frozenset(name for cls in known for name in inspect.signature(cls.forward).parameters) - _LABELS
 
     @between_graphs
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Called by the model's forward, and as a hook in pickles of earlier versions, like `after`."""
         if kwargs is not None and not torch.compiler.is_compiling():
-            reason = self._changed(module) or self._why_padded(dict(zip(self.names, args, strict=False)) | kwargs)
-            enter_forward(self.tree, module, reason or _began_before(module))
+            given = dict(zip(self.names, args, strict=False)) | kwargs
+            reason, around_it = _around(module)
+            enter_forward(self.tree, module, self._changed(module) or reason, partial(self._read_by, given, around_it))
             if self.tree.left:
                 leave_forward(module)
 
@@ -278,37 +304,82 @@ class ModelHook:
             self.looked = registered
         return None
 
-    def _why_padded(self, given: dict[str, Any]) -> str | None:
-        mask = given.get("attention_mask")
+    def _read_by(self, given: dict[str, Any], around_it: dict[str, Any], causal: bool) -> str | None:
+        """Why rows at padding are read, as far as arguments say. From a device all flags come in one transfer, if there are any.
+
+        A caller who said what rows at padding hold knows the readers. The exception is what picks a row by column or by ids.
+        """
+        mask, ids = given.get("attention_mask"), given.get("input_ids")
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
             return None
+        ids = ids.to(mask.device) if isinstance(ids, Tensor) and ids.shape == mask.shape else None
+        of_collator = isinstance(mask, HostLengths) and mask.lengths is not None and mask.device.type != "cpu"
+        padding, config = ~mask.bool(), self.config.get_text_config()
+        found: list[tuple[str, Tensor]] = []
         continues = given.get("past_key_values") is not None or isinstance(given.get("logits_to_keep", 0), Tensor)
-        if (continues or given.get("logits_to_keep")) and not bool(mask[:, -1].all()):
-            return "generation with padding on the right, which reads the last column"
-        if given.get("start_positions") is not None or given.get("end_positions") is not None:
-            return "a loss over all columns, those of padding too"
-        for labels in (given.get("labels"), given.get("shift_labels")):
-            if isinstance(labels, Tensor) and labels.shape == mask.shape and _counts_padding(labels, mask):
-                return "labels at padding or just after it that are not -100, so that the loss counts it"
+        if continues or given.get("logits_to_keep"):
+            found.append(("generation with padding on the right, which reads the last column", padding[:, -1].any()))
         if self.looks_at_ids:
-            ids, pad = given.get("input_ids"), getattr(self.config.get_text_config(), "pad_token_id", None)
-            if ids is None or pad is None or ids.shape != mask.shape or not bool((mask.bool() | (ids == pad)).all()):
-                return "other ids than pad_token_id at padding, which the head looks at"
-        return None
+            reason, pad = "other ids than pad_token_id at padding, which the head looks at", getattr(config, "pad_token_id", None)
+            if ids is None or pad is None:
+                return reason
+            found.append((reason, ((ids != pad) & padding).any()))
+        if self.tree.padding_rows is None:
+            if ids is not None and not causal and not of_collator:
+                usual = ~padding
+                for known in _special_ids(config):
+                    usual = usual | (ids == known)
+                # One id was chosen, such as [MASK]. Several are random numbers, whose rows mean nothing.
+                chosen = ids.masked_fill(usual, _LARGEST).amin() == ids.masked_fill(usual, -1).amax()
+                found.append(("an id at padding that is not that of padding, so that its rows may be read", chosen))
+            for name, x in (around_it | {name: given[name] for name in sorted(given.keys() - self.inputs - _INPUTS)}).items():
+                of_tokens = isinstance(x, Tensor) and x.shape[:2] == mask.shape
+                if of_tokens and not (of_collator and x.dim() == 2 and name in _LABELS):
+                    reason = f"`{name}` at padding or just after it that are not -100, so that a loss may count it"
+                    found.append((reason, _counts(x, padding)))
+        said = torch.stack([x for _, x in found]).tolist() if found else []
+        return next((reason for (reason, _), x in zip(found, said, strict=True) if x), None)
 
 
-def _began_before(module: nn.Module) -> str | None:
-    """Of a model around this one whose forward began before it was enabled: what its caller wants is not known."""
-    unseen = any(isinstance(model, Watched) and model is not module and not is_entered(model) for model in around())
-    return "its forward began before it was enabled" if unseen else None
+def _around(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
+    """A reason if what the caller of a model around this one wants is not known, and targets that other modules around it are given."""
+    models: list[nn.Module] = []
+    targets: dict[str, Any] = {}
+    for model, given in around():
+        if isinstance(model, Watched):
+            models += [] if model is module else [model]
+        else:
+            inside = (x for x in given.values() if isinstance(x, Mapping))
+            targets |= {name: x for some in (given, *inside) for name, x in some.items() if _TARGETS.search(str(name))}
+    unseen = not all(map(is_entered, models))
+    return "its forward began before it was enabled" if unseen else None, {} if models else targets
 
 
-def _counts_padding(labels: Tensor, mask: Tensor) -> bool:
+# Names of what a loss compares with, in modules around a model, whose other arguments may be anything.
+_TARGETS = re.compile("label|tag|target|gold|truth")
+_LARGEST = torch.iinfo(torch.int32).max  # of all token ids
+_LABELS = frozenset(("labels", "shift_labels"))
+# Keywords by token that are no labels, for models with a class of the user's own.
+_INPUTS = frozenset(
+    (
+        "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox", "input_values", "input_features",
+        "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "encoder_hidden_states", "encoder_attention_mask",
+        "global_attention_mask", "special_tokens_mask",
+    )
+)  # fmt: skip
+
+
+def _special_ids(config: Any) -> set[int]:
+    """Tokenizers pad with one of these, or with 0."""
+    found = [getattr(config, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "sep", "cls")]
+    return {0, *(x for ids in found for x in (ids if isinstance(ids, list) else [ids]) if x is not None)}
+
+
+def _counts(labels: Tensor, padding: Tensor) -> Tensor:
     """At padding, or, for a loss on shifted labels, just after it."""
-    if isinstance(mask, HostLengths) and mask.lengths is not None and labels.device.type != "cpu":
-        return False  # our collator's labels; to look would be to wait for the device
-    counted, padding = labels != -100, ~mask.bool().to(labels.device)
-    return bool((counted & padding).any() | (counted[:, 1:] & padding[:, :-1]).any())
+    counted = (labels != -100).flatten(2).any(-1) if labels.dim() > 2 else labels != -100
+    counted = counted.to(padding.device)
+    return (counted & padding).any() | (counted[:, 1:] & padding[:, :-1]).any()
 
 
 def _is_whole(layers: Any) -> bool:
