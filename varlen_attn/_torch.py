@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _modules
@@ -121,3 +123,37 @@ def arguments_of(op: Any) -> list[Any]:
 def ragged_dim(nested: Tensor) -> int:
     """The dimension of a jagged nested tensor whose size differs between its sequences."""
     return getattr(nested, "_ragged_idx", 1)
+
+
+def between_graphs(function: F_, recursive: bool = True) -> F_:
+    """Outside of the graphs of `torch.compile`, which end before it; unless ``recursive``, only itself. Where no graph may end, as with
+    ``fullgraph=True``, it is traced. Decorating imports dynamo: for files whose users have it already."""
+    outside = torch.compiler.disable(function, recursive=recursive)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        within = _may_break() if torch.compiler.is_compiling() else eval_frame.get_eval_frame_callback() is not None
+        return outside(*args, **kwargs) if within else function(*args, **kwargs)
+
+    return begins_no_graph(call)  # type: ignore[return-value]
+
+
+def begins_no_graph(function: F_) -> F_:
+    """Where it is called between graphs, `torch.compile` makes none of it; those that are under way it may be part of."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(function.__code__)
+    return function
+
+
+@constant_while_tracing
+def _may_break() -> bool:
+    from torch._dynamo.symbolic_convert import InstructionTranslator, tls
+
+    translator: InstructionTranslator | None = getattr(tls, "current_tx", None)
+    return translator is not None and not (translator.one_graph or translator.error_on_graph_break)
+
+
+def with_first_dimension(x: Tensor) -> Tensor:
+    """``x[None]``, with gradients, that is no view of ``x``, though it is the same memory: for results that nothing else has."""
+    return torch.ops.aten._unsafe_view(x, (1, *x.shape))  # type: ignore[no-any-return]

@@ -713,32 +713,21 @@ def test_a_model_that_can_not_be_tried() -> None:
     assert hooks(model) == []
 
 
-def test_a_compiled_model_is_left_alone() -> None:
+def test_a_compiled_model_comes_back_as_it_was() -> None:
     model = build("Bert")
-    model.forward = model.forward  # what stands on the object stays there
+    model.forward = model.forward  # what is on the object stays there
     model.compile(backend="eager")
     before = anatomy(model)
-    with pytest.warns(VarlenWarning, match="nothing was converted"):
-        report = enable(model)
-    assert set(reasons(report).values()) == {"compiled: call enable before torch.compile"}
+    assert reasons(enable(model)) == {}
+    disable(model)
     assert anatomy(model) == before
-    wrapped = torch.compile(build("Bert"), backend="eager")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        report = enable(wrapped)  # type: ignore[arg-type]
-    assert not report.converted, caught
-    assert set(reasons(report).values()) == {"compiled: call enable before torch.compile"}
-    assert wrapped.config._attn_implementation == "sdpa"
 
 
 def test_a_layer_that_is_compiled_counts() -> None:
-    model = build("Bert")
-    model.encoder.layer[1].compile(backend="eager")
-    report = quietly(model)
-    assert set(reasons(report).values()) == {"compiled: call enable before torch.compile"}
+    """One that is wrapped, so that a clone would call the layer itself."""
     model = build("Bert")
     model.encoder.layer[1] = torch.compile(model.encoder.layer[1], backend="eager")
-    assert not quietly(model).converted
+    assert "wrapped by OptimizedModule" in reasons(enable(model))["encoder.layer"]
 
 
 @pytest.mark.parametrize("name", ["Bert", "Llama"])

@@ -100,10 +100,9 @@ def plan(model: nn.Module, level: str, hooks: str, padding_rows: PaddingRows = N
     rows: list[Row] = []
     steps: list[Step] = []
     before, found = _before(model), roots(model)
-    closed = [name for name, module in model.named_modules() if _is_compiled(module)]
     for name, root in found:
         register()
-        options = _Options(_why_attention_only(model, found, root, level, padding_rows), hooks, _is_inside(name, closed), padding_rows)
+        options = _Options(_why_attention_only(model, found, root, level, padding_rows), hooks, padding_rows)
         parts = [_Part(part_name, part, options, before) for part_name, part in _parts(root)]
         whole = None if [part.name for part in parts] == [""] or options.attention_only else _Part("", root, options, before)
         for part in parts:
@@ -294,10 +293,6 @@ def _joined(*names: str) -> str:
     return ".".join(filter(None, names))
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-
-
 def _parts(root: Any) -> list[tuple[str, Any]]:
     """The model itself, or, where it is made of several (text and images, encoder and decoder), the parts that may be tried alone."""
     from transformers import PreTrainedModel
@@ -384,12 +379,10 @@ class _Options(NamedTuple):
     Attributes:
         attention_only: why no stack of layers is to run packed.
         hooks, padding_rows: as in `enable`.
-        compiled: it, or a module around it.
     """
 
     attention_only: str | None
     hooks: str
-    compiled: bool
     padding_rows: PaddingRows
 
 
@@ -469,8 +462,6 @@ class _Part:
             return f"attention code of its own ({names}), which does not go through transformers' attention interface"
         if not self.through:
             return "no attention that goes through transformers' attention interface"
-        if self.options.compiled or any(_is_compiled(module) for module in self.model.modules()):
-            return "compiled: call enable before torch.compile"
         if not self.configurations:
             return "transformers does not let its attention implementation be set"
         return None

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..._switch import Alive, Use, in_use, uses
-from ..._torch import is_tracing
+from ..._torch import between_graphs, is_tracing
 from ...attention.dispatch import requested_backend
 from ...data.host_lengths import HostLengths
 from ...errors import ArgumentError
@@ -185,6 +185,7 @@ class Meaning:
     def __post_init__(self) -> None:
         self.stack = None if self.rows is None else Packing(self.rows, self.rows, self.pattern.causal, self.pattern.window)
         self.packed_arguments: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self.made: Tensor | None = None
         self.numbers: Tensor | None = None
         self.added = False
         masks.add(self)
@@ -226,16 +227,14 @@ class Meaning:
     @property
     def dense(self) -> Tensor:
         """transformers' own ``(B, 1, Q, K)``."""
-        return self._dense if self.numbers is None else self.numbers
-
-    @cached_property
-    def _dense(self) -> Tensor:
-        return self.make()
+        if self.numbers is None and self.made is None:  # no cached_property, whose lock `torch.compile` does not know
+            self.made = self.make()
+        return self.made if self.numbers is None else self.numbers  # type: ignore[return-value]
 
     def look(self) -> Tensor:
         """The mask for code that computes with it, or writes to it."""
         if self.numbers is None:
-            self.numbers, self.stack = self._dense.contiguous(), None
+            self.numbers, self.stack = self.dense.contiguous(), None
         if not self.added:
             return self.numbers
         return torch.zeros_like(self.numbers, dtype=self.dtype).masked_fill_(~self.numbers, torch.finfo(self.dtype).min)
@@ -426,6 +425,7 @@ def _block_diagonal(layout: SeqLayout, pattern: Pattern) -> Tensor:
 # -------------------------------------------------------------------- made by transformers' mask functions
 
 
+@between_graphs
 def varlen_mask(
     batch_size: int,
     q_length: int,
@@ -443,12 +443,14 @@ def varlen_mask(
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-    _refuse_own_attention(kwargs.get("config"))
     mask_function = causal_mask_function if mask_function is None else mask_function
     arguments: dict[str, Any] = dict(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, **kwargs,
     )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return sdpa_mask(**arguments)  # type: ignore[no-any-return]
+    _refuse_own_attention(kwargs.get("config"))
     device = torch.device(kwargs.get("device", "cpu"))
     pattern = None if kwargs.get("use_vmap") else classify(mask_function)
     plain = (

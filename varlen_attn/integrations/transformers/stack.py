@@ -16,7 +16,6 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial, update_wrapper, wraps
-from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..._switch import Class, Entry, Hook, Step, around, original_class
+from ..._torch import begins_no_graph, between_graphs, with_first_dimension
 from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
@@ -73,6 +73,7 @@ class LayerHook:
         self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
         self.last = last
 
+    @between_graphs
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -95,7 +96,8 @@ class LayerHook:
             if reason is not None:
                 meaning.keep_padded(reason, filled)
                 return None
-        rows = hidden if is_rows else meaning.keys.pack(hidden)[None]
+        # No view: in `torch.compile` that would be another graph than for what a layer gives.
+        rows = hidden if is_rows else with_first_dimension(meaning.keys.pack(hidden))
         packed: list[Any] = []
         for name, x in (*zip(self.names, args, strict=False), *kwargs.items()):
             known = meaning.packed_arguments.get((name, id(x)))
@@ -117,8 +119,10 @@ class LayerHook:
             meaning.hands_on(rows=True)
         return tuple(packed[: len(args)]), dict(zip(kwargs, packed[len(args) :], strict=True))
 
+    @between_graphs
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
-        meaning = _meaning_of(args, kwargs) if isinstance(kwargs, dict) else None
+        traced = torch.compiler.is_compiling()
+        meaning = _meaning_of(args, kwargs) if isinstance(kwargs, dict) and not traced else None
         if meaning is None or not self.last:  # pickles of earlier versions have this after every layer
             return None
         if meaning.rows is not None:
@@ -265,6 +269,7 @@ class ModelHook:
         known = inside | ({type(model)} if type(model).__module__.startswith("transformers.") else set())
         self.inputs = frozenset(name for cls in known for name in inspect.signature(cls.forward).parameters) - _LABELS
 
+    @between_graphs
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Called by the model's forward, and as a hook in pickles of earlier versions, like `after`."""
         if kwargs is not None and not torch.compiler.is_compiling():
@@ -274,6 +279,7 @@ class ModelHook:
             if self.tree.left:
                 leave_forward(module)
 
+    @between_graphs
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> None:
         if torch.compiler.is_compiling():
             return
@@ -459,21 +465,23 @@ class _Forward:
     """The ``forward`` of a class of models. With a ``__set__`` it comes before what is on the object."""
 
     def __init__(self, original: Any) -> None:
+        @begins_no_graph
         @wraps(original.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _seen(self, MethodType(original.forward, self), *args, **kwargs)
+            return _seen(self, partial(original.forward, self), *args, **kwargs)
 
-        self.function = forward
+        self.function: Any = forward
 
+    @begins_no_graph
     def __get__(self, model: Any, cls: Any = None) -> Any:
         if model is None:
             return self.function
         own = vars(model).get("forward")
-        return MethodType(self.function, model) if own is None else update_wrapper(partial(_seen, model, own), own)
+        return self.function.__get__(model) if own is None else update_wrapper(partial(_seen, model, own), own)
 
     def __set__(self, model: Any, value: Any) -> None:
         vars(model)["forward"] = value
-        if value == MethodType(self.function, model):  # who put another one there puts back what was there
+        if value == self.function.__get__(model):  # who put another one there puts back what was there
             del model.forward
 
     def __delete__(self, model: Any) -> None:
@@ -481,9 +489,10 @@ class _Forward:
             raise AttributeError("forward")
 
 
+@partial(between_graphs, recursive=False)
 def _seen(model: Any, compute: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     hook = vars(model).get(_WATCH)
-    if hook is None:
+    if hook is None or torch.compiler.is_compiling():
         return compute(*args, **kwargs)
     hook.before(model, args, kwargs)
     result = None
