@@ -16,8 +16,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from varlen_attn import SeqLayout, enable, record
-from varlen_attn._switch import Switch
-from varlen_attn.integrations import transformers as hf
 
 from .tiny import assert_close, attention_mask, batch, build, error, gradients, reasons, shake
 
@@ -361,13 +359,6 @@ def test_images_beside_the_text() -> None:
 # -------------------------------------------------------------------- what a caller wants there
 
 
-def enable_with(model: nn.Module, padding_rows: Any) -> dict[str, str]:
-    """The rows of the report that are left alone."""
-    rows, steps = hf.plan(model, "model", "leave", padding_rows)
-    Switch(lambda: hf.found(model), steps).make()
-    return {name: reason for name, _, action, reason in rows if action == "left alone"}
-
-
 READ: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "nothing": (lambda: build("Llama"), {}),
     "columns": (lambda: build("Bert", "ForQuestionAnswering"), {}),
@@ -386,7 +377,7 @@ def test_the_caller_says_what_they_hold(name: str, padding_rows: Any) -> None:
     base = model.text if isinstance(model, Around) else model.base_model
     base.register_forward_hook(lambda _, args, out: seen.append(out.last_hidden_state))
     model(**inputs)
-    left = enable_with(model, padding_rows)
+    left = reasons(enable(model, padding_rows=padding_rows))
     assert packed(model, **inputs) == (padding_rows != "exact")
     expected, got = seen[0], seen[-1]
     assert_close(got[VALID], expected[VALID])
