@@ -52,7 +52,7 @@ marked = $(shell grep -lrw --include='*.py' $(1:%=-e mark.%) tests)
 native := $(call marked,native native_too) -m 'native or native_too' --native $(PARALLEL)
 others := tests --ignore=tests/lane -m 'not real and not alone' $(PARALLEL)
 SLOW := test_compile test_examples test_benchmarks attention/test_export nn/test_transformer_training kernels/cuda/test_flex \
-  $(addprefix integrations/transformers/test_,matrix training enable)
+  $(addprefix integrations/transformers/test_,matrix training enable compiled)
 alone := $(call marked,alone) -m alone
 NO_KERNEL := the tests of the compiled kernel are skipped: no compiler on this machine
 SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
@@ -198,6 +198,7 @@ bench: $(TEXT) $(PICTURES) $(NATIVE)
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction training --dtype bfloat16 --workload w3 w6 --budget 10
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS) --part text encode enable --budget 10
 	$(BENCH) benchmarks.bench_dispatch
+	$(BENCH) benchmarks.bench_host
 	$(BENCH) benchmarks.report
 
 bench-full: $(TEXT) $(PICTURES) $(NATIVE)
@@ -209,10 +210,12 @@ bench-full: $(TEXT) $(PICTURES) $(NATIVE)
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS)
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS)
 	$(BENCH) benchmarks.bench_dispatch
+	$(BENCH) benchmarks.bench_host
 	$(BENCH) benchmarks.report
 
 bench-check: $(NATIVE)
 	$(BIN)/python -m benchmarks.check --threads $(THREADS)
+	$(BENCH) benchmarks.bench_host --check
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage dist

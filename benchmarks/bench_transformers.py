@@ -280,7 +280,7 @@ def bench_enable(what: str, limits: Limits) -> dict[str, Any]:
     mask = (torch.arange(32) < torch.tensor([32, 20, 12, 7])[:, None]).long()
     torch.manual_seed(0)
     if what.startswith("BERT"):
-        model, given = bert(layers, width), {"input_ids": torch.randint(5, 1000, mask.shape)}
+        model, given = bert(layers, width), {"input_ids": torch.randint(5, 1000, mask.shape) * mask}
     else:
         model, given = Stack(layers, width).eval(), {"hidden": torch.randn(*mask.shape, width)}
     batch = Batch({**given, "attention_mask": mask}, mask.bool())

@@ -27,7 +27,7 @@ from varlen_attn.kernels.cpu import build as _native
 HOME = Path(varlen_attn.__file__).parent
 TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 BOUNDS = {
-    "lines of code": 10_330,
+    "lines of code": 10_350,
     "calls of a layer of nn.TransformerEncoder": 26,
     "calls of a layer of BertModel": 22,
     "calls of varlen_mha": 60,
@@ -38,8 +38,8 @@ BOUNDS = {
     "whoever": 0,
     "can not": 0,
     "its business": 0,
-    "nobody": 16,
-    "somebody": 7,
+    "nobody": 15,
+    "somebody": 10,
 }
 WORDS = tuple(BOUNDS)[-6:]
 WITH_CPU = 38  # more calls where the compiled kernel is not built, and backend `cpu` runs
@@ -118,7 +118,7 @@ def measured() -> dict[str, int]:
         config = BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32)
         model = BertModel(config).eval()
         varlen_attn.enable(model)
-        return lambda: model(torch.ones(2, 4, dtype=torch.long), attention_mask=(~padding).long())
+        return lambda: model((~padding).long(), attention_mask=(~padding).long())
 
     with torch.no_grad():
         counts: tuple[int, ...] = (

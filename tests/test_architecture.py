@@ -20,7 +20,7 @@ ROOT = Path(varlen_attn.__file__).parent
 FLOORS = (
     ("errors", "_torch", "_state"),
     ("layout", "_clone", "_switch"),
-    ("data", *(f"kernels.{name}" for name in ("problem", "values", "kept", "limits", "base", "ops", "dense"))),
+    ("data", *(f"kernels.{name}" for name in ("problem", "values", "kept", "limits", "base", "unseen", "ops", "dense"))),
     ("kernels",),  # the adapters, and their order
     ("attention",),
     ("nn", "integrations"),
@@ -39,7 +39,8 @@ MUTABLE = {
     "integrations.transformers.mask.leaving",  # configurations in the middle of a change
     "integrations.transformers.attention._layouts",  # of offsets that a model is given, gone with them
     "layout.seq_layout._known",  # at which version of their offsets layouts were found to be right, gone with them
-    "kernels.cpu.build._found", "kernels.cpu.build._hashes",  # the compiled kernel or why there is none; what its name says of its sources
+    "layout.seq_layout._edges",  # which rows padding repeats, gone with the layouts
+    "kernels.cpu.build._found",  # the compiled kernel or why there is none
     "kernels.kept._kept", "kernels.cuda.flex._kernels",  # what is derived from layouts, gone with them; one compiled kernel a kind of call
     "kernels.cuda.packages._probed", "kernels.cuda.flash3._probed",  # what a package can do, asked once
 }  # fmt: skip
@@ -108,7 +109,7 @@ PRIVATE = {
     "integrations.transformers.enabling": "_ConvNd _NormBase _can_set_attn_implementation",
     "integrations.transformers.mask": "_C _disabled_torch_function_impl _make_wrapper_subclass _pytree",
     "integrations.transformers.stack": "_backward_hooks _backward_pre_hooks _forward_hooks _forward_hooks_always_called _forward_pre_hooks",
-    "integrations.transformers.trial": "_get_feat_extract_output_lengths",
+    "integrations.transformers.trial": "_buffers _get_feat_extract_output_lengths",
     "nn.checks": "_mha_shape_check _qkv_same_embed_dim",
     "nn.multihead": "_qkv_same_embed_dim",
     "nn.stream": "_forward_hooks _forward_pre_hooks",

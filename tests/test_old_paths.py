@@ -38,7 +38,8 @@ def called(model: Any, name: str) -> Tensor:
     if name == "encoder":
         out = model(torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)), src_key_padding_mask=padding)
     else:
-        out = model(torch.arange(15).view(3, 5) % 11 + 1, attention_mask=(~padding).long()).last_hidden_state
+        ids = (torch.arange(15).view(3, 5) % 11 + 1).masked_fill(padding, 0)
+        out = model(ids, attention_mask=(~padding).long()).last_hidden_state
     return out[~padding]  # type: ignore[no-any-return]
 
 

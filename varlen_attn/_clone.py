@@ -99,7 +99,8 @@ class _Cloning:
         state = dict(vars(module))
         its = vars(new)
         if "forward" in state:
-            state["forward"] = state["_old_forward"] if "_hf_hook" in state else state["forward"]
+            forward = state["_old_forward"] if "_hf_hook" in state else state["forward"]
+            state["forward"] = getattr(forward, "_torchdynamo_orig_callable", forward)  # of torch.compile
             if isinstance(state["forward"], FunctionType):
                 raise NotCloned(f"the forward of a {type(module).__name__} was replaced on the object")
         for name, x in state.items():

@@ -9,6 +9,7 @@ once the calls that use it have ended. These say so themselves: each is a `Use`.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import time
@@ -178,21 +179,24 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 @dataclass(frozen=True, eq=False)
 class Class:
-    """A class for an object of another one. What got a class of somebody else's in the meantime keeps that."""
+    """A class for an object of another one, and attributes that say how it computes there. What got a class of somebody else's in the
+    meantime keeps that."""
 
     module: nn.Module
     new: type[nn.Module]
     original: type[nn.Module]
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return id(self.module), self.new
+        return id(self.module), self.new, self.options
 
     def _become(self, new: type[nn.Module]) -> None:
         if type(self.module) is not new and original_class(self.module) is self.original:
             self.module.__class__ = new
 
     def make(self) -> None:
+        vars(self.module).update(self.options)  # first, for a forward that comes between
         self._become(self.new)
 
     def restore(self) -> None:
@@ -201,6 +205,8 @@ class Class:
 
     def remove(self) -> None:
         self._become(self.original)
+        for name, _ in self.options:
+            vars(self.module).pop(name, None)
 
 
 @cache
@@ -208,6 +214,25 @@ def _leaving(new: Any, original: type[Any]) -> Any:
     """For objects that get their class back: what is under way finds all that it needs."""
     names = {"__module__": new.__module__, "__qualname__": new.__qualname__}
     return type(new)(new.__name__, (new,), {**names, "left": True, "original_class": original})
+
+
+class _Here(threading.local):
+    """Of one thread: whether a module runs as it came, with all that is in it."""
+
+    as_it_came = False
+
+
+_here = _Here()
+
+
+def run_as_it_came(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inside: bool = True) -> Any:
+    """The ``forward`` of the original class, and with ``inside`` that of every enabled module in it. These must not be called again by a
+    checkpoint of somebody's between the two, which would compute something else then."""
+    before, _here.as_it_came = _here.as_it_came, inside
+    try:
+        return module.original_class.forward(module, *args, **kwargs)
+    finally:
+        _here.as_it_came = before
 
 
 def switchable(new: type[Any], inside: type[Any]) -> type[Any]:
@@ -219,16 +244,28 @@ def switchable(new: type[Any], inside: type[Any]) -> type[Any]:
     compute = new.forward
     compute_inside = getattr(compute, "inside", compute)
 
+    def run(self: Any, use: Use | None, args: Any, kwargs: Any) -> Any:
+        if kwargs.get("layout") is None:
+            if not isinstance(self, new) or self.left or _here.as_it_came:
+                if use is not None:
+                    uses.discard(use)
+                return new.original_class.forward(self, *args, **kwargs)
+            why = self.why_as_it_came(args, kwargs)
+            if why is not None:
+                return self.as_it_came(why, args, kwargs)
+        return compute(self, *args, **kwargs)
+
     @wraps(compute)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(kwargs.get("layout")) is inside or torch.compiler.is_compiling():
+        if type(kwargs.get("layout")) is inside:
             return compute_inside(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return run(self, None, args, kwargs)
+        if _here.as_it_came and kwargs.get("layout") is None:  # the call around it is the use
+            return new.original_class.forward(self, *args, **kwargs)
         use = in_use(self)
         try:
-            if (not isinstance(self, new) or self.left) and kwargs.get("layout") is None:
-                uses.discard(use)
-                return new.original_class.forward(self, *args, **kwargs)
-            return compute(self, *args, **kwargs)
+            return run(self, use, args, kwargs)
         finally:
             uses.discard(use)
 
@@ -313,7 +350,7 @@ def _wait_for(modules: set[int]) -> bool:
 
 def _refuse_inside(going: Sequence[Step]) -> None:
     modules = {id(step.module) for step in going if step.module is not None}
-    inside = next((module for module in around() if id(module) in modules), None)
+    inside = next((module for module, _ in around() if id(module) in modules), None)
     if inside is not None:
         raise VarlenError(
             f"a model must not be disabled or enabled anew inside of its own forward, but that of {type(inside).__name__} is under way: "
@@ -324,13 +361,15 @@ def _refuse_inside(going: Sequence[Step]) -> None:
 _CALL = nn.Module._call_impl.__code__
 
 
-def around() -> Iterator[nn.Module]:
-    """The modules in whose forwards this is called, the innermost first."""
+def around() -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """The modules in whose forwards this is called, the innermost first, and what these are given."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code is _CALL or (code.co_name == "forward" and code.co_varnames[:1] == ("self",)):
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module):
-                yield module
+                stars = sum(code.co_flags & flag != 0 for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS))
+                given = code.co_argcount + code.co_kwonlyargcount + stars
+                yield module, {name: frame.f_locals.get(name) for name in code.co_varnames[1:given]}
         frame = frame.f_back

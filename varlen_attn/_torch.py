@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch._library.simple_registry import singleton as _registry
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _modules
 from torch.utils import _pytree
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
@@ -30,6 +33,8 @@ copy_each = torch._foreach_copy_
 has_amx: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 # Whether a tensor is a batch of gradients (``is_grads_batched``, ``vectorize=True``), which is no transform of `torch.func`.
 is_batch_of_gradients: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+# Hooks that are called for every module.
+global_hooks = tuple(vars(_modules)[f"_global_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
 def is_tracing(*tensors: Tensor) -> bool:
@@ -49,6 +54,11 @@ def is_plain(x: Tensor) -> bool:
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
         return False
     return not (x.is_meta or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+
+
+def is_observed() -> bool:
+    """Whether a mode sees each operation: it may record them for other values, as `make_fx` does."""
+    return bool(torch._C._len_torch_dispatch_stack())
 
 
 def trace_quietly() -> None:
@@ -149,3 +159,37 @@ def register_autograd(
             return below(keyset, inputs)
 
     library.impl(op.name(), kernel, "Autograd", with_keyset=True)
+
+
+def between_graphs(function: F_, recursive: bool = True) -> F_:
+    """Outside of the graphs of `torch.compile`, which end before it; unless ``recursive``, only itself. Where no graph may end, as with
+    ``fullgraph=True``, it is traced. Decorating imports dynamo: for files whose users have it already."""
+    outside = torch.compiler.disable(function, recursive=recursive)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        within = _may_break() if torch.compiler.is_compiling() else eval_frame.get_eval_frame_callback() is not None
+        return outside(*args, **kwargs) if within else function(*args, **kwargs)
+
+    return begins_no_graph(call)  # type: ignore[return-value]
+
+
+def begins_no_graph(function: F_) -> F_:
+    """Where it is called between graphs, `torch.compile` makes none of it; those that are under way it may be part of."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(function.__code__)
+    return function
+
+
+@constant_while_tracing
+def _may_break() -> bool:
+    from torch._dynamo.symbolic_convert import InstructionTranslator, tls
+
+    translator: InstructionTranslator | None = getattr(tls, "current_tx", None)
+    return translator is not None and not (translator.one_graph or translator.error_on_graph_break)
+
+
+def with_first_dimension(x: Tensor) -> Tensor:
+    """``x[None]``, with gradients, that is no view of ``x``, though it is the same memory: for results that nothing else has."""
+    return torch.ops.aten._unsafe_view(x, (1, *x.shape))  # type: ignore[no-any-return]

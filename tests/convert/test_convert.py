@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from varlen_attn import ArgumentError, VarlenMultiheadAttention, VarlenWarning, record
+from varlen_attn import ArgumentError, VarlenMultiheadAttention, VarlenWarning, record, use_backend
 from varlen_attn.convert.enabling import disable, enable, enabled
 from varlen_attn.convert.report import Report
 from varlen_attn.nn.transformer import (
@@ -459,7 +459,7 @@ def test_attention_level_packs_attention_only() -> None:
     widths: list[int] = []
     for level, dims in (("attention", 3), ("auto", 2), ("model", 2)):
         model = stack(norm_first=True).eval()
-        report = enable(model, level)
+        report = enable(model, level, hooks="packed")
         for x in model.layers:
             x.linear1.register_forward_hook(lambda module, args, out: widths.append(args[0].dim()))
         with torch.no_grad(), record() as log:
@@ -1559,3 +1559,69 @@ def test_attention_level_packs_in_compiled_code_too() -> None:
         got = compiled(rows(), src_key_padding_mask=PADDING)
     assert_same([got[~PADDING]], [want])
     assert {c.backend for c in log.calls} == {"cpu"}
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "attention"])
+@pytest.mark.parametrize("training", [False, True])
+def test_where_nothing_is_padded_little_work_is_as_it_came(kind: str, training: bool) -> None:
+    """Bit by bit, torch's fast path included, and the record says so. With a backend requested it runs on that; more work is packed."""
+    plain: Any
+    if kind == "encoder":
+        plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    elif kind == "decoder":
+        plain = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    else:
+        plain = nn.MultiheadAttention(16, 2, batch_first=True)
+    plain.train(training)
+    model, x = copy.deepcopy(plain), torch.randn(3, 5, 16)
+    enable(model)
+    given = {"encoder": (x,), "decoder": (x, x + 1), "attention": (x, x, x)}[kind]
+    none = {"attention": "key_padding_mask", "encoder": "src_key_padding_mask", "decoder": "tgt_key_padding_mask"}[kind]
+    options = {"need_weights": False} if kind == "attention" else {}
+    for masks in ({}, {none: torch.zeros(3, 5, dtype=torch.bool)}):
+        with torch.set_grad_enabled(training), record() as log:
+            got, want = (first(m(*given, **masks, **options)) for m in (model, plain))
+        assert torch.equal(got, want)
+        assert [call.kernel for call in log.calls] == ["torch's own"]
+        assert "nothing is padded" in str(log)
+        with use_backend("reference"), record() as log:
+            torch.testing.assert_close(first(model(*given, **masks, **options)), want)
+        assert {call.backend for call in log.calls} == {"reference"}
+    padded = torch.arange(5) >= torch.tensor([5, 2, 3])[:, None]
+    with record() as log:
+        model(*given, **{none: padded}, **options)
+    assert all(call.rows == 10 for call in log.calls if call.module and "multihead" not in call.module) or kind == "decoder"
+    assert "nothing is padded" not in str(log)
+
+
+def first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("cross", [True, False])
+def test_weights_are_torchs_own_computation(batch_first: bool, average: bool, cross: bool) -> None:
+    """Whatever is at padding reaches no token, and no gradient; rows and weights of padding are 0, as the module built by name has them."""
+    plain = nn.MultiheadAttention(8, 2, batch_first=batch_first, dtype=torch.float64)
+    model, named = copy.deepcopy(plain), VarlenMultiheadAttention(8, 2, batch_first=batch_first, dtype=torch.float64)
+    named.load_state_dict(plain.state_dict())
+    enable(model)
+    padding = torch.arange(5) >= torch.tensor([5, 2, 3])[:, None]
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    x = torch.where(padding[..., None], torch.nan, x)
+    query = torch.randn(3, 5, 8, dtype=torch.float64)
+    x, query = (x, query) if batch_first else (x.transpose(0, 1), query.transpose(0, 1))
+    results = []
+    for module in (model, named):
+        leaf = x.clone().requires_grad_()
+        given = (query, leaf, leaf) if cross else (leaf, leaf, leaf)
+        with record() as log:
+            out, weights = module(*given, padding, need_weights=True, average_attn_weights=average)
+        results.append((out, weights, *torch.autograd.grad(out.square().sum() + weights.square().sum(), [leaf, *module.parameters()])))
+        assert ("padded computation only" in str(log)) == (module is model)
+    for ours, built in zip(*results, strict=True):
+        torch.testing.assert_close(ours, built)
+    with record() as log:
+        model(*(t.nan_to_num() for t in given), torch.ones_like(padding))  # no key: torch has NaN there, and in every gradient
+    assert "padded computation only" not in str(log)

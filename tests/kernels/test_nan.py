@@ -54,3 +54,33 @@ def test_scores_of_zero_are_not_taken_for_it() -> None:
     out, lse = varlen_attention(query, query, value, layout, backend="cpu", return_lse=True)
     torch.testing.assert_close(out, torch.cat([value[:1], value[1:].mean(0, keepdim=True).expand(2, -1, -1)]))
     torch.testing.assert_close(lse[0], torch.tensor([0.0, 2.0, 2.0]).log1p().clamp(max=0.0) + torch.tensor([0.0, 0.6931472, 0.6931472]))
+
+
+HIDING: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "window": {"window": (2, 1)},
+    "causal window": {"causal": True, "window": (3, 0)},
+    "causal ALiBi": {"causal": True, "alibi_slopes": torch.tensor([0.5, 0.25])},
+    "causal softcap": {"causal": True, "softcap": 5.0},
+}
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("what", HIDING)
+@pytest.mark.parametrize("backend", ["cpu", "cpu_native", "sdpa_padded"])
+def test_a_key_that_a_query_does_not_see_never_changes_its_row(backend: str, what: str, number: float) -> None:
+    if backend == "cpu_native" and _native.why_not():
+        pytest.skip("does not run here")
+    options, layout = HIDING[what], SeqLayout.from_lengths([1, 5, 20, 300])
+    query, key, value = (torch.randn(layout.num_rows, 2, 16) for _ in range(3))
+    sick = key.clone()
+    sick[[0, 4, 17, 180]] = number
+    before, out, right = (
+        varlen_attention(query, k, value, layout, backend=name, return_lse=True, **options)
+        for k, name in ((key, backend), (sick, backend), (sick, "reference"))
+    )
+    assert torch.equal(out[0].isnan(), right[0].isnan())
+    unseen = ~(varlen_attention(query, key, value, layout, backend="reference", **options) != right[0]).any(-1).any(-1)
+    assert 20 < unseen.sum() < layout.num_rows
+    torch.testing.assert_close(out[0][unseen], before[0][unseen])
+    torch.testing.assert_close(out[1][:, unseen], before[1][:, unseen])

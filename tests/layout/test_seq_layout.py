@@ -20,6 +20,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from varlen_attn import ArgumentError, DtypeError, LayoutError, LayoutWarning, SeqLayout, padded_attention, varlen_attention, varlen_mha
 from varlen_attn.layout import rows as _gather
+from varlen_attn.layout.padded import PaddedRows
 from varlen_attn.layout.rows import scatter_rows
 from varlen_attn.testing import poison
 from varlen_attn.testing.strategies import Batch, batches, lengths, mask_dtypes, masks
@@ -181,6 +182,67 @@ def test_round_trips(batch: Batch, trailing: tuple[int, ...], pad_value: float) 
     assert torch.equal(layout.pack(layout.unpack(packed)), packed)
 
 
+def edge_rows(x: Tensor, mask: Tensor) -> Tensor:
+    """A dull loop: what `unpack` with ``"edge"`` gives."""
+    expected = torch.zeros_like(x)
+    for row, columns in enumerate(tokens(mask)):
+        for c in range(mask.shape[1]) if columns else ():
+            expected[row, c] = x[row, max((t for t in columns if t <= c), default=columns[0])]
+    return expected
+
+
+@given(batch=batches(), trailing=st.sampled_from(((), (3,), (2, 3))), extra=st.sampled_from((None, 0, 2)))
+def test_edge_rows(batch: Batch, trailing: tuple[int, ...], extra: int | None) -> None:
+    """Padding repeats the nearest token, and takes no gradient, with slack rows and while exporting too."""
+    x, mask = batch.tensor(*trailing), batch.mask
+    layout = batch.layout if extra is None else of_mask(mask, capacity=batch.layout.num_rows + extra)
+    expected = edge_rows(x, mask)
+    rows = layout.pack(x).index_fill(0, torch.arange(batch.layout.num_rows, layout.num_rows), torch.nan).requires_grad_()
+    padded = PaddedRows.of(x, mask)
+    given = poison(x, mask).requires_grad_()
+    for out in (layout.unpack(rows, "edge"), layout.unpack(rows.detach(), "edge"), padded.unpack(given.flatten(0, 1), "edge")):
+        assert torch.equal(out, expected)
+    gradient = batch.tensor(*trailing, salt=1)
+    (got,) = torch.autograd.grad(layout.unpack(rows, "edge"), rows, gradient)
+    assert torch.equal(got, layout.pack(gradient))
+    (got,) = torch.autograd.grad(padded.unpack(given.flatten(0, 1), "edge"), given, gradient)
+    assert torch.equal(got, torch.where(mask.view(*mask.shape, *[1] * len(trailing)), 0, gradient))
+
+
+def test_edge_rows_are_of_the_batch_row_and_follow_updates() -> None:
+    ids = torch.tensor([[0, 1, 0, 2], [0, 0, 0, 0], [3, 3, 0, 0]])
+    rows = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert SeqLayout.from_document_ids(ids).unpack(rows, "edge").tolist() == [[1, 1, 1, 2], [0, 0, 0, 0], [3, 4, 4, 4]]
+    layout = of_mask(ids == 0, capacity=4)
+    assert layout.unpack(rows, "edge").tolist() == [[1, 1, 1, 2], [0, 0, 0, 0], [3, 4, 4, 4]]
+    layout.update_(torch.tensor([[True, True, True, False], [False] + [True] * 3, [True] * 4]))
+    assert layout.unpack(rows, "edge").tolist() == [[1, 1, 1, 1], [2, 2, 2, 2], [0, 0, 0, 0]]
+    with pytest.raises(ArgumentError, match='`pad_value` must be a number or "edge"'):
+        layout.unpack(rows, "last")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning", "ignore:.*should not be instantiated:DeprecationWarning")
+def test_edge_rows_in_transforms_and_graphs() -> None:
+    layout = of_mask(torch.tensor([[True, False, False], [False, True, True]]))
+    rows, weights = torch.randn(3, 2, dtype=torch.float64), torch.randn(2, 3, 2, dtype=torch.float64)
+    loss = lambda x: (layout.unpack(x, "edge") * weights).sum()  # noqa: E731
+    assert torch.equal(torch.func.grad(loss)(rows), layout.pack(weights))
+    leaf = rows.clone().requires_grad_()
+    (once,) = torch.autograd.grad(layout.unpack(leaf, "edge").square().sum(), leaf, create_graph=True)
+    (twice,) = torch.autograd.grad(once.sum(), leaf)
+    assert torch.equal(twice, torch.full_like(rows, 2))
+    out, tangent = torch.func.jvp(lambda x: layout.unpack(x, "edge"), (rows,), (rows,))
+    assert torch.equal(out, layout.unpack(rows, "edge"))
+    assert torch.equal(tangent, layout.unpack(rows))
+
+    def through(x: Tensor, mask: Tensor) -> Tensor:
+        return SeqLayout.from_key_padding_mask(mask).unpack(x, "edge")
+
+    got = torch.compile(through, fullgraph=True, backend="aot_eager")(leaf, layout.padding_mask())
+    assert torch.equal(got, out)
+    assert torch.equal(torch.autograd.grad(got, leaf, weights)[0], layout.pack(weights))
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float16, torch.bfloat16, torch.complex64])
 def test_any_dtype_and_stride(dtype: torch.dtype) -> None:
     mask = torch.tensor([[False, True, False], [True, True, True], [False, False, True]])
@@ -191,6 +253,7 @@ def test_any_dtype_and_stride(dtype: torch.dtype) -> None:
     assert torch.equal(layout.unpack(layout.pack(x), 1), x.masked_fill(mask, 1))
     assert torch.equal(layout.pack(x.t().contiguous().t()), x[~mask])
     assert torch.equal(layout.pack(torch.ones(3, 1, dtype=dtype).expand(3, 3)), torch.ones(4, dtype=dtype))
+    assert torch.equal(layout.unpack(layout.pack(x), "edge"), edge_rows(x, mask))
     labels = layout.unpack(torch.arange(4), -100)
     assert torch.equal(labels, torch.tensor([[0, -100, 1], [-100] * 3, [2, 3, -100]]))
 

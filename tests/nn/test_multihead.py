@@ -559,6 +559,58 @@ def test_is_causal_without_a_mask_means_causal() -> None:  # R-27
     assert_same(ours(x, is_causal=True, need_weights=True)[0], want, "causal, the dense way")
 
 
+@pytest.mark.filterwarnings("ignore:row . of the mask has no token")
+@pytest.mark.parametrize("zero", [True, False])
+@given(
+    batch=batches(max_batch=3, max_len=6),
+    merged=st.booleans(),
+    form=st.sampled_from(["bool", "float"]),
+    wrong=st.sampled_from(["", "", "a pair", "a value"]),
+    seed=st.integers(0, 99),
+)
+def test_a_causal_mask_beside_a_padding_mask_is_recognised(  # R-27
+    zero: bool, batch: Batch, merged: bool, form: str, wrong: str, seed: int
+) -> None:
+    """Without a word of it, as GPT's and SASRec's blocks pass it, and where it hides padding too; and nothing else is."""
+    theirs, ours = pair()
+    ours.zero_padding_rows = zero
+    x = batch.tensor(E, dtype=torch.float64)
+    length = batch.mask.shape[1]
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    if merged:
+        hidden = (hidden | batch.mask[:, None]).repeat_interleave(N, 0)
+    mask = hidden if form == "bool" else torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, -torch.inf)
+    spot = tuple(int(torch.randint(0, max(n, 1), (), generator=torch.Generator().manual_seed(seed))) for n in mask.shape)
+    spoiled = wrong and mask.numel()
+    if spoiled:
+        mask[spot] = ~hidden[spot] if form == "bool" else (0.5 if wrong == "a value" else 0.0 if hidden[spot] else -torch.inf)
+    with record() as log:
+        got, _ = ours(x, x, x, batch.mask, attn_mask=mask)
+    if not mask.numel():
+        return  # torch has no answer
+    padding = batch.mask if form == "bool" else torch.zeros(batch.mask.shape, dtype=torch.float64).masked_fill(batch.mask, -torch.inf)
+    want, _ = theirs(x, x, x, padding, attn_mask=mask)
+    seen = ~blind_rows(want) & (~batch.mask if zero else torch.ones_like(batch.mask))
+    assert_same(got[seen], want[seen], "output")
+    key_is_padding = bool(batch.mask[spot[0] // N, spot[-1]] if merged else batch.mask[:, spot[-1]].all()) if spoiled else True
+    shifted = not zero and not batch.layout.right_padded
+    assert all((c.backend == "dense") == (not key_is_padding or shifted) for c in log.calls)
+
+
+def test_a_causal_mask_is_read_in_the_one_transfer() -> None:
+    _, ours = pair()
+    x, padding = torch.randn(2, 12, E, dtype=torch.float64), torch.tensor([[False] * 12, [False] * 9 + [True] * 3])
+    mask = torch.ones(12, 12, dtype=torch.bool).triu(1)
+    reads = []
+    for options in ({}, {"key_padding_mask": padding}, {"attn_mask": mask}, {"key_padding_mask": padding, "attn_mask": mask}):
+        for _ in range(2):  # what is found out once for calls of a kind
+            with count_reads() as made:
+                ours(x, **options)
+        reads.append(len(made))
+    assert reads[2] <= reads[0], "nothing is padded: no mask is read"
+    assert reads[3] == reads[1]
+
+
 # -------------------------------------------------------------------- the dense way means what the packed way means
 
 

@@ -20,12 +20,12 @@ from .._state import state
 from .._torch import is_plain, profiler_enabled
 from ..errors import ArgumentError
 from ..kernels import BACKENDS
-from ..kernels.base import Backend, accumulation_dtype, grad_without_slack, result_without_slack, zeros_with_grad
-from ..kernels.kept import kept
+from ..kernels.base import Backend, grad_without_slack, nothing, result_without_slack
 from ..kernels.problem import Problem, Semantics
+from ..kernels.unseen import without_unseen
 from ..kernels.values import NO_EXTRAS, Call, Extras, Result
 from ..layout.padded import PaddedRows
-from ..layout.seq_layout import SeqLayout, moved
+from ..layout.seq_layout import SeqLayout
 from . import dispatch
 from .checks import autocasts, check_extras, check_holes, check_layouts, check_shapes, common_dtype
 from .dispatch import Plan, choose, choose_while_tracing, requested_backend, route
@@ -204,8 +204,7 @@ class AttentionCall:
             with torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext():
                 out, lse = launch(self._backend_while_tracing(), *qkv, call)
         elif self.query.is_meta:  # shapes only; there is nothing to choose
-            out = zeros_with_grad((*self.query.shape[:2], self.value.shape[2]), *qkv, *self.extras.tensors)
-            lse = out.new_empty(out.shape[1::-1], dtype=accumulation_dtype(out.dtype))
+            out, lse = nothing(*qkv, call)
         else:
             plan = self.plan()
             note = recorded(plan, self.layout_q, module, reason) if state.records else nullcontext()
@@ -274,7 +273,7 @@ def launch(backend: Backend, query: Tensor, key: Tensor, value: Tensor, call: Ca
     if not can.slack_rows and (call.layout_q.has_slack or call.layout_kv.has_slack):
         return _launch_without_slack(backend, query, key, value, call)
     if not can.empty_sequences and _has_empty(*call.layouts):
-        return _launch_without_empties(backend, query, key, value, call)
+        return without_unseen(query, key, value, call, backend.run)
     return backend.run(query, key, value, call)
 
 
@@ -294,62 +293,11 @@ def _zeroed(x: Tensor, slack: Tensor) -> Tensor:
     return x.masked_fill(slack, 0)
 
 
-def _launch_without_empties(backend: Backend, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
-    """For kernels that mishandle empty sequences: leave them out; their queries, if any, get 0 and -inf."""
-    some = kept(*call.layouts, "without empties", lambda: _without_empties(*call.layouts))
-    if some is None:
-        out = zeros_with_grad((*query.shape[:2], value.shape[2]), query, key, value, *call.extras.tensors)
-        lse = out.new_full((out.shape[1], out.shape[0]), float("-inf"), dtype=accumulation_dtype(out.dtype))
-        return out, lse if call.semantics.return_lse else None
-    query = query if some.rows_q is None else some.rows_q.pack(query[None])
-    key, value = (x if some.rows_k is None else some.rows_k.pack(x[None]) for x in (key, value))
-    out, some_lse = backend.run(query, key, value, call.on(some.layout_q, some.layout_kv))
-    if some.rows_q is None:
-        return out, some_lse
-    if some_lse is not None:
-        some_lse = some.rows_q.unpack(some_lse.transpose(0, 1).contiguous(), float("-inf"))[0].transpose(0, 1)
-    return some.rows_q.unpack(out)[0], some_lse
-
-
 def _slack(layout: SeqLayout) -> Tensor:
     """``(T, 1, 1)`` bool, True for slack rows."""
     return (torch.arange(layout.num_rows, device=layout.device) >= layout.cu_seqlens[-1])[:, None, None]
 
 
-class _Some(NamedTuple):
-    """The sequences of two layouts that are not empty, and their packed rows, None for all."""
-
-    layout_q: SeqLayout
-    layout_kv: SeqLayout
-    rows_q: SeqLayout | None
-    rows_k: SeqLayout | None
-
-
-def _without_empties(layout_q: SeqLayout, layout_kv: SeqLayout) -> _Some | None:
-    lengths_q, lengths_k = layout_q.lengths, layout_kv.lengths
-    assert lengths_q is not None  # refused otherwise
-    assert lengths_k is not None
-    taken = [i for i, (a, b) in enumerate(zip(lengths_q, lengths_k, strict=True)) if a and b]
-    if not taken:
-        return None
-    some_q = some_kv = SeqLayout.from_lengths([lengths_q[i] for i in taken], device=layout_q.device)
-    if layout_kv is not layout_q:
-        some_kv = SeqLayout.from_lengths([lengths_k[i] for i in taken], device=layout_kv.device)
-    return _Some(some_q, some_kv, _rows_of(layout_q, taken), _rows_of(layout_kv, taken))
-
-
 def _has_empty(layout_q: SeqLayout, layout_kv: SeqLayout) -> bool:
     """Whether a sequence has no queries or no keys, or there is no sequence at all."""
     return layout_q.lengths == () or 0 in (layout_q.lengths or ()) or 0 in (layout_kv.lengths or ())
-
-
-def _rows_of(layout: SeqLayout, taken: list[int]) -> SeqLayout | None:
-    """The packed rows of some sequences, as tokens of one row of T columns; None if they are all: what is left out had no rows."""
-    assert layout.lengths is not None
-    if sum(layout.lengths[i] for i in taken) == layout.num_rows:
-        return None
-    wanted = torch.zeros(layout.num_seqs, dtype=torch.bool, device="cpu")
-    wanted[taken] = True
-    lengths = torch.tensor(layout.lengths, device="cpu", dtype=torch.int64)
-    real = wanted.repeat_interleave(lengths, output_size=layout.num_rows)
-    return moved(SeqLayout.from_attention_mask(real[None], validate=False), layout.device)

@@ -111,9 +111,9 @@ def refuse_order(order: str | Backend, why: str, fix: str) -> None:
 
 
 @constant_while_tracing
-def note_static(problem: Fields, semantics: Fields, slots: int | None, module: torch.nn.Module | None) -> None:
+def note_static(problem: Fields, semantics: Fields, slots: int | None, module: torch.nn.Module | None, reason: str = REASON) -> None:
     """Write the call into the open records."""
     if not state.records:
         return
     stated = problem_of_fields(problem, semantics)
-    write(dense_call(stated, static_kernel(stated.semantics), REASON, slots, traced=True), module)
+    write(dense_call(stated, static_kernel(stated.semantics), reason, slots, traced=True), module)

@@ -14,6 +14,8 @@ from .export import static_graph, static_layout
 Form = Literal["packed", "nested", "unbatched", "batch first", "sequence first"]
 
 
+# What padding holds at the end: the nearest token of its row, 0, or what torch computes there.
+PaddingRows = Literal["edge", "zero", "exact"]
 ROWS = ("packed", "nested")  # forms without padding
 
 
@@ -44,8 +46,10 @@ def pack_rows(layout: SeqLayout, x: Tensor, name: str = "x", form: Form = "batch
     return x.reshape(layout.num_rows, *x.shape[2:]) if layout.is_dense else layout.pack(x)
 
 
-def unpack_rows(layout: SeqLayout, rows: Tensor, form: Form = "batch first", given: Tensor | None = None) -> Tensor:
-    """``rows`` in the form in which the input, ``given``, came; 0 at padding, and without a copy where there is none."""
+def unpack_rows(
+    layout: SeqLayout, rows: Tensor, form: Form = "batch first", given: Tensor | None = None, padding_rows: PaddingRows = "zero"
+) -> Tensor:
+    """``rows`` in the form in which the input, ``given``, came; without a copy where nothing is padded."""
     if form == "packed":
         return _without_slack(layout, rows) if layout.has_slack else rows
     if form == "nested":
@@ -53,7 +57,10 @@ def unpack_rows(layout: SeqLayout, rows: Tensor, form: Form = "batch first", giv
         if given.layout == torch.jagged:  # with the input's offsets, so that the two can be added
             return torch.nested.nested_tensor_from_jagged(rows, offsets=given.offsets())  # type: ignore[attr-defined]
         return torch.nested.as_nested_tensor(list(layout.split(rows)), layout=torch.strided)
-    padded = rows.reshape(layout.batch_size, layout.padded_len, *rows.shape[1:]) if layout.is_dense else layout.unpack(rows)
+    if layout.is_dense:
+        padded = rows.reshape(layout.batch_size, layout.padded_len, *rows.shape[1:])
+    else:
+        padded = layout.unpack(rows, "edge" if padding_rows == "edge" else 0)
     return padded if form == "batch first" else given_form(form, padded)
 
 

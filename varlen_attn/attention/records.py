@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Call:
         kernels: what the profiler saw this call launch, forward only (`record(kernels=True)`): names of device kernels, or without a
             device of torch's and our attention ops. None where nobody looked, or compiled code launched it.
         confirmed: whether the kernel that the backend claims is among them; None where nobody looked, or nothing is claimed.
+        layout: of the queries; None where they were not packed.
     """
 
     backend: str
@@ -45,6 +46,7 @@ class Call:
     reason: str | None = None
     kernels: tuple[str, ...] | None = None
     confirmed: bool | None = None
+    layout: SeqLayout | None = field(default=None, repr=False, compare=False)
 
     @property
     def padding(self) -> float | None:
@@ -154,7 +156,7 @@ def record(model: torch.nn.Module | None = None, *, kernels: bool = False) -> It
 def recorded(plan: Plan, layout: SeqLayout, module: object | None, reason: str | None = None) -> Iterator[None]:
     """Write one call into the open records, and keep the op that it launches silent."""
     rows = layout.total if layout.lengths is not None else layout.num_rows
-    call = Call(plan.backend, plan.kernel, plan, None, rows, layout.batch_size * layout.padded_len, reason=reason)
+    call = Call(plan.backend, plan.kernel, plan, None, rows, layout.batch_size * layout.padded_len, reason=reason, layout=layout)
     before = state.recorded
 
     def undo() -> None:

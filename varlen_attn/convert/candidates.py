@@ -20,6 +20,7 @@ from ..nn.transformer import (
     VarlenTransformerEncoderLayer,
     unwrapped,
 )
+from .watch import LAYERS, METHODS, STACKS, why_replaced
 
 HOSTS = (
     nn.MultiheadAttention,
@@ -28,11 +29,6 @@ HOSTS = (
     nn.TransformerDecoderLayer,
     nn.TransformerDecoder,
 )
-LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
-
-# Code that sets one of these on an object wants it called, as torch calls it.
-METHODS = ("forward", "_sa_block", "_mha_block", "_ff_block")
 ATTENTIONS = ("self_attn", "multihead_attn")
 
 
@@ -181,7 +177,7 @@ def _why_not_class(module: nn.Module, host: type[nn.Module]) -> str | None:
     if parametrize.is_parametrized(module):
         return "parametrised: its weights are computed, and its class is one of torch.nn.utils.parametrize"
     if own is host:
-        return None
+        return why_replaced(host)
     if own.__module__.startswith("torch.ao."):
         return f"quantised ({own.__name__})"
     return f"a subclass of nn.{host.__name__}, which may compute something else: derive {own.__name__} from Varlen{host.__name__}"
@@ -203,6 +199,18 @@ def _has_our_hook_only(module: nn.Module) -> bool:
 
 
 # -------------------------------------------------------------------- parts that may not be token-wise
+
+_OVER_TIME = tuple(f"torch.nn.modules.{name}" for name in ("conv", "rnn", "batchnorm", "instancenorm", "pooling", "fold"))
+
+
+def mixing(model: nn.Module) -> str | None:
+    """The first module that computes a token from others, and so from rows at padding that are given to it."""
+    for name, m in model.named_modules():
+        over_time = isinstance(m, nn.GroupNorm) or any(c.__module__ in _OVER_TIME for c in type(m).__mro__)
+        one_column = getattr(m, "kernel_size", 0) in (1, (1,), (1, 1), (1, 1, 1))
+        if (over_time and not one_column) or len(getattr(m, "normalized_shape", "D")) > 1:
+            return f"{name} ({type(m).__name__})"
+    return None
 
 
 class _Finding(NamedTuple):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
@@ -17,10 +18,13 @@ from torch import nn
 from .._clone import apart
 from .._state import undone
 from .._switch import Class, Step, Switch, original_class
+from ..attention.forms import PaddingRows
+from ..data.batches import inputs_of
 from ..errors import ArgumentError, VarlenWarning, warn
 from ..nn.transformer import unwrapped
-from .candidates import LAYERS, Candidate, candidates, is_varlen
+from .candidates import Candidate, candidates, is_varlen, mixing
 from .classes import (
+    OPTIONS,
     AttentionOnlyTransformerEncoder,
     AttentionOnlyTransformerEncoderLayer,
     EnabledMultiheadAttention,
@@ -30,14 +34,24 @@ from .classes import (
     EnabledTransformerEncoder,
     EnabledTransformerEncoderLayer,
 )
+from .equality import Part, settled
 from .report import Action, ModuleReport, Report
+from .watch import LAYERS
 
 Level = Literal["auto", "attention", "model"]
 
 # -------------------------------------------------------------------- the calls
 
 
-def enable(model: nn.Module, level: Level = "auto", *, need_weights: bool = True, hooks: Literal["leave", "packed"] = "leave") -> Report:
+def enable(
+    model: nn.Module,
+    level: Level = "auto",
+    *,
+    need_weights: bool = True,
+    hooks: Literal["leave", "packed"] = "leave",
+    padding_rows: PaddingRows | None = None,
+    example: Any = None,
+) -> Report:
     """Let a model skip padding: torch's attention modules, layers and stacks, and models of transformers. In place; `disable` undoes it.
 
     Args:
@@ -47,17 +61,25 @@ def enable(model: nn.Module, level: Level = "auto", *, need_weights: bool = True
             calls of attention only, everything else stays padded. ``"auto"`` is ``"model"``.
         need_weights: an `nn.MultiheadAttention` outside of torch's layers returns attention weights unless told otherwise, which costs
             the padded computation; the report names each module that pays. False makes them return None instead.
-        hooks: modules with hooks of yours are left alone, because inside a stack these see packed rows ``(T, D)``; ``"packed"``
-            converts them too.
+        hooks: modules with hooks of yours are left alone, because inside a stack these would see packed rows ``(T, D)``; where hooks come
+            later, the stack runs as it came as long as they are there. ``"packed"`` lets them see packed rows.
+        padding_rows: what rows at padding hold: ``"zero"``; ``"edge"``, the row of the nearest token before them, else after them, without
+            a gradient; or ``"exact"``, what the model as it came has there, for which a stack then runs as it came. None is ``"zero"`` for
+            torch's stacks and layers, as their fast path has it, and for an `nn.MultiheadAttention`, unless something in ``model`` mixes
+            over time, such as a convolution: then it keeps torch's rows. Models of transformers have ``"edge"``.
+        example: a batch for the model's forward (a dict of keywords, a tuple of arguments or a tensor), with labels if it takes some. The
+            model is called with it in evaluation, as it came and converted. Where a result, such as a loss, differs by more than rounding
+            explains, what makes it differ stays as it came, or changes in attention only, and the report says what differed. Rows of
+            padding in results may differ. Buffers, gradients and random states are put back.
 
     Returns:
         What happened to each module, and why not: ``print(enable(model))``.
 
     Raises:
-        ArgumentError: ``model`` is no module, or an option has no such value.
+        ArgumentError: ``model`` is no module, an option has no such value, or the model does not take ``example``.
         VarlenError: the model is enabled already, and this is called inside of one of its forwards.
 
-    Weights, `state_dict` and training mode stay. What changes: rows of padding come back as exactly 0. Only exactly torch's classes are
+    Weights, `state_dict` and training mode stay. What changes: rows at padding, as ``padding_rows`` says. Only exactly torch's classes are
     converted; subclasses, parametrised, quantised, compiled and scripted modules are left alone. Layers whose norms, activation or
     linear layers were replaced are converted if a trial on a copy shows that these are token-wise; where one of them mixes tokens, it
     reads padding, and the whole stack is left alone. A `VarlenWarning` says when nothing was converted. Enabling twice is enabling once,
@@ -67,46 +89,67 @@ def enable(model: nn.Module, level: Level = "auto", *, need_weights: bool = True
     layers run packed where a trial shows that nothing else changes: a few forwards in evaluation, with three short rows of random tokens
     or sound, without a trace in random states or training flags. Architectures with attention code of their own are left alone.
 
-    Hooks that are registered on a packed layer, or inside of one, after `enable` see packed rows too.
-
     Code that reads padding sees another number there: a mean over all columns, and a decoder that is given no
-    ``memory_key_padding_mask`` and attends to the memory's padding.
+    ``memory_key_padding_mask`` and attends to the memory's padding. An ``example`` finds it; docs/what-enable-changes.md has all of it.
     """
     _check(model)
-    _check_options(level, need_weights, hooks)
-    wanted, report = apart(lambda: _plan(model, "attention" if level == "attention" else "model", need_weights, hooks))
-    switch = Switch(lambda: _found(model), wanted)
+    _check_options(level, need_weights, hooks, padding_rows)
+    levels = ("attention",) if level == "attention" else ("model", "attention")
+    plans = (apart(partial(_plan, model, name, need_weights, hooks, padding_rows)) for name in levels)
+    before = _found(model)
     try:
-        switch.make()
+        if example is None:
+            parts = next(plans)
+        else:
+            parts = settled(model, inputs_of(example, "example"), plans, partial(_go, model))
+        _go(model, [step for part in parts.values() for step in part.steps])
+        report = Report(tuple(row for part in parts.values() for row in part.rows))
         if not any(m.action in ("converted", "built so") for m in report.modules):
             warn(f"nothing was converted, the model computes padding as before: {report}.", VarlenWarning)
         return report
+    except BaseException:
+        with undone(partial(_go, model, before)):
+            raise
+
+
+def _go(model: nn.Module, steps: Sequence[Step]) -> None:
+    """From what has been done to a model to ``steps``."""
+    switch = Switch(lambda: _found(model), steps)
+    try:
+        switch.make()
     except BaseException:
         switch.undo()
         raise
 
 
-def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str) -> tuple[list[Step], Report]:
-    """What is to be done to a model, of which nothing is changed yet."""
+def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str, padding_rows: PaddingRows | None) -> dict[Any, Part]:
+    """What is to be done to a model, of which nothing is changed yet: to its models of transformers, and to each module of torch's with all
+    inside of it."""
     hf = _transformers(model)
-    rows, steps = hf.plan(model, level, hooks) if hf else ([], [])
-    found = candidates(model, hooks)
-    reports = [ModuleReport(*row) for row in rows]
-    classes: list[Step] = []
+    rows, steps = hf.plan(model, level, hooks, padding_rows) if hf else ([], [])
+    found, mixer = candidates(model, hooks), None if padding_rows else mixing(model)
+    parts: dict[Any, Part] = {None: Part([ModuleReport(*row) for row in rows], list(steps))}
     for c in found:
-        decision, original = _decide(c, found, level, need_weights), original_class(c.module)
+        decision, original = _decide(c, found, level, need_weights, mixer), original_class(c.module)
         new_class = decision.new_class or original
         restored = decision.new_class is None and type(c.module) is not original
-        reports.append(ModuleReport(c.name, original.__name__, "restored" if restored else decision.action, decision.reason))
+        outermost = c
+        while outermost.parent is not None:
+            outermost = outermost.parent
+        part = parts.setdefault(outermost.name, Part([], []))
+        part.rows.append(ModuleReport(c.name, original.__name__, "restored" if restored else decision.action, decision.reason))
         if new_class is not original:
-            classes.append(Class(c.module, new_class, original))
-    return [*classes, *steps], Report(tuple(reports))
+            wanted = {"hooks_packed": hooks == "packed", "padding_rows": padding_rows or decision.padding_rows}
+            changed = ((name, value) for name, value in wanted.items() if value != getattr(new_class, name))
+            part.steps.append(Class(c.module, new_class, original, tuple(changed)))
+    return parts
 
 
 def _found(model: nn.Module) -> list[Step]:
     """What has been done to a model."""
     hf = _transformers(model)
-    classes = [Class(m, type(m), original) for m in model.modules() if (original := original_class(m)) is not type(m)]
+    enabled = [(m, original) for m in model.modules() if (original := original_class(m)) is not type(m)]
+    classes = [Class(m, type(m), original, tuple((x, vars(m)[x]) for x in OPTIONS if x in vars(m))) for m, original in enabled]
     return [*classes, *(hf.found(model) if hf else [])]
 
 
@@ -133,18 +176,20 @@ def disable(model: nn.Module) -> Report:
         elif hasattr(original, "original_class") and is_varlen(module):
             reason = "its class was derived from the enabled one, as parametrisations do: remove them first"
             restored.append(ModuleReport(name, original.__name__, "left alone", reason))
-    report, switch = Report(tuple(restored)), Switch(lambda: _found(model), [])
-    try:
-        switch.make()
-        return report
-    except BaseException:
-        switch.undo()
-        raise
+    report = Report(tuple(restored))
+    _go(model, [])
+    return report
 
 
 @contextmanager
 def enabled(
-    model: nn.Module, level: Level = "auto", *, need_weights: bool = True, hooks: Literal["leave", "packed"] = "leave"
+    model: nn.Module,
+    level: Level = "auto",
+    *,
+    need_weights: bool = True,
+    hooks: Literal["leave", "packed"] = "leave",
+    padding_rows: PaddingRows | None = None,
+    example: Any = None,
 ) -> Iterator[Report]:
     """``with enabled(model) as report``: `enable` for the length of a block; afterwards every module is what it was before.
 
@@ -153,8 +198,8 @@ def enabled(
     """
     _check(model)
     before = _found(model)
-    with undone(lambda: Switch(lambda: _found(model), before).make()):
-        yield enable(model, level, need_weights=need_weights, hooks=hooks)
+    with undone(partial(_go, model, before)):
+        yield enable(model, level, need_weights=need_weights, hooks=hooks, padding_rows=padding_rows, example=example)
 
 
 def _transformers(model: nn.Module) -> Any:
@@ -172,7 +217,7 @@ def _check(model: nn.Module) -> None:
         raise ArgumentError(f"`model` must be a torch.nn.Module, but is {type(model).__name__}: pass the model itself.")
 
 
-def _check_options(level: Any, need_weights: Any, hooks: Any) -> None:
+def _check_options(level: Any, need_weights: Any, hooks: Any, padding_rows: Any) -> None:
     if level not in get_args(Level):
         raise ArgumentError(
             f"`level` must be 'auto', 'attention' or 'model', but is {level!r}: 'model' packs whole stacks, 'attention' calls of attention."
@@ -184,6 +229,10 @@ def _check_options(level: Any, need_weights: Any, hooks: Any) -> None:
     if hooks not in ("leave", "packed"):
         raise ArgumentError(
             f"`hooks` must be 'leave' or 'packed', but is {hooks!r}: 'leave' leaves modules with hooks alone, 'packed' converts them too."
+        )
+    if padding_rows not in (None, *get_args(PaddingRows)):
+        raise ArgumentError(
+            f"`padding_rows` must be None, 'edge', 'zero' or 'exact', but is {padding_rows!r}: None is the default of each kind of module."
         )
 
 
@@ -204,20 +253,21 @@ class _Decision(NamedTuple):
     new_class: type[nn.Module] | None
     action: Action
     reason: str
+    padding_rows: PaddingRows = "zero"
 
     @classmethod
     def alone(cls, reason: str) -> _Decision:
         return cls(None, "left alone", reason)
 
 
-def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: bool) -> _Decision:
+def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: bool, mixer: str | None) -> _Decision:
     """What becomes of one candidate, given all of them."""
     if is_varlen(c.module):
         return _Decision(None, "built so", f"a {type(c.module).__name__}: it packs already")
     if c.why_not is not None:
         return _Decision.alone(c.why_not)
     if c.host is nn.MultiheadAttention:
-        return _decide_attention(c, need_weights)
+        return _decide_attention(c, need_weights, mixer)
     new_class = _NEW_CLASSES.get((level, c.host))
     if new_class is None:
         return _Decision.alone(_ATTENTION_ONLY)
@@ -225,14 +275,20 @@ def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: bool
         layers = [x for x in found if x.host in LAYERS and any(x.module is unwrapped(m) for m in c.module.layers)]  # type: ignore[union-attr]
         if not any(is_varlen(x.module) or x.why_not is None for x in layers):
             return _Decision.alone("none of its layers can be converted")
-    return _Decision(new_class, "converted", "" if level == "model" else _ATTENTION_ONLY)
+    read = f'rows at padding are 0, which {mixer} may read: padding_rows="exact" keeps them' if mixer else ""
+    return _Decision(new_class, "converted", read if level == "model" else _ATTENTION_ONLY)
 
 
-def _decide_attention(c: Candidate, need_weights: bool) -> _Decision:
+def _decide_attention(c: Candidate, need_weights: bool, mixer: str | None) -> _Decision:
     layer = c.parent if c.parent is not None and c.parent.host in LAYERS else None
     if layer is not None and layer.host is nn.TransformerEncoderLayer and layer.why_not is not None:
         return _Decision.alone("part of a layer that is left alone, which in evaluation reads its weights and does not call it")
-    if not need_weights:
-        return _Decision(EnabledMultiheadAttentionWithoutWeights, "converted", "returns no attention weights unless asked")
-    pays = "pays for attention weights with the padded computation, unless called or enabled with need_weights=False"
-    return _Decision(EnabledMultiheadAttention, "converted", "" if layer is not None else pays)
+    new: type[nn.Module] = EnabledMultiheadAttentionWithoutWeights
+    why = ["returns no attention weights unless asked"]
+    if need_weights:
+        pays = "pays for attention weights with the padded computation, unless called or enabled with need_weights=False"
+        new, why = EnabledMultiheadAttention, [] if layer is not None else [pays]
+    if mixer is None or (layer is not None and layer.why_not is None):
+        return _Decision(new, "converted", "; ".join(why))
+    why.append(f'keeps torch\'s rows at padding, which {mixer} may read: padding_rows="zero" leaves them out')
+    return _Decision(new, "converted", "; ".join(why), "exact")

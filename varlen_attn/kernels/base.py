@@ -272,41 +272,32 @@ def contiguous_grad(x: Tensor) -> Tensor:
     return result
 
 
-class _GradWithoutSlack(torch.autograd.Function):
-    """Identity; its gradient is 0 in slack rows, whatever a kernel left there."""
+class _WithoutSlack(torch.autograd.Function):
+    """Identity, but that slack rows are 0: of the result, or else of its gradient, whatever a kernel left there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slack: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, slack: Tensor, in_result: bool) -> Tensor:
+        if in_result:
+            return x.masked_fill(slack, 0)
         ctx.save_for_backward(slack)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (slack,) = ctx.saved_tensors
-        return grad.masked_fill(slack, 0), None
-
-
-class _ResultWithoutSlack(torch.autograd.Function):
-    """0 in slack rows; its gradient is handed on as it is."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, slack: Tensor) -> Tensor:
-        return x.masked_fill(slack, 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        for slack in ctx.saved_tensors:
+            grad = grad.masked_fill(slack, 0)
+        return grad, None, None
 
 
 def grad_without_slack(x: Tensor, slack: Tensor) -> Tensor:
     """``x``, for a kernel that neither reads slack rows of ``x`` nor writes those of its gradient: without a copy of ``x``."""
-    result: Tensor = _GradWithoutSlack.apply(x, slack)
+    result: Tensor = _WithoutSlack.apply(x, slack, False)
     return result
 
 
 def result_without_slack(x: Tensor, slack: Tensor) -> Tensor:
     """0 in slack rows, for a kernel that did not write them and does not read those of the gradient of ``x``."""
-    result: Tensor = _ResultWithoutSlack.apply(x, slack)
+    result: Tensor = _WithoutSlack.apply(x, slack, True)
     return result
 
 
@@ -332,3 +323,10 @@ def zeros_with_grad(shape: Sequence[int], *tensors: Tensor) -> Tensor:
     """Zeros that depend on ``tensors`` with gradient 0: a batch without tokens must still run ``backward``."""
     nothing = sum((t[:0].sum() for t in tensors), start=tensors[0].new_zeros(()))
     return tensors[0].new_zeros(tuple(shape)) + nothing
+
+
+def nothing(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+    """The result where there is nothing to see: 0, gradient 0 and -inf."""
+    out = zeros_with_grad((*query.shape[:2], value.shape[-1]), query, key, value, *call.extras.tensors)
+    lse = out.new_full((out.shape[1], out.shape[0]), float("-inf"), dtype=accumulation_dtype(out.dtype))
+    return out, lse if call.semantics.return_lse else None

@@ -7,11 +7,13 @@ gradients (pytorch#196678). A query that sees no key gives 0 and a log-sum-exp o
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch import constant_while_tracing, is_transformed
+from .._torch import constant_while_tracing, is_observed, is_plain, is_transformed
 from .base import HALF, accumulation_dtype, pad_head_dim, repeat_kv
 from .problem import Semantics, strictly_deterministic
 from .values import NO_EXTRAS, Extras, ScoreBias
@@ -77,6 +79,11 @@ def dense_kernel_here(semantics: Semantics, *tensors: Tensor) -> str:
 # -------------------------------------------------------------------- masks and biases
 
 
+def is_nan(x: Tensor) -> bool:
+    """Whether one is among ``x``, in one pass; False where values must not be read."""
+    return is_plain(x) and not is_observed() and math.isnan(x.sum().item())
+
+
 def visible_mask(semantics: Semantics, rows: Tensor, columns: Tensor, offset: int | Tensor) -> Tensor | None:
     """True where query position ``rows`` sees key position ``columns``; None if all is visible. Shapes broadcast."""
     low, high = semantics.visible_range(0)
@@ -105,7 +112,7 @@ def _score_bias(bias: ScoreBias, num_heads: int, rows: Tensor, columns: Tensor) 
     return bias[head, rows, columns] if isinstance(bias, Tensor) else bias(head, rows, columns)
 
 
-def _may_be_blind(semantics: Semantics, offset: int | Tensor, len_q: int, len_k: int) -> bool:
+def _may_be_fully_masked(semantics: Semantics, offset: int | Tensor, len_q: int, len_k: int) -> bool:
     """Whether a query may see no key: what the host knows saves passes over the scores."""
     if isinstance(offset, Tensor):
         return True
@@ -158,7 +165,10 @@ def attend_dense(
     if kernel == FUSED:
         return _fused(query, key, value, visible, semantics.factor), None, None
     if kernel != EAGER and 0 not in (*query.shape[:3], *key.shape[:3]):
-        return *_by_kernel(kernel, query, key, value, visible, bias, semantics), None
+        out, its_lse = _by_kernel(kernel, query, key, value, visible, bias, semantics)
+        # The kernel of a CPU adds -inf to scores that it hides, and NaN stays NaN.
+        if kernel != FLASH_CPU or visible is None or not is_nan(its_lse):
+            return out, its_lse, None
 
     dtype = accumulation_dtype(query.dtype) if wide else query.dtype
     q, k, v = (x.to(dtype) for x in (query, *repeat_kv(num_heads, key, value)))
@@ -170,30 +180,31 @@ def attend_dense(
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     lse = scores.detach().logsumexp(-1) if semantics.return_lse else None
-    seen = None if sure and not _may_be_blind(semantics, offset, len_q, len_k) else visible if bias is None else ~torch.isneginf(scores)
+    all_see = sure and not _may_be_fully_masked(semantics, offset, len_q, len_k)
+    seen = None if all_see else visible if bias is None else ~torch.isneginf(scores)
     weights = _softmax(scores, None if seen is None else ~seen.any(-1, keepdim=True), extras.sinks)
     weights = F.dropout(weights, semantics.dropout_p)
     return (weights @ v).to(query.dtype), lse, weights
 
 
-def _softmax(scores: Tensor, blind: Tensor | None, sinks_N: Tensor | None) -> Tensor:
-    """Softmax in which a ``blind`` row, which is -inf throughout, is 0, with gradient 0 (a plain one gives NaN for both)."""
-    if blind is not None:
-        scores = scores.masked_fill(blind, 0.0)
+def _softmax(scores: Tensor, fully_masked: Tensor | None, sinks_N: Tensor | None) -> Tensor:
+    """Softmax in which a ``fully_masked`` row, which is -inf throughout, is 0, with gradient 0 (a plain one gives NaN for both)."""
+    if fully_masked is not None:
+        scores = scores.masked_fill(fully_masked, 0.0)
     if sinks_N is None:
         weights = scores.softmax(-1)
     else:
         sink = sinks_N.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
         weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
-    return weights if blind is None else weights.masked_fill(blind, 0.0)
+    return weights if fully_masked is None else weights.masked_fill(fully_masked, 0.0)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     """Rows that see nothing give 0 wherever the graph runs: some kernels, and ONNX, make NaN of them, so they see all and are zeroed."""
     if visible is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    blind = ~visible.any(-1, keepdim=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible | blind, scale=scale).masked_fill(blind, 0.0)
+    fully_masked = ~visible.any(-1, keepdim=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible | fully_masked, scale=scale).masked_fill(fully_masked, 0.0)
 
 
 def _by_kernel(
@@ -207,18 +218,18 @@ def _by_kernel(
     value_dim, len_k, dtype, scale = v.shape[-1], k.shape[2], q.dtype, semantics.factor
     mask = q.new_zeros((1, 1, 1, 1), dtype=accumulation_dtype(dtype) if kernel == FLASH_CPU else dtype) if bias is None else bias
     mask = mask if visible is None else mask.masked_fill(~visible, float("-inf"))
-    blind = torch.isneginf(mask).all(-1, keepdim=True)
+    fully_masked = torch.isneginf(mask).all(-1, keepdim=True)
     if kernel == FLASH_CPU:
         q, k, v = pad_head_dim(1, q, k, v)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
     else:
         q, k, v = pad_head_dim(8 if dtype in HALF else 4, q, *repeat_kv(q.shape[1], k, v))
-        mask = mask.masked_fill(blind, 0.0).clamp(min=torch.finfo(dtype).min).to(dtype)
+        mask = mask.masked_fill(fully_masked, 0.0).clamp(min=torch.finfo(dtype).min).to(dtype)
         mask = F.pad(mask.expand(*mask.shape[:-1], len_k), (0, -len_k % 16))[..., :len_k]
         mask = mask.expand(*q.shape[:3], len_k)  # after the copy, which a mask of padding alone makes of its (B, 1, 1, M) only
         out, lse = _in_parts(q, k, v, mask, scale, semantics.dropout_p)
-        out = torch.where(blind, 0, out)
-    return out[..., :value_dim], lse.detach().masked_fill(blind.squeeze(-1), float("-inf"))
+        out = torch.where(fully_masked, 0, out)
+    return out[..., :value_dim], lse.detach().masked_fill(fully_masked.squeeze(-1), float("-inf"))
 
 
 def _in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from .._torch import is_tracing, num_writes
-from ..layout.seq_layout import SeqLayout
+from ..layout.seq_layout import SeqLayout, is_captured
 
 _T = TypeVar("_T")
 
@@ -25,7 +25,7 @@ def kept(layout_q: SeqLayout, layout_kv: SeqLayout, key: Hashable, make: Callabl
     tracing.
     """
     offsets = layout_q.cu_seqlens, layout_kv.cu_seqlens
-    if is_tracing(*offsets) or _is_captured(offsets[0]) or any(x.is_inference() for x in offsets):
+    if is_tracing(*offsets) or is_captured(offsets[0]) or any(x.is_inference() for x in offsets):
         return make()
     versions = num_writes(offsets[0]), num_writes(offsets[1])
     known = _kept.setdefault(layout_q, WeakKeyDictionary()).setdefault(layout_kv, {})
@@ -34,7 +34,3 @@ def kept(layout_q: SeqLayout, layout_kv: SeqLayout, key: Hashable, make: Callabl
             known[key] = versions, make()
     result: _T = known[key][1]
     return result
-
-
-def _is_captured(x: torch.Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -20,9 +20,9 @@ class Index(NamedTuple):
     cu_seqlens: Tensor
     token_indices: Tensor
     gather_indices: Tensor
-    lengths: tuple[int, ...] | None
-    has_holes: bool | None
-    right_padded: bool | None
+    lengths: tuple[int, ...] | None = None
+    has_holes: bool | None = None
+    right_padded: bool | None = None
     has_slack: bool = False
     row_ids: Tensor | None = None
 
@@ -51,13 +51,7 @@ class Step(NamedTuple):
         return (tokens + min(tokens, seqs) * max(self.stride - self.reach, 0)) // self.stride
 
 
-def index_of_mask(
-    real_BS: Tensor,
-    bad_BS: Tensor | None,
-    mask: Tensor,
-    capacity: int | None,
-    validate: bool,
-) -> Index:
+def index_of_mask(real_BS: Tensor, bad_BS: Tensor | None, mask: Tensor, capacity: int | None, validate: bool) -> Index:
     """From a mask that is True at tokens; reads from the device at most once. ``bad_BS`` marks illegal values of ``mask``."""
     if bad_BS is not None and (capacity is not None or is_tracing(mask)):
         # Nothing is read here, so the device itself refuses.
@@ -79,7 +73,7 @@ def index_and_flags(real_BS: Tensor, flags: Sequence[Tensor], *, validate: bool)
     """
     lengths_B = real_BS.sum(1)
     if is_tracing(real_BS):
-        return exact(real_BS, lengths_B, None, has_holes=None, right_padded=None), ()
+        return exact(real_BS, lengths_B), ()
     read = torch.cat([lengths_B, torch.stack([*_forms(real_BS), *flags]).to(torch.int64)]).tolist()
     lengths, (some_hole, some_shift, *values) = tuple(read[: len(real_BS)]), read[len(real_BS) :]
     if validate and 0 in lengths and any(lengths):
@@ -95,10 +89,10 @@ def index_and_flags(real_BS: Tensor, flags: Sequence[Tensor], *, validate: bool)
 def exact(
     real_BS: Tensor,
     lengths_Q: Tensor,
-    lengths: tuple[int, ...] | None,
+    lengths: tuple[int, ...] | None = None,
     *,
-    has_holes: bool | None,
-    right_padded: bool | None,
+    has_holes: bool | None = None,
+    right_padded: bool | None = None,
     total: int | None = None,
 ) -> Index:
     """T is the number of real tokens; one sequence a row."""
@@ -109,14 +103,7 @@ def exact(
     else:
         token_indices = torch.nonzero_static(flat, size=total).squeeze(1)
     mark_unbacked(token_indices)
-    return Index(
-        cu_seqlens=_offsets(lengths_Q),
-        token_indices=token_indices,
-        gather_indices=flat.cumsum(0) * flat,
-        lengths=lengths,
-        has_holes=has_holes,
-        right_padded=right_padded,
-    )
+    return Index(_offsets(lengths_Q), token_indices, flat.cumsum(0) * flat, lengths, has_holes, right_padded)
 
 
 def index_of_all(batch_size: int, padded_len: int, device: torch.device) -> Index:
@@ -131,7 +118,7 @@ def index_of_frames(lengths_B: Tensor, padded_len: int, capacity: int | None) ->
     real_BS = torch.arange(padded_len, device=lengths_B.device) < lengths_B[:, None]
     if capacity is not None:
         return with_capacity(real_BS, capacity)
-    return exact(real_BS, lengths_B, None, has_holes=False, right_padded=True)
+    return exact(real_BS, lengths_B, has_holes=False, right_padded=True)
 
 
 def refuse_bad_values(bad_BS: Tensor) -> None:
@@ -208,15 +195,7 @@ def with_capacity(real_BS: Tensor, capacity: int) -> Index:
     slot = torch.where(flat, (rank - 1).clamp(max=capacity), capacity)
     token_indices = torch.zeros(capacity + 1, dtype=torch.int64, device=flat.device)
     token_indices = token_indices.scatter(0, slot, torch.arange(flat.shape[0], device=flat.device))
-    return Index(
-        cu_seqlens=_offsets(lengths_B),
-        token_indices=token_indices[:capacity].clone(),
-        gather_indices=rank * flat,
-        lengths=None,
-        has_holes=None,
-        right_padded=None,
-        has_slack=True,
-    )
+    return Index(_offsets(lengths_B), token_indices[:capacity].clone(), rank * flat, has_slack=True)
 
 
 def index_of_documents(ids: Tensor, max_docs: int | None) -> Index:

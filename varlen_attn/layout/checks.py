@@ -22,16 +22,9 @@ def describe(x: Any) -> str:
     return f"{x.dtype}, {shape}, with layout {x.layout}"
 
 
-def check_size(value: Any, name: str) -> int:
-    """A number of rows or columns."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
-        raise LayoutError(f"`{name}` must be an integer of at least 0, but is {value!r}.")
-    return int(value)
-
-
-def check_at_least(least: int, value: Any, name: str, fix: str) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-        raise ArgumentError(f"`{name}` must be an integer of at least {least}, but is {value!r}: {fix}.")
+def check_at_least(least: int, value: Any, name: str, fix: str = "", error: type[ArgumentError] = ArgumentError) -> int:
+    if not is_integer(value) or value < least:
+        raise error(f"`{name}` must be an integer of at least {least}, but is {value!r}{fix and f': {fix}'}.")
     return int(value)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -57,14 +57,20 @@ class PaddedRows(SeqLayout):
         # By way of one dimension, because torch.export guards on the stride of merged dimensions, and refuses named ones for it.
         return self._filled(x, 0.0).reshape(-1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
-    def unpack(self, x: Tensor, pad_value: float = 0.0) -> Tensor:
-        return self._filled(x.reshape(self.batch_size, self.padded_len, *x.shape[1:]), pad_value)
+    def unpack(self, x: Tensor, pad_value: float | Literal["edge"] = 0.0) -> Tensor:
+        x_BS = x.reshape(self.batch_size, self.padded_len, *x.shape[1:])
+        if self.padding is None or not isinstance(pad_value, str):
+            return self._filled(x_BS, pad_value)
+        return x_BS.where(~self._wide(x_BS), self._edges(pad_value).rows_of(x.detach()).view_as(x_BS))
 
     def _check_tensors(self, *, again: bool = False, traced: bool = False) -> None:
         """They are made from sizes, in the graph that uses them."""
 
-    def _filled(self, x: Tensor, value: float) -> Tensor:
-        return x if self.padding is None else x.masked_fill(self.padding.view(*self.padding.shape, *[1] * (x.dim() - 2)), value)
+    def _filled(self, x: Tensor, value: Any) -> Tensor:
+        return x if self.padding is None else x.masked_fill(self._wide(x), value)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return self.padding_mask().view(self.batch_size, self.padded_len, *[1] * (x.dim() - 2))
 
     def _not_here(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise LayoutError(

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,37 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 STAND_INS = {d: _INTEGERS[d.itemsize] for name, d in vars(torch).items() if isinstance(d, torch.dtype) and _UNMOVED.fullmatch(name)}
 
 
+class Edges(NamedTuple):
+    """Where every padded position takes its row from: a token from itself, padding from the nearest token before it in its batch row,
+    else from the first one after it.
+
+    Attributes:
+        indices: ``(B*S,)`` of packed rows.
+        shifted: they are one larger, because 0 says that the batch row has no token, which then is 0.
+    """
+
+    indices: Tensor
+    shifted: bool
+
+    @classmethod
+    def of(cls, gather_indices_BS: Tensor, *, leading: bool, empty: bool) -> Edges:
+        """From packed rows plus 1, 0 at padding. Reads nothing from a device.
+
+        Args:
+            gather_indices_BS: as in a layout, ``(B, S)``.
+            leading: whether padding may come before the tokens of a row.
+            empty: whether a row may have no token.
+        """
+        indices = gather_indices_BS.cummax(1).values
+        if leading and indices.shape[1]:
+            first = torch.where(indices > 0, indices, torch.iinfo(indices.dtype).max).amin(1, keepdim=True)
+            indices = torch.where(indices[:, -1:] == 0, 0, indices.maximum(first)) if empty else indices.maximum(first)
+        return cls((indices if empty else indices - 1).flatten(), empty)
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        return scatter_rows(x, self.indices, 0) if self.shifted else x.index_select(0, self.indices)
+
+
 class Pack(torch.autograd.Function):
     """Rows of the padded tensor, in packed order. ``valid_T`` is None unless there are slack rows."""
 
@@ -58,7 +89,7 @@ class Pack(torch.autograd.Function):
 
 
 class Unpack(torch.autograd.Function):
-    """Rows of the packed tensor at their places in the padded one, ``pad_value`` elsewhere."""
+    """Rows of the packed tensor at their places in the padded one, elsewhere ``pad_value``, or those of ``edges``, without a gradient."""
 
     @staticmethod
     def forward(
@@ -68,13 +99,14 @@ class Unpack(torch.autograd.Function):
         gather_indices: Tensor,
         valid_T: Tensor | None,
         pad_value: float,
+        edges: Edges | None = None,
     ) -> Tensor:
         ctx.save_for_backward(token_indices, gather_indices, valid_T)
-        return place_rows(x, token_indices, gather_indices, valid_T, pad_value)
+        return place_rows(x, token_indices, gather_indices, valid_T, pad_value) if edges is None else edges.rows_of(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return Pack.apply(grad, *ctx.saved_tensors), None, None, None, None
+        return Pack.apply(grad, *ctx.saved_tensors), None, None, None, None, None
 
 
 # -------------------------------------------------------------------- the formulas

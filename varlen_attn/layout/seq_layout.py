@@ -47,14 +47,13 @@ from .checks import (
     check_offsets,
     check_offsets_tensor,
     check_rank,
-    check_size,
     check_takes_rows,
     describe,
     host_lengths,
     shorten,
     signed_pad_value,
 )
-from .rows import STAND_INS, Pack, Unpack, gather_rows, place_rows, scatter_rows, take_rows
+from .rows import STAND_INS, Edges, Pack, Unpack, gather_rows, place_rows, scatter_rows, take_rows
 
 Pooling = Literal["mean", "max", "sum", "first", "last"]
 P = ParamSpec("P")
@@ -196,7 +195,7 @@ class SeqLayout:
             check_integer_vector(lengths, "lengths")
         values = host_lengths(lengths)
         longest = max(values, default=0)
-        size = longest if padded_len is None else check_size(padded_len, "padded_len")
+        size = longest if padded_len is None else check_at_least(0, padded_len, "padded_len", error=LayoutError)
         if longest > size:
             raise LayoutError(
                 f"`lengths[{values.index(longest)}]` must be at most padded_len = {size}, but is {longest}: "
@@ -276,7 +275,9 @@ class SeqLayout:
         check_rank(ids, "ids")
         if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
             raise DtypeError(f"`ids` must have an integer dtype, but is {ids.dtype}: number the documents 1, 2, ...")
-        return cls._of(index_of_documents(ids, None if max_docs is None else check_size(max_docs, "max_docs")), ids.shape)
+        return cls._of(
+            index_of_documents(ids, None if max_docs is None else check_at_least(0, max_docs, "max_docs", error=LayoutError)), ids.shape
+        )
 
     @classmethod
     @_constructor
@@ -392,8 +393,11 @@ class SeqLayout:
             return packed
         return take_rows(flat, self.token_indices, valid_T)
 
-    def unpack(self, x: Tensor, pad_value: float = 0) -> Tensor:
+    def unpack(self, x: Tensor, pad_value: float | Literal["edge"] = 0) -> Tensor:
         """``(T, ...) -> (B, S, ...)``: tokens at their places, ``pad_value`` at padding; the backward of `pack`.
+
+        ``"edge"`` repeats tokens: padding holds what the nearest token before it in its row holds, else the first one after it, and takes
+        no gradient. A row without any token is 0.
 
         Raises:
             LayoutError: ``x`` does not have T rows, or is on another device.
@@ -401,27 +405,53 @@ class SeqLayout:
             DtypeError: ``x`` is quantised in a way that torch takes no rows of.
         """
         self._check(x, (self.token_indices.shape[0],), "x")
+        edges = None
+        if isinstance(pad_value, str):
+            edges, pad_value = self._edges(pad_value), 0
         exact = not (x.is_floating_point() or x.is_complex() or x.is_quantized)
         if exact and pad_value % 1 != 0:
             raise ArgumentError(f"`pad_value` must be an integer for a tensor of {x.dtype}, but is {pad_value}.")
         value = int(pad_value) if exact else pad_value
         if x.dtype in STAND_INS:
-            return self.unpack(x.view(STAND_INS[x.dtype]), signed_pad_value(value, x.dtype)).view(x.dtype)
+            return self.unpack(x.view(STAND_INS[x.dtype]), "edge" if edges else signed_pad_value(value, x.dtype)).view(x.dtype)
         if needs_plain_gathers():
             padded = scatter_rows(x, self.gather_indices, value)
+            if edges is not None:
+                padding = (self.gather_indices == 0).view(-1, *[1] * (x.dim() - 1))
+                padded = torch.where(padding, edges.rows_of(x.detach()), padded)
         else:
             valid_T = self.valid_rows() if self.has_slack else None
             if torch.is_grad_enabled() and x.requires_grad:
-                padded = Unpack.apply(x, self.token_indices, self.gather_indices, valid_T, value)
+                padded = Unpack.apply(x, self.token_indices, self.gather_indices, valid_T, value, edges)
+            elif edges is not None:
+                padded = edges.rows_of(x)
             else:
                 padded = place_rows(x, self.token_indices, self.gather_indices, valid_T, value)
         return padded.reshape(self.batch_size, self.padded_len, *x.shape[1:])
+
+    @_constructor
+    def _edges(self, how: str) -> Edges:
+        """Kept for a layout, except where its tensors may be written to."""
+        if how != "edge":
+            raise ArgumentError(f'`pad_value` must be a number or "edge", but is {how!r}.')
+        traced = is_tracing(self.cu_seqlens)
+        known = None if traced else _edges.get(self)
+        if known is None:
+            empty = traced or self.lengths is None or 0 in self.lengths or self.row_ids is not None
+            known = Edges.of(self.gather_indices.view(self.batch_size, self.padded_len), leading=not self.right_padded, empty=empty)
+            if not (traced or self.has_slack or is_captured(self.cu_seqlens)):
+                _edges[self] = known
+        return known
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """``(T, ...) -> Q`` views, one a sequence. Needs lengths on the host."""
         self._check(x, (self.num_rows,), "x")
         self._check_tensors(again=True, traced=True)
-        views: tuple[Tensor, ...] = x[: self.total].split(list(self._host_lengths("split")))
+        if self.lengths is None:
+            raise LayoutError(
+                "split needs the lengths on the host, but only the device knows them: build the layout from lengths, or without `capacity`."
+            )
+        views: tuple[Tensor, ...] = x[: self.total].split(list(self.lengths))
         return views
 
     def to_nested(self, x: Tensor) -> Tensor:
@@ -663,18 +693,16 @@ class SeqLayout:
             raise LayoutError(message)
         refuse_shifted(~self.padding_mask(), message)
 
-    def _host_lengths(self, what: str) -> tuple[int, ...]:
-        if self.lengths is None:
-            raise LayoutError(
-                f"{what} needs the lengths on the host, but only the device knows them: build the layout from lengths, or "
-                "without `capacity`."
-            )
-        return self.lengths
-
 
 # The version of the offsets at which the tensors of a layout were found to belong together. Not an attribute, which a pickle would carry.
 _known: WeakKeyDictionary[SeqLayout, int] = WeakKeyDictionary()
+_edges: WeakKeyDictionary[SeqLayout, Edges] = WeakKeyDictionary()
 _UNCHECKED = -1
+
+
+def is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, whose memory must not be kept."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def padding_of(mask: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,7 @@ class MaskFacts(NamedTuple):
     Attributes:
         layout: of ``key_padding_mask``; None without one.
         additive: its values are more than 0 and -inf, or want a gradient: they belong into the scores.
-        not_causal: ``attn_mask`` is not known to hide exactly the keys after each query.
+        not_causal: ``attn_mask`` is not known to hide exactly the keys after each query, at padding whatever it wants.
     """
 
     layout: SeqLayout | None
@@ -42,8 +42,8 @@ def read_masks(x: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | N
     if key_padding_mask is not None and key_padding_mask.is_floating_point():
         hidden = torch.isneginf(key_padding_mask)
         questions["additive"] = ((key_padding_mask != 0) & ~hidden).any()
-    if attn_mask is not None and compare:
-        questions["not causal"] = _is_not_causal(attn_mask)
+    if attn_mask is not None and compare and not is_tracing(x):
+        questions["not causal"] = _is_not_causal(attn_mask, hidden)
     layout: SeqLayout | None = None
     answers: dict[str, bool] = {}
     if hidden is not None and static_graph():
@@ -71,9 +71,11 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, float("-inf"))
 
 
-def _is_not_causal(mask: Tensor) -> Tensor:
-    """Whether a bool or additive ``(..., L, S)`` mask hides anything else than the keys after each query."""
+def _is_not_causal(mask: Tensor, padding: Tensor | None) -> Tensor:
+    """Whether a bool or additive ``(..., L, S)`` mask hides anything else than the keys after each query, of keys that are no padding."""
     after = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
-    if mask.dtype == torch.bool:
-        return (mask != after).any()
-    return (torch.where(after, torch.isneginf(mask), mask == 0)).logical_not().any()
+    wrong = mask != after if mask.dtype == torch.bool else torch.where(after, ~torch.isneginf(mask), mask != 0)
+    if padding is not None and padding.device == mask.device:
+        heads = len(mask) // max(len(padding), 1)
+        wrong &= ~(padding.repeat_interleave(heads, 0)[:, None] if mask.dim() == 3 else padding.all(0))
+    return wrong.any()

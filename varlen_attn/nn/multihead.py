@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from ..attention.export import refuse_order, static_graph, static_layouts
 from ..attention.forms import (
     ROWS,
     Form,
+    PaddingRows,
     batch_first,
     form_of,
     full_layout,
@@ -84,8 +85,9 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
 
     - ``need_weights`` is **False** by default: asking for weights forces the dense computation.
     - If query and key are the same memory (``query.is_set_to(key)``: one object, or detached copies of one), or ``key`` is left out, the
-      key padding mask holds for queries too: padded rows of the result, of the weights and of the gradients are exactly 0.
-      ``zero_padding_rows=False`` keeps torch's rows there. With another key every query row is real.
+      key padding mask holds for queries too: padded rows of the result, of the weights and of the gradients are exactly 0. With
+      ``padding_rows="exact"`` they are torch's, with ``"edge"`` rows of the result are that of the nearest token. With another key every
+      query row is real.
     - ``is_causal=True`` without a mask means causal (top-left); torch raises.
     - A query without a visible key gives 0 (before the output projection), and never NaN.
 
@@ -93,12 +95,14 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as torch's.
         backend: ``"auto"``, or an order for `varlen_attention`.
         window: ``(left, right)``, how many other tokens are visible on each side; None is unlimited.
-        zero_padding_rows: see above.
+        padding_rows: see above.
+        zero_padding_rows: False is ``padding_rows="exact"``.
     """
 
     # Class attributes too, so that an instance pickled or converted without them works.
     backend: str | Backend = "auto"
     window: tuple[int | None, int | None] | None = None
+    padding_rows: PaddingRows = "zero"
     zero_padding_rows: bool = True
 
     def __init__(
@@ -117,10 +121,14 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         *,
         backend: str | Backend = "auto",
         window: tuple[int | None, int | None] | None = None,
+        padding_rows: PaddingRows = "zero",
         zero_padding_rows: bool = True,
     ) -> None:
         super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
-        self.backend, self.window, self.zero_padding_rows = backend, window, zero_padding_rows
+        if padding_rows not in get_args(PaddingRows):
+            raise ArgumentError(f"`padding_rows` must be 'edge', 'zero' or 'exact', but is {padding_rows!r}: 'exact' is torch's rows.")
+        self.backend, self.window, self.padding_rows = backend, window, padding_rows if zero_padding_rows else "exact"
+        self.zero_padding_rows = self.padding_rows != "exact"
         self.register_forward_pre_hook(_block_fast_path)
 
     def forward(
@@ -147,8 +155,8 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             key, value: ``(B, S, kdim)`` and ``(B, S, vdim)`` likewise; ``query`` and ``key`` if left out.
             key_padding_mask: ``(B, S)``, or ``(S,)`` unbatched; True is padding. Floats are added to the scores, as torch does.
             need_weights: also return the attention weights (computed the dense way).
-            attn_mask: ``(L, S)`` or ``(B*N, L, S)``; True hides. Served packed where ``is_causal`` is given and it is exactly
-                causal (compared once; while tracing trusted, as torch documents), else the dense way.
+            attn_mask: ``(L, S)`` or ``(B*N, L, S)``; True hides. Served packed where it is exactly causal at all real keys (compared once,
+                where ``is_causal`` or a padding mask is given; while tracing the first is trusted, as torch documents), else the dense way.
             average_attn_weights: average the weights over heads.
             is_causal: query i sees keys up to i.
             layout, layout_kv: of queries and of keys, (B, S) whatever ``batch_first``, in place of the mask.
@@ -198,7 +206,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         layouts, causal, why_dense = self._plan(inputs, masks, need_weights, is_causal, window is not None, layout, layout_kv)
         if why_dense is None:
             rows = inputs.each(*layouts, partial(pack_rows, form=form))
-            return unpack_rows(layouts[0], self._attend(*rows, *layouts, causal, window, order), form, given), None
+            return unpack_rows(layouts[0], self._attend(*rows, *layouts, causal, window, order), form, given, self.padding_rows), None
         self._refuse_dense(order, layouts, why_dense)
         check_holes(*layouts, Semantics.of(window=window))
         bias = self._bias(inputs, layouts, key_padding_mask, None if causal else attn_mask, causal, window)
@@ -206,12 +214,19 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         own = layouts[0]
-        out = unpack_rows(own, own.pack(out), form, given) if form in ROWS else given_form(form, _without_padding(own, out))
+        if form in ROWS or self.padding_rows == "edge":
+            out = unpack_rows(own, own.pack(out), form, given, self.padding_rows)
+        else:
+            out = given_form(form, _without_padding(own, out))
         return out, weights[0] if weights is not None and form == "unbatched" else weights
 
     forward.takes_prepared = forward  # type: ignore[attr-defined]
 
     # ---------------------------------------------------------------- which way
+
+    @property
+    def _keeps_rows(self) -> bool:
+        return self.padding_rows == "exact" or not self.zero_padding_rows
 
     def _plan(
         self,
@@ -228,28 +243,29 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         Reads a device mask once: lengths, where padding is, whether a float mask is padding only, whether ``attn_mask`` is causal.
         """
         mask, attn_mask = masks
-        facts = read_masks(inputs.key, mask, attn_mask, hint=is_causal, compare=is_causal)
+        # Without a padding mask nothing is read anyway, and without padding nothing is to be won.
+        facts = read_masks(inputs.key, mask, attn_mask, hint=is_causal, compare=is_causal or mask is not None)
+        causal = is_causal if attn_mask is None else not facts.not_causal
         layouts = self._layouts(inputs, facts.layout, layout, layout_kv)
         apart = layouts[0] is not layouts[1]
-        shifted = is_causal and apart and not all(x.right_padded for x in layouts)
+        shifted = causal and apart and not all(x.right_padded for x in layouts)
         reasons = (
             (need_weights, "need_weights=True: weights exist only in the dense computation, flash was bypassed for them alone"),
-            (facts.not_causal, "attn_mask is not known to be causal, or the padding mask of a stack is additive"),
+            (facts.not_causal, "attn_mask is not causal, or only is_causal=True could say so (no padding mask, or traced)"),
             (facts.additive, "key_padding_mask is additive: it has values other than 0 and -inf, or wants a gradient"),
             (shifted, "causal with unlike padding of queries and keys: columns, which torch compares, differ from packed positions"),
-            (windowed and apart and inputs.self_attention, "a window over padded rows, which zero_padding_rows=False keeps"),
+            (windowed and apart and inputs.self_attention, "a window over padded rows, which padding_rows='exact' keeps"),
             (self.bias_k is not None, "add_bias_kv"),
             (self.add_zero_attn, "add_zero_attn"),
         )
-        return layouts, is_causal and not facts.not_causal, next((text for holds, text in reasons if holds), None)
+        return layouts, causal, next((text for holds, text in reasons if holds), None)
 
     def _layouts(
         self, inputs: _Inputs, masked: SeqLayout | None, layout: SeqLayout | None, layout_kv: SeqLayout | None
     ) -> tuple[SeqLayout, SeqLayout]:
         """``masked`` is the layout of the key padding mask."""
         if masked is not None:
-            masks_queries = inputs.self_attention and self.zero_padding_rows
-            return masked if masks_queries else full_layout(inputs.query), masked
+            return masked if inputs.self_attention and not self._keeps_rows else full_layout(inputs.query), masked
         if layout is None and layout_kv is None:
             own = full_layout(inputs.query)
             return own, own if inputs.key.shape[:2] == inputs.query.shape[:2] else full_layout(inputs.key)
@@ -262,7 +278,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         if inputs.form not in ROWS:
             own._check(inputs.query, (own.batch_size, own.padded_len), "query")
             other._check(inputs.key, (other.batch_size, other.padded_len), "key")
-            if inputs.self_attention and not self.zero_padding_rows:
+            if inputs.self_attention and self._keeps_rows:
                 own = full_layout(inputs.query)
         return own, other
 
@@ -305,7 +321,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
 
     def extra_repr(self) -> str:
         options = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
-        return f"{options}, backend={self.backend!r}, window={self.window}, zero_padding_rows={self.zero_padding_rows}"
+        return f"{options}, backend={self.backend!r}, window={self.window}, padding_rows={self.padding_rows!r}"
 
     def _attend(
         self,
@@ -349,7 +365,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             terms.append(torch.ones(layout_q.padded_len, layout_k.padded_len, dtype=torch.bool, device=device).triu(1)[None, None])
         if window is not None:
             # Counted in tokens, around the aligned position (bottom-right unless causal), as packed attention counts. The rows that
-            # zero_padding_rows=False keeps are counted with the tokens of their own sequence.
+            # padding_rows="exact" keeps are counted with the tokens of their own sequence.
             real_q, real_k = (~x.padding_mask() for x in (layout_k if inputs.self_attention else layout_q, layout_k))
             offset = 0 if causal else (real_k.sum(1) - real_q.sum(1)).view(-1, 1, 1, 1)
             rows, columns = real_q.cumsum(1)[:, None, :, None], real_k.cumsum(1)[:, None, None]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._torch import mark_unbacked, trace_quietly
 from ..attention.checks import check_layouts
 from ..attention.export import static_layouts
-from ..attention.forms import ROWS, Form, batch_first, form_of, full_layout, nested_rows, pack_rows, unpack_rows
+from ..attention.forms import ROWS, Form, PaddingRows, batch_first, form_of, full_layout, nested_rows, pack_rows, unpack_rows
 from ..errors import ArgumentError, LayoutError
 from ..layout.seq_layout import SeqLayout
 from .checks import check_inputs
@@ -63,9 +63,9 @@ class PackedInput(NamedTuple):
     form: Form
     given: Tensor
 
-    def restore(self, rows: Tensor) -> Tensor:
-        """``rows`` in the form in which the input came; 0 at padding."""
-        return unpack_rows(self.layout, rows, self.form, self.given)
+    def restore(self, rows: Tensor, padding_rows: PaddingRows) -> Tensor:
+        """``rows`` in the form in which the input came."""
+        return unpack_rows(self.layout, rows, self.form, self.given, padding_rows)
 
     def prepared(self, layers: Iterable[nn.Module], memory: PackedInput | None = None) -> Prepared:
         """For attention of these rows to themselves, or to those of ``memory``, in ``layers``."""
@@ -175,6 +175,12 @@ def pack_input(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Pac
     assert padding is not None
     added = _added_to_scores(padding.to(x.device, x.dtype), stream, queries or stream, int(attn.num_heads))  # type: ignore[arg-type]
     return stream._replace(causal=False, mask=added)
+
+
+def filled(padded: Tensor, padding: Tensor, attn: nn.Module, padding_rows: PaddingRows) -> Tensor:
+    """What was computed on padded tensors, as `PackedInput.restore` gives it."""
+    stream = pack_input(attn, "output", padded, Masks(padding, None, False, None))
+    return stream.restore(stream.rows, padding_rows)
 
 
 def _check(attn: nn.Module, name: str, x: Tensor, packed_by: SeqLayout | None, masks: Masks, queries: PackedInput | None) -> None:

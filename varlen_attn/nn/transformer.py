@@ -17,6 +17,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention.forms import PaddingRows
 from ..layout.seq_layout import SeqLayout
 from .multihead import VarlenMultiheadAttention
 from .stream import Masks, Prepared, pack_input, takes_prepared
@@ -33,6 +34,8 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
     training and evaluation agree when dropout is 0. Every submodule is called, on packed rows ``(T, D)``, so that whatever replaces it
     (LoRA, another norm or activation) runs, and must be token-wise.
     """
+
+    padding_rows: PaddingRows = "zero"
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
         if type(prepared) is Prepared:
             return self._compute(src, prepared)
         stream = pack_input(self.self_attn, "src", src, Masks(src_key_padding_mask, src_mask, is_causal, layout))
-        return stream.restore(self._compute(stream.rows, stream.prepared([self])))
+        return stream.restore(self._compute(stream.rows, stream.prepared([self])), self.padding_rows)
 
     def _compute(self, x: Tensor, layout: Any) -> Tensor:
         """The layer on packed rows, or on what `_attend` takes in place of a layout."""
@@ -119,6 +122,8 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
     once: one transfer from a mask on a device, none with ``layout=`` made from host lengths. A ``mask`` beside ``layout=`` is one transfer
     more, because it is compared with a causal one: pass ``is_causal=True`` without a mask where that is what it is.
     """
+
+    padding_rows: PaddingRows = "zero"
 
     def __init__(
         self,
@@ -173,13 +178,13 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
         for layer in self.layers:
             if takes_prepared(layer, prepared):
                 x = layer(x, layout=prepared)
-            elif _takes(layer, "layout"):
+            elif takes_layouts(layer):
                 x = layer(x, src_mask=stream.mask, is_causal=stream.causal, layout=stream.layout)
             else:
                 x = _padded_encoder_layer(layer, x, prepared)
         if self.norm is not None:
             x = self.norm(x)
-        return stream.restore(x)
+        return stream.restore(x, self.padding_rows)
 
 
 class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -187,6 +192,8 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
 
     As `VarlenTransformerEncoderLayer`. The masks of targets and memory are independent, and either may be left out.
     """
+
+    padding_rows: PaddingRows = "zero"
 
     def __init__(
         self,
@@ -247,7 +254,8 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
         target = pack_input(self.self_attn, "tgt", tgt, Masks(tgt_key_padding_mask, tgt_mask, tgt_is_causal, layout))
         masks = Masks(memory_key_padding_mask, memory_mask, memory_is_causal, layout_kv)
         source = pack_input(self.multihead_attn, "memory", memory, masks, target)
-        return target.restore(self._compute(target.rows, source.rows, target.prepared([self]), target.prepared([self], source)))
+        rows = self._compute(target.rows, source.rows, target.prepared([self]), target.prepared([self], source))
+        return target.restore(rows, self.padding_rows)
 
     forward.takes_prepared = forward  # type: ignore[attr-defined]
 
@@ -279,6 +287,8 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
 
     As `VarlenTransformerEncoder`; a layer of another class gets packed rows if its ``forward`` takes ``layout=`` and ``layout_kv=``.
     """
+
+    padding_rows: PaddingRows = "zero"
 
     def __init__(self, decoder_layer: nn.TransformerDecoderLayer, num_layers: int, norm: nn.Module | None = None) -> None:
         super().__init__(decoder_layer, num_layers, norm)
@@ -318,7 +328,7 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
         for layer in self.layers:
             if takes_prepared(layer, own) and across.written:
                 x = layer(x, source.rows, layout=own, layout_kv=across)
-            elif _takes(layer, "layout", "layout_kv"):
+            elif takes_layouts(layer, "layout", "layout_kv"):
                 x = layer(
                     x, source.rows, tgt_mask=target.mask, memory_mask=source.mask, tgt_is_causal=target.causal,
                     memory_is_causal=source.causal, layout=target.layout, layout_kv=source.layout,
@@ -327,7 +337,7 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
                 x = _padded_decoder_layer(layer, x, source.rows, own, across)
         if self.norm is not None:
             x = self.norm(x)
-        return target.restore(x)
+        return target.restore(x, self.padding_rows)
 
 
 # -------------------------------------------------------------------- modules that know no layout
@@ -365,9 +375,9 @@ def unwrapped(layer: nn.Module) -> nn.Module:
     return layer if inner is None else unwrapped(inner)
 
 
-def _takes(layer: nn.Module, *names: str) -> bool:
-    """Whether a layer can be called on packed rows, with these layouts."""
-    layer = unwrapped(layer)
+def takes_layouts(layer: nn.Module, *names: str) -> bool:
+    """Whether a layer can be called on packed rows, with these layouts; ``layout`` by default."""
+    layer, names = unwrapped(layer), names or ("layout",)
     ours = (VarlenTransformerEncoderLayer, VarlenTransformerDecoderLayer)
     return isinstance(layer, ours) or {*names} <= {*inspect.signature(type(layer).forward).parameters}
 

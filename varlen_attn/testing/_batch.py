@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._torch import pytree
+from ..data.batches import Inputs, inputs_of, is_layout, map_tensors, masks_in, tensors_in
 from ..errors import ArgumentError
 from ..layout.seq_layout import SeqLayout
-
-Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def map_tensors(change: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
-    """Every tensor changed; layouts stay whole."""
-    return pytree.tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, inputs, is_leaf=_is_layout)  # type: ignore[no-any-return]
-
-
-def _is_layout(x: Any) -> bool:
-    return isinstance(x, SeqLayout)
-
-
-def tensors_in(inputs: Inputs) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(inputs, is_leaf=_is_layout) if isinstance(x, Tensor)]
 
 
 def _is_parts(name: str, value: Any) -> bool:
@@ -51,13 +36,8 @@ class PaddedBatch:
 
     @classmethod
     def of(cls, batch: Any, layout: SeqLayout | Tensor | None, batch_first: bool) -> PaddedBatch:
-        if isinstance(batch, Mapping):
-            inputs: Inputs = (), dict(batch)
-        elif isinstance(batch, tuple | list | Tensor):
-            inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch), {}
-        else:
-            raise ArgumentError(f"`batch` must be a tuple, list, mapping or tensor, but is {type(batch).__name__!r}: pass the arguments.")
-        found = _masks_in(inputs)
+        inputs = inputs_of(batch, "batch")
+        found = {name: x for name, x in masks_in(inputs).items() if not name.endswith("_attention_mask")}
         real = _real_tokens(inputs, found, layout, batch_first)
         self = cls(inputs, real, batch_first, _ids(found), real.shape[0])
         self._check()
@@ -65,7 +45,7 @@ class PaddedBatch:
             return self
         copies = 2 if real.shape[1] != 2 else 3  # B = S would hide which is which
         inputs = self._take([0] * copies, None)
-        return cls(inputs, real.repeat(copies, 1), batch_first, _ids(_masks_in(inputs)), 1)
+        return cls(inputs, real.repeat(copies, 1), batch_first, _ids(masks_in(inputs)), 1)
 
     def _check(self) -> None:
         tensors = tensors_in(self.inputs)
@@ -132,7 +112,7 @@ class PaddedBatch:
                     x = x.index_select(axis, columns.to(x.device))
             return x
 
-        args, kwargs = pytree.tree_map(cut, self.inputs, is_leaf=_is_layout)
+        args, kwargs = pytree.tree_map(cut, self.inputs, is_leaf=is_layout)
         return args, kwargs
 
     def _is_packed(self, x: Tensor) -> bool:
@@ -155,24 +135,6 @@ class PaddedBatch:
 
 def _ids(found: dict[str, tuple[Any, Tensor]]) -> frozenset[int]:
     return frozenset(id(value) for value, _ in found.values())
-
-
-def _masks_in(inputs: Inputs) -> dict[str, tuple[Any, Tensor]]:
-    """The arguments that say which tokens are real, and what they say."""
-    found: dict[str, tuple[Any, Tensor]] = {}
-    positional = {f"argument {i}": value for i, value in enumerate(inputs[0])}
-    for name, value in (positional | inputs[1]).items():
-        if isinstance(value, SeqLayout):
-            if value.row_ids is not None:
-                raise ArgumentError(f"`{name}` must have one sequence a row, but has several documents: build it from a mask.")
-            found[name] = value, ~value.padding_mask()
-        elif not isinstance(value, Tensor) or value.dim() != 2:
-            continue
-        elif name == "attention_mask":
-            found[name] = value, ~SeqLayout.from_attention_mask(value, validate=False).padding_mask()
-        elif name.endswith("key_padding_mask") or (name in positional and value.dtype == torch.bool):
-            found[name] = value, ~SeqLayout.from_key_padding_mask(value, validate=False).padding_mask()
-    return found
 
 
 def _real_tokens(inputs: Inputs, found: dict[str, tuple[Any, Tensor]], layout: SeqLayout | Tensor | None, batch_first: bool) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.results import farthest
 from ..errors import ArgumentError
 from ..layout.seq_layout import SeqLayout
 from ._batch import PaddedBatch
@@ -142,7 +143,7 @@ def check_padding_invariance(
 def _refuse_random(whole: Events, again: Events, event: Event, tolerance: float) -> None:
     """Two runs of one batch, from different random states, must agree before padding is blamed."""
     once, twice = (run[key].tensors if (key := (event.kind, event.call)) in run else [] for run in (whole, again))
-    if any(x.shape != y.shape or _difference(x, y)[0] > tolerance * _scale(y) for x, y in zip(once, twice, strict=False)):
+    if any(x.shape != y.shape or farthest(x, y)[0] > tolerance * _scale(y) for x, y in zip(once, twice, strict=False)):
         raise ArgumentError(
             f"`model` must be deterministic in evaluation, but {_label(event.blame)} gives one batch other numbers every time: "
             "pass `self.training` to F.dropout, or fix the seed inside."
@@ -209,7 +210,7 @@ class _Comparison:
                 reasons.append(part)
                 continue
             for i, y in alone.items():
-                size, where = _difference(part(i), y)
+                size, where = farthest(part(i), y)
                 self.largest = max(self.largest, size)
                 if size > self.tolerance * _scale(y):
                     leaks.append(_Leak(event, i, size, where))
@@ -255,14 +256,6 @@ def _part_of_rows(batch: Tensor, axes: list[int], given: PaddedBatch) -> Callabl
     index = given.real.flatten() if size == rows * columns else torch.ones(total, dtype=torch.bool)
     packed = index.nonzero().flatten().split(given.real.sum(1).tolist())
     return lambda i: batch.index_select(axes[0], packed[i].to(batch.device))
-
-
-def _difference(x: Tensor, y: Tensor) -> tuple[float, tuple[int, ...]]:
-    """The largest absolute difference and its index; NaN is equal to NaN and infinitely far from numbers."""
-    if x.numel() == 0:
-        return 0.0, ()
-    gap = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, (x - y).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    return float(gap.max()), tuple(int(n) for n in torch.unravel_index(gap.argmax(), gap.shape))
 
 
 def _scale(y: Tensor) -> float:

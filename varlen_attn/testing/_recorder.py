@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from .._torch import pytree
+from ..data.batches import Inputs, map_tensors, tensors_in
 from ..errors import ArgumentError
 from ..nn.token_wise import deepcopy_module
-from ._batch import Inputs, PaddedBatch, map_tensors, tensors_in
+from ._batch import PaddedBatch
 
 Call: TypeAlias = tuple[str, int]  # qualified name of a module, which of its calls
 Events: TypeAlias = "dict[tuple[str, Call], Event]"  # by kind and call, in the order of the run

@@ -732,19 +732,17 @@ def outcome(name: str) -> Outcome:
 
 
 def _linear_rows(model: PreTrainedModel, case: Case) -> int:
-    """How many rows all linear layers together compute."""
+    """How many rows all linear layers together compute. A hook of all modules, for with hooks of their own they would compute padding."""
     rows = 0
 
     def count(module: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal rows
-        rows += args[0].numel() // args[0].shape[-1]
+        rows += args[0].numel() // args[0].shape[-1] if isinstance(module, nn.Linear | Conv1D) else 0
 
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
-    handles = [module.register_forward_pre_hook(count) for module in linear]
+    handle = nn.modules.module.register_module_forward_pre_hook(count)
     try:
         with torch.no_grad():
             model(**case.arguments)
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     return rows

@@ -21,10 +21,10 @@ import accelerate
 import transformers
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
-from varlen_attn import disable, enable, enabled, record
+from varlen_attn import BackendRefused, disable, enable, enabled, record, use_backend
 
 from .test_enable import WISHES, anatomy, packed_calls
-from .tiny import assert_close, batch, build, error, quietly
+from .tiny import assert_close, batch, build, error, quietly, shake
 
 VALID = batch()["attention_mask"].bool()
 
@@ -222,3 +222,89 @@ def test_layers_called_outside_of_any_forward() -> None:
         call.rows == call.slots for call in log
     )
     assert_close(got[VALID], expected[VALID])
+
+
+# -------------------------------------------------------------------- what was served before
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_attention_weights_by_the_configuration(when: str, tmp_path: Path) -> None:
+    """transformers lets only ``eager`` have them."""
+    model = build("Bert")
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    expected = model(**batch())
+    model.config.output_attentions = when == "before"
+    enable(model)
+    assert packed_calls(model, **batch()) == (0 if when == "before" else 2)
+    model.config.output_attentions = True
+    assert pickle.loads(pickle.dumps(model.config))._attn_implementation == model.config._attn_implementation
+    for each in (model, copy.deepcopy(model)):
+        got = each(**batch())
+        assert len(got.attentions) == 2
+        for a, b in zip(got.attentions, expected.attentions, strict=True):
+            assert_close(a[VALID[:, None].expand(a.shape[:3])], b[VALID[:, None].expand(b.shape[:3])])
+        assert_close(got[0][VALID], expected[0][VALID])
+    model.save_pretrained(tmp_path)
+    assert model.config._attn_implementation in ("eager", "varlen_attn")
+    assert model.config._attn_implementation != "sdpa"
+    disable(model)
+    assert type(model.config._attn_implementation) is str
+    assert model.config._attn_implementation == "eager"
+
+
+def vit() -> Any:
+    sizes: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    return shake(transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=8, patch_size=4)).double()).eval()
+
+
+WHOLE: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
+    "a mask of ones": (lambda: build("Bert"), lambda: {**batch(), "attention_mask": torch.ones(4, 9, dtype=torch.long)}),
+    "no mask": (lambda: build("Bert"), lambda: {"input_ids": batch()["input_ids"]}),
+    "no mask, causal": (lambda: build("Llama", use_cache=False), lambda: {"input_ids": batch()["input_ids"]}),
+    "a window": (lambda: build("Mistral", use_cache=False), lambda: {"input_ids": batch()["input_ids"]}),
+    "images": (vit, lambda: {"pixel_values": torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)}),
+    "a bias": (lambda: build("T5", "EncoderModel"), lambda: {"input_ids": batch()["input_ids"]}),
+    "padding": (lambda: build("Bert"), batch),
+}
+
+
+@pytest.mark.parametrize("order", ["reference", "cpu", "sdpa_padded", "flash2"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_an_order_is_an_order_where_nothing_is_padded(name: str, order: str) -> None:
+    make, given = WHOLE[name]
+    model, inputs = make(), given()
+    expected = model(**inputs)[0]
+    real = inputs["attention_mask"].bool() if "attention_mask" in inputs else slice(None)
+    quietly(model)
+    with record(model) as log:
+        try:
+            with use_backend(order):
+                got = model(**inputs)[0]
+        except BackendRefused:
+            assert order in ("flash2", "cpu" if name == "a bias" else "flash2")
+        else:
+            assert_close(got[real], expected[real])
+            assert {call.backend for call in log} == {order}
+            assert len(log) == 2
+
+
+def test_an_order_in_generation() -> None:
+    model = build("Llama", "ForCausalLM")
+    given = dict(max_new_tokens=3, do_sample=False, eos_token_id=None)
+    expected = model.generate(**batch("left"), **given)
+    enable(model)
+    with use_backend("reference"), record(model) as log:
+        assert torch.equal(model.generate(**batch("left"), **given), expected)
+    assert {call.backend for call in log} == {"reference"}
+    assert len(log) == 6
+
+
+def test_an_order_that_cannot_be_followed() -> None:
+    model = build("Bert")
+    model.set_attn_implementation("eager")
+    enable(model)
+    with pytest.raises(BackendRefused, match=r"'reference' was ordered.*attention weights are asked for"), use_backend("reference"):
+        model(**batch(), output_attentions=True)
+    with use_backend("sdpa_padded"):
+        model(**batch(), output_attentions=True)

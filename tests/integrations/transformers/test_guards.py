@@ -57,7 +57,7 @@ def test_the_loss_of_a_token_that_follows_padding(name: str, labels_name: str, s
     expected = model(**inputs, **given).loss
     enable(model)
     assert_close(model(**inputs, **given).loss, expected)
-    reason = "labels at padding or just after it that are not -100, so that the loss counts it"
+    reason = "`labels` at padding or just after it that are not -100, so that a loss may count it"
     assert (reason in rows_and_reasons(model, **inputs, **given)[1]) == (side == "left")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import varlen_attn
-from varlen_attn import LayoutWarning, VarlenWarning
+from varlen_attn import LayoutWarning, SeqLayout, VarlenWarning
 from varlen_attn.testing import assert_within_budget
 
 pytest.importorskip("transformers", minversion="5.4", reason="needs transformers")
@@ -173,6 +174,32 @@ def differences(what: str, outputs: Outputs, expected: Reference) -> list[str]:
     return found
 
 
+def by_token(name: str, output: Tensor, case: Case) -> Tensor | None:
+    """Where tokens are in an output with a row for each, that has rows at padding; None of others."""
+    valid = case.valid.get(output.shape[1]) if output.dim() == 3 else None
+    named = any(part in name for part in ("last_hidden_state", "hidden_states", "logits"))
+    if valid is None or not named or len(valid) != len(output) or bool(valid.all()) or not bool(valid.any(1).all()):
+        return None
+    return valid
+
+
+def rows_at_padding(what: str, outputs: Outputs, expected: Reference, packed: bool, known: bool) -> list[str]:
+    """A line for every output whose rows at padding are other ones than documented: after a packed stack those of the nearest token, else
+    what they were, which means something where they see a key.
+    """
+    found = []
+    for name, output in outputs.items():
+        valid, before = by_token(name, output, expected.case), expected.outputs[name]
+        if valid is None:
+            continue
+        layout = SeqLayout.from_attention_mask(valid)
+        edges = torch.allclose(output, layout.unpack(layout.pack(output), "edge"), rtol=1e-4, atol=1e-5)
+        unchanged = torch.allclose(output, before, rtol=1e-4, atol=2e-5 * max(1.0, float(before.abs().max())))
+        if not (edges if packed and name in ("last_hidden_state", "logits") else edges or unchanged or not known):
+            found.append(f"{what}, {name}: rows at padding of a {'packed' if packed else 'padded'} run")
+    return found
+
+
 def matrix(name: str, subject: Subject, what: str) -> list[str]:
     """A line for every output of every form in which ``subject`` differs from the architecture ``name``."""
     found = []
@@ -257,9 +284,33 @@ def test_a_wrong_mask_is_seen(name: str, change: Callable[[Tensor], Tensor], for
 @by_architecture
 @by_level
 def test_outputs(name: str, level: Level) -> None:
-    model = enabled(name, level).model
-    found = matrix(name, lambda arguments: run(model, arguments), f"level {level}")
+    model, wrong = enabled(name, level).model, []
+
+    def subject(arguments: Mapping[str, Any]) -> Outputs:
+        with varlen_attn.record() as log:
+            outputs = run(model, arguments)
+        expected = next(r for _, r in references(name) if r.case.arguments is arguments)
+        packed = any(call.reason is None and call.rows is not None and call.slots is not None and call.rows < call.slots for call in log)
+        # Of the former only the encoder may be packed, the latter makes several frames of a row afterwards.
+        packed &= ARCHITECTURES[name].kind != "encoder-decoder" and name != "SEWModel"
+        wrong.extend(rows_at_padding(f"{name}, level {level}", outputs, expected, packed, sees_a_key_everywhere(name)))
+        return outputs
+
+    found = matrix(name, subject, f"level {level}") + wrong
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("fill", ["zero", "another token"])
+def test_other_rows_at_padding_are_seen(fill: str) -> None:
+    expected = reference("BertModel", "right")
+    assert expected is not None
+    outputs = run(enabled("BertModel", "model").model, expected.case.arguments)
+    assert not rows_at_padding("", outputs, expected, True, True)
+    states = outputs["last_hidden_state"]
+    padding = ~expected.case.valid[states.shape[1]][..., None]
+    changed = states.masked_fill(padding, 0) if fill == "zero" else torch.where(padding, states.roll(2, 1), states)
+    assert rows_at_padding("", {"last_hidden_state": changed}, expected, True, True)
+    assert rows_at_padding("", {"last_hidden_state": changed}, expected, False, True)
 
 
 def sees_a_key_everywhere(name: str) -> bool:
@@ -281,27 +332,44 @@ def test_rows_at_padding(name: str) -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [
-        *((name, form) for name in ("BertModel", "ModernBertModel", "LlamaForCausalLM", "T5Model") for form in ("right", "left")),
-        ("Wav2Vec2Model, layer norm", "right"),
-    ],
-)
-@by_level
-def test_gradients(name: str, form: str, level: Level) -> None:
+OTHER_LABELS = ("EncoderDecoderModel", "Wav2Vec2ForAudioFrameClassification", "Wav2Vec2ForXVector")  # a warning; one-hot; other classes
+
+
+@functools.cache
+def with_labels(name: str, form: str) -> Reference | None:
+    """The same batch with labels, where the model takes some: its loss is one of the outputs."""
     expected = reference(name, form)
-    assert expected is not None
+    takes = "labels" in inspect.signature(type(pristine(name)).forward).parameters and name not in OTHER_LABELS
+    if expected is None or "logits" not in expected.outputs or not takes:
+        return expected
+    logits = expected.outputs["logits"]
+    labels = torch.randint(logits.shape[-1], logits.shape[:-1], generator=torch.Generator().manual_seed(5))
+    valid = expected.case.valid.get(labels.shape[1]) if labels.dim() > 1 else None
+    if valid is not None:
+        before = torch.nn.functional.pad(valid, (1, 0))[:, :-1]  # losses of shifted labels read the column before
+        labels = labels.masked_fill(~(valid & before), -100)
+    return replace(expected, case=replace(expected.case, arguments={**expected.case.arguments, "labels": labels}))
+
+
+@pytest.mark.parametrize(("name", "form"), [(name, form) for form in ("right", "left") for name in ARCHITECTURES])
+@by_level
+def test_losses_and_gradients(name: str, form: str, level: Level) -> None:
+    """Of all parameters, from everything that the model gives."""
+    expected = with_labels(name, form)
+    elsewhere = level == "attention" and form == "left" and name not in TEXTS
+    if expected is None or not enabled(name, level).report.converted or elsewhere:
+        pytest.skip("nothing of it is converted, or it has no such batch, or that is looked at elsewhere")
 
     def gradients(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Outputs:
+        model = copy.deepcopy(model)  # some keep the states of their last forward, whose graph could not be copied later
         generator = torch.Generator().manual_seed(3)
         loss = torch.zeros(())
         for _, output in tensors(model(**arguments)):
             part = meaningful(output, expected.case)
             loss = loss + (part * torch.randn(part.shape, generator=generator).to(part.dtype)).sum()
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return {key: gradient for key, gradient in zip(names, found, strict=True) if gradient is not None}
+        named = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        return {"none": loss.detach(), **{key: g for key, g in zip(named, found, strict=True) if g is not None}}
 
     naive = gradients(pristine(name), expected.case.arguments)
     truth = gradients(pristine_double(name), in_double(expected.case.arguments))

@@ -74,6 +74,23 @@ def test_a_clone_of_a_model_with_another_last_layer_has_all_layers() -> None:
     assert len(clone_of(model).encoder.layer) == 5
 
 
+@pytest.mark.parametrize("name", [("Bert", "ForMaskedLM"), ("Bart", "ForConditionalGeneration"), ("Llama", "ForCausalLM")])
+def test_a_clone_gives_numbers_for_a_few_words(name: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary takes longer than the layers. The model, whose weights it may share with its embeddings, keeps all words."""
+    monkeypatch.setattr(hf_trial, "_WORDS", 12)
+    model = build(*name)
+    words = model.get_output_embeddings().out_features
+    assert words > 12
+    cloned = []
+    made = hf_trial.clone_of
+    monkeypatch.setattr(hf_trial, "clone_of", lambda *args: cloned.append(made(*args)) or cloned[-1])
+    monkeypatch.setattr(integration, "clone_of", hf_trial.clone_of)
+    assert "packed once around the stack" in str(enable(model))
+    assert all(whole is False for _, _, whole in cloned), "it ran with few words, or all would have been tried"
+    assert model.get_output_embeddings().weight.shape[0] == words
+    assert model(**batch()).logits.shape[-1] == words
+
+
 def test_zeros_are_noise_in_the_clone_only() -> None:
     model = build("Bert", num_hidden_layers=2)
     nn.init.zeros_(model.pooler.dense.bias)
@@ -209,6 +226,26 @@ def test_a_model_that_was_sharded() -> None:
             assert_close(model(**batch())[0][VALID].detach(), expected)
         disable(model)
         assert_close(model(**batch())[0][VALID].detach(), expected)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+def test_a_model_that_is_sharded_afterwards() -> None:
+    """Its layers get hooks that bring weights, and it gets a class that is derived from the one it has."""
+    model = build("Bert", "ForMaskedLM")
+    labels = token_ids(torch.ones_like(VALID).long())
+    expected = model(**batch(), labels=labels).loss.detach()
+    enable(model)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for part in (*model.bert.encoder.layer, model):
+        fully_shard(part, mesh=mesh)
+    for _ in range(2):
+        assert packed_calls(model) == 2
+        assert_close(model(**batch(), labels=labels).loss.detach(), expected)
+        quietly(model)
+    disable(model)
+    assert packed_calls(model) == 0
+    assert_close(model(**batch(), labels=labels).loss.detach(), expected)
 
 
 def test_weights_that_are_elsewhere() -> None:

@@ -198,7 +198,7 @@ def test_nothing_is_kept_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPat
     """A replay computes it from the layout: kept from before, it would be that of the first batch for ever."""
     layout = SeqLayout.from_lengths([5, 3])
     before = visible_pairs(layout, layout, Semantics())
-    monkeypatch.setattr(_kept, "_is_captured", lambda x: True)
+    monkeypatch.setattr(_kept, "is_captured", lambda x: True)
     captured = visible_pairs(layout, layout, Semantics())
     assert captured is not before
     monkeypatch.undo()

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..._state import state
+from ..._torch import between_graphs
 from ...attention.call import Options as Asked
 from ...attention.call import attend
-from ...attention.forms import pack_rows, unpack_rows
+from ...attention.dispatch import requested_backend
+from ...attention.export import note_static, refuse_order
+from ...attention.forms import full_layout, pack_rows, unpack_rows
 from ...attention.records import recorded_padded
 from ...data.host_lengths import HostLengths
 from ...errors import ArgumentError, LayoutError
@@ -31,6 +34,7 @@ from ...layout.seq_layout import SeqLayout
 from .mask import Meaning, Packing, VarlenMask
 
 _OTHER_MASK = "a mask of the model's or the caller's own"
+_ONE_GRAPH = "inside of torch.compile, in one graph with the making of its mask (fullgraph=True, or an export), where no layout is known"
 
 
 class NotPackable(ArgumentError):
@@ -91,17 +95,42 @@ def varlen_attention_forward(
         and (1, query.shape[2], key.shape[2]) == (query.shape[0], *meaning.shape[2:])
     ):
         return _attend_rows(module, query, key, value, meaning.stack, Options(scaling, dropout, softcap, None, s_aux, False)), None
-    options = Options(scaling, dropout, softcap, position_bias, s_aux, wants_weights or "attentions" in collected())
+    options = Options(scaling, dropout, softcap, position_bias, s_aux, wants_weights)
+    # In `torch.compile` layouts are made, and looked at, between graphs.
+    compute = _attend_columns if meaning is None and not has_offsets else _attend_columns_between_graphs
+    return compute(module, query, key, value, mask, is_causal, options, kwargs)
+
+
+def _attend_columns(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool | None,
+    options: Options,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """For padded columns, and those that the caller packed."""
+    options = options._replace(weights=options.weights or "attentions" in collected())
+    meaning, has_offsets = mask.meaning if isinstance(mask, VarlenMask) else None, kwargs.get("cu_seq_lens_q") is not None
+    order = requested_backend("auto")
     if has_offsets and not torch.compiler.is_compiling():
         layouts, causal = _given_layouts(query, key, mask, kwargs), _is_causal(module, is_causal)
         way = _by_offsets(*layouts, mask, causal, options)
         if isinstance(way, str):
             mask = _same_document(mask, *layouts, causal)
+    elif meaning is not None and torch.compiler.is_compiling():
+        way = _ONE_GRAPH
     elif meaning is not None:
-        way = _by_mask(meaning, query, key, options)
+        way = _by_mask(meaning, query, key, options, order)
+    elif mask is None and order != "auto" and options.bias is None and not options.weights:
+        aligned = "top_left" if query.shape[2] > 1 and _is_causal(module, is_causal) else False
+        way = Packing(full_layout(query.transpose(1, 2)), full_layout(key.transpose(1, 2)), aligned, None)
     else:
-        way = "nothing is padded" if mask is None else _OTHER_MASK
+        way = "nothing is padded" if mask is None else "a decoding step" if query.shape[2] == 1 else _OTHER_MASK
     if isinstance(way, str):
+        refuse_order(order, f"this call can only be computed the dense way: {way}", "drop the order, or order 'sdpa_padded'")
         return _dense(module, query, key, value, mask, is_causal, options, way, kwargs)
     if (query.shape[0], query.shape[2]) != (way.layout_q.batch_size, way.layout_q.padded_len):
         return _attend_rows(module, query, key, value, way, options), None
@@ -110,6 +139,9 @@ def varlen_attention_forward(
     k_TKH, v_TKH = (pack_rows(way.layout_kv, x[:, :, columns].transpose(1, 2)) for x in (key, value))
     reason = (meaning is not None and meaning.padded_because) or "a call by itself: the layers around it compute padding"
     return unpack_rows(way.layout_q, _attend(module, q_TNH, k_TKH, v_TKH, way, options, reason)), None
+
+
+_attend_columns_between_graphs = between_graphs(_attend_columns)
 
 
 def _attend_rows(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, way: Packing, options: Options) -> Tensor:
@@ -129,7 +161,7 @@ def _attend(module: nn.Module, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, way:
 # -------------------------------------------------------------------- which way
 
 
-def _by_mask(meaning: Meaning, query: Tensor, key: Tensor, options: Options) -> Packing | str:
+def _by_mask(meaning: Meaning, query: Tensor, key: Tensor, options: Options, order: Any) -> Packing | str:
     batch_size, _, len_q, len_k = meaning.shape
     if (query.shape[0], query.shape[2]) != (batch_size, len_q) or (key.shape[0], key.shape[2]) != (batch_size, len_k):
         return "the mask was made for tensors of another shape"
@@ -137,7 +169,7 @@ def _by_mask(meaning: Meaning, query: Tensor, key: Tensor, options: Options) -> 
         raise NotPackable("it adds a position bias to the scores, or gives attention weights")
     if options.weights:
         return "attention weights are asked for"
-    if meaning.is_plain:
+    if meaning.is_plain and order == "auto":
         return "nothing is padded"
     way = meaning.packing
     if isinstance(way, str) or options.bias is None:
@@ -146,7 +178,7 @@ def _by_mask(meaning: Meaning, query: Tensor, key: Tensor, options: Options) -> 
         return "a position bias by columns, which are not positions in this batch"
     if way.layout_q.padded_len != len_q or meaning.first_query != 0:
         return "a position bias of cached keys"
-    if meaning.keys.fill is not None and meaning.keys.fill > _BIAS_FILL:
+    if meaning.keys.fill is not None and meaning.keys.fill > _BIAS_FILL and order == "auto":
         return "a position bias with little padding: one dense call is faster than eager maths for each sequence"
     return way
 
@@ -268,7 +300,18 @@ def _dense(
     if options.bias is not None and "position_bias" not in sdpa_attention.sdpa_attention_forward.__code__.co_varnames:
         fused = False  # an earlier one would take it among its other keywords, and leave it out
     note: AbstractContextManager[object] = nullcontext()
-    if state.records:
+    if torch.compiler.is_compiling():
+        problem = (
+            ("device_type", query.device.type),
+            ("device_index", query.device.index),
+            ("dtype", query.dtype),
+            ("num_heads", query.shape[1]),
+            ("num_kv_heads", key.shape[1]),
+            ("head_dim", query.shape[3]),
+            ("value_head_dim", value.shape[3]),
+        )
+        note_static(problem, (), None, None, _ONE_GRAPH)
+    elif state.records:
         kernel = "F.scaled_dot_product_attention" if fused else EAGER
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         note = recorded_padded(module, q, k, v, kernel, reason)

@@ -20,7 +20,8 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from ..._clone import NotCloned, Seeded
-from ..._switch import Entry, Step
+from ..._switch import Entry, Step, original_class
+from ...attention.dispatch import use_backend
 from ...attention.records import Record, record
 from ...errors import ArgumentError
 from . import stack as stack_hooks
@@ -32,9 +33,11 @@ from .trial import INTERNAL, Trial, clone_of, difference, prepare, run
 NAME = "varlen_attn"
 OLDEST = (5, 4)
 _STATE = "_varlen_attn_state"
-_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_INTERFACE = ("ALL_ATTENTION_FUNCTIONS",)
+_MASKS = tuple(f"{of}key_padding_mask" for of in ("", "src_", "tgt_", "memory_"))
 
 Row = tuple[str, str, Literal["converted", "left alone", "restored"], str]
+PaddingRows = Literal["edge", "zero", "exact"] | None
 
 
 @dataclass(frozen=True)
@@ -89,26 +92,26 @@ def roots(model: nn.Module) -> list[tuple[str, Any]]:
     return list(found.values())
 
 
-def plan(model: nn.Module, level: str, hooks: str) -> tuple[list[Row], list[Step]]:
+def plan(model: nn.Module, level: str, hooks: str, padding_rows: PaddingRows = None) -> tuple[list[Row], list[Step]]:
     """What is to be done to every model of transformers in ``model``, of which nothing is changed.
 
     One row for each stack of layers and each attention module.
     """
     rows: list[Row] = []
     steps: list[Step] = []
-    before = _before(model)
-    closed = [name for name, module in model.named_modules() if _is_compiled(module)]
-    for name, root in roots(model):
+    before, found = _before(model), roots(model)
+    for name, root in found:
         register()
-        compiled = _is_inside(name, closed)
-        parts = [_Part(part_name, part, level, hooks, compiled, before) for part_name, part in _parts(root)]
-        whole = None if [part.name for part in parts] == [""] or level != "model" else _Part("", root, level, hooks, compiled, before)
+        options = _Options(_why_attention_only(model, found, root, level, padding_rows), hooks, padding_rows)
+        parts = [_Part(part_name, part, options, before) for part_name, part in _parts(root)]
+        whole = None if [part.name for part in parts] == [""] or options.attention_only else _Part("", root, options, before)
         for part in parts:
             part.decide()
         if whole is not None and any(part.packed for part in parts):
             _check_whole(whole, parts)
         rows += [row for part in parts for row in part.rows(name)]
-        tree, packed = stack_hooks.ModelId(), {part.model: (tuple(part.packed), part.guarded) for part in parts if part.packed}
+        packed = {part.model: (tuple(part.packed), part.guarded) for part in parts if part.packed}
+        tree = stack_hooks.ModelId(hooks, padding_rows)
         tree.left = True
         if packed:
             steps += stack_hooks.on_models(tree, root, packed if whole is None else {root: ((), True), **packed})
@@ -121,6 +124,46 @@ def plan(model: nn.Module, level: str, hooks: str) -> tuple[list[Row], list[Step
     return rows, steps
 
 
+def _why_attention_only(model: nn.Module, found: list[tuple[str, Any]], root: Any, level: str, padding_rows: PaddingRows) -> str | None:
+    """Known without a trial: what the caller asks for, or what reads rows at padding after the layers."""
+    if level != "model":
+        return 'level="attention" changes calls of attention only'
+    if padding_rows == "exact":
+        return 'padding_rows="exact": rows at padding are what they were'
+    if padding_rows is not None:
+        return None
+    if "start_positions" in inspect.signature(type(root).forward).parameters:
+        return "its head compares all columns, those of padding too"
+    inside = {id(m) for _, other in found for m in other.modules()}
+    around = {name: m for name, m in model.named_modules() if id(m) not in inside}
+    masked = any(_says(m, _MASKS) for m in around.values())
+    for name, module in around.items():
+        if not any(_is_inside(other, [name]) for other, _ in found) and _mixes(module, masked):
+            return f"{name} ({original_class(module).__name__}), which is no part of it, may read its rows at padding"
+    return None
+
+
+def _mixes(module: nn.Module, masked: bool) -> bool:
+    """Whether a module computes across columns, those of padding too. Attention that is given a mask does not.
+
+    Args:
+        module: around a model of transformers.
+        masked: whether code there says that it gives torch's attention a mask.
+    """
+    cls = original_class(module)
+    if "Attention" in cls.__name__ and not cls.__module__.startswith("varlen_attn"):
+        parameters = inspect.signature(cls.forward).parameters.values()
+        return not masked if cls is nn.MultiheadAttention else all("mask" not in p.name or p.default is not p.empty for p in parameters)
+    size = getattr(module, "kernel_size", 0)
+    sizes = set(size) if isinstance(size, tuple) else {size}
+    of_images = (
+        cls.__name__.endswith(("2d", "3d")) and len(sizes) == 1
+    )  # of text, where a matrix of words counts as one, no kernel is square
+    known = isinstance(module, (*_MIXING, nn.RNNCellBase, nn.Flatten)) or cls.__module__ == "torch.nn.modules.pooling"
+    known |= len(getattr(module, "normalized_shape", "D")) > 1
+    return (known and sizes != {1} and not of_images) or (isinstance(module, nn.Softmax) and module.dim in (1, -2))
+
+
 def _in_use(tree: stack_hooks.ModelId) -> Step:
     return Entry(vars(tree), "left", False, True)
 
@@ -131,7 +174,7 @@ def _check_whole(whole: _Part, parts: list[_Part]) -> None:
     clone, trials = whole.clone, [(trial._replace(full=True), expected) for trial, expected in whole.trials]
     steps: list[Step] = []
     packed: dict[nn.Module, tuple[tuple[str, ...], bool]] = {clone: ((), True)}
-    tree = stack_hooks.ModelId()
+    tree = stack_hooks.ModelId(whole.options.hooks, whole.options.padding_rows or "edge")
     for part in parts if clone is not None else ():
         its_clone = clone.get_submodule(part.name)
         packed[its_clone] = (tuple(part.packed), part.guarded)
@@ -179,6 +222,21 @@ def _before(model: nn.Module) -> dict[int, tuple[Any, Any]]:
 
 
 # -------------------------------------------------------------------- attention implementations
+
+
+class _WasEager(str):
+    """Our name in place of ``eager``, and equal to both: transformers lets no other one have ``config.output_attentions``."""
+
+    def __eq__(self, other: object) -> bool:
+        return other == "eager" or str(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+_WAS_EAGER = _WasEager(NAME)
 
 
 class _Implementation(Entry):
@@ -235,10 +293,6 @@ def _joined(*names: str) -> str:
     return ".".join(filter(None, names))
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-
-
 def _parts(root: Any) -> list[tuple[str, Any]]:
     """The model itself, or, where it is made of several (text and images, encoder and decoder), the parts that may be tried alone."""
     from transformers import PreTrainedModel
@@ -255,13 +309,18 @@ def _parts(root: Any) -> list[tuple[str, Any]]:
 
 def _calls_interface(module: nn.Module) -> bool:
     """Whether a module computes attention through transformers' interface."""
-    return _class_calls_interface(type(module))  # type: ignore[arg-type]
+    return _says(module, _INTERFACE)
+
+
+def _says(module: nn.Module, words: tuple[str, ...]) -> bool:
+    """Whether the code of its class says one of them, as a global, an attribute or a keyword of a call."""
+    return _class_says(original_class(module), words)  # type: ignore[arg-type]
 
 
 @cache
-def _class_calls_interface(cls: type) -> bool:
+def _class_says(cls: type, words: tuple[str, ...]) -> bool:
     bases = [base for base in cls.__mro__ if not base.__module__.startswith(("torch.", "transformers.modeling_utils"))]
-    return any(_names_interface(inspect.unwrap(_function(x)).__code__) for base in bases for x in vars(base).values() if _function(x))
+    return any(_names(inspect.unwrap(_function(x)).__code__, words) for base in bases for x in vars(base).values() if _function(x))
 
 
 def _function(x: Any) -> Any:
@@ -270,8 +329,10 @@ def _function(x: Any) -> Any:
     return x if isinstance(x, FunctionType) else None
 
 
-def _names_interface(code: CodeType) -> bool:
-    return _INTERFACE in code.co_names or any(isinstance(x, CodeType) and _names_interface(x) for x in code.co_consts)
+def _names(code: CodeType, words: tuple[str, ...]) -> bool:
+    said = (code.co_names, *(x for x in code.co_consts if isinstance(x, tuple)))
+    inside = (x for x in code.co_consts if isinstance(x, CodeType))
+    return any(word in names for names in said for word in words) or any(_names(x, words) for x in inside)
 
 
 def _attentions(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, nn.Module]]]:
@@ -312,6 +373,19 @@ def _stacks(model: nn.Module) -> list[_Stack]:
 # -------------------------------------------------------------------- one model
 
 
+class _Options(NamedTuple):
+    """How a model is to be enabled.
+
+    Attributes:
+        attention_only: why no stack of layers is to run packed.
+        hooks, padding_rows: as in `enable`.
+    """
+
+    attention_only: str | None
+    hooks: str
+    padding_rows: PaddingRows
+
+
 class _Part:
     """One model, and what was found out about it on a clone.
 
@@ -324,8 +398,8 @@ class _Part:
         random: whether it draws random numbers in evaluation.
     """
 
-    def __init__(self, name: str, model: Any, level: str, hooks: str, compiled: bool, before: dict[int, tuple[Any, Any]]) -> None:
-        self.name, self.model, self.level, self.hooks, self.compiled = name, model, level, hooks, compiled
+    def __init__(self, name: str, model: Any, options: _Options, before: dict[int, tuple[Any, Any]]) -> None:
+        self.name, self.model, self.options = name, model, options
         self.configurations = [(c, before.get(id(c), (c, vars(c)[INTERNAL]))[1]) for c in _configurations(model)]
         self.through, self.own = _attentions(model)
         self.stacks = _stacks(model)
@@ -343,7 +417,7 @@ class _Part:
     def implementation(self, memo: dict[int, Any] | None = None) -> list[Step]:
         """Of the model, or of a clone."""
         pairs = [(c if memo is None else memo[id(c)], before) for c, before in self.configurations]
-        return [_Implementation(c, NAME, before) for c, before in pairs]
+        return [_Implementation(c, _WAS_EAGER if before == "eager" else NAME, before) for c, before in pairs]
 
     def on_layers(self, tree: stack_hooks.ModelId, model: nn.Module) -> list[Step]:
         """Of the model, or of a clone."""
@@ -363,7 +437,7 @@ class _Part:
                 guarded = ", where padding holds pad_token_id" if self.guarded else ""
                 yield name, kind, "converted", f"packed once around the stack{guarded}"
             else:
-                yield name, kind, "left alone", f"not packed as a whole: {self.why_not_packed.get(name, _ATTENTION_ONLY)}"
+                yield name, kind, "left alone", f"not packed as a whole: {self.options.attention_only or self.why_not_packed[name]}"
         for name, module in self.through:
             yield name, type(module).__name__, "converted", ""
 
@@ -377,7 +451,7 @@ class _Part:
                 self._try()
         elif all(getattr(m, "_supports_sdpa", True) for m in self.model.modules()):
             # What `sdpa` can compute, dense calls of ours are.
-            self.why_not_packed = {stack.name: untried for stack in self.stacks if self.level == "model"}
+            self.why_not_packed = {stack.name: untried for stack in self.stacks}
         else:
             self.reason = f"{untried}, and it does not support sdpa"
 
@@ -388,8 +462,6 @@ class _Part:
             return f"attention code of its own ({names}), which does not go through transformers' attention interface"
         if not self.through:
             return "no attention that goes through transformers' attention interface"
-        if self.compiled or any(_is_compiled(module) for module in self.model.modules()):
-            return "compiled: call enable before torch.compile"
         if not self.configurations:
             return "transformers does not let its attention implementation be set"
         return None
@@ -420,7 +492,8 @@ class _Part:
         return reason
 
     def _run(self, trial: Trial) -> dict[str, Any]:
-        with Seeded() if self.random else nullcontext() as seeded:
+        # Orders of the caller's are for calls of the caller's.
+        with use_backend("auto"), Seeded() if self.random else nullcontext() as seeded:
             given = run(self.clone, trial, [stack.name for stack in self.stacks])
         self.random = seeded is not None and seeded.used  # to look costs as much as a small model
         return given
@@ -444,7 +517,7 @@ class _Part:
     def _try(self) -> None:
         """All stacks packed, which usually does it; else attention alone, and then one stack after another."""
         stacks: list[str] = []
-        for stack in self.stacks if self.level == "model" else ():
+        for stack in self.stacks if self.options.attention_only is None else ():
             why = self._why_not_stack(stack)
             if why is None:
                 stacks.append(stack.name)
@@ -486,7 +559,9 @@ class _Part:
     def _running(self, stacks: list[str]) -> Iterator[None]:
         """The clone with these stacks packed, beside those that are already."""
         packed = (*self.packed, *stacks)
-        tree = stack_hooks.ModelId()
+        tree = stack_hooks.ModelId(
+            self.options.hooks, self.options.padding_rows or "edge"
+        )  # without rules, so that it runs packed whatever it is given
         hooks = [hook for name in packed for hook in stack_hooks.on_layers(tree, self.clone.get_submodule(name))]
         with made([*hooks, *stack_hooks.on_models(tree, self.clone, {self.clone: (packed, self.guarded)})]):
             yield
@@ -508,10 +583,7 @@ class _Part:
             return f"a {mixing} in its layers mixes tokens"
         if any(hasattr(m, "expert_capacity") for m in layers.modules()):
             return "its experts take a number of tokens that depends on how many there are"
-        hooked = next((name for name, m in layers.named_modules() if not stack_hooks.has_only_our_hooks(m)), None)
-        if hooked is not None and self.hooks == "leave":
-            return f'layer {hooked} has hooks, which would see packed rows: allow it with hooks="packed"'
-        return None
+        return stack_hooks.why_hooked(layers, self.options.hooks)
 
     def _was_packed(self, name: str) -> bool:
         calls = [c for c in self.log.calls if (c.module or "").startswith(f"{name}.")]
@@ -536,4 +608,3 @@ def _in_one_line(error: Exception) -> str:
 
 # Across columns, or over all of a batch's positions.
 _MIXING = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.RNNBase)
-_ATTENTION_ONLY = 'level="attention" changes calls of attention only'

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..._switch import Alive, Use, in_use, uses
-from ..._torch import is_tracing
+from ..._torch import between_graphs, is_tracing
+from ...attention.dispatch import requested_backend
 from ...data.host_lengths import HostLengths
 from ...errors import ArgumentError
 from ...layout.seq_layout import SeqLayout
@@ -66,6 +67,9 @@ class Forward:
         tree: of the model that was enabled, whose or whose part's forward it is.
         model: whose it is.
         padded_because: why its layers must not run packed, which may turn out after a mask was made.
+        reader: says why rows at padding are read, from its arguments; called once, by the first layer that would run packed otherwise,
+            with whether its mask is causal.
+        filled: its layers run padded, but no reader of rows at padding is known, so that these hold what they do after a packed stack.
         in_rows: whether a layer handed on rows, and the last did not put them back yet.
         use: of the model's hooks.
     """
@@ -73,6 +77,8 @@ class Forward:
     tree: object
     model: nn.Module
     padded_because: str | None
+    reader: Callable[[bool], str | None] | None = None
+    filled: bool = False
     in_rows: bool = False
 
     def __post_init__(self) -> None:
@@ -91,10 +97,10 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def enter_forward(tree: object, model: nn.Module, reason: str | None) -> None:
+def enter_forward(tree: object, model: nn.Module, reason: str | None, reader: Callable[[bool], str | None] | None = None) -> None:
     """A model's forward begins; ``reason`` is why its layers must not run packed, None if they may."""
     left = next((i for i, f in enumerate(_thread.forwards) if f.model is model), None)  # interrupted, and never left
-    _thread.forwards = [*_thread.forwards[:left], Forward(tree, model, reason)]
+    _thread.forwards = [*_thread.forwards[:left], Forward(tree, model, reason, reader)]
 
 
 def _under_way() -> list[Forward]:
@@ -115,6 +121,7 @@ def leave_forward(model: nn.Module) -> Forward | None:
         return None
     _thread.forwards = forwards[:i]
     for forward in forwards[i:]:
+        forward.reader = None
         uses.discard(forward.use)
     end_rows()
     return forwards[i]
@@ -178,10 +185,11 @@ class Meaning:
     def __post_init__(self) -> None:
         self.stack = None if self.rows is None else Packing(self.rows, self.rows, self.pattern.causal, self.pattern.window)
         self.packed_arguments: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self.made: Tensor | None = None
         self.numbers: Tensor | None = None
         self.added = False
         masks.add(self)
-        if id(self.config) in leaving or getattr(self.config, "_attn_implementation", None) == "eager":
+        if id(self.config) in leaving or str(getattr(self.config, "_attn_implementation", None)) == "eager":
             self.added = True
 
     @property
@@ -199,24 +207,34 @@ class Meaning:
         if self.forwards:
             self.forwards[-1].in_rows = rows
 
-    def keep_padded(self, reason: str) -> None:
+    def keep_padded(self, reason: str, filled: bool) -> None:
         """All layers of this forward, whatever their masks."""
         if self.forwards and self.padded_because is None:
-            self.forwards[-1].padded_because = reason
+            self.forwards[-1].padded_because, self.forwards[-1].filled = reason, filled
+
+    def read_by(self) -> str | None:
+        """Why rows at padding are read, as the arguments of the forwards say."""
+        for forward in self.forwards:
+            reader, forward.reader = forward.reader, None
+            if reader is not None and forward.padded_because is None:
+                forward.padded_because = reader(self.pattern.causal)
+        return self.padded_because
+
+    @property
+    def filled(self) -> bool:
+        return bool(self.forwards) and self.forwards[-1].filled
 
     @property
     def dense(self) -> Tensor:
         """transformers' own ``(B, 1, Q, K)``."""
-        return self._dense if self.numbers is None else self.numbers
-
-    @cached_property
-    def _dense(self) -> Tensor:
-        return self.make()
+        if self.numbers is None and self.made is None:  # no cached_property, whose lock `torch.compile` does not know
+            self.made = self.make()
+        return self.made if self.numbers is None else self.numbers  # type: ignore[return-value]
 
     def look(self) -> Tensor:
         """The mask for code that computes with it, or writes to it."""
         if self.numbers is None:
-            self.numbers, self.stack = self._dense.contiguous(), None
+            self.numbers, self.stack = self.dense.contiguous(), None
         if not self.added:
             return self.numbers
         return torch.zeros_like(self.numbers, dtype=self.dtype).masked_fill_(~self.numbers, torch.finfo(self.dtype).min)
@@ -330,6 +348,19 @@ class VarlenMask(Tensor):
         kind = "causal" if pattern.causal else "bidirectional"
         return f"VarlenMask({tuple(self.shape)}, {kind}, window={pattern.window}, device={self.device})"
 
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        """Copies of what layers are given, which debuggers and recorders keep, are of transformers' own mask."""
+        return self.meaning.dense.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.meaning.dense.clone().__reduce_ex__(protocol)
+
+    def numpy(self, **options: Any) -> Any:
+        return self.meaning.dense.clone().numpy(**options)
+
+    def tolist(self) -> Any:
+        return self.meaning.dense.tolist()
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
@@ -394,6 +425,7 @@ def _block_diagonal(layout: SeqLayout, pattern: Pattern) -> Tensor:
 # -------------------------------------------------------------------- made by transformers' mask functions
 
 
+@between_graphs
 def varlen_mask(
     batch_size: int,
     q_length: int,
@@ -411,15 +443,22 @@ def varlen_mask(
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-    _refuse_own_attention(kwargs.get("config"))
     mask_function = causal_mask_function if mask_function is None else mask_function
     arguments: dict[str, Any] = dict(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, **kwargs,
     )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return sdpa_mask(**arguments)  # type: ignore[no-any-return]
+    _refuse_own_attention(kwargs.get("config"))
     device = torch.device(kwargs.get("device", "cpu"))
     pattern = None if kwargs.get("use_vmap") else classify(mask_function)
-    plain = isinstance(q_offset, int) and q_length > 1 and device.type != "meta" and not torch.compiler.is_compiling()
+    plain = (
+        isinstance(q_offset, int)
+        and (q_length > 1 or requested_backend("auto") != "auto")
+        and device.type != "meta"
+        and not torch.compiler.is_compiling()
+    )
     traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if pattern is None:
         for forward in _under_way()[-1:]:

@@ -13,10 +13,9 @@ and how attention is computed.
 from __future__ import annotations
 
 import inspect
-import sys
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial, update_wrapper, wraps
-from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..._switch import Class, Entry, Hook, Step, around, original_class
+from ..._torch import begins_no_graph, between_graphs, with_first_dimension
 from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
@@ -41,9 +41,17 @@ class ModelId:
 
     Attributes:
         left: the hooks begin nothing new: not all are there yet, or they are about to go.
+        hooks: which hooks of others may see rows, as `varlen_attn.enable` takes it.
+        padding_rows: what rows at padding hold after a packed stack, as the caller of `enable` said; None for edge rows, and for stacks
+            that run as they came where a reader is known.
     """
 
     left = False
+    hooks = "leave"  # these two also of pickles of earlier versions
+    padding_rows: str | None = None
+
+    def __init__(self, hooks: str = "leave", padding_rows: str | None = None) -> None:
+        self.hooks, self.padding_rows = hooks, padding_rows
 
 
 class LayerHook:
@@ -65,6 +73,7 @@ class LayerHook:
         self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
         self.last = last
 
+    @between_graphs
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -79,13 +88,16 @@ class LayerHook:
         # Only a batch with padding is packed, so the shape of rows is another.
         is_rows = hidden.shape[:2] != meaning.shape[::2] and hidden.shape[:2] == (1, meaning.keys.num_rows)
         if not is_rows:
-            reason = meaning.padded_because or _why_padded(hidden, meaning)
+            reason = meaning.padded_because or _why_as_it_came(hidden, meaning)
             if reason is None and not meaning.forwards:
                 reason = "no forward of its model is under way, or it began before that was enabled"
+            filled = reason is None
+            reason = reason or _why_padded(meaning)
             if reason is not None:
-                meaning.keep_padded(reason)
+                meaning.keep_padded(reason, filled)
                 return None
-        rows = hidden if is_rows else meaning.keys.pack(hidden)[None]
+        # No view: in `torch.compile` that would be another graph than for what a layer gives.
+        rows = hidden if is_rows else with_first_dimension(meaning.keys.pack(hidden))
         packed: list[Any] = []
         for name, x in (*zip(self.names, args, strict=False), *kwargs.items()):
             known = meaning.packed_arguments.get((name, id(x)))
@@ -96,7 +108,7 @@ class LayerHook:
                     'varlen_attn.enable(model, level="attention").'
                 )
             if y is _REFUSED:
-                meaning.keep_padded(f"the layers are given `{name}`, which is not by token, or asked for it")
+                meaning.keep_padded(f"the layers are given `{name}`, which is not by token, or asked for it", filled)
                 return None
             packed.append(y)
         if not is_rows:
@@ -107,20 +119,29 @@ class LayerHook:
             meaning.hands_on(rows=True)
         return tuple(packed[: len(args)]), dict(zip(kwargs, packed[len(args) :], strict=True))
 
+    @between_graphs
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
-        meaning = _meaning_of(args, kwargs) if isinstance(kwargs, dict) else None
-        if meaning is None or meaning.rows is None or not self.last:  # pickles of earlier versions have this after every layer
+        traced = torch.compiler.is_compiling()
+        meaning = _meaning_of(args, kwargs) if isinstance(kwargs, dict) and not traced else None
+        if meaning is None or not self.last:  # pickles of earlier versions have this after every layer
             return None
-        layout = meaning.rows
-        meaning.hands_on(rows=False)
-        end_rows()
+        if meaning.rows is not None:
+            meaning.hands_on(rows=False)
+            end_rows()
+        elif not meaning.filled:
+            return None
+        layout, shape = meaning.rows or meaning.keys, meaning.shape[::2] if meaning.rows is None else (1, meaning.shape[2])
+
+        def put_back(x: Tensor) -> Tensor:
+            """Rows at padding hold the same, whether the stack ran packed or padded."""
+            rows = x[0] if meaning.rows is not None else layout.pack(x)
+            return layout.unpack(rows, 0 if self.tree.padding_rows == "zero" else "edge")
+
         states = collected().get("hidden_states", [])
         for i, x in enumerate(states):  # of the layers before; this one's is collected after it was unpacked
-            if x is not None and x.shape[:2] == (1, layout.num_rows):
-                states[i] = layout.unpack(x[0])
-        if isinstance(result, Tensor):
-            return layout.unpack(result[0])
-        return (layout.unpack(result[0][0]), *result[1:])
+            if x is not None and x.shape[:2] == shape:
+                states[i] = put_back(x)
+        return put_back(result) if isinstance(result, Tensor) else (put_back(result[0]), *result[1:])
 
 
 def _meaning_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None:
@@ -131,8 +152,8 @@ def _meaning_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None
     return None
 
 
-def _why_padded(hidden: Tensor, meaning: Meaning) -> str | None:
-    """None for the padded tokens of a self-attention, where nothing is asked for that rows do not have."""
+def _why_as_it_came(hidden: Tensor, meaning: Meaning) -> str | None:
+    """None for the padded tokens of a self-attention, where no reader of rows at padding is known."""
     batch_size, _, len_q, len_k = meaning.shape
     if meaning.numbers is not None:
         return LOOKED_AT
@@ -143,16 +164,20 @@ def _why_padded(hidden: Tensor, meaning: Meaning) -> str | None:
         return "nothing is padded"
     if keys.lengths is None or not keys.total:
         return "only the device knows the lengths" if keys.lengths is None else "no row has a token"
+    if 0 in keys.lengths:
+        return "a row without tokens, which a pooler may read"
+    if not meaning.pattern.causal and not keys.right_padded:  # encoders pool their first column, which must be what it was
+        return f"an encoder with padding {'between' if keys.has_holes else 'before'} its tokens, which a pooler may read"
+    return meaning.read_by()
+
+
+def _why_padded(meaning: Meaning) -> str | None:
+    """None where nothing is asked for that rows do not have."""
     asked = [name for name in captured() if name != "hidden_states"]
     if asked:
         return f"asked for {', '.join(asked)} of every layer"
-    if 0 in keys.lengths:
-        return "a row without tokens, which a pooler may read"
-    if keys.has_holes:  # windows count columns, and this layer does not know whether one after it has a window
-        return "padding between tokens"
-    if not meaning.pattern.causal and not keys.right_padded:  # encoders pool their first column, which must be what it was
-        return "an encoder with padding before its tokens, which a pooler may read"
-    return None
+    # Windows count columns, and this layer does not know whether one after it has a window.
+    return "padding between tokens" if meaning.keys.has_holes else None
 
 
 _REFUSED = object()
@@ -229,21 +254,32 @@ class ModelHook:
         stacks: names of the module lists in it that run packed.
         looks_at_ids: its head picks a row by ids (the last that is no padding, the largest), those in padding too.
         depth: how many layers the configuration said.
+        inputs: keywords that are no labels: of models inside, and of transformers' own.
+        looked: how many hooks had been registered in this process when there were none of others in the stacks.
     """
+
+    inputs: frozenset[str] = frozenset()  # of pickles of earlier versions
+    looked: int | None = None
 
     def __init__(self, tree: ModelId, model: Any, stacks: tuple[str, ...], looks_at_ids: bool) -> None:
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.tree, self.config, self.stacks, self.looks_at_ids = tree, model.config, stacks, looks_at_ids
         self.depth = getattr(model.config, "num_hidden_layers", None)
+        inside = {type(m) for m in model.modules() if m is not model and hasattr(m, "get_input_embeddings")}
+        known = inside | ({type(model)} if type(model).__module__.startswith("transformers.") else set())
+        self.inputs = frozenset(name for cls in known for name in inspect.signature(cls.forward).parameters) - _LABELS
 
+    @between_graphs
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Called by the model's forward, and as a hook in pickles of earlier versions, like `after`."""
         if kwargs is not None and not torch.compiler.is_compiling():
-            reason = self._changed(module) or self._why_padded(dict(zip(self.names, args, strict=False)) | kwargs)
-            enter_forward(self.tree, module, reason or _began_before(module))
+            given = dict(zip(self.names, args, strict=False)) | kwargs
+            reason, around_it = _around(module)
+            enter_forward(self.tree, module, self._changed(module) or reason, partial(self._read_by, given, around_it))
             if self.tree.left:
                 leave_forward(module)
 
+    @between_graphs
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> None:
         if torch.compiler.is_compiling():
             return
@@ -261,42 +297,89 @@ class ModelHook:
             return "its layers were changed since it was enabled: enable it again"
         if module.training and any(getattr(self.config, name, 0) for name in _SKIPPING_LAYERS):
             return "layers are skipped at random in training (layerdrop)"
-        # To look at all modules costs as much as a layer.
-        if "peft" in sys.modules and any(_chooses_rows(m) for s in stacks for m in s.modules()):
-            return "adapters by row of the batch"
+        registered = RemovableHandle.next_id
+        if self.looked != registered:  # to look at all modules costs as much as a layer
+            if (hooked := next(filter(None, (why_hooked(s, self.tree.hooks) for s in stacks)), None)) is not None:
+                return hooked
+            self.looked = registered
         return None
 
-    def _why_padded(self, given: dict[str, Any]) -> str | None:
-        mask = given.get("attention_mask")
+    def _read_by(self, given: dict[str, Any], around_it: dict[str, Any], causal: bool) -> str | None:
+        """Why rows at padding are read, as far as arguments say. From a device all flags come in one transfer, if there are any.
+
+        A caller who said what rows at padding hold knows the readers. The exception is what picks a row by column or by ids.
+        """
+        mask, ids = given.get("attention_mask"), given.get("input_ids")
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
             return None
+        ids = ids.to(mask.device) if isinstance(ids, Tensor) and ids.shape == mask.shape else None
+        of_collator = isinstance(mask, HostLengths) and mask.lengths is not None and mask.device.type != "cpu"
+        padding, config = ~mask.bool(), self.config.get_text_config()
+        found: list[tuple[str, Tensor]] = []
         continues = given.get("past_key_values") is not None or isinstance(given.get("logits_to_keep", 0), Tensor)
-        if (continues or given.get("logits_to_keep")) and not bool(mask[:, -1].all()):
-            return "generation with padding on the right, which reads the last column"
-        if given.get("start_positions") is not None or given.get("end_positions") is not None:
-            return "a loss over all columns, those of padding too"
-        for labels in (given.get("labels"), given.get("shift_labels")):
-            if isinstance(labels, Tensor) and labels.shape == mask.shape and _counts_padding(labels, mask):
-                return "labels at padding or just after it that are not -100, so that the loss counts it"
+        if continues or given.get("logits_to_keep"):
+            found.append(("generation with padding on the right, which reads the last column", padding[:, -1].any()))
         if self.looks_at_ids:
-            ids, pad = given.get("input_ids"), getattr(self.config.get_text_config(), "pad_token_id", None)
-            if ids is None or pad is None or ids.shape != mask.shape or not bool((mask.bool() | (ids == pad)).all()):
-                return "other ids than pad_token_id at padding, which the head looks at"
-        return None
+            reason, pad = "other ids than pad_token_id at padding, which the head looks at", getattr(config, "pad_token_id", None)
+            if ids is None or pad is None:
+                return reason
+            found.append((reason, ((ids != pad) & padding).any()))
+        if self.tree.padding_rows is None:
+            if ids is not None and not causal and not of_collator:
+                usual = ~padding
+                for known in _special_ids(config):
+                    usual = usual | (ids == known)
+                # One id was chosen, such as [MASK]. Several are random numbers, whose rows mean nothing.
+                chosen = ids.masked_fill(usual, _LARGEST).amin() == ids.masked_fill(usual, -1).amax()
+                found.append(("an id at padding that is not that of padding, so that its rows may be read", chosen))
+            for name, x in (around_it | {name: given[name] for name in sorted(given.keys() - self.inputs - _INPUTS)}).items():
+                of_tokens = isinstance(x, Tensor) and x.shape[:2] == mask.shape
+                if of_tokens and not (of_collator and x.dim() == 2 and name in _LABELS):
+                    reason = f"`{name}` at padding or just after it that are not -100, so that a loss may count it"
+                    found.append((reason, _counts(x, padding)))
+        said = torch.stack([x for _, x in found]).tolist() if found else []
+        return next((reason for (reason, _), x in zip(found, said, strict=True) if x), None)
 
 
-def _began_before(module: nn.Module) -> str | None:
-    """Of a model around this one whose forward began before it was enabled: what its caller wants is not known."""
-    unseen = any(isinstance(model, Watched) and model is not module and not is_entered(model) for model in around())
-    return "its forward began before it was enabled" if unseen else None
+def _around(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
+    """A reason if what the caller of a model around this one wants is not known, and targets that other modules around it are given."""
+    models: list[nn.Module] = []
+    targets: dict[str, Any] = {}
+    for model, given in around():
+        if isinstance(model, Watched):
+            models += [] if model is module else [model]
+        else:
+            inside = (x for x in given.values() if isinstance(x, Mapping))
+            targets |= {name: x for some in (given, *inside) for name, x in some.items() if _TARGETS.search(str(name))}
+    unseen = not all(map(is_entered, models))
+    return "its forward began before it was enabled" if unseen else None, {} if models else targets
 
 
-def _counts_padding(labels: Tensor, mask: Tensor) -> bool:
+# Names of what a loss compares with, in modules around a model, whose other arguments may be anything.
+_TARGETS = re.compile("label|tag|target|gold|truth")
+_LARGEST = torch.iinfo(torch.int32).max  # of all token ids
+_LABELS = frozenset(("labels", "shift_labels"))
+# Keywords by token that are no labels, for models with a class of the user's own.
+_INPUTS = frozenset(
+    (
+        "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox", "input_values", "input_features",
+        "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "encoder_hidden_states", "encoder_attention_mask",
+        "global_attention_mask", "special_tokens_mask",
+    )
+)  # fmt: skip
+
+
+def _special_ids(config: Any) -> set[int]:
+    """Tokenizers pad with one of these, or with 0."""
+    found = [getattr(config, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "sep", "cls")]
+    return {0, *(x for ids in found for x in (ids if isinstance(ids, list) else [ids]) if x is not None)}
+
+
+def _counts(labels: Tensor, padding: Tensor) -> Tensor:
     """At padding, or, for a loss on shifted labels, just after it."""
-    if isinstance(mask, HostLengths) and mask.lengths is not None and labels.device.type != "cpu":
-        return False  # our collator's labels; to look would be to wait for the device
-    counted, padding = labels != -100, ~mask.bool().to(labels.device)
-    return bool((counted & padding).any() | (counted[:, 1:] & padding[:, :-1]).any())
+    counted = (labels != -100).flatten(2).any(-1) if labels.dim() > 2 else labels != -100
+    counted = counted.to(padding.device)
+    return (counted & padding).any() | (counted[:, 1:] & padding[:, :-1]).any()
 
 
 def _is_whole(layers: Any) -> bool:
@@ -314,19 +397,29 @@ def _is_whole(layers: Any) -> bool:
     return any(map(is_ours, list(layer._forward_hooks.values())))
 
 
-def _chooses_rows(module: nn.Module) -> bool:
-    """A hook of PEFT, which puts them on its layers for a call that names an adapter for each row."""
-    hooks = list(module._forward_pre_hooks.values())
-    return any(str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("peft.") for hook in hooks)
+def why_hooked(layers: nn.Module, allowed: str) -> str | None:
+    """Why the hooks in a stack, if any, keep it from running packed; ``allowed`` as `varlen_attn.enable` takes it."""
+    for name, module in layers.named_modules():
+        kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+        homes = [_home(hook) for kind in kinds if kind for hook in list(kind.values()) if not is_ours(hook)]
+        homes = [home for home in homes if not home.startswith(_UNCONCERNED)]
+        if any(home.startswith("peft.") for home in homes):
+            return "adapters by row of the batch"
+        if homes and allowed == "leave":
+            return f'layer {name} has hooks, which would see packed rows: allow it with hooks="packed"'
+    return None
 
 
-def has_only_our_hooks(module: nn.Module) -> bool:
-    """No hooks but ours, and transformers' own, which wait for somebody to ask for hidden states."""
-    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
-        return True
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    known = (is_ours(hook) or getattr(hook, "__qualname__", "").endswith("output_capturing_hook") for hook in hooks)
-    return not (module._backward_hooks or module._backward_pre_hooks) and all(known)
+def _home(hook: Any) -> str:
+    """The module of its code. PEFT's are partial functions, put on its layers for a call that names an adapter for each row."""
+    hook = getattr(hook, "func", hook)
+    return str(getattr(hook, "__module__", None) or type(hook).__module__)
+
+
+# Hooks that bring weights, and those of transformers that wait for somebody to ask for hidden states.
+_UNCONCERNED = (
+    "torch.nn.utils", "torch.distributed.fsdp", "torch.distributed._composable", "deepspeed.", "transformers.utils.output_capturing"
+)  # fmt: skip
 
 
 # -------------------------------------------------------------------- the class of a model
@@ -372,21 +465,23 @@ class _Forward:
     """The ``forward`` of a class of models. With a ``__set__`` it comes before what is on the object."""
 
     def __init__(self, original: Any) -> None:
+        @begins_no_graph
         @wraps(original.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _seen(self, MethodType(original.forward, self), *args, **kwargs)
+            return _seen(self, partial(original.forward, self), *args, **kwargs)
 
-        self.function = forward
+        self.function: Any = forward
 
+    @begins_no_graph
     def __get__(self, model: Any, cls: Any = None) -> Any:
         if model is None:
             return self.function
         own = vars(model).get("forward")
-        return MethodType(self.function, model) if own is None else update_wrapper(partial(_seen, model, own), own)
+        return self.function.__get__(model) if own is None else update_wrapper(partial(_seen, model, own), own)
 
     def __set__(self, model: Any, value: Any) -> None:
         vars(model)["forward"] = value
-        if value == MethodType(self.function, model):  # who put another one there puts back what was there
+        if value == self.function.__get__(model):  # who put another one there puts back what was there
             del model.forward
 
     def __delete__(self, model: Any) -> None:
@@ -394,9 +489,10 @@ class _Forward:
             raise AttributeError("forward")
 
 
+@partial(between_graphs, recursive=False)
 def _seen(model: Any, compute: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     hook = vars(model).get(_WATCH)
-    if hook is None:
+    if hook is None or torch.compiler.is_compiling():
         return compute(*args, **kwargs)
     hook.before(model, args, kwargs)
     result = None

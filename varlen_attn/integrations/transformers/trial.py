@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..._clone import NotCloned, clone, kinds, noise
+from ...data.results import gap, tensors_of
 
 INTERNAL = "_attn_implementation_internal"  # of a configuration
-_HUGE = 1e4
 _SMALL = 1 << 20  # parameters: gates and heads; to look at all weights of a large model takes as long as a forward
 _LENGTHS = (7, 4, 5)  # odd and even: a convolution with a stride reads beyond the end of some rows only
 
@@ -145,11 +146,12 @@ def _sound(name: str, values: Tensor, lengths: Tensor, names: tuple[str, ...]) -
 
 _WRAPPERS = ("FullyShardedDataParallel", "DataParallel", "DistributedDataParallel", "OptimizedModule")
 _LAYERS = re.compile(r"(^|_)(n|num)?_?(hidden_)?layers?$|depth$")
+_WORDS = 256  # of a vocabulary: a head that gives each token a number for every word takes longer than the layers below it
 _LARGE = 1 << 25  # numbers of weights that are elsewhere, which random ones stand in for
 
 
 def clone_of(model: Any, stacks: Sequence[tuple[str, nn.ModuleList]]) -> tuple[Any, dict[int, Any], bool]:
-    """A clone of a model, the clones of everything in it, and whether it has all layers.
+    """A clone of a model, the clones of everything in it, and whether nothing is left out: it has all layers and all words.
 
     Args:
         model: it, or a part of one.
@@ -175,13 +177,21 @@ def clone_of(model: Any, stacks: Sequence[tuple[str, nn.ModuleList]]) -> tuple[A
         closed = isinstance(x, nn.Parameter) and x.is_floating_point() and x.numel() <= _SMALL and not x.any()
         return nn.Parameter(noise(x, generator), x.requires_grad) if closed else x
 
+    made: Any
     made, memo = clone(model, weight, lengths=lengths)
+    head: Any = made.get_output_embeddings() if stacks and hasattr(made, "get_output_embeddings") else None
+    cut = type(head) is nn.Linear and head.out_features > _WORDS
+    if cut:
+        made._buffers |= {k: x[..., :_WORDS] for k, x in made.named_buffers(recurse=False) if x.shape[-1:] == (head.out_features,)}
+        head.out_features = _WORDS
+        for name, x in head.named_parameters(recurse=False):
+            setattr(head, name, nn.Parameter(x.detach()[:_WORDS], x.requires_grad))
     configurations = {id(x): vars(x) for m in made.modules() if INTERNAL in getattr(x := getattr(m, "config", None), "__dict__", ())}
     for layers, n in lengths.items():
         for entries in configurations.values():
             changed = {k: n for k, x in entries.items() if type(x) is int and x == len(layers) and _LAYERS.search(k)}  # type: ignore[arg-type]
             entries.update(changed)
-    return made, memo, not lengths
+    return made, memo, not lengths and not cut
 
 
 def _enough(layers: nn.ModuleList) -> int:
@@ -199,15 +209,17 @@ def run(model: Any, trial: Trial, stacks: Sequence[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _inputs_of(model: nn.Module, stacks: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """What the innermost modules read, by name; one vector a row, of which nothing is padding."""
+    """What the innermost modules read, by name; one vector a row, of which nothing is padding. Of norms over a batch all that they read,
+    because in training they read it together.
+    """
     read: dict[str, list[Tensor]] = {}
     handles = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{stack}.") for stack in stacks) or next(module.children(), None) is not None:
             continue
 
-        def keep(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            read.setdefault(f"what {name} reads", []).extend(x.clone() for x in args if isinstance(x, Tensor) and x.dim() == 2)
+        def keep(_: nn.Module, args: tuple[Any, ...], name: str = name, every: bool = "BatchNorm" in type(module).__name__) -> None:
+            read.setdefault(f"what {name} reads", []).extend(x.clone() for x in args if isinstance(x, Tensor) and (every or x.dim() == 2))
 
         handles.append(module.register_forward_pre_hook(keep))
     try:
@@ -223,10 +235,11 @@ def _inputs_of(model: nn.Module, stacks: Sequence[str]) -> Iterator[dict[str, li
 def difference(trial: Trial, expected: dict[str, Any], got: dict[str, Any], made: list[Tensor]) -> str | None:
     """Which result differs where it counts, in words; None if all agree."""
     for name, reference in expected.items():
-        before, after = _tensors(reference), _tensors(got.get(name))
-        if len(before) != len(after):
+        before, after = dict(tensors_of(reference)), dict(tensors_of(got.get(name)))
+        if before.keys() != after.keys():
             return f"{name} has another number of tensors"
-        for a, b in zip(before, after, strict=True):
+        for key, a in before.items():
+            b = after[key]
             if a.shape != b.shape:
                 return f"{name} has shape {tuple(b.shape)}, not {tuple(a.shape)}"
             if not a.is_floating_point() or not a.numel():
@@ -234,22 +247,7 @@ def difference(trial: Trial, expected: dict[str, Any], got: dict[str, Any], made
             valid = trial.where(a.shape, made)
             if valid is None and not trial.full:
                 continue
-            a, b = (a.double(), b.double()) if valid is None else (a[valid].double(), b[valid].double())
-            if not torch.equal(a.isnan(), b.isnan()):
-                return f"{name} is NaN elsewhere in a trial"
-            usual = a[a.abs() < _HUGE]  # the rest are scores of hidden keys and their like
-            scale = usual.abs().max() if usual.numel() else a.new_ones(())
-            a, b = a.clamp(-_HUGE, _HUGE).nan_to_num(), b.clamp(-_HUGE, _HUGE).nan_to_num()
-            tolerance = 1e-3 if before[0].dtype in (torch.float32, torch.float64) else 5e-2
-            if bool(((a - b).abs() > tolerance * scale + 1e-6).any()):
-                return f"{name} differs by {float((a - b).abs().max()):.1e} in a trial"
+            size, allowed = gap(a, b, None if valid is None else valid.view(*valid.shape, *[1] * (a.dim() - 2)))
+            if size > allowed:
+                return f"{name} differs by {size:.1e} in a trial" if math.isfinite(size) else f"{name} is NaN elsewhere in a trial"
     return None
-
-
-def _tensors(x: Any) -> list[Tensor]:
-    """Of a result; caches, whose rows at padding are nobody's business, are left out."""
-    if isinstance(x, Tensor):
-        return [x]
-    if isinstance(x, Mapping):
-        x = tuple(x.values())
-    return [t for y in x for t in _tensors(y)] if isinstance(x, tuple | list) else []

@@ -3,7 +3,7 @@
 Equal lengths share one kernel call: without a copy where they are adjacent, gathered where they are not and short; near-equal short
 ones too, padded. No padding at all is one dense call. Causal masks and windows are cut to the rows and keys that see each other, so a
 window costs its width and not the length. What the kernel has no argument for (softcap, dropout, sinks, score bias) is exact eager
-maths, a group of sequences at a time.
+math, a group of sequences at a time.
 
 The kernel is private to torch (`aten::_scaled_dot_product_flash_attention_for_cpu`); known of it: empty sequences kill the
 process with SIGFPE; its log-sum-exp of a row without keys is 0, and short rows of NaN count as such; it has no
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..._state import state
 from ..._torch import is_transformed
 from ..base import FLOATS, HALF, Backend, Capabilities, Refusal, accumulation_dtype, on_launch, pad_head_dim, zeros_with_grad
-from ..dense import attend_dense, needs_eager
+from ..dense import attend_dense, is_nan, needs_eager
 from ..ops import check_operands, define_ops
 from ..problem import Problem
 from ..values import Call, Result
@@ -160,6 +160,8 @@ class Cpu(Backend):
             query, key, value, call.layout_q.cu_seqlens, call.layout_kv.cu_seqlens, call.extras.alibi_slopes, scale,
             semantics.causal or "", window, semantics.batch_invariant, call.layout_q.has_slack, call.layout_kv.has_slack,
         )  # fmt: skip
+        if (semantics.window or (semantics.causal and call.extras.alibi_slopes is not None)) and is_nan(lse):
+            return _run_eager(query, key, value[..., :value_dim], call)  # the kernel adds -inf to scores that it hides: NaN stays NaN
         return out if out.shape[-1] == value_dim else out[..., :value_dim], lse if semantics.return_lse else None
 
 

@@ -199,15 +199,10 @@ def _name() -> str:
 
 
 def _sources_hash() -> str:
-    if "hash" not in _hashes:
-        digest = hashlib.sha256(repr((_COMPILER_FLAGS, _LINKER_FLAGS, _LEVELS)).encode())
-        for file in sorted(_SOURCES.glob("*.*")):
-            digest.update(file.read_bytes())
-        _hashes["hash"] = digest.hexdigest()[:12]
-    return _hashes["hash"]
-
-
-_hashes: dict[str, str] = {}
+    digest = hashlib.sha256(repr((_COMPILER_FLAGS, _LINKER_FLAGS, _LEVELS)).encode())
+    for name in sorted(os.listdir(_SOURCES)):
+        digest.update((_SOURCES / name).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _folders() -> Iterator[Path]:
@@ -314,20 +309,8 @@ def _compile(compiler: list[str], scratch: Path, sanitize: str | None) -> Path:
     openmp = sorted(str(file) for file in libraries.glob("libgomp*.so*")) or ["-fopenmp"]
     objects = [job[-1] for job in jobs]
     target = scratch / "native.so"
-    _call(
-        [
-            *compiler,
-            *_LINKER_FLAGS,
-            *checks,
-            *objects,
-            f"-L{libraries}",
-            "-ltorch_cpu",
-            *openmp,
-            f"-Wl,-rpath,{libraries}",
-            "-o",
-            str(target),
-        ]
-    )
+    libtorch = [f"-L{libraries}", "-ltorch_cpu", *openmp, f"-Wl,-rpath,{libraries}"]
+    _call([*compiler, *_LINKER_FLAGS, *checks, *objects, *libtorch, "-o", str(target)])
     return target
 
 

@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import contiguous_grad, pad_head_dim, zeros_with_grad
+from ..base import HALF, Capabilities, contiguous_grad, nothing, pad_head_dim
+from ..limits import MAX_SEQUENCES
 from ..problem import Semantics
 from ..values import Call, Result
 
 Run = Callable[..., Result]
+
+# What flash kernels have in common; an adapter says where its own differs.
+FLASH = Capabilities(
+    devices=frozenset({"cuda"}), dtypes=HALF, min_capability=(8, 0), max_head_dim=256, max_sequences=MAX_SEQUENCES,
+    causal_top_left=False, score_bias=False, slack_rows=False,
+)  # fmt: skip
 
 _BYTES = 16  # of one load
 
@@ -67,12 +74,6 @@ def fitted(*, align: bool) -> Callable[[Run], Run]:
         return fit
 
     return decorate
-
-
-def nothing(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
-    """The result of a call without sequences."""
-    out = zeros_with_grad((*query.shape[:2], value.shape[-1]), query, key, value, *call.extras.tensors)
-    return out, out.new_zeros((out.shape[1], out.shape[0]), dtype=torch.float32) if call.semantics.return_lse else None
 
 
 def flash2_bounds(call: Call) -> tuple[int, int]:

@@ -18,23 +18,23 @@ Read in its source (2.8.3, with what changed since 2.1); its Triton build is run
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...layout.seq_layout import SeqLayout
-from ..base import HALF, Backend, Capabilities, Refusal, scale_refusals
-from ..limits import MAX_GRADIENT, MAX_SEQUENCES
+from ..base import HALF, Backend, Refusal, scale_refusals
+from ..limits import MAX_GRADIENT
 from ..problem import Problem, Semantics, version_tuple
+from ..unseen import without_unseen
 from ..values import Call, Result
-from .fit import fitted, flash2_bounds, flash_window, nothing
-from .packages import probe, version_refusals
-from .unseen import drop_fully_masked_queries
+from .fit import FLASH, fitted, flash2_bounds, flash_window
+from .packages import findable, probe, version_refusals
 
 _INTERFACE = "flash_attn.flash_attn_interface"
 _CORE = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "softmax_scale", "causal", "return_attn_probs")
@@ -47,11 +47,7 @@ _SINCE = (  # version, parameter, what it is for
 
 
 def _not_installed() -> str:
-    try:
-        impostor = importlib.util.find_spec("flash_attn") is not None
-    except ValueError:  # a module put into sys.modules by hand
-        impostor = True
-    if impostor:
+    if findable("flash_attn"):
         return "the package flash-attn is not installed: the module flash_attn found here belongs to another distribution"
     return "the package flash-attn is not installed"
 
@@ -64,13 +60,19 @@ def _is_triton_build(problem: Problem) -> bool:
     return bool(getattr(sys.modules.get(_INTERFACE), "USE_TRITON_ROCM", switch))
 
 
-def _wanted(semantics: Semantics) -> dict[str, bool]:
-    return {
-        "window_size": semantics.window is not None,
-        "alibi_slopes": semantics.alibi,
-        "deterministic": semantics.deterministic,
-        "softcap": semantics.softcap is not None,
+def _options(semantics: Semantics, slopes: Any) -> dict[str, Any]:
+    """Arguments that older versions lack: only those that are asked for."""
+    given = {
+        "window_size": None if semantics.window is None else flash_window(semantics),
+        "alibi_slopes": slopes,
+        "deterministic": semantics.deterministic or None,
+        "softcap": semantics.softcap,
     }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _names(semantics: Semantics) -> list[str]:
+    return list(_options(semantics, semantics.alibi or None))
 
 
 class Flash2(Backend):
@@ -79,18 +81,8 @@ class Flash2(Backend):
     name = "flash2"
     package = "flash-attn"
     install = "pip install flash-attn --no-build-isolation, built for this torch"
-    capabilities = Capabilities(
-        devices=frozenset({"cuda", "cpu"}),
-        dtypes=HALF | {torch.float32},
-        min_capability=(8, 0),
-        max_head_dim=256,
-        max_sequences=MAX_SEQUENCES,
-        max_gradient=MAX_GRADIENT,
-        causal_top_left=False,
-        score_bias=False,
-        sinks=False,
-        slack_rows=False,
-        reads_slack=False,
+    capabilities = replace(
+        FLASH, devices=frozenset({"cuda", "cpu"}), dtypes=HALF | {torch.float32}, max_gradient=MAX_GRADIENT, sinks=False, reads_slack=False
     )
 
     def missing(self, problem: Problem) -> str | None:
@@ -100,7 +92,7 @@ class Flash2(Backend):
         if problem.packages is not None:
             return None  # another machine's package: its version is all that is known
         sentence, parameters = probe(f"flash-attn {version}", _INTERFACE, {"flash_attn_varlen_func": _CORE})
-        lacking = [name for name, wanted in _wanted(problem.semantics).items() if wanted and name not in parameters]
+        lacking = [name for name in _names(problem.semantics) if name not in parameters]
         if sentence is None and lacking:
             return f"flash_attn_varlen_func of flash-attn {version} has no parameter {', '.join(lacking)}"
         return sentence
@@ -135,10 +127,8 @@ class Flash2(Backend):
 
         triton = getattr(flash_attn_interface, "USE_TRITON_ROCM", False)
 
-        def attend(query: Tensor, call: Call) -> Result:
+        def attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
             semantics, slopes = call.semantics, call.extras.alibi_slopes
-            if call.layout_q.num_seqs == 0:
-                return nothing(query, key, value, call)
             max_q, max_k = flash2_bounds(call)
             result = flash_attn_interface.flash_attn_varlen_func(
                 q=query,
@@ -161,21 +151,9 @@ class Flash2(Backend):
                 lse = lse - slopes[:, None] * _aligned_positions(*call.layouts)
             return result[0], lse
 
-        return drop_fully_masked_queries(query, call, attend) if triton and call.semantics.causal else attend(query, call)
-
-
-def _options(semantics: Semantics, slopes: Tensor | None) -> dict[str, Any]:
-    """Only those that are asked for, because older versions lack the parameters."""
-    options: dict[str, Any] = {}
-    if semantics.window is not None:
-        options["window_size"] = flash_window(semantics)
-    if semantics.softcap is not None:
-        options["softcap"] = semantics.softcap
-    if slopes is not None:
-        options["alibi_slopes"] = slopes
-    if semantics.deterministic:
-        options["deterministic"] = True
-    return options
+        if triton and call.semantics.causal:
+            return without_unseen(query, key, value, call, attend, queries=True)
+        return attend(query, key, value, call)
 
 
 def _adds_by_column(semantics: Semantics, max_k: int) -> bool:
@@ -230,10 +208,10 @@ def _device_refusals(problem: Problem) -> Iterable[Refusal]:
 
 
 def _version_refusals(problem: Problem) -> Iterable[Refusal]:
-    wanted = _wanted(problem.semantics)
+    names = _names(problem.semantics)
     gates = (
         (True, "2.1", "varlen attention as it is called here"),
         (not problem.rocm and (problem.capability or (0, 0)) >= (10, 0), "2.7.3", "this GPU"),
-        *((wanted[name], since, what) for since, name, what in _SINCE),
+        *((name in names, since, what) for since, name, what in _SINCE),
     )
     return version_refusals(problem, "flash-attn", version_tuple, gates, "pip install")

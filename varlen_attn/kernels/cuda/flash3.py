@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ from ..._torch import arguments_of
 from ..base import Refusal
 from ..problem import Problem, installed_version
 from .flash_ops import FlashOps, define_flash_ops
-from .packages import load_quietly
+from .packages import findable, load_quietly
 
 _INTERFACE, _CONFIG = "flash_attn_interface", "flash_attn_config"
 _WIDTHS = (64, 96, 128, 192, 256)  # that kernels are compiled for; a head dimension takes the next
@@ -88,7 +87,7 @@ def _find() -> Build | str:
 def _sources() -> Iterable[tuple[str, str, str | None, Callable[[], object]]]:
     """``(for people, namespace of the ops, module that says what they lack, what loads them)``; nothing is imported to find out."""
     names = [f"{name} {installed_version(name)}" for name in ("flash-attn-3", "tokenspeed-fa3") if installed_version(name)]
-    if names or _findable(_INTERFACE):
+    if names or findable(_INTERFACE):
         yield " and ".join(names) or f"a module {_INTERFACE}", "flash_attn_3", _CONFIG, lambda: importlib.import_module(_INTERFACE)
     if installed_version("xformers"):
         path = importlib.metadata.distribution("xformers").locate_file("xformers/flash_attn_3/_C.so")
@@ -97,13 +96,6 @@ def _sources() -> Iterable[tuple[str, str, str | None, Callable[[], object]]]:
     if installed_version("fa3-fwd"):
         what = f"fa3-fwd {installed_version('fa3-fwd')}"
         yield what, "fa3_fwd", "fa3_fwd_config", lambda: importlib.import_module("fa3_fwd_interface")
-
-
-def _findable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ValueError:  # a module put into sys.modules by hand
-        return True
 
 
 def _describe(what: str, namespace: str, config: str | None) -> Build | str:

@@ -13,6 +13,7 @@ where tensors are real, they do what differs between versions of the libraries o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,12 +21,11 @@ from torch import Tensor
 
 from ..._state import state
 from ...layout.seq_layout import SeqLayout
-from ..base import HALF, Backend, Capabilities, Refusal, on_launch, scale_refusals
-from ..limits import MAX_SEQUENCES
+from ..base import Backend, Refusal, on_launch, scale_refusals
 from ..ops import define_ops
 from ..problem import Problem
 from ..values import Call, Result
-from .fit import aligned, fitted, flash_window
+from .fit import FLASH, aligned, fitted, flash_window
 
 _TILE = 128  # rows of a kernel's block
 _MOST_PIECES = 4_095  # sequences that slack rows are cut into: a kernel's grid does not count far (see `kernels.limits`)
@@ -48,8 +48,7 @@ def define_flash_ops(name: str, forward: Function, backward: Function) -> Callab
         if state.records:
             on_launch(name, query.shape[0])
         if 0 in (query.shape[0], key.shape[0]):
-            blind = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
-            return query.new_zeros(query.shape), blind
+            return query.new_zeros(query.shape), query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
         out, lse = forward(_named(query, key, value, cu_q, cu_k, max_q, max_k, scale, causal, window, softcap))
         return (out if sinks is None else _with_sinks(out, lse, sinks)), lse
 
@@ -127,19 +126,7 @@ class FlashOps(Backend):
 
     custom_op = True
     op: ClassVar[Callable[..., Any]]
-    capabilities = Capabilities(
-        devices=frozenset({"cuda"}),
-        dtypes=HALF,
-        min_capability=(9, 0),
-        rocm=False,
-        max_head_dim=256,
-        max_sequences=MAX_SEQUENCES,
-        causal_top_left=False,
-        dropout=False,
-        alibi=False,
-        score_bias=False,
-        slack_rows=False,
-    )
+    capabilities = replace(FLASH, min_capability=(9, 0), rocm=False, dropout=False, alibi=False)
 
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
         if problem.transformed:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..._torch import compile_error, mark_dynamic
 from ...errors import ArgumentError
-from ..base import HALF, Backend, Capabilities, Refusal, contiguous_grad, pad_head_dim, zeros_with_grad
+from ..base import HALF, Backend, Capabilities, Refusal, contiguous_grad, nothing, pad_head_dim
 from ..problem import Problem, installed_version
 from ..values import Call, Result, ScoreBias
 from .flex_blocks import BLOCK, Visible, visible_pairs
@@ -81,9 +81,7 @@ class Flex(Backend):
         semantics, extras = call.semantics, call.extras
         bias = extras.score_bias
         if 0 in (query.shape[0], key.shape[0]) or (isinstance(bias, Tensor) and 0 in bias.shape):  # the kernel refuses all of these
-            nothing = zeros_with_grad((*query.shape[:2], value_dim), query, key, value, *extras.tensors)
-            blind = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
-            return nothing, blind if semantics.return_lse else None
+            return nothing(query, key, value, call)
         query, key = pad_head_dim(1, query, key, least=16)
         (value,) = pad_head_dim(1, value, least=16)
         visible = visible_pairs(*call.layouts, semantics)

@@ -25,9 +25,9 @@ from ...layout.seq_layout import SeqLayout
 from ..base import HALF, Backend, Capabilities, Refusal, contiguous_grad, pad_head_dim, repeat_kv, scale_refusals
 from ..limits import MAX_SEQUENCES, in_heads
 from ..problem import Problem
+from ..unseen import without_unseen
 from ..values import Call, Result
-from .fit import aligned, nothing
-from .unseen import drop_fully_masked_queries
+from .fit import aligned
 
 _MASK_TYPE = {False: 0, "top_left": 1, "bottom_right": 2}
 _MAX_ELEMENTS = 2**31 - 1  # of one tensor in one call
@@ -71,18 +71,11 @@ class MemEfficient(Backend):
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         value_dim = value.shape[-1]
-        if call.layout_q.num_seqs == 0:
-            return nothing(query, key, value, call)
         key, value = repeat_kv(query.shape[1], key, value)
         multiple = 8 if query.dtype in HALF else 4
         query, key = pad_head_dim(multiple, query, key)
         (value,) = pad_head_dim(multiple, value)
-
-        def attend(query: Tensor, call: Call) -> Result:
-            return _attend(query, key, value, call)
-
-        bottom_right = call.semantics.causal == "bottom_right"
-        out, lse = drop_fully_masked_queries(query, call, attend) if bottom_right else attend(query, call)
+        out, lse = without_unseen(query, key, value, call, _attend, queries=call.semantics.causal == "bottom_right")
         return out[..., :value_dim], lse if call.semantics.return_lse else None
 
 

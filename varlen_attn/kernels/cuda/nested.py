@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...layout.seq_layout import SeqLayout
-from ..base import FLOATS, Backend, Capabilities, Refusal, contiguous_grad, pad_head_dim
+from ..base import FLOATS, Backend, Capabilities, Refusal
 from ..limits import MAX_GRADIENT, MAX_SEQUENCES
 from ..problem import Problem
 from ..values import Call, Result
-from .fit import aligned, nothing
+from .fit import aligned, fitted
 
 
 class Nested(Backend):
@@ -83,11 +83,8 @@ class Nested(Backend):
     def seen_as(self, problem: Problem) -> str:
         return "softmax|_math" if problem.device_type == "cpu" else "flash_fwd_(kernel|splitkv)|fmha_cutlassF"
 
+    @fitted(align=True)
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
-        value_dim = value.shape[-1]
-        if call.layout_q.num_seqs == 0:
-            return nothing(query, key, value, call)
-        query, key, value = pad_head_dim(8, query, key, value)
         (q,) = _jagged(call.layout_q, query)
         k, v = _jagged(call.layout_kv, key, value)
         with warnings.catch_warnings():
@@ -96,8 +93,7 @@ class Nested(Backend):
             out = F.scaled_dot_product_attention(
                 q, k, v, dropout_p=call.semantics.dropout_p, is_causal=bool(call.semantics.causal), scale=call.semantics.scale
             )
-        packed = out.transpose(1, 2).values()
-        return contiguous_grad(packed)[..., :value_dim], None
+        return out.transpose(1, 2).values(), None
 
 
 def _jagged(layout: SeqLayout, *tensors_TNH: Tensor) -> list[Tensor]:

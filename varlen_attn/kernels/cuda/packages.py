@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -57,3 +58,11 @@ def load_quietly(what: str, doing: str, load: Callable[[], object]) -> str | Non
     except Exception as error:
         return f"{what} is installed, but {doing} it raises {type(error).__name__}: {error}"
     return None
+
+
+def findable(module: str) -> bool:
+    """Whether a module is there; it is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # one that was put into sys.modules by hand
+        return True

@@ -21,15 +21,16 @@ changed); run with torch 2.11 on an H200:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..base import HALF, Backend, Capabilities, Refusal, scale_refusals
-from ..limits import MAX_GRADIENT, MAX_SEQUENCES
+from ..base import Backend, Refusal, scale_refusals
+from ..limits import MAX_GRADIENT
 from ..problem import Problem, version_tuple
 from ..values import Call, Result
-from .fit import fitted, flash2_bounds, flash_window
+from .fit import FLASH, fitted, flash2_bounds, flash_window
 
 _CUDNN = (2, 14)  # the torch whose function may choose cuDNN's kernel
 _KNOWS_CUDNN = version_tuple(torch.__version__) >= _CUDNN
@@ -41,24 +42,10 @@ class TorchVarlen(Backend):
 
     name = "torch_varlen"
     install = "pip install 'torch>=2.11' for CUDA"
-    capabilities = Capabilities(
-        devices=frozenset({"cuda"}),
-        dtypes=HALF,
-        min_capability=(8, 0),
-        min_torch=(2, 11),
-        rocm=False,
-        torch_flash=True,
-        max_head_dim=256,
-        max_sequences=MAX_SEQUENCES,
-        max_gradient=MAX_GRADIENT,
-        causal_top_left=False,
-        softcap=False,
-        alibi=False,
-        score_bias=False,
-        sinks=False,
-        slack_rows=False,
-        reads_slack=False,
-    )
+    capabilities = replace(
+        FLASH, min_torch=(2, 11), rocm=False, torch_flash=True, max_gradient=MAX_GRADIENT,
+        softcap=False, alibi=False, sinks=False, reads_slack=False,
+    )  # fmt: skip
 
     def missing(self, problem: Problem) -> str | None:
         if problem.torch_version != torch.__version__:
