@@ -161,8 +161,18 @@ class Cpu(Backend):
             semantics.causal or "", window, semantics.batch_invariant, call.layout_q.has_slack, call.layout_kv.has_slack,
         )  # fmt: skip
         if (semantics.window or (semantics.causal and call.extras.alibi_slopes is not None)) and is_nan(lse):
-            return _run_eager(query, key, value[..., :value_dim], call)  # the kernel adds -inf to scores that it hides: NaN stays NaN
+            return self._repaired(query, key, value[..., :value_dim], lse, call)
         return out if out.shape[-1] == value_dim else out[..., :value_dim], lse if semantics.return_lse else None
+
+    def _repaired(self, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, call: Call) -> Result:
+        """The kernel adds -inf to scores that it hides, and NaN stays NaN. Sequences with such rows are computed by eager math; all others
+        keep their bits."""
+        layout = call.layout_q
+        of_sequence = torch.zeros(layout.num_seqs + 1, dtype=torch.bool).index_fill_(0, layout.seq_ids[lse.isnan().any(0)], True)
+        rows_q, rows_k = (of_sequence[x.seq_ids][:, None, None] for x in call.layouts)
+        exact, exact_lse = _run_eager(query, key, value, call)
+        out, lse_ = self.run(query.masked_fill(rows_q, 0), key.masked_fill(rows_k, 0), value.masked_fill(rows_k, 0), call)
+        return torch.where(rows_q, exact, out), None if lse_ is None or exact_lse is None else torch.where(rows_q[:, 0, 0], exact_lse, lse_)
 
 
 def _run_eager(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
