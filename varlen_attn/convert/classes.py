@@ -146,12 +146,10 @@ class _EnabledAttention(_Enabled):
             return super().as_it_came(why, (query, key, value, *args[3:]), {k: x for k, x in kwargs.items() if k not in names[:3]})
         at = (padding if self.batch_first or padding.dim() == 1 else padding.T)[..., None]
         inputs = {id(x): x.masked_fill(at, 0) for x in (key, value)}  # NaN at padding reaches no token
-        whole = query.is_set_to(key)
-        if whole:
-            inputs[id(query)] = inputs[id(key)]
-        given |= {"query": inputs.get(id(query), query), "key": inputs[id(key)], "value": inputs[id(value)]}
+        left_out = self.padding_rows == "zero" and query.is_set_to(key)
+        given |= {"query": inputs[id(key)] if left_out else query, "key": inputs[id(key)], "value": inputs[id(value)]}
         out, weights = super().as_it_came(why, (), {"need_weights": True, **given})
-        if whole and self.padding_rows == "zero":
+        if left_out:
             per_head = weights.dim() > padding.dim() + 1
             out = out.masked_fill(at, 0)
             weights = weights.masked_fill((padding.unsqueeze(-2) if per_head else padding)[..., None], 0)
