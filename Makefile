@@ -198,6 +198,7 @@ bench: $(TEXT) $(PICTURES) $(NATIVE)
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction training --dtype bfloat16 --workload w3 w6 --budget 10
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS) --part text encode enable --budget 10
 	$(BENCH) benchmarks.bench_dispatch
+	$(BENCH) benchmarks.bench_host
 	$(BENCH) benchmarks.report
 
 bench-full: $(TEXT) $(PICTURES) $(NATIVE)
@@ -209,10 +210,12 @@ bench-full: $(TEXT) $(PICTURES) $(NATIVE)
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS)
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS)
 	$(BENCH) benchmarks.bench_dispatch
+	$(BENCH) benchmarks.bench_host
 	$(BENCH) benchmarks.report
 
 bench-check: $(NATIVE)
 	$(BIN)/python -m benchmarks.check --threads $(THREADS)
+	$(BENCH) benchmarks.bench_host --check
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage dist

@@ -251,9 +251,13 @@ def test_the_public_names() -> None:
     assert len(set(names)) == len(names)
     kinds = [(0 if n.isupper() else 1 if n[0].isupper() else 2, n) for n in names]
     assert kinds == sorted(kinds)
-    tree = SOURCES[""]
-    imported = {a.asname or a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names}
-    assert imported - {"_old_paths"} == set(names)
+    froms = [node for node in ast.walk(SOURCES[""]) if isinstance(node, ast.ImportFrom) and node.level]
+    assert {alias.asname or alias.name for node in froms for alias in node.names} - {"_old_paths"} == set(names)
+    later = {alias.name: node.module for node in froms if node.col_offset for alias in node.names}  # for type checkers
+    assert later.items() <= varlen_attn.LATER.items()
+    assert set(names) <= set(dir(varlen_attn))
+    with pytest.raises(AttributeError, match="module 'varlen_attn' has no attribute 'enablee'"):
+        getattr(varlen_attn, "enablee")  # noqa: B009
     for name in names:
         assert getattr(varlen_attn, name) is not None
 

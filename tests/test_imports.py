@@ -39,6 +39,33 @@ def test_import_loads_torch_and_einops_and_nothing_else() -> None:
     assert out.splitlines() == ["['varlen_attn']", "False False"]
 
 
+def test_import_is_small() -> None:
+    """Modules are counted, because times are not the same twice. Names of parts that many programs do not use are there all the same."""
+    out = fresh(
+        """
+        import sys
+        import torch, einops
+        before = set(sys.modules)
+        import varlen_attn
+        new = set(sys.modules) - before
+        own = {name for name in new if name.startswith("varlen_attn") and sys.modules[name].__name__ == name}
+        print(sorted(new - {name for name in new if name.startswith("varlen_attn")}))
+        print(len(own) - len(varlen_attn._old_paths.LATER))
+        print(sorted({name.split(".")[1] for name in own if "." in name} & {"cli", "convert", "integrations", "nn", "testing"}))
+        import inspect
+        inspect.getmodule(varlen_attn.record)  # looks into all modules that there are
+        print("varlen_attn.nn" in sys.modules, "enable" in vars(varlen_attn), callable(varlen_attn.enable), "enable" in vars(varlen_attn))
+        import varlen_attn.encoder
+        print(varlen_attn.encoder is varlen_attn.nn.transformer, sys.modules["varlen_attn.encoder"].unwrapped is not None,
+              sys.modules["varlen_attn.encoder"] is varlen_attn.nn.transformer)
+        """
+    )
+    others, count, unused, *rest = out.splitlines()
+    assert others == unused == "[]"
+    assert int(count) <= 55
+    assert rest == ["False False True True", "True True True"]
+
+
 BLOCK = f"""
 import importlib.machinery, sys
 

@@ -5,14 +5,14 @@ tokens exist, `explain` and `record` say which kernel runs and why the others do
 """
 
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from . import _old_paths
 from .attention.dispatch import Decision, Plan, Route, backends, choose, route, use_backend
 from .attention.explain import explain
 from .attention.functional import padded_attention, varlen_attention, varlen_mha
 from .attention.records import Call, Record, record
-from .convert.enabling import disable, enable, enabled
-from .convert.report import ModuleReport, Report
 from .data.collator import VarlenCollator
 from .errors import ArgumentError, BackendRefused, DtypeError, LayoutError, LayoutWarning, NoBackend, VarlenError, VarlenWarning
 from .kernels import BACKENDS
@@ -20,10 +20,19 @@ from .kernels.base import Backend, Capabilities, Refusal
 from .kernels.problem import Problem, Semantics
 from .kernels.values import Extras
 from .layout.seq_layout import SeqLayout
-from .nn.conv import varlen_conv1d
-from .nn.multihead import VarlenMultiheadAttention
-from .nn.rotary import apply_rotary
-from .nn.transformer import VarlenTransformerDecoder, VarlenTransformerDecoderLayer, VarlenTransformerEncoder, VarlenTransformerEncoderLayer
+
+if TYPE_CHECKING:
+    from .convert.enabling import disable, enable, enabled
+    from .convert.report import ModuleReport, Report
+    from .nn.conv import varlen_conv1d
+    from .nn.multihead import VarlenMultiheadAttention
+    from .nn.rotary import apply_rotary
+    from .nn.transformer import (
+        VarlenTransformerDecoder,
+        VarlenTransformerDecoderLayer,
+        VarlenTransformerEncoder,
+        VarlenTransformerEncoderLayer,
+    )
 
 __version__ = "0.1.0"
 
@@ -74,3 +83,26 @@ __all__ = [
 ]
 
 _old_paths.open_old_paths(sys.modules[__name__])
+
+if not TYPE_CHECKING:
+    # Imported when it is looked at for the first time, because many programs use none of it. A name that its module lacks is the module.
+    LATER = {
+        **_old_paths.LATER,
+        **{name: name for name in ("convert", "nn")},
+        **dict.fromkeys(("disable", "enable", "enabled"), "convert.enabling"),
+        **dict.fromkeys(("ModuleReport", "Report"), "convert.report"),
+        **dict.fromkeys((name for name in __all__ if name.startswith("VarlenTransformer")), "nn.transformer"),
+        "VarlenMultiheadAttention": "nn.multihead",
+        "apply_rotary": "nn.rotary",
+        "varlen_conv1d": "nn.conv",
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name not in LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = import_module(f"{__name__}.{LATER[name]}")
+        globals()[name] = found = getattr(module, name, module)
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

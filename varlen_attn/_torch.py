@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
+from torch._library.simple_registry import singleton as _registry
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _modules
@@ -123,6 +124,41 @@ def arguments_of(op: Any) -> list[Any]:
 def ragged_dim(nested: Tensor) -> int:
     """The dimension of a jagged nested tensor whose size differs between its sequences."""
     return getattr(nested, "_ragged_idx", 1)
+
+
+def register_fake(library: torch.library.Library, op: str, fake: Callable[..., Any]) -> None:
+    """`torch.library.register_fake`, which looks for the caller's module and source among all modules."""
+    _registry.find(f"{library.ns}::{op}").fake_impl.register(fake, __name__, lib=library)
+
+
+def register_autograd(
+    library: torch.library.Library, op: Any, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
+) -> None:
+    """`torch.library.register_autograd`, which makes a dataclass for each op. ``setup_context`` takes its arguments by position."""
+
+    def below(keyset: Any, inputs: tuple[Any, ...]) -> Any:
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = below(keyset, inputs)
+            if setup_context is not None:
+                setup_context(ctx, inputs, output)
+        return output
+
+    def of_all(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return None, *backward(ctx, *grads)
+
+    name = f"{op.name().replace('::', '_')}_with_grad"
+    function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(of_all)})
+
+    def kernel(keyset: Any, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return function.apply(keyset, *inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return below(keyset, inputs)
+
+    library.impl(op.name(), kernel, "Autograd", with_keyset=True)
 
 
 def between_graphs(function: F_, recursive: bool = True) -> F_:

@@ -122,7 +122,7 @@ class _EnabledAttention(_Enabled):
 
     def _is_torchs(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Weights are wanted, which exist in the padded computation only, and torch's own has the meaning that is wanted: every query sees
-        a key. On a GPU nobody knows that without a transfer."""
+        a key. On a GPU that is not known without a transfer."""
         if not (args[4] if len(args) > 4 else kwargs.get("need_weights", self.gives_weights)) or len(args) > 5:
             return False
         query, padding = _given(((0, "query"), (3, "key_padding_mask")), args, kwargs)

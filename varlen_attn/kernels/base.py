@@ -51,7 +51,7 @@ class Refusal:
 def _prepared(run: Callable[..., Result]) -> Callable[..., Result]:
     """``run`` with what is the same for all backends: a `Call` or its values one by one, on both sides, and no more than
     `Capabilities.max_sequences` and `Capabilities.max_gradient` at a time."""
-    takes_values = len(inspect.signature(run).parameters) > len(("self", "query", "key", "value", "call"))
+    takes_values = inspect.unwrap(run).__code__.co_argcount > len(("self", "query", "key", "value", "call"))
 
     @wraps(run)
     def prepared(self: Backend, query: Tensor, key: Tensor, value: Tensor, call: Any, *rest: Any) -> Result:

@@ -1,6 +1,7 @@
 """Our own ops in `torch.library`: a forward with its backward, and what tracing, autograd and the FLOP counter want of them.
 
-What `torch.library.custom_op` does, except that its wrapper imports dynamo at the first call, which takes a second.
+What `torch.library.custom_op` does, except that its wrapper imports dynamo at the first call, which takes a second; and that signatures
+and sources are not inspected, which takes milliseconds of every import.
 
 The FLOP counter, `torch.utils.flop_counter`, takes 50 ms to import: formulas are registered where it has been imported. That is looked
 for when this package is imported and at every call. A `FlopCounterMode` copies the formulas when it is made, so import
@@ -9,26 +10,34 @@ for when this package is imported and at every call. A `FlopCounterMode` copies 
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import define, impl, infer_schema, register_autograd, register_fake
 
-from .._torch import is_tracing
+from .._torch import is_tracing, register_autograd, register_fake
 from ..errors import ArgumentError, LayoutError
 from ..layout.checks import check_offsets_tensor
 from .base import accumulation_dtype
 
 Op = Callable[..., Any]
 
-_INPUTS = "Tensor query, Tensor key, Tensor value, "
 _COUNTER = "torch.utils.flop_counter"
 
+_LIBRARY = torch.library.Library("varlen_attn", "FRAGMENT")
+_TYPES = {"Tensor | None": "Tensor?", "list[int]": "SymInt[]", "int": "SymInt", "str": "str"}  # others have the same name in a schema
 _defined: list[str] = []  # names of backends
+
+
+def _schema_of(function: Op) -> list[str]:
+    """Its arguments in the words of a schema, by their annotations, which are strings."""
+    code, defaults = function.__code__, function.__defaults__ or ()
+    names = code.co_varnames[: code.co_argcount]
+    arguments = [f"{_TYPES.get(kind, kind)} {name}" for name in names for kind in (function.__annotations__[name],)]
+    plain = len(names) - len(defaults)
+    return arguments[:plain] + [f"{argument}={value}" for argument, value in zip(arguments[plain:], defaults, strict=True)]
 
 
 def define_ops(name: str, forward: Op, backward: Op, *, kernel: str, device: str = "cpu", lse_by_rows: bool = False) -> Op:
@@ -46,11 +55,9 @@ def define_ops(name: str, forward: Op, backward: Op, *, kernel: str, device: str
         device: for whose tensors; "default" for any.
         lse_by_rows: the log-sum-exp is the transpose of a contiguous ``(T,N)``.
     """
-    schema = infer_schema(forward, mutates_args=())
-    rest = schema.removeprefix(f"({_INPUTS}").partition(")")[0]
-    parameters = inspect.signature(forward).parameters
-    sinks = list(parameters).index("sinks") if "sinks" in parameters else None
-    num_tensors = sum("Tensor" in str(parameter.annotation) for parameter in parameters.values())
+    arguments = _schema_of(forward)
+    sinks = arguments.index("Tensor? sinks") if "Tensor? sinks" in arguments else None
+    num_tensors = sum(argument.startswith("Tensor") for argument in arguments)
 
     def fake_forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
         if query.device != options[0].device:  # of both, this is chosen by the one that has no memory, and the other's would hold anything
@@ -73,7 +80,7 @@ def define_ops(name: str, forward: Op, backward: Op, *, kernel: str, device: str
     def autograd(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: under checkpointing a second time is an error
         dq, dk, dv, *dsinks = backward_op(grad, *saved, *ctx.options)
-        grads = [dq, dk, dv, *[None] * (len(parameters) - 3)]
+        grads = [dq, dk, dv, *[None] * (len(arguments) - 3)]
         if sinks is not None and saved[sinks + 2] is not None:
             grads[sinks] = dsinks[0]
         return tuple(grads)
@@ -84,18 +91,19 @@ def define_ops(name: str, forward: Op, backward: Op, *, kernel: str, device: str
         )
 
     def register(suffix: str, schema: str, function: Op, fake: Op) -> Any:
-        define(f"varlen_attn::{name}_{suffix}", schema, tags=torch.Tag.pt2_compliant_tag)
-        impl(f"varlen_attn::{name}_{suffix}", device, function)
-        register_fake(f"varlen_attn::{name}_{suffix}", fake)
+        _LIBRARY.define(f"{name}_{suffix}{schema}", tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(f"{name}_{suffix}", function, "CPU" if device == "cpu" else "CompositeExplicitAutograd")
+        register_fake(_LIBRARY, f"{name}_{suffix}", fake)
         return getattr(torch.ops.varlen_attn, f"{name}_{suffix}".partition(".")[0])
 
     gradients = ", ".join(["Tensor"] * (3 if sinks is None else 4))
+    schema = f"({', '.join(arguments)}) -> (Tensor, Tensor)"
     with_grad = register("forward", schema, forward, fake_forward).default
     without_grad = register("forward.no_grad", schema, forward, fake_forward).no_grad
-    of_backward = f"(Tensor grad, {_INPUTS}Tensor out, Tensor lse, {rest}) -> ({gradients})"
+    of_backward = f"({', '.join(['Tensor grad', *arguments[:3], 'Tensor out', 'Tensor lse', *arguments[3:]])}) -> ({gradients})"
     backward_op = register("backward", of_backward, backward, fake_backward).default
-    register_autograd(f"varlen_attn::{name}_forward", autograd, setup_context=setup_context)
-    register_autograd(f"varlen_attn::{name}_backward", no_second_derivative)
+    register_autograd(_LIBRARY, with_grad, autograd, setup_context)
+    register_autograd(_LIBRARY, backward_op, no_second_derivative)
     _defined.append(name)
     _register_flops()
 
