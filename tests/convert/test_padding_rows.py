@@ -30,8 +30,9 @@ pytestmark = pytest.mark.filterwarnings(
 class Block(nn.Module):
     """Attention, then a part that may mix over time, as in a conformer."""
 
-    def __init__(self, part: str, batch_first: bool = True) -> None:
+    def __init__(self, part: str, batch_first: bool = True, weights: bool = False) -> None:
         super().__init__()
+        self.weights = weights
         self.norm, self.attn = nn.LayerNorm(D), attention(batch_first=batch_first)
         self.part: Any = PARTS[part]()
         self.add_module("head", nn.Linear(D, D))
@@ -40,7 +41,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         y = self.norm(x)
         y = y if self.attn.batch_first else y.transpose(0, 1)
-        y = self.attn(y, y, y, key_padding_mask=padding, need_weights=False)[0]
+        y = self.attn(y, y, y, key_padding_mask=padding, need_weights=self.weights)[0]
         x = x + (y if self.attn.batch_first else y.transpose(0, 1))
         x = x + (self.part(x)[0] if isinstance(self.part, nn.RNNBase) else self.part(x.mT).mT)
         return self.head(x)  # type: ignore[no-any-return]
@@ -85,7 +86,7 @@ def everywhere(model: nn.Module, x: Tensor, padding: Tensor, factors: Tensor, wa
 def test_real_tokens_of_blocks_that_mix_over_time(
     part: str, batch: Batch, batch_first: bool, way: str, training: bool, weights: bool
 ) -> None:
-    model = Block(part, batch_first).train(training)
+    model = Block(part, batch_first, weights).train(training)
     plain = copy.deepcopy(model)
     x, factors = (batch.tensor(D, dtype=torch.float64, salt=salt) for salt in range(2))
     report = enable(model, need_weights=weights)
