@@ -197,7 +197,6 @@ bench: $(TEXT) $(PICTURES) $(NATIVE)
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction eval --workload w1 w3 w5 w6 text --budget 10
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction training --dtype bfloat16 --workload w3 w6 --budget 10
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS) --part text encode enable --budget 10
-	$(BENCH) benchmarks.bench_dispatch
 	$(BENCH) benchmarks.bench_host
 	$(BENCH) benchmarks.report
 
@@ -209,7 +208,6 @@ bench-full: $(TEXT) $(PICTURES) $(NATIVE)
 	$(BENCH) benchmarks.bench_layout --threads $(THREADS) --dtype float32 bfloat16
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS)
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS)
-	$(BENCH) benchmarks.bench_dispatch
 	$(BENCH) benchmarks.bench_host
 	$(BENCH) benchmarks.report
 

@@ -380,7 +380,9 @@ def told(found: dict[str, Any]) -> str:
 
 def fell(rows: list[dict[str, Any]], committed: dict[str, Any]) -> list[str]:
     """Goals that are missed, and were met or missed by less in the committed results, by more than noise."""
-    before = committed["rows"] if same_setting(committed["environment"], environment()) else []
+    if not same_setting(committed["environment"], environment()):
+        return []  # of another kind of machine, or none: how much was missed there is no measure
+    before = committed["rows"]
     known = {tuple(found[key] for key in KEYS): found["measured"] for found in before}
     worse = []
     for found in rows:

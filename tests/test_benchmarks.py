@@ -22,7 +22,19 @@ from varlen_attn import BACKENDS
 
 report = pytest.importorskip("benchmarks.report", reason="benchmarks are not in a source distribution")
 
-from benchmarks import bench_attention, bench_layout, bench_length, bench_minitest, check, contestants, lengths, measure, plots, sections  # noqa: E402  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bench_attention,
+    bench_host,
+    bench_layout,
+    bench_length,
+    bench_minitest,
+    check,
+    contestants,
+    lengths,
+    measure,
+    plots,
+    sections,
+)
 from benchmarks.workloads import REAL, WORKLOADS, Workload  # noqa: E402
 
 ROOT = Path(report.__file__).parent.parent
@@ -387,3 +399,35 @@ def test_every_script_says_what_it_does() -> None:
     assert not rest, rest
     assert len(said) == len(scripts), done.stderr
     assert all(len(text) > 200 for text in said)
+
+
+# -------------------------------------------------------------------- what a call takes of the host
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_the_host_is_timed_for_right_results_only() -> None:
+    """Every part runs, smaller; a result that is wrong is no time."""
+    rows = [
+        *bench_host.bench_models(1, unpadded=((1, 4, 8),), padded=((2, 6, 8, 0.5),)),
+        *bench_host.bench_attention(1),
+        *bench_host.bench_packed(((0.5,), (6,), (8,))),
+    ]
+    assert all(row["measured"] > 0 and set(row["microseconds"]) <= {bench_host.WAS, bench_host.OURS} for row in rows)
+    assert {row["part"] for row in rows} == {"model", "attention", "padded", "packed"}
+    exact = torch.randn(4, 8, dtype=torch.float64)
+    right, wrong = (lambda: exact.float()), (lambda: exact.float() + 1e-3)
+    bench_host.verify({"as it was": right, "ours": right}, exact, None)
+    with pytest.raises(AssertionError, match="ours"):
+        bench_host.verify({"as it was": right, "ours": wrong}, exact, None)
+
+
+def test_a_goal_of_the_host_that_is_missed_by_more_than_before() -> None:
+    def row(what: str, measured: float) -> dict[str, Any]:
+        return bench_host.row("model", what, {}, 1.15, measured)
+
+    committed = {"environment": bench_host.environment(), "rows": [row("a", 1.0), row("b", 1.5), row("c", 1.5)]}
+    assert bench_host.fell([row("a", 1.2), row("b", 1.6), row("c", 1.7), row("new", 1.4)], committed) == ["c", "new"]
+    assert not bench_host.fell([row("c", 9.0)], committed | {"environment": {"cpu": "another"}})
+    text = report.host({"environment": bench_host.environment(), "rows": committed["rows"]})
+    assert "| a | - | - | 1 | 1.15: met |" in text
+    assert "| b | - | - | 1.5 | 1.15: **missed** |" in text
