@@ -268,8 +268,7 @@ class _ContiguousGrad(torch.autograd.Function):
 
 def contiguous_grad(x: Tensor) -> Tensor:
     """``x``, with a contiguous gradient for whatever kernel produced it."""
-    result: Tensor = _ContiguousGrad.apply(x)
-    return result
+    return _ContiguousGrad.apply(x) if torch.is_grad_enabled() else x
 
 
 class _WithoutSlack(torch.autograd.Function):
