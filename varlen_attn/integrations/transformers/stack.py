@@ -159,8 +159,7 @@ def _why_as_it_came(hidden: Tensor, meaning: Meaning) -> str | None:
         return LOOKED_AT
     if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != len_k or meaning.first_query != 0:
         return "there are cached keys, or keys of others"
-    keys = meaning.keys
-    if meaning.pattern.documents is not None or keys.is_dense:
+    if meaning.pattern.documents is not None or meaning.padding is None or (keys := meaning.keys).is_dense:
         return "nothing is padded"
     if keys.lengths is None or not keys.total:
         return "only the device knows the lengths" if keys.lengths is None else "no row has a token"
