@@ -39,6 +39,7 @@ class _Enabled:
     Attributes:
         takes: positions and names of the input and of its padding mask, as far as padding is filled at the end.
         padding: the same of all padding masks.
+        hiding: and of what hides keys otherwise.
         packs: parts are called on packed rows, which hooks would see.
         hooks_packed: and may see.
     """
@@ -46,6 +47,7 @@ class _Enabled:
     original_class: ClassVar[type[nn.Module]]
     takes: ClassVar[tuple[tuple[int, str], ...]]
     padding: ClassVar[tuple[tuple[int, str], ...]]
+    hiding: ClassVar[tuple[tuple[int, str], ...]]
     packs: ClassVar[bool] = True
     hooks_packed: bool = False
 
@@ -74,9 +76,12 @@ class _Enabled:
 
     def _gains_nothing(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Nothing is padded, as far as that is known without a transfer, and torch's own kernels are as good: those of a GPU, and for
-        little work all. Unless a backend was requested, or the call is one that only this package's modules know."""
+        little work all. Unless a backend was requested, or the call has another mask: what ours make of ``is_causal`` without a mask, and of
+        a query without a key, does not depend on the size of a batch."""
         x = args[0] if args else kwargs.get(self.takes[0][1])
         if not isinstance(x, Tensor) or x.is_nested or not is_plain(x) or is_observed() or (x.is_cpu and x.numel() > _LITTLE):
+            return False
+        if any(x is not None and x is not False for x in _given(self.hiding, args, kwargs)):
             return False
         for mask in _given(self.padding, args, kwargs):
             if mask is not None and (not is_plain(mask) or not mask.is_cpu or bool(mask.any())):
@@ -104,16 +109,19 @@ def _given(takes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[An
 class _EnabledEncoder(_Enabled):
     takes = (0, "src"), (2, "src_key_padding_mask")
     padding = takes[1:]
+    hiding = (1, "src_mask"), (1, "mask"), (3, "is_causal")
 
 
 class _EnabledDecoder(_Enabled):
     takes = (0, "tgt"), (4, "tgt_key_padding_mask")
     padding = *takes[1:], (5, "memory_key_padding_mask")
+    hiding = (2, "tgt_mask"), (3, "memory_mask"), (6, "tgt_is_causal"), (7, "memory_is_causal")
 
 
 class _EnabledAttention(_Enabled):
     takes = ((0, "query"),)
     padding = ((3, "key_padding_mask"),)
+    hiding = (5, "attn_mask"), (7, "is_causal")
     packs = False
     gives_weights: ClassVar[bool] = False  # unless told otherwise
 
@@ -125,14 +133,21 @@ class _EnabledAttention(_Enabled):
         a key. On a GPU that is not known without a transfer."""
         if not (args[4] if len(args) > 4 else kwargs.get("need_weights", self.gives_weights)) or len(args) > 5:
             return False
-        query, padding = _given(((0, "query"), (3, "key_padding_mask")), args, kwargs)
+        query, key, value, padding = _given(((0, "query"), (1, "key"), (2, "value"), (3, "key_padding_mask")), args, kwargs)
         if not isinstance(query, Tensor) or not query.is_cpu or query.is_nested or not is_plain(query) or is_observed():
             return False
-        if kwargs.get("attn_mask") is not None or kwargs.get("is_causal") or self.padding_rows == "edge":
+        if any(x is not None and x is not False for x in _given(self.hiding, args, kwargs)) or self.padding_rows == "edge":
             return False
-        if padding is not None and (not is_plain(padding) or padding.dtype != torch.bool or bool(padding.all(-1).any())):
-            return False
+        if padding is not None:
+            key = query if key is None else key
+            value = key if value is None else value
+            fits = all(isinstance(x, Tensor) and padding.shape == self._columns(x) for x in (key, value))  # else ours says what is wrong
+            if not fits or not is_plain(padding) or padding.dtype != torch.bool or bool(padding.all(-1).any()):
+                return False
         return bool(self._requests_nothing(kwargs, [self]))
+
+    def _columns(self: Any, x: Tensor) -> torch.Size:
+        return (x if self.batch_first or x.dim() == 2 else x.transpose(0, 1)).shape[:-1]
 
     def as_it_came(self: Any, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = ("query", "key", "value", "key_padding_mask", "need_weights")
