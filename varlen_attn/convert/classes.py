@@ -76,8 +76,8 @@ class _Enabled:
 
     def _gains_nothing(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Nothing is padded, as far as that is known without a transfer, and torch's own kernels are as good: those of a GPU, and for
-        little work all. Unless a backend was requested, or the call has another mask: what ours make of ``is_causal`` without a mask, and of
-        a query without a key, does not depend on the size of a batch."""
+        little work all. Unless a backend was requested, or the call has another mask: what ``is_causal`` without a mask means here, and
+        what a query without a key gives, does not depend on the size of a batch."""
         x = args[0] if args else kwargs.get(self.takes[0][1])
         if not isinstance(x, Tensor) or x.is_nested or not is_plain(x) or is_observed() or (x.is_cpu and x.numel() > _LITTLE):
             return False
