@@ -359,7 +359,8 @@ def block(results: dict[str, dict[str, Any]]) -> str:
             rows, where = results[name]["rows"], setting(results[name]["environment"])
             parts += [f"{caption} {where}, {threads_of(max(r['threads'] for r in rows))}.", short(rows)]
     if "length" in results:
-        parts.append(f"![Time and memory of one layer against length, padded and packed, up to 16384 columns]({PICTURES.name}/{plots.LENGTH})")
+        says = "Time and memory of one layer against length, padded and packed, up to 16384 columns"
+        parts.append(f"![{says}]({PICTURES.name}/{plots.LENGTH})")
     notes = "A question mark: other processes disturbed the measurement. A dash: not measured."
     return "\n\n".join([*parts, sections.losses(results), notes])
 

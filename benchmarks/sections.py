@@ -1,4 +1,4 @@
-"""The sections of ``tables.md`` about contestants, layers, packing, lengths and the mini test, and what of them is in docs/performance.md."""
+"""The sections of ``tables.md`` about contestants, layers, packing, lengths and the mini test, and their summaries."""
 
 from __future__ import annotations
 

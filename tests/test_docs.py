@@ -33,7 +33,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a small model of random weights and a tokenizer, in place of the one that the pages name."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("tiny")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a long sentence with quite few words short not so more than the others have .".split()]
+    words = re.findall(
+        r"\S+", "[PAD] [UNK] [CLS] [SEP] [MASK] a long sentence with quite few words in it short not so more than the others have ."
+    )
     (folder / "vocab.txt").write_text("\n".join(words))
     transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

@@ -1,4 +1,4 @@
-"""The table of `docs/transformers.md`, which ``make docs-tables`` writes: what `varlen_attn.enable` is seen to make of each architecture."""
+"""The table of `docs/transformers.md`, by ``make docs-tables``: what `varlen_attn.enable` is seen to make of each architecture."""
 
 from __future__ import annotations
 
