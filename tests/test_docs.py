@@ -107,6 +107,10 @@ def test_the_readme_is_one_page() -> None:
     assert len(README.split()) <= 900
 
 
+def test_the_citation_is_of_this_version() -> None:
+    assert f"version: {varlen_attn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_make_targets_exist(page: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
