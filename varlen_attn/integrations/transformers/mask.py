@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..._switch import Alive, Use, in_use, uses
 from ..._torch import between_graphs, is_tracing
@@ -69,6 +70,8 @@ class Forward:
         padded_because: why its layers must not run packed, which may turn out after a mask was made.
         reader: says why rows at padding are read, from its arguments; called once, by the first layer that would run packed otherwise,
             with whether its mask is causal.
+        mask: the attention mask that it was given.
+        asks_for_states: its caller wants the hidden states of all layers.
         filled: its layers run padded, but no reader of rows at padding is known, so that these hold what they do after a packed stack.
         in_rows: whether a layer handed on rows, and the last did not put them back yet.
         use: of the model's hooks.
@@ -78,6 +81,8 @@ class Forward:
     model: nn.Module
     padded_because: str | None
     reader: Callable[[bool], str | None] | None = None
+    mask: Any = None
+    asks_for_states: bool = False
     filled: bool = False
     in_rows: bool = False
 
@@ -92,15 +97,16 @@ class _Thread(threading.local):
     seen: list[Tensor] | None = None
     made: tuple[Tensor, SeqLayout] | None = None
     rows: Callable[[], Use | None] = staticmethod(lambda: None)
+    island: Callable[[], Meaning | None] = staticmethod(lambda: None)
 
 
 _thread = _Thread()
 
 
-def enter_forward(tree: object, model: nn.Module, reason: str | None, reader: Callable[[bool], str | None] | None = None) -> None:
-    """A model's forward begins; ``reason`` is why its layers must not run packed, None if they may."""
-    left = next((i for i, f in enumerate(_thread.forwards) if f.model is model), None)  # interrupted, and never left
-    _thread.forwards = [*_thread.forwards[:left], Forward(tree, model, reason, reader)]
+def enter_forward(forward: Forward) -> None:
+    """A model's forward begins."""
+    left = next((i for i, f in enumerate(_thread.forwards) if f.model is forward.model), None)  # interrupted, and never left
+    _thread.forwards = [*_thread.forwards[:left], forward]
 
 
 def _under_way() -> list[Forward]:
@@ -121,7 +127,7 @@ def leave_forward(model: nn.Module) -> Forward | None:
         return None
     _thread.forwards = forwards[:i]
     for forward in forwards[i:]:
-        forward.reader = None
+        forward.reader = forward.mask = None
         uses.discard(forward.use)
     end_rows()
     return forwards[i]
@@ -132,6 +138,16 @@ def end_rows() -> None:
     use = _thread.rows()
     if use is not None:
         uses.discard(use)
+
+
+def around_island(meaning: Meaning | None) -> None:
+    """A layer begins, on the rows of ``meaning`` or on columns (None)."""
+    _thread.island = (lambda: None) if meaning is None else weakref.ref(meaning)
+
+
+def island_of() -> Meaning | None:
+    """What the layer was given whose attention this is; None if it runs on columns."""
+    return _thread.island()
 
 
 @contextmanager
@@ -324,6 +340,24 @@ class Meaning:
         rows = None if self.rows is None else self.rows.to(device)
         dense = lambda: self.dense.to(device)  # noqa: E731
         return Meaning(self.shape, device, pattern, padding, self.first_query, dense, rows, config=self.config, dtype=self.dtype)
+
+
+# What masks of numbers mean, also to layers that are computed again when no forward is under way. Gone with them.
+of_numbers: MutableMapping[Tensor, Meaning] = WeakIdKeyDictionary()
+
+
+def meaning_of_numbers(mask: Tensor) -> Meaning | None:
+    """Of the mask that attention code of its own is given. Which columns are tokens it says itself if it is ``(B, S)``, else the mask that
+    the model was given."""
+    known, forward = of_numbers.get(mask), _thread.forwards[-1] if _thread.forwards else None
+    if forward is None or (known is not None and known.forwards[-1:] == [forward]):
+        return known
+    padding = mask.clone() if mask.dim() == 2 else forward.mask
+    if not isinstance(padding, Tensor) or padding.dim() != 2 or padding.is_floating_point() or padding.device != mask.device:
+        return None
+    columns = padding.shape[1]
+    made = of_numbers[mask] = Meaning((len(padding), 1, columns, columns), mask.device, Pattern(False), padding, 0, padding.clone)
+    return made
 
 
 _KEEPING = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)

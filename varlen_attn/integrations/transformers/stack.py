@@ -8,13 +8,17 @@ padded code on padded tensors, so that rotary, absolute and convolutional positi
 The hooks hold no state: rows are told from padded tensors by their shape, against the mask that every layer is given. So layers
 may be checkpointed, recomputed, shared or skipped. What the first layer settles for all is kept on that mask: arguments that were packed,
 and how attention is computed.
+
+Attention that needs columns (a position bias by columns, code of its own, keys of others) is an island in such a stack: a hook around it
+puts the tokens back, the model's own code computes the padded batch, and the tokens of its result are packed again. Everything else in the
+layers is computed on rows.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial, update_wrapper, wraps
 from typing import Any, ClassVar
 
@@ -28,7 +32,20 @@ from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
 from .attention import captured, collected
-from .mask import LOOKED_AT, Meaning, VarlenMask, end_rows, enter_forward, is_entered, leave_forward
+from .mask import (
+    LOOKED_AT,
+    Forward,
+    Meaning,
+    VarlenMask,
+    around_island,
+    end_rows,
+    enter_forward,
+    is_entered,
+    island_of,
+    leave_forward,
+    meaning_of_numbers,
+    of_numbers,
+)
 
 _SKIPPING_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 _ASKING_FOR_MORE = ("output_attentions", "output_router_logits", "output_scores")
@@ -41,6 +58,7 @@ class ModelId:
 
     Attributes:
         left: the hooks begin nothing new: not all are there yet, or they are about to go.
+        begun: identities of the stacks' first layers that were given rows.
         hooks: which hooks of others may see rows, as `varlen_attn.enable` takes it.
         padding_rows: what rows at padding hold after a packed stack, as the caller of `enable` said; None for edge rows, and for stacks
             that run as they came where a reader is known.
@@ -52,6 +70,7 @@ class ModelId:
 
     def __init__(self, hooks: str = "leave", padding_rows: str | None = None) -> None:
         self.hooks, self.padding_rows = hooks, padding_rows
+        self.begun: set[int] = set()
 
 
 class LayerHook:
@@ -63,12 +82,14 @@ class LayerHook:
         tree: of the model.
         names: the positional parameters of the layer's ``forward``.
         last: whether the tokens are put back after this layer.
+        islands: its attention is one: it gets what the layer was given.
     """
 
-    tree = ModelId()  # of pickles of earlier versions
+    tree = ModelId()  # these two of pickles of earlier versions
+    islands = False
 
-    def __init__(self, tree: ModelId, layer: nn.Module, last: bool) -> None:
-        self.tree = tree
+    def __init__(self, tree: ModelId, layer: nn.Module, last: bool, islands: bool = False) -> None:
+        self.tree, self.islands = tree, islands
         parameters = inspect.signature(type(layer).forward).parameters.values()
         self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
         self.last = last
@@ -82,7 +103,9 @@ class LayerHook:
         hidden = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden, Tensor) or torch.compiler.is_compiling():
             return None
-        meaning = _meaning_of(args, kwargs)
+        if self.islands:
+            around_island(None)
+        meaning = self._meaning(args, kwargs)
         if meaning is None or meaning.rows is not None:
             return None
         # Only a batch with padding is packed, so the shape of rows is another.
@@ -92,7 +115,7 @@ class LayerHook:
             if reason is None and not meaning.forwards:
                 reason = "no forward of its model is under way, or it began before that was enabled"
             filled = reason is None
-            reason = reason or _why_padded(meaning)
+            reason = reason or _why_padded(meaning, self.islands)
             if reason is not None:
                 meaning.keep_padded(reason, filled)
                 return None
@@ -101,7 +124,7 @@ class LayerHook:
         packed: list[Any] = []
         for name, x in (*zip(self.names, args, strict=False), *kwargs.items()):
             known = meaning.packed_arguments.get((name, id(x)))
-            y = known[1] if known is not None else _packed(name, x, meaning, hidden, rows)
+            y = known[1] if known is not None else _packed(name, x, meaning, hidden, rows, self.islands)
             if y is _REFUSED and is_rows:
                 raise VarlenError(
                     f"the layers of {type(module).__name__} were given packed rows, but now `{name}`, which cannot be packed: call "
@@ -117,24 +140,29 @@ class LayerHook:
                 end_rows()
                 return None
             meaning.hands_on(rows=True)
+            self.tree.begun.add(id(module))
+        if self.islands:
+            around_island(meaning)
         return tuple(packed[: len(args)]), dict(zip(kwargs, packed[len(args) :], strict=True))
 
     @between_graphs
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
         traced = torch.compiler.is_compiling()
-        meaning = _meaning_of(args, kwargs) if isinstance(kwargs, dict) and not traced else None
+        meaning = self._meaning(args, kwargs) if isinstance(kwargs, dict) and not traced else None
         if meaning is None or not self.last:  # pickles of earlier versions have this after every layer
             return None
-        if meaning.rows is not None:
+        hidden = result if isinstance(result, Tensor) else result[0]
+        in_rows = meaning.rows is not None or (self.islands and hidden.shape[:2] != meaning.shape[::2])
+        if in_rows:
             meaning.hands_on(rows=False)
             end_rows()
         elif not meaning.filled:
             return None
-        layout, shape = meaning.rows or meaning.keys, meaning.shape[::2] if meaning.rows is None else (1, meaning.shape[2])
+        layout, shape = meaning.rows or meaning.keys, hidden.shape[:2] if in_rows else meaning.shape[::2]
 
         def put_back(x: Tensor) -> Tensor:
             """Rows at padding hold the same, whether the stack ran packed or padded."""
-            rows = x[0] if meaning.rows is not None else layout.pack(x)
+            rows = x[0] if in_rows else layout.pack(x)
             return layout.unpack(rows, 0 if self.tree.padding_rows == "zero" else "edge")
 
         states = collected().get("hidden_states", [])
@@ -144,12 +172,46 @@ class LayerHook:
         return put_back(result) if isinstance(result, Tensor) else (put_back(result[0]), *result[1:])
 
 
-def _meaning_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None:
-    """Of the first mask that a layer is given."""
-    for x in (*args, *kwargs.values()):
-        if isinstance(x, VarlenMask):
-            return x.meaning
-    return None
+    def _meaning(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None:
+        """Of the first mask that a layer is given. Attention code of its own has one of numbers, made of the mask that its model was given."""
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, VarlenMask):
+                return x.meaning
+        named = (*zip(self.names, args, strict=False), *kwargs.items()) if self.islands else ()
+        mask = next((x for name, x in named if "mask" in name and isinstance(x, Tensor) and not _is_foreign(name)), None)
+        return None if mask is None else meaning_of_numbers(mask)
+
+
+class Island:
+    """Around attention that needs columns, in a stack whose layers are computed on rows."""
+
+    @between_graphs
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        meaning = None if torch.compiler.is_compiling() else island_of()
+        if kwargs is None or meaning is None:
+            return None
+        rows, given = (1, meaning.keys.num_rows), {id(y): x for x, y in meaning.packed_arguments.values()}
+
+        def padded(x: Any) -> Any:
+            if id(x) in given or not isinstance(x, Tensor) or x.dim() < 3 or x.shape[:2] != rows:
+                return given.get(id(x), x)
+            columns = meaning.keys.unpack(x[0])
+            columns.of_rows = meaning.keys  # type: ignore[attr-defined]
+            return columns
+
+        return tuple(map(padded, args)), {name: padded(x) for name, x in kwargs.items()}
+
+    @between_graphs
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
+        given = (*args, *kwargs.values()) if isinstance(kwargs, dict) else ()
+        layout = next((x.of_rows for x in given if isinstance(x, Tensor) and hasattr(x, "of_rows")), None)
+        if layout is None or result is None:
+            return None
+        hidden, *others = (result,) if isinstance(result, Tensor) else result
+        rows = with_first_dimension(layout.pack(hidden))
+        return rows if isinstance(result, Tensor) else (rows, *others)
 
 
 def _why_as_it_came(hidden: Tensor, meaning: Meaning) -> str | None:
@@ -170,11 +232,13 @@ def _why_as_it_came(hidden: Tensor, meaning: Meaning) -> str | None:
     return meaning.read_by()
 
 
-def _why_padded(meaning: Meaning) -> str | None:
+def _why_padded(meaning: Meaning, islands: bool = False) -> str | None:
     """None where nothing is asked for that rows do not have."""
     asked = [name for name in captured() if name != "hidden_states"]
     if asked:
         return f"asked for {', '.join(asked)} of every layer"
+    if islands and "hidden_states" not in captured() and any(f.asks_for_states for f in meaning.forwards):
+        return "asked for hidden states, which its own code collects"
     # Windows count columns, and this layer does not know whether one after it has a window.
     return "padding between tokens" if meaning.keys.has_holes else None
 
@@ -182,8 +246,11 @@ def _why_padded(meaning: Meaning) -> str | None:
 _REFUSED = object()
 
 
-def _packed(name: str, x: Any, meaning: Meaning, hidden: Tensor, rows: Tensor) -> Any:
-    """An argument of a layer for ``rows``, or `_REFUSED`. What every layer is given is packed once."""
+def _packed(name: str, x: Any, meaning: Meaning, hidden: Tensor, rows: Tensor, islands: bool = False) -> Any:
+    """An argument of a layer for ``rows``, or `_REFUSED`. What every layer is given is packed once.
+
+    What only attention understands goes to ``islands`` as it is, and they get what by token was packed as it was.
+    """
     known = meaning.packed_arguments.get((name, id(x)))
     if known is not None:
         return known[1]
@@ -191,8 +258,8 @@ def _packed(name: str, x: Any, meaning: Meaning, hidden: Tensor, rows: Tensor) -
     keep = True
     if x is None or isinstance(x, bool | int | float | str):
         y = _REFUSED if x and name in _ASKING_FOR_MORE else x
-    elif _is_foreign(name):
-        return _REFUSED
+    elif _is_foreign(name) or (islands and (isinstance(x, VarlenMask) or (isinstance(x, Tensor) and x in of_numbers))):
+        return x if islands else _REFUSED
     elif isinstance(x, VarlenMask):
         keep = x.meaning is not meaning  # which would hold itself
         y = x.meaning.packed if not keep or x.meaning.is_of_columns_of(meaning) else _REFUSED
@@ -203,8 +270,10 @@ def _packed(name: str, x: Any, meaning: Meaning, hidden: Tensor, rows: Tensor) -
         by_token = x.dim() >= 2 and x.shape[0] in (1, meaning.shape[0]) and x.shape[1] == meaning.shape[2]
         if by_token or x.dim() == 0 or name == "cache_position":
             y = meaning.keys.pack(x.expand(meaning.shape[0], *x.shape[1:]))[None] if x.dim() >= 2 else x
+        elif islands:
+            return x
     elif isinstance(x, tuple | list):
-        parts = tuple(_packed(name, z, meaning, hidden, rows) for z in x)
+        parts = tuple(_packed(name, z, meaning, hidden, rows, islands) for z in x)
         keep = isinstance(x, tuple) and all((name, id(z)) in meaning.packed_arguments for z in x)
         y = _REFUSED if any(z is _REFUSED for z in parts) else parts
     elif type(x) is _cache_classes()[0]:
@@ -274,7 +343,13 @@ class ModelHook:
         if kwargs is not None and not torch.compiler.is_compiling():
             given = dict(zip(self.names, args, strict=False)) | kwargs
             reason, around_it = _around(module)
-            enter_forward(self.tree, module, self._changed(module) or reason, partial(self._read_by, given, around_it))
+            asks_for_states = given.get("output_hidden_states")
+            asks_for_states = getattr(self.config, "output_hidden_states", False) if asks_for_states is None else asks_for_states
+            forward = Forward(
+                self.tree, module, self._changed(module) or reason, partial(self._read_by, given, around_it), given.get("attention_mask"),
+                bool(asks_for_states),
+            )  # fmt: skip
+            enter_forward(forward)
             if self.tree.left:
                 leave_forward(module)
 
@@ -525,11 +600,15 @@ def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[s
     return made
 
 
-def on_layers(tree: ModelId, layers: nn.ModuleList) -> list[Hook]:
-    """Let a stack run packed."""
+def on_layers(tree: ModelId, layers: nn.ModuleList, islands: Sequence[nn.Module] = ()) -> list[Hook]:
+    """Let a stack run packed, but for the attention modules in it that are ``islands``."""
     made: list[Hook] = []
+    for module in islands:
+        island = Island()
+        made.append(Hook(module, island.before, False, False, RemovableHandle(module._forward_pre_hooks).id))
+        made.append(Hook(module, island.after, True, False, RemovableHandle(module._forward_hooks).id))
     for i, layer in enumerate(layers):
-        hook = LayerHook(tree, layer, i == len(layers) - 1)
+        hook = LayerHook(tree, layer, i == len(layers) - 1, len(islands) > 0)
         # Before hooks of others, which then see what the layer sees.
         made.append(Hook(layer, hook.before, False, False, RemovableHandle(layer._forward_pre_hooks).id))
         if hook.last:
@@ -555,5 +634,5 @@ def found_on(modules: Iterable[nn.Module]) -> list[Step]:
     return found
 
 
-def is_ours(hook: Any, kind: Any = LayerHook | ModelHook) -> bool:
+def is_ours(hook: Any, kind: Any = LayerHook | ModelHook | Island) -> bool:
     return isinstance(getattr(hook, "__self__", None), kind)
