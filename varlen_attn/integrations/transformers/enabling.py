@@ -434,7 +434,7 @@ class _Part:
         return [hook for stack in self.packed for hook in self._hooks(tree, model.get_submodule(stack), stack in self.islands)]
 
     def _hooks(self, tree: stack_hooks.ModelId, layers: Any, islands: bool) -> list[Hook]:
-        return stack_hooks.on_layers(tree, layers, [m for layer in layers for m in _innermost(layer)] if islands else ())
+        return stack_hooks.on_layers(tree, layers, [m for layer in layers for m in _innermost(layer)] if islands else (), not self.own)
 
     def rows(self, root: str) -> list[Row]:
         return [(_joined(root, self.name, name), kind, action, why) for name, kind, action, why in self._rows()]

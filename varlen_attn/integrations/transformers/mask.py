@@ -32,6 +32,7 @@ from ...layout.seq_layout import SeqLayout
 
 Window = tuple[int | None, int | None]
 LOOKED_AT = "a mask that the model looked at, and may have changed"
+ISLAND = "attention that needs columns: the layers around it compute rows"
 
 
 class Pattern(NamedTuple):

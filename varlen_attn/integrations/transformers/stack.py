@@ -28,11 +28,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..._switch import Class, Entry, Hook, Step, around, original_class
 from ..._torch import begins_no_graph, between_graphs, with_first_dimension
+from ...attention.records import Call, write
 from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
 from .attention import captured, collected
 from .mask import (
+    ISLAND,
     LOOKED_AT,
     Forward,
     Meaning,
@@ -183,7 +185,14 @@ class LayerHook:
 
 
 class Island:
-    """Around attention that needs columns, in a stack whose layers are computed on rows."""
+    """Around attention that needs columns, in a stack whose layers are computed on rows.
+
+    Attributes:
+        recorded: the attention itself says what it computes.
+    """
+
+    def __init__(self, recorded: bool) -> None:
+        self.recorded = recorded
 
     @between_graphs
     def before(
@@ -193,12 +202,15 @@ class Island:
         if kwargs is None or meaning is None:
             return None
         rows, given = (1, meaning.keys.num_rows), {id(y): x for x, y in meaning.packed_arguments.values()}
+        if not self.recorded:
+            slots = meaning.shape[0] * meaning.shape[2]
+            write(Call("dense", "its own code", rows=slots, slots=slots, reason=ISLAND), module)
 
         def padded(x: Any) -> Any:
-            if id(x) in given or not isinstance(x, Tensor) or x.dim() < 3 or x.shape[:2] != rows:
+            if id(x) in given or not isinstance(x, Tensor) or x.dim() < 2 or x.shape[:2] != rows:
                 return given.get(id(x), x)
-            columns = meaning.keys.unpack(x[0])
-            columns.of_rows = meaning.keys  # type: ignore[attr-defined]
+            columns: Any = meaning.keys.unpack(x[0])
+            columns.of_rows, columns.rows = meaning.keys, x
             return columns
 
         return tuple(map(padded, args)), {name: padded(x) for name, x in kwargs.items()}
@@ -212,6 +224,27 @@ class Island:
         hidden, *others = (result,) if isinstance(result, Tensor) else result
         rows = with_first_dimension(layout.pack(hidden))
         return rows if isinstance(result, Tensor) else (rows, *others)
+
+
+class Projection:
+    """Around a linear layer of an island, which computes rows as well."""
+
+    @between_graphs
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        meaning = None if torch.compiler.is_compiling() else island_of()
+        if not args or kwargs is None or meaning is None or args[0].dim() != 3 or args[0].shape[:2] != meaning.shape[::2]:
+            return None
+        rows = getattr(args[0], "rows", None)
+        rows = with_first_dimension(meaning.keys.pack(args[0])) if rows is None else rows.view_as(rows)
+        rows.of_columns = meaning.keys
+        return (rows, *args[1:]), kwargs
+
+    @between_graphs
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
+        layout = getattr(args[0], "of_columns", None) if args and isinstance(kwargs, dict) else None
+        return None if layout is None or result is None else layout.unpack(result[0])
 
 
 def _why_as_it_came(hidden: Tensor, meaning: Meaning) -> str | None:
@@ -600,13 +633,14 @@ def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[s
     return made
 
 
-def on_layers(tree: ModelId, layers: nn.ModuleList, islands: Sequence[nn.Module] = ()) -> list[Hook]:
-    """Let a stack run packed, but for the attention modules in it that are ``islands``."""
+def on_layers(tree: ModelId, layers: nn.ModuleList, islands: Sequence[nn.Module] = (), recorded: bool = True) -> list[Hook]:
+    """Let a stack run packed, but for the attention modules in it that are ``islands``, which say themselves what they compute if
+    ``recorded``."""
     made: list[Hook] = []
-    for module in islands:
-        island = Island()
-        made.append(Hook(module, island.before, False, False, RemovableHandle(module._forward_pre_hooks).id))
-        made.append(Hook(module, island.after, True, False, RemovableHandle(module._forward_hooks).id))
+    linear: list[tuple[nn.Module, Any]] = [(m, Projection()) for x in islands for m in x.modules() if type(m) is nn.Linear]
+    for module, hooks in [*((x, Island(recorded)) for x in islands), *linear]:
+        made.append(Hook(module, hooks.before, False, False, RemovableHandle(module._forward_pre_hooks).id))
+        made.append(Hook(module, hooks.after, True, False, RemovableHandle(module._forward_hooks).id))
     for i, layer in enumerate(layers):
         hook = LayerHook(tree, layer, i == len(layers) - 1, len(islands) > 0)
         # Before hooks of others, which then see what the layer sees.
@@ -634,5 +668,5 @@ def found_on(modules: Iterable[nn.Module]) -> list[Step]:
     return found
 
 
-def is_ours(hook: Any, kind: Any = LayerHook | ModelHook | Island) -> bool:
+def is_ours(hook: Any, kind: Any = LayerHook | ModelHook | Island | Projection) -> bool:
     return isinstance(getattr(hook, "__self__", None), kind)
