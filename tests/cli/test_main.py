@@ -92,7 +92,7 @@ def test_no_command_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main([])
     assert exit_info.value.code == 2
-    assert "info | explain | demo | bench" in capsys.readouterr().err
+    assert "info | explain | demo | compare" in capsys.readouterr().err
 
 
 def test_it_runs_as_a_module() -> None:

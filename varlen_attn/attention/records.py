@@ -78,11 +78,13 @@ class Record:
     Attributes:
         calls: one `Call` for each.
         kernels: with ``record(kernels=True)``, every kernel that ran inside, attention or not, backward passes included; else None.
+        peak: with ``record(kernels=True)``, the most bytes of torch's allocator that were taken at once; else None.
     """
 
     def __init__(self, names: dict[int, str] | None = None, *, profiles: bool = False) -> None:
         self.calls: list[Call] = []
         self.kernels: tuple[str, ...] | None = None
+        self.peak: int | None = None
         self.profiles = profiles
         self._names = names or {}
 
@@ -104,7 +106,7 @@ class Record:
 
     def attach_profile(self, profile: Profile) -> None:
         """Write down what the profiler saw, which it tells at the end."""
-        self.kernels = profile.kernels
+        self.kernels, self.peak = profile.kernels, profile.peak
         for label, kernels in profile.by_range.items():
             number = int(label.removeprefix(_RANGE))
             self.calls[number] = self.calls[number].seen(kernels)

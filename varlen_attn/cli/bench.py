@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from ..attention.dispatch import backends
 from ..attention.profile import kernel_ran
 from ..attention.records import record
+from ..convert.timing import PATIENCE, unsure
+from ..layout.shown import table
 from ..nn.multihead import VarlenMultiheadAttention
 from ..testing import assert_within_budget
 from .compare import Contestant, Example, attention, contest, quiet
-from .environment import headline, machine, table
-from .timing import PATIENCE, unsure
+from .environment import headline, machine
 
 BASE, UNMASKED, THEIRS, FAST, OURS, AGAIN = (
     "masked SDPA", "SDPA, no mask", "nn.MultiheadAttention", "nn.MultiheadAttention, fast path", "ours", "masked SDPA again",

@@ -1,4 +1,4 @@
-"""The same layer computed by several modules: whether the numbers agree, and how long each takes. What `demo` and `bench` share."""
+"""The same layer computed by several modules: whether the numbers agree, and how long each takes. For `bench`; the demo is quiet too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .timing import facts, interleave
+from ..convert.timing import facts, interleave
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,6 @@ def attention(module: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     """How `nn.MultiheadAttention` and modules like it are called."""
     out: Tensor = module(x, x, x, key_padding_mask=mask, need_weights=False)[0]
     return out
-
-
-def differences(theirs: Contestant, ours: Contestant, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
-    """The largest difference over all examples, and the largest value beside it; of the weights, the worst."""
-    kinds = {"output": "output", "gradient of x": "gradient of the input"}
-    found: dict[str, dict[str, float]] = {}
-    for example in examples:
-        got = ours.results(example, training=True)
-        for name, want in theirs.results(example, training=True).items():
-            worst = found.setdefault(kinds.get(name, "gradients of the weights"), {"difference": 0.0, "largest": 0.0})
-            worst["difference"] = max(worst["difference"], float((got[name] - want).abs().max()))
-            worst["largest"] = max(worst["largest"], float(want.abs().max()))
-    return found
 
 
 def contest(contestants: Mapping[str, Contestant], examples: Sequence[Example], training: bool, **options: Any) -> dict[str, Any]:
