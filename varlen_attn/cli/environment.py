@@ -49,4 +49,4 @@ def environment_text(facts: dict[str, Any]) -> str:
 def headline(facts: dict[str, Any]) -> str:
     """`machine` in one line."""
     where = facts["gpu"] or f"{facts['cpu_name']} ({facts['cpu']})"
-    return f"varlen_attn {facts['varlen_attn']} on torch {facts['torch']}, {where}, {facts['threads']} threads"
+    return f"varlen_attn {facts['varlen_attn']} on torch {facts['torch']}, {where}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}"

@@ -29,14 +29,9 @@ def loaded(folder: Path, texts: Sequence[str]) -> tuple[Any, Any]:
 def progress() -> Iterator[Callable[[str], object]]:
     """What is done now, on the error output: by tqdm if it is installed."""
     try:
-        bar = import_module("tqdm").tqdm(bar_format="{desc} [{elapsed}, step {n}]")
+        bar = import_module("tqdm").tqdm(bar_format="{desc} [{elapsed}]")
     except ImportError:
         yield lambda what: print(what, file=sys.stderr)  # noqa: T201 (a command line prints)
         return
     with bar:
-
-        def show(what: str) -> None:
-            bar.set_description_str(what, refresh=False)
-            bar.update()
-
-        yield show
+        yield bar.set_description_str

@@ -61,7 +61,7 @@ def _add_problem(command: argparse.ArgumentParser) -> None:
     machine.add_argument("--device", dest="device_type", metavar="cpu|cuda|...")
     machine.add_argument("--capability", type=_capability, metavar="9.0", help="compute capability of the GPU")
     machine.add_argument("--rocm", action="store_true", default=None, help="an AMD GPU")
-    machine.add_argument("--torch-version", metavar="2.13.0")
+    machine.add_argument("--torch-version", type=_torch, metavar="2.13.0")
     machine.add_argument(
         "--with", dest="packages", type=_package, action="append", metavar="flash-attn=2.8.3",
         help="an optional package of that machine; stated packages replace those installed here",
@@ -89,6 +89,7 @@ def _add_problem(command: argparse.ArgumentParser) -> None:
     ):
         call.add_argument(flag, dest=name, action="store_true", help=says)
     call.add_argument("--backend", dest="requested", default="auto", metavar="NAME", help="order a backend by name")
+    command.add_argument("--all", action="store_true", help="every backend with all reasons and fixes")
 
 
 def _add_bench(command: argparse.ArgumentParser) -> None:
@@ -147,12 +148,18 @@ _side = _parsed(
 _capability = _parsed(
     "a compute capability such as 9.0",
     lambda text: tuple(map(int, (text if "." in text else f"{text}.0").split("."))),
-    lambda numbers: len(numbers) == 2 and min(numbers) >= 0,
+    lambda numbers: len(numbers) == 2 and 3 <= numbers[0] < 20 and 0 <= numbers[1] < 10,
+)
+_VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc|\.?dev|\.?post)\d*)*(\+[\w.]+)?")
+_torch = _parsed(
+    "the version of a torch that this package runs on, 2.11 or newer, such as 2.13.0",
+    str,
+    lambda text: bool(_VERSION.fullmatch(text)) and (2, 11) <= tuple(map(int, text.split(".")[:2])) < (10, 0),
 )
 _package = _parsed(
     "NAME=VERSION such as flash-attn=2.8.3",
-    lambda text: tuple(re.split("=+", text, maxsplit=1)),
-    lambda parts: len(parts) == 2 and all(parts),
+    lambda text: (re.sub(r"[-_.]+", "-", text.partition("=")[0].strip().lower()), text.partition("=")[2].lstrip("= ")),
+    lambda parts: bool(_VERSION.fullmatch(parts[1])),
 )
 _file = _parsed("a file in a folder that exists", str, lambda path: Path(path).absolute().parent.is_dir() and not Path(path).is_dir())
 _texts = _parsed(
@@ -171,14 +178,13 @@ def _problem(options: argparse.Namespace) -> Problem:
     """The problem that the options state. Raises ArgumentError for a value outside its range."""
     import torch
 
+    from ..kernels import BACKENDS
     from ..kernels.problem import Problem, Semantics
 
     stated = {name: value for name, value in vars(options).items() if value is not None}
     heads, kv_heads = options.num_heads, options.num_kv_heads or options.num_heads
     if heads % kv_heads:
         options.parser.error(f"--heads must be a multiple of --kv-heads, but they are {heads} and {kv_heads}")
-    if not stated.get("torch_version", "2")[:1].isdigit():
-        options.parser.error(f"--torch-version must be a version such as 2.13.0, but is {options.torch_version!r}")
     if stated.keys() & {"capability", "rocm"}:
         stated.setdefault("device_type", "cuda")
     if "device_type" in stated:
@@ -186,8 +192,14 @@ def _problem(options: argparse.Namespace) -> Problem:
             stated["device_type"] = torch.device(stated["device_type"]).type
         except RuntimeError:
             options.parser.error(f"--device must be a device of torch such as cpu or cuda, but is {options.device_type!r}")
+    if stated.keys() & {"capability", "rocm"} and stated["device_type"] != "cuda":
+        options.parser.error(f"--capability and --rocm are of GPUs, but --device is {stated['device_type']}")
     if "packages" in stated:
         stated["packages"] = tuple(stated["packages"])
+        known = {name for b in BACKENDS for name in (b.package, *b.packages)} - {"torch"}
+        for name, _ in stated["packages"]:
+            if name not in known:
+                options.parser.error(f"--with must name one of {', '.join(sorted(known))}, but names {name!r}")
     semantics, problem = ({f.name: stated[f.name] for f in fields(kind) if f.name in stated} for kind in (Semantics, Problem))
     problem |= dict(dtype=getattr(torch, options.dtype), semantics=Semantics.of(**semantics), self_attention=not options.cross)
     return Problem(**problem)
@@ -209,7 +221,7 @@ def _explain(options: argparse.Namespace) -> int:
     except (BackendRefused, NoBackend) as error:
         print(json.dumps({"error": str(error)}, indent=1) if options.json else error, file=sys.stdout if options.json else sys.stderr)
         return 1
-    return _print(options, plan.as_dict(), lambda _: str(plan))
+    return _print(options, plan.as_dict(), lambda _: plan.details() if options.all else str(plan))
 
 
 def _info(options: argparse.Namespace) -> int:

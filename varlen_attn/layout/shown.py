@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 
 class Shown:
@@ -13,7 +12,9 @@ class Shown:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
+        import html
+
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def table(rows: Sequence[Sequence[str]], sides: str, indent: str = "") -> str:
