@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.comparing import compare
-from .compare import quiet
+from .bench import quiet
 from .environment import headline, machine
 
 BATCH_SIZE = 32
