@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial, update_wrapper, wraps
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -101,7 +103,7 @@ class LayerHook:
         packed: list[Any] = []
         for name, x in (*zip(self.names, args, strict=False), *kwargs.items()):
             known = meaning.packed_arguments.get((name, id(x)))
-            y = known[1] if known is not None else _packed(name, x, meaning, hidden, rows)
+            y = rows if x is hidden else known[1] if known is not None else _packed(name, x, meaning, hidden, rows)
             if y is _REFUSED and is_rows:
                 raise VarlenError(
                     f"the layers of {type(module).__name__} were given packed rows, but now `{name}`, which cannot be packed: call "
@@ -272,9 +274,7 @@ class ModelHook:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Called by the model's forward, and as a hook in pickles of earlier versions, like `after`."""
         if kwargs is not None and not torch.compiler.is_compiling():
-            given = dict(zip(self.names, args, strict=False)) | kwargs
-            reason, around_it = _around(module)
-            enter_forward(self.tree, module, self._changed(module) or reason, partial(self._read_by, given, around_it))
+            enter_forward(self.tree, module, partial(self._why_not, module, args, kwargs, sys._getframe(1)))
             if self.tree.left:
                 leave_forward(module)
 
@@ -303,11 +303,15 @@ class ModelHook:
             self.looked = registered
         return None
 
-    def _read_by(self, given: dict[str, Any], around_it: dict[str, Any], causal: bool) -> str | None:
-        """Why rows at padding are read, as far as arguments say. From a device all flags come in one transfer, if there are any.
+    def _why_not(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType, causal: bool) -> str | None:
+        """Why layers must not run packed in the call of this ``frame``: they were changed, or rows at padding are read, as far as arguments
+        say. From a device all flags come in one transfer, if there are any.
 
         A caller who said what rows at padding hold knows the readers. The exception is what picks a row by column or by ids.
         """
+        (reason, around_it), given = _around(module, frame), dict(zip(self.names, args, strict=False)) | kwargs
+        if (reason := self._changed(module) or reason) is not None:
+            return reason
         mask, ids = given.get("attention_mask"), given.get("input_ids")
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
             return None
@@ -324,13 +328,17 @@ class ModelHook:
                 return reason
             found.append((reason, ((ids != pad) & padding).any()))
         if self.tree.padding_rows is None:
-            if ids is not None and not causal and not of_collator:
+            odd = "an id at padding that is not that of padding, so that its rows may be read"
+            # One id was chosen, such as [MASK]. Several are random numbers, whose rows mean nothing.
+            if ids is not None and not causal and ids.is_cpu:
+                others = {*ids.masked_select(padding).tolist()} - {0}
+                if others and len(others - _special_ids(config)) == 1:
+                    return odd
+            elif ids is not None and not causal and not of_collator:
                 usual = ~padding
                 for known in _special_ids(config):
                     usual = usual | (ids == known)
-                # One id was chosen, such as [MASK]. Several are random numbers, whose rows mean nothing.
-                chosen = ids.masked_fill(usual, _LARGEST).amin() == ids.masked_fill(usual, -1).amax()
-                found.append(("an id at padding that is not that of padding, so that its rows may be read", chosen))
+                found.append((odd, ids.masked_fill(usual, _LARGEST).amin() == ids.masked_fill(usual, -1).amax()))
             for name, x in (around_it | {name: given[name] for name in sorted(given.keys() - self.inputs - _INPUTS)}).items():
                 of_tokens = isinstance(x, Tensor) and x.shape[:2] == mask.shape
                 if of_tokens and not (of_collator and x.dim() == 2 and name in _LABELS):
@@ -340,11 +348,11 @@ class ModelHook:
         return next((reason for (reason, _), x in zip(found, said, strict=True) if x), None)
 
 
-def _around(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
+def _around(module: nn.Module, frame: FrameType) -> tuple[str | None, dict[str, Any]]:
     """A reason if what the caller of a model around this one wants is not known, and targets that other modules around it are given."""
     models: list[nn.Module] = []
     targets: dict[str, Any] = {}
-    for model, given in around():
+    for model, given in around(frame):
         if isinstance(model, Watched):
             models += [] if model is module else [model]
         else:
