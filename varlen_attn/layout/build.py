@@ -74,8 +74,9 @@ def index_and_flags(real_BS: Tensor, flags: Sequence[Tensor], *, validate: bool)
     lengths_B: Tensor | None = None
     if is_tracing(real_BS):
         return exact(real_BS, real_BS.sum(1)), ()
-    if real_BS.is_cpu and real_BS.numel() <= _FEW:
-        lengths, some_hole, some_shift, values = [], False, False, [*flags]
+    values: list[int] = []
+    if real_BS.is_cpu and not flags and real_BS.numel() <= _FEW:
+        lengths, some_hole, some_shift = [], False, False
         for row in map(bytes, real_BS.tolist()):
             lengths.append(n := row.count(1))
             some_hole |= len(row.strip(b"\0")) > n

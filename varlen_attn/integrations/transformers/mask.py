@@ -31,6 +31,7 @@ from ...errors import ArgumentError
 from ...layout.seq_layout import SeqLayout
 
 Window = tuple[int | None, int | None]
+INTERNAL = "_attn_implementation_internal"  # of a configuration, whose own way to say it takes microseconds
 LOOKED_AT = "a mask that the model looked at, and may have changed"
 
 
@@ -190,7 +191,7 @@ class Meaning:
         self.numbers: Tensor | None = None
         self.added = False
         masks.add(self)
-        if id(self.config) in leaving or str(getattr(self.config, "_attn_implementation", None)) == "eager":
+        if id(self.config) in leaving or str(getattr(self.config, "__dict__", {}).get(INTERNAL)) == "eager":
             self.added = True
 
     @property
