@@ -19,6 +19,7 @@ from torch.nn.modules import module as _modules
 from torch.utils import _pytree
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
+N_ = TypeVar("N_", bound=float | None)
 
 pytree = _pytree
 # Whether a profiler runs, for whom calls leave a range: opening one costs microseconds.
@@ -99,6 +100,12 @@ def constant_while_tracing(function: F_) -> F_:
     graph. Its decorator imports dynamo, a second of time that programs without `torch.compile` should not pay."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def constant(number: N_) -> N_:
+    """The number itself, where `torch.compile` may have made a symbol of an argument that changed: a graph for each value."""
+    (known,) = {number}  # dynamo guards what it hashes
+    return known
 
 
 def mark_dynamic(tensor: Tensor, dims: int | list[int]) -> None:
