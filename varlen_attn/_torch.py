@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -33,6 +33,17 @@ copy_each = torch._foreach_copy_
 has_amx: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 # Whether a tensor is a batch of gradients (``is_grads_batched``, ``vectorize=True``), which is no transform of `torch.func`.
 is_batch_of_gradients: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+# Who may see or change operations one by one: transforms, modes, a profiler, and `torch.jit.trace`.
+watchers: tuple[Callable[[], object], ...] = (
+    torch._C._are_functorch_transforms_active,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    profiler_enabled,
+    torch._C._is_tracing,
+)
+# What can be given to a kernel as it is; no subclass of these.
+PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 # Hooks that are called for every module.
 global_hooks = tuple(vars(_modules)[f"_global_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
@@ -133,15 +144,16 @@ def register_fake(library: torch.library.Library, op: str, fake: Callable[..., A
 
 def register_autograd(
     library: torch.library.Library, op: Any, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
-) -> None:
-    """`torch.library.register_autograd`, which makes a dataclass for each op. ``setup_context`` takes its arguments by position."""
+) -> Callable[..., Any]:
+    """`torch.library.register_autograd`, which makes a dataclass for each op. ``setup_context`` takes its arguments by position.
 
-    def below(keyset: Any, inputs: tuple[Any, ...]) -> Any:
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+    Returns ``apply(run, *inputs)``, which is ``run(*inputs)`` with this backward, without the dispatcher: for a kernel that does what the
+    op does, where nothing is among the `watchers`.
+    """
 
-    def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+    def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            output = below(keyset, inputs)
+            output = run(*inputs)
             if setup_context is not None:
                 setup_context(ctx, inputs, output)
         return output
@@ -153,12 +165,15 @@ def register_autograd(
     function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(of_all)})
 
     def kernel(keyset: Any, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return function.apply(keyset, *inputs)
+        below = partial(op.redispatch, keyset & torch._C._after_autograd_keyset)
+        if torch.is_grad_enabled() and any_requires_grad(*inputs):
+            return function.apply(below, *inputs)
         with torch._C._AutoDispatchBelowAutograd():
-            return below(keyset, inputs)
+            return below(*inputs)
 
     library.impl(op.name(), kernel, "Autograd", with_keyset=True)
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # without what it does for transforms of `torch.func`
+    return apply
 
 
 def between_graphs(function: F_, recursive: bool = True) -> F_:
