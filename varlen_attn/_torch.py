@@ -35,12 +35,9 @@ has_amx: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 is_batch_of_gradients: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 # Who may see or change operations one by one: transforms, modes, a profiler, and `torch.jit.trace`.
 watchers: tuple[Callable[[], object], ...] = (
-    torch._C._are_functorch_transforms_active,
-    torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
-    profiler_enabled,
+    torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack, profiler_enabled,
     torch._C._is_tracing,
-)
+)  # fmt: skip
 # What can be given to a kernel as it is; no subclass of these.
 PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
@@ -89,13 +86,6 @@ def mark_unbacked(tensor: Tensor) -> None:
         from torch._dynamo.decorators import mark_unbacked
 
         mark_unbacked(tensor, 0)
-
-
-def needs_plain_gathers() -> bool:
-    """Where our two functions would be in the way: under `torch.func`, and under `torch.jit.trace`, which could not save them."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def is_transformed() -> bool:
@@ -172,8 +162,7 @@ def register_autograd(
             return below(*inputs)
 
     library.impl(op.name(), kernel, "Autograd", with_keyset=True)
-    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # without what it does for transforms of `torch.func`
-    return apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return]  # without what it does for `torch.func`
 
 
 def between_graphs(function: F_, recursive: bool = True) -> F_:

@@ -48,9 +48,8 @@ def define_ops(name: str, forward: Op, backward: Op, *, kernel: str, device: str
     numbers. ``backward(grad, query, key, value, out, lse, cu_q, cu_k, ...) -> dq, dk, dv``, and the gradient of ``sinks`` if there is such
     an argument, ``(N,)``, or ``(0,)`` for None. All have memory of their own, which is contiguous.
 
-    The dispatcher costs 8 microseconds a call, autograd twice as much, also where nothing requires a gradient. So the forward has an
-    overload ``no_grad`` without autograd, which eager calls take there, and where nothing sees them (`watchers`), they call ``forward`` and
-    ``backward`` themselves. Graphs of `torch.compile` and `torch.export` hold the op with autograd.
+    The dispatcher costs 8 microseconds a call, and autograd in Python twice as much. So where nothing sees them (`watchers`), eager calls
+    leave it out, and call ``forward`` and ``backward`` themselves. Graphs of `torch.compile` and `torch.export` hold the ops.
 
     Args:
         kernel: who has no second derivative, for the error.
@@ -98,28 +97,26 @@ def define_ops(name: str, forward: Op, backward: Op, *, kernel: str, device: str
         _LIBRARY.define(f"{name}_{suffix}{schema}", tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(f"{name}_{suffix}", function, "CPU" if device == "cpu" else "CompositeExplicitAutograd")
         register_fake(_LIBRARY, f"{name}_{suffix}", fake)
-        return getattr(torch.ops.varlen_attn, f"{name}_{suffix}".partition(".")[0])
+        return getattr(torch.ops.varlen_attn, f"{name}_{suffix}").default
 
     gradients = ", ".join(["Tensor"] * (3 if sinks is None else 4))
     schema = f"({', '.join(arguments)}) -> (Tensor, Tensor)"
-    with_grad = register("forward", schema, forward, fake_forward).default
-    without_grad = register("forward.no_grad", schema, forward, fake_forward).no_grad
+    op = register("forward", schema, forward, fake_forward)
     of_backward = f"({', '.join(['Tensor grad', *arguments[:3], 'Tensor out', 'Tensor lse', *arguments[3:]])}) -> ({gradients})"
-    backward_op = register("backward", of_backward, backward, fake_backward).default
-    apply = register_autograd(_LIBRARY, with_grad, autograd, setup_context)
+    backward_op = register("backward", of_backward, backward, fake_backward)
+    apply = register_autograd(_LIBRARY, op, autograd, setup_context)
     register_autograd(_LIBRARY, backward_op, no_second_derivative)
     _defined.append(name)
     _register_flops()
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return with_grad(*inputs)
-        wanted = torch.is_grad_enabled() and any_requires_grad(*inputs)
+            return op(*inputs)
         if any(map(operator.call, watchers)) or not PLAIN.issuperset(map(type, inputs[:num_tensors])):
             if _COUNTER in sys.modules:
                 _register_flops()
-            return (with_grad if wanted else without_grad)(*inputs)
-        return apply(forward, *inputs) if wanted else forward(*inputs)
+            return op(*inputs)
+        return apply(forward, *inputs) if torch.is_grad_enabled() and any_requires_grad(*inputs) else forward(*inputs)
 
     return call
 
