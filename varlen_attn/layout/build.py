@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -9,9 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch import assert_async, is_tracing, mark_unbacked
+from .._torch import assert_async, is_observed, is_plain, is_tracing, mark_unbacked
 from ..errors import ArgumentError, LayoutError, LayoutWarning, warn
 from .checks import CONVENTIONS, check_offsets, is_integer, raise_bad_value, shorten
+
+_FEW = 64  # rows of a mask: with more, operations on tensors are faster than a look at each
 
 
 class Index(NamedTuple):
@@ -71,11 +74,16 @@ def index_and_flags(real_BS: Tensor, flags: Sequence[Tensor], *, validate: bool)
 
     While tracing nothing is read: no flag comes back.
     """
-    lengths_B = real_BS.sum(1)
+    lengths_B: Tensor | tuple[int, ...]
     if is_tracing(real_BS):
-        return exact(real_BS, lengths_B), ()
-    read = torch.cat([lengths_B, torch.stack([*_forms(real_BS), *flags]).to(torch.int64)]).tolist()
-    lengths, (some_hole, some_shift, *values) = tuple(read[: len(real_BS)]), read[len(real_BS) :]
+        return exact(real_BS, real_BS.sum(1)), ()
+    if len(real_BS) <= _FEW and real_BS.is_cpu and is_plain(real_BS) and not is_observed():
+        (lengths_B, some_hole, some_shift), values = _facts_of_few(real_BS.contiguous()), [*flags]
+        lengths = lengths_B
+    else:
+        lengths_B = real_BS.sum(1)
+        read = torch.cat([lengths_B, torch.stack([*_forms(real_BS), *flags]).to(torch.int64)]).tolist()
+        lengths, (some_hole, some_shift, *values) = tuple(read[: len(real_BS)]), read[len(real_BS) :]
     if validate and 0 in lengths and any(lengths):
         warn(
             f"row {lengths.index(0)} of the mask has no token while others have some. If that is not meant, the mask is "
@@ -86,9 +94,17 @@ def index_and_flags(real_BS: Tensor, flags: Sequence[Tensor], *, validate: bool)
     return index, tuple(map(bool, values))
 
 
+def _facts_of_few(real_BS: Tensor) -> tuple[tuple[int, ...], bool, bool]:
+    """The lengths of a few rows, and `_forms`: on a CPU, operations on tensors take longer than a look at the bytes, a row at a time."""
+    size, rows, zero = real_BS.shape[1], ctypes.string_at(real_BS.data_ptr(), real_BS.numel()), itertools.repeat(b"\0")
+    parts = [rows[i * size : (i + 1) * size] for i in range(len(real_BS))]
+    lengths = tuple(map(len, map(bytes.replace, parts, zero, itertools.repeat(b""))))
+    return lengths, lengths != tuple(map(len, map(bytes.strip, parts, zero))), lengths != tuple(map(len, map(bytes.rstrip, parts, zero)))
+
+
 def exact(
     real_BS: Tensor,
-    lengths_Q: Tensor,
+    lengths_Q: Tensor | tuple[int, ...],
     lengths: tuple[int, ...] | None = None,
     *,
     has_holes: bool | None = None,
@@ -103,7 +119,7 @@ def exact(
     else:
         token_indices = torch.nonzero_static(flat, size=total).squeeze(1)
     mark_unbacked(token_indices)
-    return Index(_offsets(lengths_Q), token_indices, flat.cumsum(0) * flat, lengths, has_holes, right_padded)
+    return Index(_offsets(lengths_Q), token_indices, flat.cumsum(0).mul_(flat), lengths, has_holes, right_padded)
 
 
 def index_of_all(batch_size: int, padded_len: int, device: torch.device) -> Index:
@@ -241,7 +257,9 @@ def index_of_documents(ids: Tensor, max_docs: int | None) -> Index:
     )
 
 
-def _offsets(lengths_Q: Tensor) -> Tensor:
+def _offsets(lengths_Q: Tensor | tuple[int, ...]) -> Tensor:
+    if isinstance(lengths_Q, tuple):
+        return torch.tensor([0, *itertools.accumulate(lengths_Q)], dtype=torch.int32, device="cpu")
     return torch.cat([lengths_Q.new_zeros(1), lengths_Q.cumsum(0)]).to(torch.int32)
 
 
