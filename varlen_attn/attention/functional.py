@@ -110,6 +110,13 @@ def varlen_attention(
 
         scores = q @ k.transpose(-1, -2) * scale
         out = scores.masked_fill(hidden, -inf).softmax(-1) @ v
+
+    Examples:
+        >>> layout = SeqLayout.from_lengths([5, 3])
+        >>> q = torch.randn(8, 4, 16)  # (T, N, H)
+        >>> out, lse = varlen_attention(q, q[:, :2], q[:, :2], layout, causal=True, window=(2, 0), return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([8, 4, 16]), torch.Size([4, 8]))
     """
     if others:
         raise unknown("varlen_attention", others, ASKED)
@@ -187,6 +194,13 @@ def padded_attention(
     In plain PyTorch, on ``(B, N, S, H)``::
 
         F.scaled_dot_product_attention(q, k, v, attn_mask=~key_padding_mask[:, None, None]) * ~query_padding_mask[:, None, :, None]
+
+    Examples:
+        >>> q = torch.randn(2, 5, 4, 16)  # (B, S, N, H)
+        >>> mask = torch.arange(5) >= torch.tensor([5, 3])[:, None]  # True is padding
+        >>> out = padded_attention(q, q, q, mask, causal=True)
+        >>> out.shape, bool(out[mask].any())
+        (torch.Size([2, 5, 4, 16]), False)
     """
     trace_quietly()
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -284,6 +298,13 @@ def varlen_mha(
 
     In plain PyTorch: ``F.multi_head_attention_forward`` on ``x.transpose(0, 1)`` with ``need_weights=False``, times
     ``~key_padding_mask[..., None]``.
+
+    Examples:
+        >>> x = torch.randn(2, 5, 64)
+        >>> mask = torch.arange(5) >= torch.tensor([5, 3])[:, None]  # True is padding
+        >>> weights = dict(in_proj_weight=torch.randn(192, 64) / 8, out_proj_weight=torch.randn(64, 64) / 8)
+        >>> varlen_mha(x, mask, num_heads=4, **weights).shape
+        torch.Size([2, 5, 64])
     """
     trace_quietly()
     if others:
