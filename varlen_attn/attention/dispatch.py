@@ -287,7 +287,8 @@ def requested_backend(backend: str | Backend) -> str | Backend:
             raise ArgumentError(f"`backend` must be 'auto', a name or a Backend, but is {backend!r}.")
         return backend
     traced = [block for block in state.traced if isinstance(block, Order)]
-    order: str | Backend | None = traced[-1].backend if traced else _state.order
+    asked = traced or state.orders or torch.compiler.is_compiling()  # which guards on `_state.order`
+    order: str | Backend | None = traced[-1].backend if traced else _state.order if asked else None
     if order is not None:
         return order
     if _environment_order not in _NAMES:
