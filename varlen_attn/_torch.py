@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from torch.nn.modules import module as _modules
 from torch.utils import _pytree
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
+N_ = TypeVar("N_", bound=float | None)
 
 pytree = _pytree
 # Whether a profiler runs, for whom calls leave a range: opening one costs microseconds.
@@ -101,6 +103,12 @@ def constant_while_tracing(function: F_) -> F_:
     return function
 
 
+def constant(number: N_) -> N_:
+    """The number itself, where `torch.compile` may have made a symbol of an argument that changed: a graph for each value."""
+    (known,) = {number}  # dynamo guards what it hashes
+    return known
+
+
 def mark_dynamic(tensor: Tensor, dims: int | list[int]) -> None:
     """Tell `torch.compile` that these sizes change from call to call."""
     from torch._dynamo import maybe_mark_dynamic
@@ -164,7 +172,15 @@ def register_autograd(
 def between_graphs(function: F_, recursive: bool = True) -> F_:
     """Outside of the graphs of `torch.compile`, which end before it; unless ``recursive``, only itself. Where no graph may end, as with
     ``fullgraph=True``, it is traced. Decorating imports dynamo: for files whose users have it already."""
-    outside = torch.compiler.disable(function, recursive=recursive)
+    begins_no_graph(function)
+
+    @partial(torch.compiler.disable, recursive=recursive)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        before, _thread.graphs = _thread.graphs, True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _thread.graphs = before
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -172,6 +188,23 @@ def between_graphs(function: F_, recursive: bool = True) -> F_:
         return outside(*args, **kwargs) if within else function(*args, **kwargs)
 
     return begins_no_graph(call)  # type: ignore[return-value]
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether a module's forward is compiled: asked in hooks, which are called between graphs, or before the first one."""
+    return _thread.graphs or is_compiled_function(vars(module).get("forward"))
+
+
+def is_compiled_function(function: Any) -> bool:
+    """``layer.forward = torch.compile(layer.forward)``"""
+    return hasattr(function, "_torchdynamo_orig_callable")
+
+
+class _Thread(threading.local):
+    graphs = False  # whether what runs was called between two graphs
+
+
+_thread = _Thread()
 
 
 def begins_no_graph(function: F_) -> F_:

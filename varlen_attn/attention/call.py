@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -166,7 +167,7 @@ class AttentionCall:
         }
         semantics = Semantics.of(**options._asdict(), **flags)
         if semantics.scale is None:
-            semantics = replace(semantics, scale=float(int(query.shape[2]) or 1) ** -0.5)
+            semantics = replace(semantics, scale=float(index(query.shape[2]) or 1) ** -0.5)
         if semantics.causal and self.layout_kv is self.layout_q:
             semantics = replace(semantics, causal="bottom_right")  # equal lengths: both alignments are one
         self.semantics = semantics
@@ -237,17 +238,17 @@ class AttentionCall:
         raise AssertionError(name)
 
     def _fields(self) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]:
-        """Of the `Problem` and of its `Semantics`, as plain values."""
+        """Of the `Problem` and of its `Semantics`, as plain values: `index` makes numbers of sizes that are symbols in a graph."""
         device, semantics = self.query.device, self.semantics
         problem = (
             ("device_type", device.type),
             ("device_index", device.index),
             ("flash_impl", current_flash_attention_impl()),
             ("dtype", self.query.dtype),
-            ("num_heads", int(self.query.shape[1])),
-            ("num_kv_heads", int(self.key.shape[1])),
-            ("head_dim", int(self.query.shape[2])),
-            ("value_head_dim", int(self.value.shape[2])),
+            ("num_heads", index(self.query.shape[1])),
+            ("num_kv_heads", index(self.key.shape[1])),
+            ("head_dim", index(self.query.shape[2])),
+            ("value_head_dim", index(self.value.shape[2])),
             ("self_attention", self.layout_q is self.layout_kv),
             ("needs_grad", self._needs_grad()),
             ("tracing", True),

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..._switch import Class, Entry, Hook, Step, around, original_class
-from ..._torch import begins_no_graph, between_graphs, with_first_dimension
+from ..._torch import begins_no_graph, between_graphs, is_compiled, with_first_dimension
 from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
@@ -89,7 +89,7 @@ class LayerHook:
         # Only a batch with padding is packed, so the shape of rows is another.
         is_rows = hidden.shape[:2] != meaning.shape[::2] and hidden.shape[:2] == (1, meaning.keys.num_rows)
         if not is_rows:
-            reason = meaning.padded_because or _why_as_it_came(hidden, meaning)
+            reason = meaning.padded_because or _why_as_it_came(module, hidden, meaning)
             if reason is None and not meaning.forwards:
                 reason = "no forward of its model is under way, or it began before that was enabled"
             filled = reason is None
@@ -153,15 +153,17 @@ def _meaning_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None
     return None
 
 
-def _why_as_it_came(hidden: Tensor, meaning: Meaning) -> str | None:
+def _why_as_it_came(layer: nn.Module, hidden: Tensor, meaning: Meaning) -> str | None:
     """None for the padded tokens of a self-attention, where no reader of rows at padding is known."""
     batch_size, _, len_q, len_k = meaning.shape
     if meaning.numbers is not None:
         return LOOKED_AT
     if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != len_k or meaning.first_query != 0:
         return "there are cached keys, or keys of others"
-    if meaning.pattern.documents is not None or meaning.padding is None or (keys := meaning.keys).is_dense:
+    # Compiled layers get rows in any case: the same graphs serve all batches, and none ends before attention.
+    if meaning.pattern.documents is not None or (not is_compiled(layer) and (meaning.padding is None or meaning.keys.is_dense)):
         return "nothing is padded"
+    keys = meaning.keys
     if keys.lengths is None or not keys.total:
         return "only the device knows the lengths" if keys.lengths is None else "no row has a token"
     if 0 in keys.lengths:
