@@ -101,6 +101,15 @@ class SeqLayout:
 
     The equivalent of ``layout.pack(x)`` in plain PyTorch is ``x[~key_padding_mask]``, and of ``layout.unpack(y)``
     ``torch.zeros(B, S, D).masked_scatter(~key_padding_mask[..., None], y)``.
+
+    Examples:
+        >>> mask = torch.arange(4) >= torch.tensor([4, 1])[:, None]  # (B, S), True is padding
+        >>> layout = SeqLayout.from_key_padding_mask(mask)
+        >>> layout
+        SeqLayout(B=2, S=4, Q=2, T=5, fill=0.62, lengths=(4, 1), device=cpu)
+        >>> rows = layout.pack(torch.randn(2, 4, 16))  # (T, D)
+        >>> layout.unpack(rows).shape, layout.pool(rows, "mean").shape
+        (torch.Size([2, 4, 16]), torch.Size([2, 16]))
     """
 
     batch_size: int
