@@ -8,13 +8,14 @@
 #   make check           ruff, ruff format, mypy, and bounds of how large the library is
 #   make house           the size of the library, how many Python calls a layer and a call make, and words to avoid
 #   make examples        two classifiers, each trained padded and packed: same losses, times and memory beside each other
-#   make bench           the benchmarks of benchmarks/, written to benchmarks/results/ and README.md (about half an hour)
+#   make bench           the benchmarks of benchmarks/, written to benchmarks/results/ and docs/ (about half an hour)
 #   make bench-full      the same with every workload, 100 steps of the mini test, and memory of whole encoders (hours)
 #   make bench-check     have ratios fallen since the committed results? (a few minutes)
 #   make sanitize        the compiled CPU kernel under the address and undefined-behaviour sanitizers (needs g++)
 #   make test-thorough   many more property-test examples
 #   make dist            wheels for Linux (x86-64, Arm) and macOS (Arm), each with its compiled CPU kernel, and the source, in dist/
-#   make docs            the table of docs/transformers.md, from the architectures in the tests
+#   make docs            the site in build/site, built strictly
+#   make docs-tables     the table of docs/transformers.md, from the architectures in the tests (minutes)
 #   make gpu             accept the library on a CUDA device (9 minutes at most)
 #   make gpu-again       what did not pass in FILE, slowly, with all errors in its log: make gpu-again FILE=acceptance.json
 #   make gpu-tests       the tests that need a CUDA device, and those of all backends there
@@ -28,6 +29,7 @@ LANE := $(VENV)/.lane
 REAL := $(VENV)/.real
 TEXT := $(VENV)/.text
 PICTURES := $(VENV)/.pictures
+SITE := $(VENV)/.site
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
 # flash-attn's Triton kernels and that of benchmarks/fused_rows.py, run by Triton's interpreter without a GPU. Both variables, in a
@@ -60,7 +62,7 @@ NOT_BUILT := { ! command -v $${CXX:-g++} && echo 'the tests of the compiled kern
 SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)"
 
-.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-check test-thorough sanitize dist docs gpu gpu-again \
+.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-check test-thorough sanitize dist docs docs-tables gpu gpu-again \
   gpu-tests real clean
 .DEFAULT_GOAL := help
 
@@ -103,6 +105,11 @@ $(TEXT): $(STAMP)
 # What draws the pictures of the results; tables, tests and CI do without.
 $(PICTURES): $(STAMP)
 	@$(PIP) -e '.[bench]'
+	@touch $@
+
+# What builds the site.
+$(SITE): $(STAMP)
+	@$(PIP) -e '.[docs]'
 	@touch $@
 
 demo: $(STAMP)
@@ -153,7 +160,10 @@ dist:
 	$(call for,aarch64-macos.11.0,macosx_11_0_arm64)
 	$(DIST)/bin/python -m hatchling build -t sdist
 
-docs: $(STAMP)
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-tables: $(STAMP)
 	$(OFFLINE) TRANSFORMERS_VERBOSITY=error $(BIN)/python -W ignore -m tests.integrations.transformers.table
 
 # Another Python where nothing can be installed, but a torch for CUDA is there: `make gpu GPU_PYTHON=python3`. The acceptance needs torch and

@@ -5,6 +5,7 @@
     Exception
       └── VarlenError
             ├── ArgumentError (ValueError)      a value is wrong: the message names it, shows it, says the fix
+            │     ├── UnknownArgument (TypeError)   a keyword that the function does not have
             │     └── LayoutError               mask, lengths, offsets or packed shapes do not fit together
             ├── DtypeError (TypeError)          a dtype is wrong, or dtypes differ
             ├── BackendRefused (RuntimeError)   a backend ordered by name cannot run this call
@@ -34,6 +35,10 @@ class ArgumentError(VarlenError, ValueError):
     """An argument has a wrong value."""
 
 
+class UnknownArgument(ArgumentError, TypeError):
+    """An argument has a name that the function does not have."""
+
+
 class LayoutError(ArgumentError):
     """A mask, lengths, offsets or a packed tensor do not fit together."""
 
@@ -43,7 +48,7 @@ class DtypeError(VarlenError, TypeError):
 
 
 class BackendRefused(VarlenError, RuntimeError):
-    """A backend that was ordered by name cannot run this call; the message has all reasons and fixes."""
+    """A backend that was requested by name cannot run this call; the message has all reasons and fixes."""
 
 
 class NoBackend(VarlenError, RuntimeError):
@@ -55,7 +60,7 @@ class VarlenWarning(UserWarning):
 
 
 class LayoutWarning(VarlenWarning):
-    """A mask is legal but looks inverted: a row has no token while others have some."""
+    """A mask is legal but looks inverted: a row has no token while others have some, or all begin with padding."""
 
 
 def warn(message: str, category: type[Warning]) -> None:

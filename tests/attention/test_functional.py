@@ -988,7 +988,7 @@ def test_forced_backends_run_or_refuse() -> None:  # R-11
         for backend in CPU_BACKENDS:
             varlen_attention(q, k, v, layout, backend=backend)
     assert [c.backend for c in log.calls] == list(CPU_BACKENDS)
-    with pytest.raises(BackendRefused, match=r"(?s)'sdpa_padded' was ordered.*batch-mates.*Fix: drop `batch_invariant`"):
+    with pytest.raises(BackendRefused, match=r"(?s)'sdpa_padded' was requested.*batch-mates.*Fix: drop `batch_invariant`"):
         varlen_attention(q, k, v, layout, backend="sdpa_padded", batch_invariant=True)
 
 

@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,6 +26,7 @@ from ..kernels import BACKENDS
 from ..kernels.base import Backend, Refusal
 from ..kernels.problem import Problem, Semantics
 from ..layout.seq_layout import SeqLayout
+from ..layout.shown import Shown
 
 _ENVIRONMENT = "VARLEN_ATTN_BACKEND"
 _environment_order = os.environ.get(_ENVIRONMENT) or "auto"  # read once: a changed environment must not change a running model
@@ -57,8 +60,8 @@ class Route:
     reason: str
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """The backend that runs a problem, and why the others do not.
 
     Attributes:
@@ -74,7 +77,7 @@ class Plan:
     kernel: str
     decisions: tuple[Decision, ...]
     problem: Problem
-    implementation: Backend = field(repr=False, compare=False)
+    implementation: Backend = field(compare=False)
     evidence: Literal["declared", "probed", "profiled"] = "declared"
     route: Literal["packed", "dense"] = "packed"
     route_reason: str = "no layout was given"
@@ -96,14 +99,54 @@ class Plan:
             "decisions": [asdict(d) | {"reasons": [asdict(r) for r in d.reasons]} for d in self.decisions],
         }
 
+    @property
+    def faster(self) -> str:
+        """Which kernel would come first and is only not installed, and how to get it; else empty."""
+        before = itertools.takewhile(lambda d: d.backend != self.backend, self.decisions if self.route == "packed" else ())
+        lacks = (d for d in before if {r.kind for r in d.reasons} == {"missing"})
+        return next((f"A faster kernel could be had. {d}." for d in lacks), "")
+
     def __str__(self) -> str:
+        """What runs, and why, in two lines; `details` has every reason and fix."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for decision in self.decisions:
+            if decision.backend != self.backend:
+                groups.setdefault(self._group(decision), []).append(decision.backend)
+        why = ["it was requested" if self.problem.requested == self.backend else "the first in the order that can run it"]
+        for (kind, reason), names in groups.items():
+            listed = ", ".join(names)
+            why.append(f"{listed if len(names) == 1 else f'{len(names)} {kind} ({listed})'}: {reason}")
+        return f"{self._runs}\nwhy: {'; '.join(why if self._in_order else [self.route_reason, *why[1:]])}"
+
+    @property
+    def _runs(self) -> str:
+        return f"{self.backend} runs this: {self.kernel} ({self.evidence})"
+
+    @property
+    def _in_order(self) -> bool:
+        return any(d.backend == self.backend for d in self.decisions)
+
+    @property
+    def _instead(self) -> str:
+        return "would run too, but comes later in the order" if self._in_order else f"would run, but {self.route_reason}"
+
+    def _group(self, decision: Decision) -> tuple[str, str]:
+        """What is told of several backends at once: what they are, and the reason that counts most."""
+        if decision.accepted:
+            return "backends", self._instead
+        worst = min(decision.reasons, key=lambda r: ("machine", "order", "missing", "unsupported").index(r.kind))
+        elsewhere = re.match("runs on (cpu|cuda) only, and (.*)", worst.reason)
+        return (f"{elsewhere[1].upper()} backends", elsewhere[2]) if elsewhere else ("backends", worst.reason)
+
+    def details(self) -> str:
+        """What runs, where, and of every backend all reasons and fixes."""
         problem = self.problem
         capability = "" if problem.capability is None else f" sm{problem.capability[0]}{problem.capability[1]}"
         heads = f"{problem.num_heads}/{problem.num_kv_heads} heads of {problem.head_dim}"
         packages = ", ".join(f"{name} {version}" for name, version in _package_versions(problem)) or "none"
         origin = "installed" if problem.packages is None else "stated"
         lines = [
-            f"{self.backend} runs this: {self.kernel} ({self.evidence})",
+            self._runs,
             f"  on {problem.device_type}{capability}, {str(problem.dtype).removeprefix('torch.')}, {heads}, "
             f"torch {problem.torch_version}; optional packages {origin}: {packages}",
             f"  route: {self.route} ({self.route_reason})",
@@ -112,7 +155,7 @@ class Plan:
             if decision.backend == self.backend:
                 lines.append(f"  > {decision.backend}: runs")
             elif decision.accepted:
-                lines.append(f"  + {decision.backend}: would run too, but comes later in the order")
+                lines.append(f"  + {decision.backend}: {self._instead}")
             else:
                 reasons = [f"{r.reason}. Fix: {r.fix}." for r in decision.reasons]
                 lines.append(f"  - {decision.backend}: " + "\n      ".join(reasons))
@@ -120,7 +163,7 @@ class Plan:
 
 
 def _package_versions(problem: Problem) -> list[tuple[str, str]]:
-    names = sorted({b.package for b in BACKENDS} - {"torch"})
+    names = sorted({name for b in BACKENDS for name in (b.package, *b.packages)} - {"torch"})
     versions = [(name, problem.version(name)) for name in names]
     return [(name, version) for name, version in versions if version is not None]
 
@@ -169,7 +212,7 @@ def _choose(problem: Problem, candidates: tuple[Backend, ...], all_reasons: bool
     if chosen is None and order != "auto":
         reasons = refusals[names.index(order)]
         listing = "\n".join(f"  - {r.reason}. Fix: {r.fix}." for r in reasons)
-        raise BackendRefused(f"backend {order!r} was ordered, but it\n{listing}\nbackend='auto' picks one that runs this.")
+        raise BackendRefused(f"backend {order!r} was requested but cannot run this call:\n{listing}\nbackend='auto' picks one that can.")
     if chosen is None:
         listing = "\n".join(f"  - {d}" for d in decisions)
         raise NoBackend(f"none of these backends runs this call:\n{listing}")

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 
 from ..layout.seq_layout import SeqLayout
 from .dispatch import Plan
-from .functional import plan_attention
+from .functional import Asked, plan_attention
 
 
-def explain(query: Tensor, key: Tensor, value: Tensor, layout: SeqLayout, layout_kv: SeqLayout | None = None, **semantics: Any) -> Plan:
+def explain(
+    query: Tensor, key: Tensor, value: Tensor, layout: SeqLayout, layout_kv: SeqLayout | None = None, *, return_lse: bool = False,
+    **semantics: Unpack[Asked],
+) -> Plan:  # fmt: skip
     """Which backend would run ``varlen_attention(query, key, value, layout, layout_kv, **semantics)``, and why the others would not.
 
-    Names every backend exactly once, with all reasons and their fixes; ``print`` it. Nothing is computed.
+    ``print`` it: what runs, and why, in two lines, in which every backend is named. ``plan.details()`` has all reasons and their fixes.
+    Nothing is computed.
 
     Raises:
         what the call itself would raise.
     """
-    return plan_attention(query, key, value, layout, layout_kv, **semantics)
+    return plan_attention(query, key, value, layout, layout_kv, return_lse=return_lse, **semantics)

@@ -6,24 +6,53 @@ tensors, empty sequences for backends that mishandle them. Backends trust what t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch import trace_quietly
-from ..errors import ArgumentError, LayoutError
+from ..errors import ArgumentError, LayoutError, UnknownArgument, VarlenWarning, warn
 from ..kernels.base import Backend
 from ..kernels.problem import check_dropout
 from ..kernels.values import NO_EXTRAS, Extras, ScoreBias
 from ..layout.seq_layout import SeqLayout, moved
 from .call import AttentionCall, Options, attend
-from .checks import check_layouts, check_mask, check_projections
+from .checks import check_layouts, check_mask, check_projections, unknown
 from .dispatch import Plan
 from .export import static_graph, static_layout, static_layouts
 from .forms import Form, full_layout, pack_rows, unpack_rows
 
+_WIDE = 256  # a head of more is nearly always heads that nothing was said of
 
+
+class Asked(TypedDict, total=False):
+    """The keywords of `varlen_attention` that do not change what it returns, for type checkers."""
+
+    causal: bool | Literal["bottom_right", "top_left"]
+    window: tuple[int | None, int | None] | None
+    scale: float | None
+    softcap: float | None
+    dropout_p: float
+    alibi_slopes: Tensor | None
+    score_bias: ScoreBias | None
+    sinks: Tensor | None
+    backend: str | Backend
+    deterministic: bool | None
+    batch_invariant: bool
+
+
+@overload
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: SeqLayout, layout_kv: SeqLayout | None = None, *,
+    return_lse: Literal[False] = False, **asked: Unpack[Asked],
+) -> Tensor: ...  # fmt: skip
+@overload
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: SeqLayout, layout_kv: SeqLayout | None = None, *,
+    return_lse: Literal[True], **asked: Unpack[Asked],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -43,6 +72,7 @@ def varlen_attention(
     backend: str | Backend = "auto",
     deterministic: bool | None = None,
     batch_invariant: bool = False,
+    **others: Any,
 ) -> Any:
     """Exact attention on packed tensors: every sequence attends to itself (or to its keys), and nothing is padded.
 
@@ -81,10 +111,15 @@ def varlen_attention(
         scores = q @ k.transpose(-1, -2) * scale
         out = scores.masked_fill(hidden, -inf).softmax(-1) @ v
     """
+    if others:
+        raise unknown("varlen_attention", others, ASKED)
     options = Options(causal, window, scale, softcap, dropout_p, return_lse, deterministic, batch_invariant)
     plain = alibi_slopes is None and score_bias is None and sinks is None
     extras = NO_EXTRAS if plain else Extras(alibi_slopes, sinks, score_bias)
     return attend(query, key, value, layout, layout_kv, options, extras, backend)
+
+
+ASKED = (*Options._fields, "alibi_slopes", "sinks", "score_bias", "backend")
 
 
 def plan_attention(
@@ -98,6 +133,8 @@ def plan_attention(
     **semantics: Any,
 ) -> Plan:
     """The `Plan` of ``varlen_attention(query, key, value, layout, layout_kv, **semantics)``, without running it."""
+    if others := [name for name in semantics if name not in ASKED]:
+        raise unknown("explain", others, ASKED)
     names = {"alibi_slopes", "sinks", "score_bias"}
     extras = Extras(**{k: semantics.pop(k) for k in names & set(semantics)})
     backend = semantics.pop("backend", "auto")
@@ -107,6 +144,18 @@ def plan_attention(
 # -------------------------------------------------------------------- padded tensors
 
 
+@overload
+def padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, *,
+    query_padding_mask: Tensor | Literal[False] | None = None, layout: SeqLayout | None = None, layout_kv: SeqLayout | None = None,
+    return_lse: Literal[False] = False, **semantics: Unpack[Asked],
+) -> Tensor: ...  # fmt: skip
+@overload
+def padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, *,
+    query_padding_mask: Tensor | Literal[False] | None = None, layout: SeqLayout | None = None, layout_kv: SeqLayout | None = None,
+    return_lse: Literal[True], **semantics: Unpack[Asked],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def padded_attention(
     query: Tensor,
     key: Tensor,
@@ -147,7 +196,10 @@ def padded_attention(
         raise LayoutError(f"`value` must begin with key's (B, S, K) = {tuple(key.shape[:3])}, but has shape {tuple(value.shape)}.")
     layout_q, layout_k = _layouts(query, key, key_padding_mask, query_padding_mask, layout, layout_kv)
     query, key, value = pack_rows(layout_q, query, "query"), pack_rows(layout_k, key, "key"), pack_rows(layout_k, value, "value")
-    result = varlen_attention(query, key, value, layout_q, layout_k, **semantics)
+    try:
+        result = varlen_attention(query, key, value, layout_q, layout_k, **semantics)
+    except UnknownArgument:
+        raise unknown("padded_attention", semantics.keys() - ASKED, ASKED) from None
     if not semantics.get("return_lse"):
         return unpack_rows(layout_q, result)
     out, lse = result
@@ -196,7 +248,7 @@ def varlen_mha(
     x: Tensor,
     key_padding_mask: Tensor | None = None,
     *,
-    num_heads: int = 1,
+    num_heads: int | None = None,
     in_proj_weight: Tensor | None = None,
     in_proj_bias: Tensor | None = None,
     out_proj_weight: Tensor | None = None,
@@ -207,13 +259,14 @@ def varlen_mha(
     dropout_p: float = 0.0,
     training: bool | None = None,
     backend: str | Backend = "auto",
+    **others: Any,
 ) -> Tensor:
     """Multi-head self-attention of a padded batch, computed on its real tokens only; projections too.
 
     Args:
         x: ``(B, S, D)`` padded, ``(T, D)`` packed (with ``layout``), or ``(B, S, 3, N, H)``, stacked q, k, v.
         key_padding_mask: ``(B, S)``, **True is padding** (torch's convention); None for no padding.
-        num_heads: N; D is a multiple of it. Taken from the shape of stacked q, k, v.
+        num_heads: N; D is a multiple of it. 1 if left out, with a warning where x is wide. Taken from the shape of stacked q, k, v.
         in_proj_weight, in_proj_bias: ``(3D, D)`` and ``(3D,)`` as in ``F.multi_head_attention_forward``; without a
             weight x itself is query, key and value.
         out_proj_weight, out_proj_bias: ``(D, D)`` and ``(D,)``; without a weight the output is not projected.
@@ -233,6 +286,8 @@ def varlen_mha(
     ``~key_padding_mask[..., None]``.
     """
     trace_quietly()
+    if others:
+        raise unknown("varlen_mha", others, [*Options._fields[:2], "dropout_p", "num_heads", "training", "backend", "key_padding_mask"])
     check_dropout(dropout_p)
     if dropout_p > 0 and training is None:
         raise ArgumentError(f"`training` must be True or False where dropout_p > 0, but is None (dropout_p is {dropout_p}).")
@@ -253,11 +308,17 @@ def varlen_mha(
         raise LayoutError(f"`x` of shape {tuple(x.shape)} is packed, so `layout` must be given: which rows belong to which sequence?")
     if layout is not None and key_padding_mask is not None:
         raise ArgumentError("pass `key_padding_mask` or `layout`, not both: nothing says which one counts.")
+    heads = 1 if num_heads is None else num_heads
     if not stacked:
-        if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-            raise ArgumentError(f"`num_heads` must be a positive integer, but is {num_heads!r}.")
-        if width % num_heads:
-            raise ArgumentError(f"`num_heads` must divide the width of x ({width}), but is {num_heads}.")
+        if num_heads is None and width > _WIDE and not torch.compiler.is_compiling():
+            warn(
+                f"`num_heads` is left out, so that one head of {width} is computed: pass num_heads={width // 64} for heads of 64.",
+                VarlenWarning,
+            )
+        if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+            raise ArgumentError(f"`num_heads` must be a positive integer, but is {heads!r}.")
+        if width % heads:
+            raise ArgumentError(f"`num_heads` must divide the width of x ({width}), but is {heads}.")
         check_projections(width, *projections)
 
     form: Form = "packed" if x.dim() == 2 else "batch first"
@@ -269,11 +330,11 @@ def varlen_mha(
         layout = static_layouts(x, layout, x, None)[0] or layout
     rows = pack_rows(layout, x, form=form)
     if in_proj_weight is not None:
-        rows = F.linear(rows, in_proj_weight, in_proj_bias).view(rows.shape[0], 3, num_heads, width // num_heads)
+        rows = F.linear(rows, in_proj_weight, in_proj_bias).view(rows.shape[0], 3, heads, width // heads)
     if rows.dim() == 4:
         query, key, value = rows.unbind(1)
     else:
-        query = key = value = rows.view(rows.shape[0], num_heads, width // num_heads)
+        query = key = value = rows.view(rows.shape[0], heads, width // heads)
     out: Tensor = varlen_attention(query, key, value, layout, **options)
     out = out if stacked else out.flatten(1)
     if out_proj_weight is not None:

@@ -21,6 +21,7 @@ from .._switch import Class, Step, Switch, original_class
 from ..attention.forms import PaddingRows
 from ..data.batches import inputs_of
 from ..errors import ArgumentError, VarlenWarning, warn
+from ..kernels.problem import Problem
 from ..nn.transformer import unwrapped
 from .candidates import Candidate, candidates, is_varlen, mixing
 from .classes import (
@@ -103,7 +104,7 @@ def enable(
         else:
             parts = settled(model, inputs_of(example, "example"), plans, partial(_go, model))
         _go(model, [step for part in parts.values() for step in part.steps])
-        report = Report(tuple(row for part in parts.values() for row in part.rows))
+        report = Report(tuple(row for part in parts.values() for row in part.rows), _problem(model))
         if not any(m.action in ("converted", "built so") for m in report.modules):
             warn(f"nothing was converted, the model computes padding as before: {report}.", VarlenWarning)
         return report
@@ -208,6 +209,12 @@ def _transformers(model: nn.Module) -> Any:
     if library is None or not any(isinstance(module, library.PreTrainedModel) for module in model.modules()):
         return None
     return importlib.import_module("varlen_attn.integrations.transformers")
+
+
+def _problem(model: nn.Module) -> Problem | None:
+    """Of the calls of attention, as far as the weights say."""
+    one = next((p for p in model.parameters() if p.is_floating_point() and p.device.type in ("cpu", "cuda")), None)
+    return None if one is None else Problem(device_type=one.device.type, dtype=one.dtype)
 
 
 def _check(model: nn.Module) -> None:

@@ -108,6 +108,7 @@ class Backend(ABC):
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
     package: ClassVar[str] = "torch"  # the distribution whose version `backends()` shows
+    packages: ClassVar[tuple[str, ...]] = ()  # other distributions that have its kernels
     install: ClassVar[str] = ""  # the fix where `missing` has a reason
     checks_offsets: ClassVar[bool] = False  # its kernel refuses offsets that do not fit the rows; else a call is checked before
     custom_op: ClassVar[bool] = False  # `run` launches a torch.library op of ours, which records itself in compiled code
@@ -212,7 +213,7 @@ def _machine_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
         if have is None or have < can.min_capability:
             need, got = (".".join(map(str, c)) if c else "unknown" for c in (can.min_capability, have))
             fix = "use a newer GPU" if have else "state it, as in Problem(capability=(9, 0)) or --capability 9.0"
-            yield Refusal(f"needs compute capability {need} or newer, and this device has {got}", fix, "machine")
+            yield Refusal(f"needs compute capability {need} or newer, and that of this device is {got}", fix, "machine")
     if can.min_torch and version_tuple(problem.torch_version) < can.min_torch:
         need = ".".join(map(str, can.min_torch))
         yield Refusal(f"needs torch {need} or newer, and this is {problem.torch_version}", f"pip install 'torch>={need}'", "machine")

@@ -51,8 +51,12 @@ class Step(NamedTuple):
         return (tokens + min(tokens, seqs) * max(self.stride - self.reach, 0)) // self.stride
 
 
-def index_of_mask(real_BS: Tensor, bad_BS: Tensor | None, mask: Tensor, capacity: int | None, validate: bool) -> Index:
-    """From a mask that is True at tokens; reads from the device at most once. ``bad_BS`` marks illegal values of ``mask``."""
+def index_of_mask(
+    real_BS: Tensor, bad_BS: Tensor | None, mask: Tensor, capacity: int | None, validate: bool, left_is_odd: bool = False
+) -> Index:
+    """From a mask that is True at tokens; reads from the device at most once. ``bad_BS`` marks illegal values of ``mask``.
+
+    Where masks say which token to attend to, padding on the left is common; where they say padding, it may be ``left_is_odd``."""
     if bad_BS is not None and (capacity is not None or is_tracing(mask)):
         # Nothing is read here, so the device itself refuses.
         refuse_bad_values(bad_BS)
@@ -60,13 +64,15 @@ def index_of_mask(real_BS: Tensor, bad_BS: Tensor | None, mask: Tensor, capacity
     if capacity is not None:
         return with_capacity(real_BS, capacity)
     flags = () if bad_BS is None else (bad_BS.any(),)
-    index, values = index_and_flags(real_BS, flags, validate=validate)
+    index, values = index_and_flags(real_BS, flags, validate=validate, left_is_odd=left_is_odd)
     if any(values) and bad_BS is not None:
         raise_bad_value(mask, bad_BS)
     return index
 
 
-def index_and_flags(real_BS: Tensor, flags: Sequence[Tensor], *, validate: bool) -> tuple[Index, tuple[bool, ...]]:
+def index_and_flags(
+    real_BS: Tensor, flags: Sequence[Tensor], *, validate: bool, left_is_odd: bool = False
+) -> tuple[Index, tuple[bool, ...]]:
     """The index of a mask that is True at tokens, and bool scalars of the caller, in the one transfer of a device mask.
 
     While tracing nothing is read: no flag comes back.
@@ -75,14 +81,19 @@ def index_and_flags(real_BS: Tensor, flags: Sequence[Tensor], *, validate: bool)
     if is_tracing(real_BS):
         return exact(real_BS, lengths_B), ()
     read = torch.cat([lengths_B, torch.stack([*_forms(real_BS), *flags]).to(torch.int64)]).tolist()
-    lengths, (some_hole, some_shift, *values) = tuple(read[: len(real_BS)]), read[len(real_BS) :]
+    lengths, (some_hole, shifted, *values) = tuple(read[: len(real_BS)]), read[len(real_BS) :]
+    looks, otherwise = "", ""
     if validate and 0 in lengths and any(lengths):
+        looks = f"row {lengths.index(0)} of the mask has no token while others have some"
+    elif validate and left_is_odd and not some_hole and shifted == len(lengths) > 1 and max(lengths) < real_BS.shape[1]:
+        looks, otherwise = "every row of the mask begins with padding, and none is full", ", or padding is on the left"
+    if looks:
         warn(
-            f"row {lengths.index(0)} of the mask has no token while others have some. If that is not meant, the mask is "
-            f"inverted: {CONVENTIONS}. validate=False, or a warning filter for LayoutWarning, silences this.",
+            f"{looks}. If that is not meant, the mask is inverted{otherwise}: {CONVENTIONS}. validate=False, or a warning filter for "
+            "LayoutWarning, silences this.",
             LayoutWarning,
         )
-    index = exact(real_BS, lengths_B, lengths, has_holes=bool(some_hole), right_padded=not some_shift)
+    index = exact(real_BS, lengths_B, lengths, has_holes=bool(some_hole), right_padded=not shifted)
     return index, tuple(map(bool, values))
 
 
@@ -128,7 +139,7 @@ def refuse_bad_values(bad_BS: Tensor) -> None:
 
 def refuse_shifted(real_BS: Tensor, message: str) -> None:
     """A row with padding before a token, where only the device knows."""
-    assert_on_device(~_forms(real_BS)[1], message)
+    assert_on_device(_forms(real_BS)[1] == 0, message)
 
 
 def refuse_offsets(cu: Tensor, rows: int, longest: int, *, slack: bool = False, lengths: Sequence[int] | None = None) -> None:
@@ -246,11 +257,11 @@ def _offsets(lengths_Q: Tensor) -> Tensor:
 
 
 def _forms(real_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether a row has more than one run of tokens, and whether one has padding before a token."""
+    """Whether a row has more than one run of tokens, and how many runs begin after padding."""
     if real_BS.shape[1] < 2 or real_BS.shape[0] == 0:
         return (torch.zeros((), dtype=torch.bool, device=real_BS.device),) * 2
     starts = real_BS[:, 1:] & ~real_BS[:, :-1]
-    return (starts.sum(1) + real_BS[:, 0] > 1).any(), starts.any()
+    return (starts.sum(1) + real_BS[:, 0] > 1).any(), starts.sum()
 
 
 def _refuse_overflow(count: Tensor, bound: int, name: str, what: str) -> None:

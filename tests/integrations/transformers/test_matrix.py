@@ -585,7 +585,7 @@ def test_the_outcome(name: str) -> None:
     assert found.reasons or found.level in ("packed once", "attention"), f"{found}"
     page = table.PAGE.read_text()
     assert table.row(found) in page or f"transformers {transformers.__version__}," not in page, (
-        "docs/transformers.md says something else: make docs"
+        "docs/transformers.md says something else: make docs-tables"
     )
 
 

@@ -45,7 +45,7 @@ def reasons(backend: str = "cpu_native") -> str:
 
 
 def test_what_was_not_built_is_refused_with_the_command_that_builds_it(folder: Path) -> None:
-    assert "is not compiled for this machine and this version of the package" in reasons()
+    assert "is not compiled yet for this machine and this version of the package" in reasons()
     assert "python -m varlen_attn build-native" in reasons()
     x = torch.randn(3, 1, 16)
     with pytest.raises(BackendRefused, match="build-native"):
@@ -229,7 +229,7 @@ def test_looking_for_it_never_fails(folder: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(_native, "setting", str(folder / "missing"))
     dispatch._plans.clear()
-    assert "is not compiled for this machine" in reasons()
+    assert "is not compiled yet for this machine" in reasons()
 
     def refused(*args: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")

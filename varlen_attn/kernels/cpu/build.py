@@ -143,7 +143,7 @@ def _load() -> Library | str:
             return f"was built, but is not loaded: {shared}" if shared else Library(path)
         note = path.with_suffix(".failed").read_text(encoding="utf-8", errors="replace").split("\n")[0]
     except FileNotFoundError:
-        return "is not compiled for this machine and this version of the package"
+        return "is not compiled yet for this machine and this version of the package"
     except (OSError, AttributeError) as error:
         return f"was built, but does not load ({error})"
     missing = f"is not compiled: the last attempt failed ({note})"
