@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from torch.nn.modules import module as _modules
 from torch.utils import _pytree
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
+N_ = TypeVar("N_", bound=float | None)
 
 pytree = _pytree
 # Whether a profiler runs, for whom calls leave a range: opening one costs microseconds.
@@ -33,6 +35,14 @@ copy_each = torch._foreach_copy_
 has_amx: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 # Whether a tensor is a batch of gradients (``is_grads_batched``, ``vectorize=True``), which is no transform of `torch.func`.
 is_batch_of_gradients: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+# Who may see or change operations one by one: transforms, modes, a profiler, and `torch.jit.trace`.
+watchers: tuple[Callable[[], object], ...] = (
+    torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack, profiler_enabled,
+    torch._C._is_tracing,
+)  # fmt: skip
+# What can be given to a kernel as it is; no subclass of these.
+PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 # Hooks that are called for every module.
 global_hooks = tuple(vars(_modules)[f"_global_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
@@ -80,13 +90,6 @@ def mark_unbacked(tensor: Tensor) -> None:
         mark_unbacked(tensor, 0)
 
 
-def needs_plain_gathers() -> bool:
-    """Where our two functions would be in the way: under `torch.func`, and under `torch.jit.trace`, which could not save them."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()  # type: ignore[attr-defined]
-
-
 def is_transformed() -> bool:
     """Under `torch.func` or forward-mode AD, for which plain indexing has all rules and our two functions have none."""
     if torch.compiler.is_compiling():
@@ -99,6 +102,12 @@ def constant_while_tracing(function: F_) -> F_:
     graph. Its decorator imports dynamo, a second of time that programs without `torch.compile` should not pay."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def constant(number: N_) -> N_:
+    """The number itself, where `torch.compile` may have made a symbol of an argument that changed: a graph for each value."""
+    (known,) = {number}  # dynamo guards what it hashes
+    return known
 
 
 def mark_dynamic(tensor: Tensor, dims: int | list[int]) -> None:
@@ -133,15 +142,16 @@ def register_fake(library: torch.library.Library, op: str, fake: Callable[..., A
 
 def register_autograd(
     library: torch.library.Library, op: Any, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
-) -> None:
-    """`torch.library.register_autograd`, which makes a dataclass for each op. ``setup_context`` takes its arguments by position."""
+) -> Callable[..., Any]:
+    """`torch.library.register_autograd`, which makes a dataclass for each op. ``setup_context`` takes its arguments by position.
 
-    def below(keyset: Any, inputs: tuple[Any, ...]) -> Any:
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+    Returns ``apply(run, *inputs)``, which is ``run(*inputs)`` with this backward, without the dispatcher: for a kernel that does what the
+    op does, where nothing is among the `watchers`.
+    """
 
-    def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+    def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            output = below(keyset, inputs)
+            output = run(*inputs)
             if setup_context is not None:
                 setup_context(ctx, inputs, output)
         return output
@@ -153,18 +163,28 @@ def register_autograd(
     function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(of_all)})
 
     def kernel(keyset: Any, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return function.apply(keyset, *inputs)
+        below = partial(op.redispatch, keyset & torch._C._after_autograd_keyset)
+        if torch.is_grad_enabled() and any_requires_grad(*inputs):
+            return function.apply(below, *inputs)
         with torch._C._AutoDispatchBelowAutograd():
-            return below(keyset, inputs)
+            return below(*inputs)
 
     library.impl(op.name(), kernel, "Autograd", with_keyset=True)
+    return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return]  # without what it does for `torch.func`
 
 
 def between_graphs(function: F_, recursive: bool = True) -> F_:
     """Outside of the graphs of `torch.compile`, which end before it; unless ``recursive``, only itself. Where no graph may end, as with
     ``fullgraph=True``, it is traced. Decorating imports dynamo: for files whose users have it already."""
-    outside = torch.compiler.disable(function, recursive=recursive)
+    begins_no_graph(function)
+
+    @partial(torch.compiler.disable, recursive=recursive)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        before, _thread.graphs = _thread.graphs, True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _thread.graphs = before
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -172,6 +192,23 @@ def between_graphs(function: F_, recursive: bool = True) -> F_:
         return outside(*args, **kwargs) if within else function(*args, **kwargs)
 
     return begins_no_graph(call)  # type: ignore[return-value]
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether a module's forward is compiled: asked in hooks, which are called between graphs, or before the first one."""
+    return _thread.graphs or is_compiled_function(vars(module).get("forward"))
+
+
+def is_compiled_function(function: Any) -> bool:
+    """``layer.forward = torch.compile(layer.forward)``"""
+    return hasattr(function, "_torchdynamo_orig_callable")
+
+
+class _Thread(threading.local):
+    graphs = False  # whether what runs was called between two graphs
+
+
+_thread = _Thread()
 
 
 def begins_no_graph(function: F_) -> F_:

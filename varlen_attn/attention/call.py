@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -109,16 +110,16 @@ def _signature(
         return None
     try:
         shape_q, shape_k, shape_v, device = query.shape, key.shape, value.shape, query.device
-        rows, rows_kv = layout.token_indices.shape[0], other.token_indices.shape[0]
+        rows, rows_kv, kind = layout.token_indices.shape[0], other.token_indices.shape[0], device.type
         if (len(shape_q), len(shape_k), len(shape_v)) != (3, 3, 3) or (shape_q[0], shape_k[0], shape_v[0]) != (rows, rows_kv, rows_kv):
             return None
         if not (device == key.device == value.device == layout.cu_seqlens.device == other.cu_seqlens.device):
             return None
         signature = (
             shape_q[1:], shape_k[1:], shape_v[1:], query.dtype, key.dtype, value.dtype, device, options, backend,
-            _state.order if state.orders else None, current_flash_attention_impl() if device.type == "cuda" else None,
+            _state.order if state.orders else None, current_flash_attention_impl() if kind == "cuda" else None,
             torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
-            torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None,
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
             torch.get_deterministic_debug_mode(),
             other is layout, layout.cu_seqlens.shape == other.cu_seqlens.shape, layout.lengths is None, other.lengths is None,
             (layout.has_holes and layout.holes == "refuse") or (other.has_holes and other.holes == "refuse"),
@@ -166,7 +167,7 @@ class AttentionCall:
         }
         semantics = Semantics.of(**options._asdict(), **flags)
         if semantics.scale is None:
-            semantics = replace(semantics, scale=float(int(query.shape[2]) or 1) ** -0.5)
+            semantics = replace(semantics, scale=float(index(query.shape[2]) or 1) ** -0.5)
         if semantics.causal and self.layout_kv is self.layout_q:
             semantics = replace(semantics, causal="bottom_right")  # equal lengths: both alignments are one
         self.semantics = semantics
@@ -237,17 +238,17 @@ class AttentionCall:
         raise AssertionError(name)
 
     def _fields(self) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]:
-        """Of the `Problem` and of its `Semantics`, as plain values."""
+        """Of the `Problem` and of its `Semantics`, as plain values: `index` makes numbers of sizes that are symbols in a graph."""
         device, semantics = self.query.device, self.semantics
         problem = (
             ("device_type", device.type),
             ("device_index", device.index),
             ("flash_impl", current_flash_attention_impl()),
             ("dtype", self.query.dtype),
-            ("num_heads", int(self.query.shape[1])),
-            ("num_kv_heads", int(self.key.shape[1])),
-            ("head_dim", int(self.query.shape[2])),
-            ("value_head_dim", int(self.value.shape[2])),
+            ("num_heads", index(self.query.shape[1])),
+            ("num_kv_heads", index(self.key.shape[1])),
+            ("head_dim", index(self.query.shape[2])),
+            ("value_head_dim", index(self.value.shape[2])),
             ("self_attention", self.layout_q is self.layout_kv),
             ("needs_grad", self._needs_grad()),
             ("tracing", True),

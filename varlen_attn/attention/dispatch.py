@@ -40,7 +40,13 @@ _MAX_PLANS = 4096
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided about one backend."""
+    """What was decided about one backend.
+
+    Examples:
+        >>> plan = choose(Problem(device_type="cpu"), all_reasons=True)
+        >>> [d.backend for d in plan.decisions if not d.accepted][:2]
+        ['flash3', 'flash4']
+    """
 
     backend: str
     accepted: bool
@@ -54,7 +60,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class Route:
-    """Whether the tokens are packed, and why."""
+    """Whether the tokens are packed, and why.
+
+    Examples:
+        >>> route(SeqLayout.from_lengths([4, 4]), Problem())
+        Route(name='dense', reason='no row has padding')
+    """
 
     name: Literal["packed", "dense"]
     reason: str
@@ -71,6 +82,14 @@ class Plan(Shown):
         decisions: one for each backend, in order of preference.
         problem: what was asked.
         route, route_reason: "packed", or "dense" where nothing is padded, or where padded attention was exported.
+
+    Examples:
+        >>> plan = choose(Problem(device_type="cuda", capability=(8, 0), dtype=torch.float16, packages=()))
+        >>> print(plan)
+        torch_varlen runs this: aten::_flash_attention_forward with cu_seqlens (flash_fwd_kernel) (declared)
+        why: the first in the order that can run it; ...
+        >>> plan.as_dict()["capability"]
+        (8, 0)
     """
 
     backend: str
@@ -181,6 +200,11 @@ def choose(problem: Problem, backends: Sequence[Backend] = BACKENDS, *, all_reas
         ArgumentError: the name ordered is not one of ``backends``.
         BackendRefused: the backend ordered by name cannot run the problem.
         NoBackend: none of ``backends`` can.
+
+    Examples:
+        >>> plan = choose(Problem(device_type="cpu", requested="cpu"))
+        >>> print(plan.kernel)
+        aten::_scaled_dot_product_flash_attention_for_cpu
     """
     key = (problem, all_reasons, backends if backends is BACKENDS else tuple(backends))
     plan: Plan | None = _plans.get(key)
@@ -242,6 +266,10 @@ def route(layout: SeqLayout, problem: Problem) -> Route:
     """Packed, or dense where nothing is padded (then packed rows are the padded rows, and nothing needs to move).
 
     A pure function of facts known on the host.
+
+    Examples:
+        >>> print(route(SeqLayout.from_lengths([5, 3, 1]), Problem()).reason)
+        40% of the batch is padding
     """
     if problem.tracing:
         return Route("packed", "always packed while tracing")
@@ -259,7 +287,8 @@ def requested_backend(backend: str | Backend) -> str | Backend:
             raise ArgumentError(f"`backend` must be 'auto', a name or a Backend, but is {backend!r}.")
         return backend
     traced = [block for block in state.traced if isinstance(block, Order)]
-    order: str | Backend | None = traced[-1].backend if traced else _state.order
+    asked = traced or state.orders or torch.compiler.is_compiling()  # which guards on `_state.order`
+    order: str | Backend | None = traced[-1].backend if traced else _state.order if asked else None
     if order is not None:
         return order
     if _environment_order not in _NAMES:
@@ -273,6 +302,13 @@ def use_backend(name: str | Backend) -> Iterator[None]:
 
     It must surround the backward pass too where activations are checkpointed, because recomputation chooses again. On a GPU autograd
     recomputes in a thread of its own, which this does not reach: give a checkpointed module ``backend=`` instead.
+
+    Examples:
+        >>> x = torch.randn(2, 5, 16)
+        >>> with use_backend("reference"), record() as log:
+        ...     out = varlen_mha(x, num_heads=2)
+        >>> log.calls[0].backend
+        'reference'
     """
     if not isinstance(name, Backend) and name not in _NAMES:
         raise ArgumentError(f"`name` must be 'auto' or one of {list(_NAMES[1:])}, but is {name!r}.")
@@ -281,7 +317,12 @@ def use_backend(name: str | Backend) -> Iterator[None]:
 
 
 def backends() -> list[dict[str, Any]]:
-    """All backends on this machine, in order: name, package, version, availability and the reason where it is not available."""
+    """All backends on this machine, in order: name, package, version, availability and the reason where it is not available.
+
+    Examples:
+        >>> [row["name"] for row in backends()] == [b.name for b in BACKENDS]
+        True
+    """
     rows = []
     for backend in BACKENDS:
         problem = Problem(requested=backend.name, dtype=_some_dtype(backend))

@@ -42,6 +42,11 @@ class Comparison(Shown):
         times: of a call, "before" and "after"; in training with its backward pass.
         logs: the attention calls of ours, likewise, with kernels and the most memory that was taken at once, as a profiler saw them.
         train: whether it was run in training.
+
+    Examples:
+        >>> found = compare(nn.Linear(4, 4), torch.randn(2, 4))
+        >>> found.verdict
+        'leave it: nothing was converted'
     """
 
     report: Report
@@ -125,6 +130,12 @@ def compare(model: nn.Module, batch: Any, *, train: bool = False, progress: Call
 
     Raises:
         ArgumentError: ``model`` is no module, or does not take ``batch``; or nothing in it learns, with ``train``.
+
+    Examples:
+        >>> layer = nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
+        >>> found = compare(layer, {"src": torch.randn(2, 5, 16), "src_key_padding_mask": torch.arange(5) >= torch.tensor([5, 3])[:, None]})
+        >>> found.equal, round(found.padding, 2)
+        (True, 0.2)
     """
     _check(model)
     inputs, came = inputs_of(batch, "batch"), _found(model)

@@ -77,11 +77,20 @@ def index_and_flags(
 
     While tracing nothing is read: no flag comes back.
     """
-    lengths_B = real_BS.sum(1)
+    lengths_B: Tensor | None = None
     if is_tracing(real_BS):
-        return exact(real_BS, lengths_B), ()
-    read = torch.cat([lengths_B, torch.stack([*_forms(real_BS), *flags]).to(torch.int64)]).tolist()
-    lengths, (some_hole, shifted, *values) = tuple(read[: len(real_BS)]), read[len(real_BS) :]
+        return exact(real_BS, real_BS.sum(1)), ()
+    values: list[int] = []
+    if real_BS.is_cpu and not flags and real_BS.numel() <= _FEW:
+        lengths, some_hole, shifted = [], False, 0
+        for row in map(bytes, real_BS.tolist()):
+            lengths.append(n := row.count(1))
+            some_hole |= len(row.strip(b"\0")) > n
+            shifted += len(row.rstrip(b"\0")) > n
+    else:
+        lengths_B = real_BS.sum(1)
+        read = torch.cat([lengths_B, torch.stack([*_forms(real_BS), *flags]).to(torch.int64)]).tolist()
+        lengths, (some_hole, shifted, *values) = read[: len(real_BS)], read[len(real_BS) :]
     looks, otherwise = "", ""
     if validate and 0 in lengths and any(lengths):
         looks = f"row {lengths.index(0)} of the mask has no token while others have some"
@@ -93,20 +102,23 @@ def index_and_flags(
             "LayoutWarning, silences this.",
             LayoutWarning,
         )
-    index = exact(real_BS, lengths_B, lengths, has_holes=bool(some_hole), right_padded=not shifted)
+    index = exact(real_BS, lengths_B, tuple(lengths), has_holes=bool(some_hole), right_padded=not shifted)
     return index, tuple(map(bool, values))
+
+
+_FEW = 1024  # of a mask's numbers: those are looked at one by one in less time than by a dozen operations (Zen 4)
 
 
 def exact(
     real_BS: Tensor,
-    lengths_Q: Tensor,
+    lengths_Q: Tensor | None,
     lengths: tuple[int, ...] | None = None,
     *,
     has_holes: bool | None = None,
     right_padded: bool | None = None,
     total: int | None = None,
 ) -> Index:
-    """T is the number of real tokens; one sequence a row."""
+    """T is the number of real tokens; one sequence a row. ``lengths_Q`` may be None on a CPU, where ``lengths`` say it."""
     flat = real_BS.reshape(-1)
     total = sum(lengths) if lengths is not None else total
     if total is None:
@@ -114,7 +126,14 @@ def exact(
     else:
         token_indices = torch.nonzero_static(flat, size=total).squeeze(1)
     mark_unbacked(token_indices)
-    return Index(_offsets(lengths_Q), token_indices, flat.cumsum(0) * flat, lengths, has_holes, right_padded)
+    return Index(
+        _offsets(lengths or () if lengths_Q is None else lengths_Q),
+        token_indices,
+        flat.cumsum(0).mul_(flat),
+        lengths,
+        has_holes,
+        right_padded,
+    )
 
 
 def index_of_all(batch_size: int, padded_len: int, device: torch.device) -> Index:
@@ -252,7 +271,9 @@ def index_of_documents(ids: Tensor, max_docs: int | None) -> Index:
     )
 
 
-def _offsets(lengths_Q: Tensor) -> Tensor:
+def _offsets(lengths_Q: Tensor | tuple[int, ...]) -> Tensor:
+    if isinstance(lengths_Q, tuple):
+        return torch.tensor([0, *itertools.accumulate(lengths_Q)], dtype=torch.int32, device="cpu")
     return torch.cat([lengths_Q.new_zeros(1), lengths_Q.cumsum(0)]).to(torch.int32)
 
 

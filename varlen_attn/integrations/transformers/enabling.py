@@ -26,8 +26,8 @@ from ...attention.records import Record, record
 from ...errors import ArgumentError
 from . import stack as stack_hooks
 from .attention import NotPackable, varlen_attention_forward
-from .mask import leaving, masks, paddings, varlen_mask
-from .trial import INTERNAL, Trial, clone_of, difference, prepare, run
+from .mask import INTERNAL, leaving, masks, paddings, varlen_mask
+from .trial import Trial, clone_of, difference, prepare, run
 
 # Neither "flash" nor "sdpa" nor "flex_attention" may be part of it, nor a slash: transformers takes all of these for something of its own.
 NAME = "varlen_attn"

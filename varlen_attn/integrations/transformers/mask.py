@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..._state import state
 from ..._switch import Alive, Use, in_use, uses
 from ..._torch import between_graphs, is_tracing
 from ...attention.dispatch import requested_backend
@@ -30,6 +31,7 @@ from ...errors import ArgumentError
 from ...layout.seq_layout import SeqLayout
 
 Window = tuple[int | None, int | None]
+INTERNAL = "_attn_implementation_internal"  # of a configuration, whose own way to say it takes microseconds
 LOOKED_AT = "a mask that the model looked at, and may have changed"
 
 
@@ -66,9 +68,9 @@ class Forward:
     Attributes:
         tree: of the model that was enabled, whose or whose part's forward it is.
         model: whose it is.
-        padded_because: why its layers must not run packed, which may turn out after a mask was made.
-        reader: says why rows at padding are read, from its arguments; called once, by the first layer that would run packed otherwise,
-            with whether its mask is causal.
+        reader: says why its layers must not run packed, from its arguments; called once, by the first layer that would run packed
+            otherwise, with whether its mask is causal.
+        padded_because: why its layers do not run packed, once that is known.
         filled: its layers run padded, but no reader of rows at padding is known, so that these hold what they do after a packed stack.
         in_rows: whether a layer handed on rows, and the last did not put them back yet.
         use: of the model's hooks.
@@ -76,8 +78,8 @@ class Forward:
 
     tree: object
     model: nn.Module
-    padded_because: str | None
-    reader: Callable[[bool], str | None] | None = None
+    reader: Callable[[bool], str | None] | None
+    padded_because: str | None = None
     filled: bool = False
     in_rows: bool = False
 
@@ -97,10 +99,10 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def enter_forward(tree: object, model: nn.Module, reason: str | None, reader: Callable[[bool], str | None] | None = None) -> None:
-    """A model's forward begins; ``reason`` is why its layers must not run packed, None if they may."""
+def enter_forward(tree: object, model: nn.Module, reader: Callable[[bool], str | None]) -> None:
+    """A model's forward begins; ``reader`` says why its layers must not run packed, None if they may."""
     left = next((i for i, f in enumerate(_thread.forwards) if f.model is model), None)  # interrupted, and never left
-    _thread.forwards = [*_thread.forwards[:left], Forward(tree, model, reason, reader)]
+    _thread.forwards = [*_thread.forwards[:left], Forward(tree, model, reader)]
 
 
 def _under_way() -> list[Forward]:
@@ -189,7 +191,7 @@ class Meaning:
         self.numbers: Tensor | None = None
         self.added = False
         masks.add(self)
-        if id(self.config) in leaving or str(getattr(self.config, "_attn_implementation", None)) == "eager":
+        if id(self.config) in leaving or str(getattr(self.config, "__dict__", {}).get(INTERNAL)) == "eager":
             self.added = True
 
     @property
@@ -453,12 +455,8 @@ def varlen_mask(
     _refuse_own_attention(kwargs.get("config"))
     device = torch.device(kwargs.get("device", "cpu"))
     pattern = None if kwargs.get("use_vmap") else classify(mask_function)
-    plain = (
-        isinstance(q_offset, int)
-        and (q_length > 1 or requested_backend("auto") != "auto")
-        and device.type != "meta"
-        and not torch.compiler.is_compiling()
-    )
+    order = requested_backend("auto")
+    plain = isinstance(q_offset, int) and (q_length > 1 or order != "auto") and device.type != "meta"
     traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if pattern is None:
         for forward in _under_way()[-1:]:
@@ -466,8 +464,10 @@ def varlen_mask(
     if pattern is None or not plain or traced or (attention_mask is not None and attention_mask.dim() != 2):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]
     assert isinstance(q_offset, int)
-    pattern = pattern._replace(window=_effective(pattern.window, q_length, kv_length))
     padding = _padding_of_columns(attention_mask, kv_length, kv_offset)
+    if order == "auto" and not state.records and _says_it_all(pattern, padding, q_length == kv_length and q_offset == kv_offset):
+        return sdpa_mask(**arguments)  # type: ignore[no-any-return]
+    pattern = pattern._replace(window=_effective(pattern.window, q_length, kv_length))
     if padding is not None and tuple(padding.shape) != (batch_size, kv_length):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]  # transformers' error, or its broadcasting
     make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
@@ -475,6 +475,16 @@ def varlen_mask(
         _thread.seen.append(padding)
     shape, known = (batch_size, 1, q_length, kv_length), {"config": kwargs.get("config"), "dtype": kwargs.get("dtype", torch.float32)}
     return VarlenMask(Meaning(shape, device, pattern, padding, q_offset - kv_offset, make, **known))
+
+
+def _says_it_all(pattern: Pattern, padding: Tensor | None, square: bool) -> bool:
+    """Whether nothing is packed, because nothing is padded, and layers know themselves whether they are causal: of a model that is enabled,
+    and that transformers lets attend by ``sdpa`` with no more than that."""
+    if pattern.window is not None or pattern.documents is not None or not (square or not pattern.causal) or not _thread.forwards:
+        return False
+    if not getattr(_thread.forwards[-1].model, "_supports_sdpa", False):
+        return False
+    return padding is None or (padding.device.type == "cpu" and bool(padding.all()))
 
 
 def _refuse_own_attention(config: Any) -> None:

@@ -16,6 +16,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial, update_wrapper, wraps
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..._switch import Class, Entry, Hook, Step, around, original_class
-from ..._torch import begins_no_graph, between_graphs, with_first_dimension
+from ..._torch import begins_no_graph, between_graphs, is_compiled, with_first_dimension
 from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
@@ -88,7 +89,7 @@ class LayerHook:
         # Only a batch with padding is packed, so the shape of rows is another.
         is_rows = hidden.shape[:2] != meaning.shape[::2] and hidden.shape[:2] == (1, meaning.keys.num_rows)
         if not is_rows:
-            reason = meaning.padded_because or _why_as_it_came(hidden, meaning)
+            reason = meaning.padded_because or _why_as_it_came(module, hidden, meaning)
             if reason is None and not meaning.forwards:
                 reason = "no forward of its model is under way, or it began before that was enabled"
             filled = reason is None
@@ -101,7 +102,7 @@ class LayerHook:
         packed: list[Any] = []
         for name, x in (*zip(self.names, args, strict=False), *kwargs.items()):
             known = meaning.packed_arguments.get((name, id(x)))
-            y = known[1] if known is not None else _packed(name, x, meaning, hidden, rows)
+            y = rows if x is hidden else known[1] if known is not None else _packed(name, x, meaning, hidden, rows)
             if y is _REFUSED and is_rows:
                 raise VarlenError(
                     f"the layers of {type(module).__name__} were given packed rows, but now `{name}`, which cannot be packed: call "
@@ -152,15 +153,17 @@ def _meaning_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None
     return None
 
 
-def _why_as_it_came(hidden: Tensor, meaning: Meaning) -> str | None:
+def _why_as_it_came(layer: nn.Module, hidden: Tensor, meaning: Meaning) -> str | None:
     """None for the padded tokens of a self-attention, where no reader of rows at padding is known."""
     batch_size, _, len_q, len_k = meaning.shape
     if meaning.numbers is not None:
         return LOOKED_AT
     if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != len_k or meaning.first_query != 0:
         return "there are cached keys, or keys of others"
-    if meaning.pattern.documents is not None or meaning.padding is None or (keys := meaning.keys).is_dense:
+    # Compiled layers get rows in any case: the same graphs serve all batches, and none ends before attention.
+    if meaning.pattern.documents is not None or (not is_compiled(layer) and (meaning.padding is None or meaning.keys.is_dense)):
         return "nothing is padded"
+    keys = meaning.keys
     if keys.lengths is None or not keys.total:
         return "only the device knows the lengths" if keys.lengths is None else "no row has a token"
     if 0 in keys.lengths:
@@ -272,9 +275,7 @@ class ModelHook:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Called by the model's forward, and as a hook in pickles of earlier versions, like `after`."""
         if kwargs is not None and not torch.compiler.is_compiling():
-            given = dict(zip(self.names, args, strict=False)) | kwargs
-            reason, around_it = _around(module)
-            enter_forward(self.tree, module, self._changed(module) or reason, partial(self._read_by, given, around_it))
+            enter_forward(self.tree, module, partial(self._why_not, module, args, kwargs, inspect.currentframe()))
             if self.tree.left:
                 leave_forward(module)
 
@@ -303,34 +304,45 @@ class ModelHook:
             self.looked = registered
         return None
 
-    def _read_by(self, given: dict[str, Any], around_it: dict[str, Any], causal: bool) -> str | None:
-        """Why rows at padding are read, as far as arguments say. From a device all flags come in one transfer, if there are any.
+    def _why_not(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType | None, causal: bool
+    ) -> str | None:
+        """Why layers must not run packed in the call of this ``frame``: they were changed, or rows at padding are read, as far as arguments
+        say. From a device all flags come in one transfer, if there are any.
 
         A caller who said what rows at padding hold knows the readers. The exception is what picks a row by column or by ids.
         """
+        (reason, around_it), given = _around(module, frame), dict(zip(self.names, args, strict=False)) | kwargs
+        if (reason := self._changed(module) or reason) is not None:
+            return reason
         mask, ids = given.get("attention_mask"), given.get("input_ids")
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
             return None
         ids = ids.to(mask.device) if isinstance(ids, Tensor) and ids.shape == mask.shape else None
         of_collator = isinstance(mask, HostLengths) and mask.lengths is not None and mask.device.type != "cpu"
-        padding, config = ~mask.bool(), self.config.get_text_config()
+        padding = ~mask.bool()
         found: list[tuple[str, Tensor]] = []
         continues = given.get("past_key_values") is not None or isinstance(given.get("logits_to_keep", 0), Tensor)
         if continues or given.get("logits_to_keep"):
             found.append(("generation with padding on the right, which reads the last column", padding[:, -1].any()))
         if self.looks_at_ids:
-            reason, pad = "other ids than pad_token_id at padding, which the head looks at", getattr(config, "pad_token_id", None)
+            reason = "other ids than pad_token_id at padding, which the head looks at"
+            pad = getattr(self.config.get_text_config(), "pad_token_id", None)
             if ids is None or pad is None:
                 return reason
             found.append((reason, ((ids != pad) & padding).any()))
         if self.tree.padding_rows is None:
-            if ids is not None and not causal and not of_collator:
+            odd = "an id at padding that is not that of padding, so that its rows may be read"
+            # One id was chosen, such as [MASK]. Several are random numbers, whose rows mean nothing.
+            if ids is not None and not causal and ids.is_cpu:
+                others = {*ids.masked_select(padding).tolist()} - {0}
+                if others and len(others - _special_ids(self.config)) == 1:
+                    return odd
+            elif ids is not None and not causal and not of_collator:
                 usual = ~padding
-                for known in _special_ids(config):
+                for known in _special_ids(self.config):
                     usual = usual | (ids == known)
-                # One id was chosen, such as [MASK]. Several are random numbers, whose rows mean nothing.
-                chosen = ids.masked_fill(usual, _LARGEST).amin() == ids.masked_fill(usual, -1).amax()
-                found.append(("an id at padding that is not that of padding, so that its rows may be read", chosen))
+                found.append((odd, ids.masked_fill(usual, _LARGEST).amin() == ids.masked_fill(usual, -1).amax()))
             for name, x in (around_it | {name: given[name] for name in sorted(given.keys() - self.inputs - _INPUTS)}).items():
                 of_tokens = isinstance(x, Tensor) and x.shape[:2] == mask.shape
                 if of_tokens and not (of_collator and x.dim() == 2 and name in _LABELS):
@@ -340,11 +352,11 @@ class ModelHook:
         return next((reason for (reason, _), x in zip(found, said, strict=True) if x), None)
 
 
-def _around(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
+def _around(module: nn.Module, frame: FrameType | None) -> tuple[str | None, dict[str, Any]]:
     """A reason if what the caller of a model around this one wants is not known, and targets that other modules around it are given."""
     models: list[nn.Module] = []
     targets: dict[str, Any] = {}
-    for model, given in around():
+    for model, given in around(frame):
         if isinstance(model, Watched):
             models += [] if model is module else [model]
         else:
@@ -370,6 +382,7 @@ _INPUTS = frozenset(
 
 def _special_ids(config: Any) -> set[int]:
     """Tokenizers pad with one of these, or with 0."""
+    config = config.get_text_config()
     found = [getattr(config, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "sep", "cls")]
     return {0, *(x for ids in found for x in (ids if isinstance(ids, list) else [ids]) if x is not None)}
 
