@@ -140,7 +140,7 @@ coverage: $(STAMP)
 
 sanitize: $(STAMP)
 	@mkdir -p $(VENV)/sanitized
-	$(SANITIZED) $(BIN)/python -m varlen_attn build-native --sanitize address,undefined
+	$(SANITIZED) CXX="env -u LD_PRELOAD $${CXX:-g++}" $(BIN)/python -m varlen_attn build-native --sanitize address,undefined
 	$(SANITIZED) $(BIN)/python -m pytest tests/kernels -q --native -k native
 
 test-thorough: $(STAMP)
