@@ -335,7 +335,7 @@ def test_masks_say_what_layouts_say() -> None:  # R-26
 @pytest.mark.parametrize("fill", [0.0, float("nan"), float("inf")])
 def test_little_is_computed_without_a_layout(fill: float) -> None:
     """On padded tensors: the same numbers as packed, whatever padding holds, in results and gradients, and the record says so."""
-    mask = torch.tensor([[False] * 5, [True, True, False, False, False], [True, False, True, False, True]])
+    mask = torch.tensor([[False] * 5, [False, False, False, True, True], [False, True, False, True, True]])
     inputs = [torch.randn(3, 5, 2, 8).masked_fill(mask[:, :, None, None], fill) for _ in range(3)]
     grad = torch.randn(3, 5, 2, 8).masked_fill(mask[:, :, None, None], fill)
     results = []
@@ -362,7 +362,13 @@ def test_what_is_not_little_or_not_plain_has_a_layout() -> None:
         return log.calls[0].backend
 
     assert ran(x, mask) == "dense"
-    others = (x.double(), mask), (x.bfloat16(), mask), (x, empty), (x, torch.zeros(2, 5).masked_fill(mask, float("-inf")))
+    others = (
+        (x.double(), mask),
+        (x.bfloat16(), mask),
+        (x, empty),
+        (x, mask.flip(1)),
+        (x, torch.zeros(2, 5).masked_fill(mask, float("-inf"))),
+    )
     assert "dense" not in [ran(*other) for other in others]
     assert ran(x, mask, causal=True) == ran(x, mask, backend="cpu") == "cpu"
     assert ran(x.expand(2, 5, 2, 8).repeat(1, 1, 512, 8), mask) == "cpu"

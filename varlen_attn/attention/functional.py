@@ -235,17 +235,17 @@ def _is_little(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
     may warn."""
     if any(map(operator.call, watchers)) or not PLAIN.issuperset(map(type, (query, key, value, mask))) or not is_plain(query):
         return False
-    facts = {(x.shape, x.dtype, x.device) for x in (query, key, value)}
-    little = mask.is_cpu and mask.dtype == torch.bool and query.shape[:2] == mask.shape and 0 < query.numel() * query.shape[1] <= _LITTLE
-    little = little and facts == {(query.shape, torch.float32, mask.device)} and requested_backend("auto") == "auto"
-    return little and not autocasts("cpu") and not bool(mask[:, 0].any())
+    alike = query.shape == key.shape == value.shape and query.is_cpu and key.is_cpu and value.is_cpu and mask.is_cpu
+    alike = alike and query.dtype == key.dtype == value.dtype == torch.float32 and mask.dtype == torch.bool
+    little = alike and query.shape[:2] == mask.shape and 0 < query.numel() * query.shape[1] <= _LITTLE
+    return little and requested_backend("auto") == "auto" and not autocasts("cpu") and not bool(mask.select(1, 0).any())
 
 
 def _little_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """Self-attention of ``(B, S, N, H)``, to the padding too, which is 0 and hidden."""
     at = mask[:, :, None, None]
     q, k, v = (x.masked_fill(at, 0).contiguous().transpose(1, 2) for x in (query, key, value))
-    bias = query.new_zeros(mask.shape).masked_fill_(mask, float("-inf"))[:, None, None]
+    bias = query.new_zeros(mask.shape).masked_fill_(mask, float("-inf")).view(mask.shape[0], 1, 1, -1)
     with recorded_padded(None, query, key, value, FLASH_CPU, "so little that a layout takes longer") if state.records else nullcontext():
         out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)[0]
     return out.transpose(1, 2).masked_fill(at, 0)

@@ -148,18 +148,16 @@ class _EnabledAttention(_Enabled):
         if not (is_plain(padding) and padding.is_cpu):
             return None
         exact, columns = padding.dtype == torch.bool, padding.shape[-1]
-        hidden = (padding if exact else padding != 0).sum(-1, keepdim=True).flatten().tolist()
+        hidden = torch.count_nonzero(padding.reshape(-1, max(columns, 1)), 1).tolist()
         if not any(hidden):
             return nothing and NOTHING_PADDED
         if not (query.is_cpu and exact) or self.padding_rows == "edge" or columns in hidden:
             return None
-        if not all(isinstance(x, Tensor) and padding.shape == self._columns(x) for x in (key, value)):
-            return None  # ours says what is wrong
+        for x in (key, value):
+            if not isinstance(x, Tensor) or padding.shape != (x if self.batch_first or x.dim() == 2 else x.transpose(0, 1)).shape[:-1]:
+                return None  # ours says what is wrong
         saved = sum(hidden) * self.embed_dim * (self.embed_dim + columns)
         return _WEIGHTS if weights else _LITTLE_PADDED if saved < _PAYS else None
-
-    def _columns(self: Any, x: Tensor) -> torch.Size:
-        return (x if self.batch_first or x.dim() == 2 else x.transpose(0, 1)).shape[:-1]
 
     def as_it_came(self: Any, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         query, key, value, padding, weights, mask, average, causal, ours = _attention(*args, **kwargs)
@@ -198,17 +196,10 @@ class EnabledMultiheadAttention(_EnabledAttention, VarlenMultiheadAttention):
     gives_weights = True
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
+        self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
         **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, **options)
 
     forward.takes_prepared = forward  # type: ignore[attr-defined]
@@ -250,13 +241,9 @@ class AttentionOnlyTransformerEncoderLayer(EnabledTransformerEncoderLayer):
     packs = False
 
     def forward(
-        self,
-        src: Tensor,
-        src_mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        is_causal: bool = False,
+        self, src: Tensor, src_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None, is_causal: bool = False,
         **options: Any,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         if src.is_nested or options:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal, **options)
         return self._compute(src, (src_mask, src_key_padding_mask, is_causal))
@@ -273,13 +260,9 @@ class AttentionOnlyTransformerEncoder(EnabledTransformerEncoder):
     packs = False
 
     def forward(
-        self,
-        src: Tensor,
-        mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        is_causal: bool | None = None,
+        self, src: Tensor, mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None, is_causal: bool | None = None,
         **options: Any,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         if src.is_nested or options:
             return super().forward(src, mask, src_key_padding_mask, is_causal, **options)
         facts = read_masks(src, None, mask, hint=bool(is_causal), compare=True)

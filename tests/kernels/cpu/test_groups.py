@@ -13,7 +13,7 @@ from torch import Tensor
 from varlen_attn import SeqLayout, varlen_attention
 from varlen_attn.kernels.cpu import aten as cpu
 from varlen_attn.kernels.cpu import groups as _cpu_groups
-from varlen_attn.kernels.cpu.groups import Costs, Plan, plan_for
+from varlen_attn.kernels.cpu.groups import Costs, Plan
 from varlen_attn.testing import assert_within_budget
 
 NEVER = Costs(call=0.0, token=1.0, pair=1.0, copy=1.0, wave=10**6)
@@ -33,11 +33,12 @@ def offsets(lengths: list[int]) -> tuple[int, ...]:
 
 def plan(lengths: list[int], costs: Costs, keys: list[int] | None = None, how: str = "near", slack: int = 0) -> Plan:
     starts_q, starts_k = offsets(lengths), offsets(lengths if keys is None else keys)
-    return plan_for(starts_q, starts_k, (starts_q[-1] + slack, starts_k[-1] + slack), how, costs)
+    return _cpu_groups._make(starts_q, starts_k, (starts_q[-1] + slack, starts_k[-1] + slack), how, costs)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, costs: Costs) -> None:
     monkeypatch.setattr(Costs, "of", classmethod(lambda *args: costs))
+    monkeypatch.setattr(_cpu_groups, "_plans", {})
 
 
 def tensors(rows: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:

@@ -31,7 +31,7 @@ from ...kernels.dense import EAGER, attend_dense
 from ...kernels.problem import Semantics
 from ...kernels.values import NO_EXTRAS, Extras
 from ...layout.seq_layout import SeqLayout
-from .mask import Meaning, Packing, VarlenMask
+from .mask import ISLAND, Meaning, Packing, VarlenMask, island_of
 
 _OTHER_MASK = "a mask of the model's or the caller's own"
 _ONE_GRAPH = "inside of torch.compile, in one graph with the making of its mask (fullgraph=True, or an export), where no layout is known"
@@ -141,6 +141,7 @@ def _attend_columns(
     columns = slice(way.layout_kv.padded_len)
     k_TKH, v_TKH = (pack_rows(way.layout_kv, x[:, :, columns].transpose(1, 2)) for x in (key, value))
     reason = (meaning is not None and meaning.padded_because) or "a call by itself: the layers around it compute padding"
+    reason = reason if island_of() is None else ISLAND
     return unpack_rows(way.layout_q, _attend(module, q_TNH, k_TKH, v_TKH, way, options, reason)), None
 
 

@@ -14,7 +14,7 @@ from ...layout.seq_layout import SeqLayout
 from ..base import accumulation_dtype
 from ..dense import alibi_bias, visible_mask
 from ..problem import Semantics
-from .groups import Costs, Run, Side, Span, plan_for, runs
+from .groups import Run, Side, Span, plan_for, runs
 
 _WINDOW_ROWS = 256  # query rows of one call under a window: enough to fill the kernel's blocks, few enough to skip keys
 _ALL = slice(None)
@@ -90,8 +90,7 @@ class Launch:
         # Under a causal mask no query sees the padding of equally many queries and keys. Other masks know no padding.
         near = left < 0 and right < 0 and slopes is None and (not causal or offsets_q == offsets_k)
         how = "single" if single else "near" if near else "equal"
-        costs = Costs.of(query, torch.get_num_threads())
-        self.queries, self.keys, self.whole = plan_for(offsets_q, offsets_k, (rows, rows_k), how, costs)
+        self.queries, self.keys, self.whole = plan_for(offsets_q, offsets_k, (rows, rows_k), how, query)
         self.covers_q, self.covers_k = self.queries.covers, self.keys.covers
         self.tiles: list[list[Tile]] | None = None  # None where each group is one kernel call, as usual
         self.shortest = 0

@@ -125,15 +125,16 @@ def runs(offsets_q: Sequence[int], offsets_k: Sequence[int], single: bool) -> It
         yield Run(offsets_q[first], offsets_k[first], size, len_q, len_k, first)
 
 
-def plan_for(offsets_q: tuple[int, ...], offsets_k: tuple[int, ...], rows: tuple[int, int], how: str, costs: Costs) -> Plan:
-    """The plan for ``rows`` of queries and keys, made once for all calls on the same lengths.
+def plan_for(offsets_q: tuple[int, ...], offsets_k: tuple[int, ...], rows: tuple[int, int], how: str, query: Tensor) -> Plan:
+    """The plan for ``rows`` of queries and keys, made once for all calls on the same lengths by as many threads.
 
     ``how``: "single" gives every sequence a call of its own, "equal" groups equal lengths, "near" pads near-equal ones too.
     """
-    wanted = (offsets_q, offsets_k, rows, how, costs)
+    threads = torch.get_num_threads()
+    wanted = (offsets_q, offsets_k, rows, how, query.shape[1:], query.dtype, threads)
     plan = _plans.get(wanted)
     if plan is None:
-        plan = _make(*wanted)
+        plan = _make(offsets_q, offsets_k, rows, how, Costs.of(query, threads))
         for old in list(_plans)[: max(0, len(_plans) + 1 - _KEPT)]:
             _plans.pop(old, None)  # another thread may have been faster
         _plans[wanted] = plan
