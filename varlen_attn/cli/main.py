@@ -197,7 +197,7 @@ def _problem(options: argparse.Namespace) -> Problem:
         except RuntimeError:
             options.parser.error(f"--device must be a device of torch such as cpu or cuda, but is {options.device_type!r}")
     if stated.keys() & {"capability", "rocm"} and stated["device_type"] != "cuda":
-        options.parser.error(f"--capability and --rocm are of GPUs, but --device is {stated['device_type']}")
+        options.parser.error(f"--capability and --rocm are of CUDA devices, but --device is {stated['device_type']}")
     if "packages" in stated:
         stated["packages"] = tuple(stated["packages"])
         known = {name for b in BACKENDS for name in (b.package, *b.packages)} - {"torch"}
