@@ -135,24 +135,14 @@ class Plan(Shown):
         for (kind, reason), names in groups.items():
             listed = ", ".join(names)
             why.append(f"{listed if len(names) == 1 else f'{len(names)} {kind} ({listed})'}: {reason}")
-        return f"{self._runs}\nwhy: {'; '.join(why if self._in_order else [self.route_reason, *why[1:]])}"
-
-    @property
-    def _runs(self) -> str:
-        return f"{self.backend} runs this: {self.kernel} ({self.evidence})"
-
-    @property
-    def _in_order(self) -> bool:
-        return any(d.backend == self.backend for d in self.decisions)
-
-    @property
-    def _instead(self) -> str:
-        return "would run too, but comes later in the order" if self._in_order else f"would run, but {self.route_reason}"
+        why[0] = self.route_reason if self.backend == "dense" else why[0]
+        return f"{self.backend} runs this: {self.kernel} ({self.evidence})\nwhy: {'; '.join(why)}"
 
     def _group(self, decision: Decision) -> tuple[str, str]:
         """What is told of several backends at once: what they are, and the reason that counts most."""
         if decision.accepted:
-            return "backends", self._instead
+            dense = f"would run, but {self.route_reason}"
+            return "backends", dense if self.backend == "dense" else "would run too, but comes later in the order"
         worst = min(decision.reasons, key=lambda r: ("machine", "order", "missing", "unsupported").index(r.kind))
         elsewhere = re.match("runs on (cpu|cuda) only, and (.*)", worst.reason)
         return (f"{elsewhere[1].upper()} backends", elsewhere[2]) if elsewhere else ("backends", worst.reason)
@@ -165,7 +155,7 @@ class Plan(Shown):
         packages = ", ".join(f"{name} {version}" for name, version in _package_versions(problem)) or "none"
         origin = "installed" if problem.packages is None else "stated"
         lines = [
-            self._runs,
+            str(self).splitlines()[0],
             f"  on {problem.device_type}{capability}, {str(problem.dtype).removeprefix('torch.')}, {heads}, "
             f"torch {problem.torch_version}; optional packages {origin}: {packages}",
             f"  route: {self.route} ({self.route_reason})",
@@ -174,7 +164,7 @@ class Plan(Shown):
             if decision.backend == self.backend:
                 lines.append(f"  > {decision.backend}: runs")
             elif decision.accepted:
-                lines.append(f"  + {decision.backend}: {self._instead}")
+                lines.append(f"  + {decision.backend}: {self._group(decision)[1]}")
             else:
                 reasons = [f"{r.reason}. Fix: {r.fix}." for r in decision.reasons]
                 lines.append(f"  - {decision.backend}: " + "\n      ".join(reasons))

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.comparing import compare
-from .bench import quiet
-from .environment import headline, machine
+from .environment import headline, machine, quiet
 
 BATCH_SIZE = 32
 MAX_TOKENS = 512

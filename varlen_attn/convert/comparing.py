@@ -143,7 +143,11 @@ def compare(model: nn.Module, batch: Any, *, train: bool = False, progress: Call
     with undone(partial(_go, model, came)), warnings.catch_warnings():
         warnings.simplefilter("ignore", VarlenWarning)
         progress("converting")
-        report = enable(model) if not came else _as_converted(disable(model))
+        if came:  # what was done is what is undone
+            rows = disable(model).modules
+            report = Report(tuple(replace(m, action="converted") if m.action == "restored" else m for m in rows))
+        else:
+            report = enable(model)
         states = {"before": [], "after": came or _found(model)}
 
         def use(name: str) -> None:
@@ -175,7 +179,3 @@ def compare(model: nn.Module, batch: Any, *, train: bool = False, progress: Call
             times = interleave({"before": call, "after": call}, prepare=use, warm_up=1, budget=SECONDS, fewest=3, device=device)
     real = [float(mask.float().mean()) for mask in runs["before"].masks or masks if mask.numel()]
     return Comparison(report, tuple(results), 1 - sum(real) / len(real) if real else None, times, logs, train)
-
-
-def _as_converted(restored: Report) -> Report:
-    return Report(tuple(replace(m, action="converted") if m.action == "restored" else m for m in restored.modules))

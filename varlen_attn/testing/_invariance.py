@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..data.results import farthest
 from ..errors import ArgumentError
 from ..layout.seq_layout import SeqLayout
+from ..layout.shown import Shown
 from ._batch import PaddedBatch
 from ._recorder import Call, Event, Events, run_alone, run_batch, undisturbed
 
@@ -39,8 +40,8 @@ HIDDEN = (
 )
 
 
-@dataclass(frozen=True)
-class InvarianceReport:
+@dataclass(frozen=True, repr=False)
+class InvarianceReport(Shown):
     """What `check_padding_invariance` compared and found equal; ``str()`` says it in a few lines.
 
     Attributes:
