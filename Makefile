@@ -208,6 +208,7 @@ bench: $(TEXT) $(PICTURES) $(NATIVE)
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction training --dtype bfloat16 --workload w3 w6 --budget 10
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS) --part text encode enable --budget 10
 	$(BENCH) benchmarks.bench_host
+	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
 	$(BENCH) benchmarks.report
 
 bench-full: $(TEXT) $(PICTURES) $(NATIVE)
@@ -219,6 +220,7 @@ bench-full: $(TEXT) $(PICTURES) $(NATIVE)
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS)
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS)
 	$(BENCH) benchmarks.bench_host
+	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
 	$(BENCH) benchmarks.report
 
 bench-check: $(NATIVE)
