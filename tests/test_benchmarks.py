@@ -445,6 +445,6 @@ def test_what_is_compiled_is_timed_for_right_results_only() -> None:
     assert "tiny" in report.compiled({"environment": {"cpu": "", "cpu_capability": "", "torch": ""}, "rows": [found]})
     wrong = copy.deepcopy(model)
     wrong.embeddings.word_embeddings.weight.data.mul_(1.01)
+    models, batch = {bench_compile.BEFORE: model, bench_compile.COMPILED_PACKED: wrong}, bench_compile.batch_of(0.5, 4, 12)
     with pytest.raises(AssertionError, match="compiled, packed"):
-        batch = bench_compile.batch_of(0.5, 4, 12)
-        bench_compile.row("tiny", 0.5, batch, {bench_compile.BEFORE: model, bench_compile.COMPILED_PACKED: wrong}, model, limits)
+        bench_compile.row("tiny", 0.5, batch, models, model, limits)
