@@ -219,6 +219,7 @@ bench: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction training --dtype bfloat16 --workload w3 w6 --budget 10
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS) --part text encode enable --budget 10
 	$(BENCH) benchmarks.bench_host
+	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
 	$(BENCH) benchmarks.report
 
 bench-full: $(TEXT) $(PICTURES)
@@ -230,6 +231,7 @@ bench-full: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS)
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS)
 	$(BENCH) benchmarks.bench_host
+	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
 	$(BENCH) benchmarks.report
 
 bench-check: $(STAMP)
