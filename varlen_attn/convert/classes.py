@@ -157,7 +157,7 @@ class _EnabledAttention(_Enabled):
             if not isinstance(x, Tensor) or padding.shape != (x if self.batch_first or x.dim() == 2 else x.transpose(0, 1)).shape[:-1]:
                 return None  # ours says what is wrong
         saved = sum(hidden) * self.embed_dim * (self.embed_dim + 4 * columns)
-        return _WEIGHTS if weights else _LITTLE_PADDED if saved < _PAYS else None
+        return _WEIGHTS if weights else _LITTLE_PADDED if saved < _PAYS and not why_replaced(self.original_class) else None
 
     def as_it_came(self: Any, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         query, key, value, padding, weights, mask, average, causal, ours = _attention(*args, **kwargs)
