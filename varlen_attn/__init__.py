@@ -1,7 +1,7 @@
 """Exact attention for padded batches without computing padding.
 
-``varlen_mha(x, key_padding_mask)`` is the one call, `VarlenMultiheadAttention` the drop-in module, `SeqLayout` the value that says which
-tokens exist, `explain` and `record` say which kernel runs and why the others do not.
+`enable` converts a model. ``varlen_mha(x, key_padding_mask)`` is a single attention, and `VarlenMultiheadAttention` is a drop-in module.
+`SeqLayout` says which tokens exist. `explain` and `record` say which kernel runs, and why the others do not.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Everything this package raises or warns.
+"""All exceptions and warnings of this package.
 
 ::
 
@@ -8,7 +8,7 @@
             │     ├── UnknownArgument (TypeError)   a keyword that the function does not have
             │     └── LayoutError               mask, lengths, offsets or packed shapes do not fit together
             ├── DtypeError (TypeError)          a dtype is wrong, or dtypes differ
-            ├── BackendRefused (RuntimeError)   a backend ordered by name cannot run this call
+            ├── BackendRefused (RuntimeError)   a backend requested by name cannot run this call
             └── NoBackend (RuntimeError)        no backend of a restricted list can run this call
     UserWarning
       └── VarlenWarning

@@ -120,7 +120,7 @@ class Plan(Shown):
 
     @property
     def faster(self) -> str:
-        """Which kernel would come first and is only not installed, and how to get it; else empty."""
+        """Which kernel would be chosen if it were installed, and how to install it; empty if there is none."""
         before = itertools.takewhile(lambda d: d.backend != self.backend, self.decisions if self.route == "packed" else ())
         lacks = (d for d in before if {r.kind for r in d.reasons} == {"missing"})
         return next((f"A faster kernel could be had. {d}." for d in lacks), "")
@@ -148,7 +148,7 @@ class Plan(Shown):
         return (f"{elsewhere[1].upper()} backends", elsewhere[2]) if elsewhere else ("backends", worst.reason)
 
     def details(self) -> str:
-        """What runs, where, and of every backend all reasons and fixes."""
+        """What runs, on which machine, and all reasons and fixes for every backend."""
         problem = self.problem
         capability = "" if problem.capability is None else f" sm{problem.capability[0]}{problem.capability[1]}"
         heads = f"{problem.num_heads}/{problem.num_kv_heads} heads of {problem.head_dim}"
@@ -178,7 +178,7 @@ def _package_versions(problem: Problem) -> list[tuple[str, str]]:
 
 
 def choose(problem: Problem, backends: Sequence[Backend] = BACKENDS, *, all_reasons: bool = False) -> Plan:
-    """The plan for ``problem``: the first backend that accepts it, or the one that it orders by name.
+    """The plan for ``problem``: the first backend that accepts it, or the one that it requests by name.
 
     Args:
         problem: what is asked; ``problem.requested`` is a name, or ``"auto"``.
@@ -288,7 +288,7 @@ def requested_backend(backend: str | Backend) -> str | Backend:
 
 @contextmanager
 def use_backend(name: str | Backend) -> Iterator[None]:
-    """Order a backend for all calls inside, in this thread and this coroutine. It runs, or the call raises `BackendRefused`.
+    """Request a backend for all calls inside, in this thread and this coroutine. It runs, or the call raises `BackendRefused`.
 
     It must surround the backward pass too where activations are checkpointed, because recomputation chooses again. On a GPU autograd
     recomputes in a thread of its own, which this does not reach: give a checkpointed module ``backend=`` instead.

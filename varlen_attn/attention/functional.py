@@ -306,7 +306,7 @@ def varlen_mha(
     backend: str | Backend = "auto",
     **others: Any,
 ) -> Tensor:
-    """Multi-head self-attention of a padded batch, computed on its real tokens only; projections too.
+    """Multi-head self-attention of a padded batch, with its projections, computed on real tokens only.
 
     Args:
         x: ``(B, S, D)`` padded, ``(T, D)`` packed (with ``layout``), or ``(B, S, 3, N, H)``, stacked q, k, v.

@@ -122,7 +122,7 @@ class Record(Shown):
         self._names = names or {}
 
     def add(self, call: Call, module: object | None) -> None:
-        """Write a call, with the name of the module that made it."""
+        """Add a call, with the name of the module that made it."""
         known = None if module is None else self._names.get(id(module), type(module).__name__)
         self.calls.append(replace(call, module=known))
 
@@ -138,7 +138,7 @@ class Record(Shown):
         self.calls.append(Call(backend, kernel, rows=rows) if rows >= 0 else Call(backend, kernel, traced=True))
 
     def attach_profile(self, profile: Profile) -> None:
-        """Write down what the profiler saw, which it tells at the end."""
+        """Store what the profiler saw, which is known at the end."""
         self.kernels, self.peak = profile.kernels, profile.peak
         for label, kernels in profile.by_range.items():
             number = int(label.removeprefix(_RANGE))

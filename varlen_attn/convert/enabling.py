@@ -53,7 +53,7 @@ def enable(
     padding_rows: PaddingRows | None = None,
     example: Any = None,
 ) -> Report:
-    """Let a model skip padding: torch's attention modules, layers and stacks, and models of transformers. In place; `disable` undoes it.
+    """Make a model skip padding, in place: torch's attention modules, layers and stacks, and models of transformers. `disable` undoes it.
 
     Args:
         model: any module: an `nn.TransformerEncoder`, a `PreTrainedModel` of transformers, a `SentenceTransformer`, an
@@ -165,7 +165,7 @@ def _found(model: nn.Module) -> list[Step]:
 
 
 def disable(model: nn.Module) -> Report:
-    """Undo `enable`: every module has its class back. Modules that were built as ours stay ours.
+    """Undo `enable`: every module gets its class back. Modules that were built from our classes keep them.
 
     Forwards under way in other threads are waited for: they go on with what they began with. What is left of an `enable` of an earlier
     version that was broken off is removed too, and a model of transformers that was given ``varlen_attn`` by hand gets its default.

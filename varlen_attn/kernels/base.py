@@ -77,7 +77,7 @@ def _prepared(run: Callable[..., Result]) -> Callable[..., Result]:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend runs. A flag that is False is refused with a reason; the conformance suite tests every True.
+    """What a backend runs. An option whose flag is False is refused with a reason; the conformance suite tests every True.
 
     Examples:
         >>> {b.name for b in BACKENDS if b.capabilities.score_bias and "cuda" in b.capabilities.devices} >= {"flex", "sdpa_padded"}
@@ -115,7 +115,7 @@ class Capabilities:
 
 
 class Backend(ABC):
-    """One way to compute attention on packed tensors. Stateless; one instance a class.
+    """One way to compute attention on packed tensors. It has no state, and one instance for each class.
 
     Examples:
         >>> class Loop(Backend):
@@ -146,11 +146,11 @@ class Backend(ABC):
     custom_op: ClassVar[bool] = False  # `run` launches a torch.library op of ours, which records itself in compiled code
 
     def missing(self, problem: Problem) -> str | None:
-        """A sentence if what the backend needs is not installed, broken or not what it says; else None."""
+        """A sentence if a package that the backend needs is not installed, broken, or not what it claims to be; else None."""
         return None
 
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
-        """Reasons that the fields of `Capabilities` cannot say."""
+        """Refusals that the fields of `Capabilities` cannot express."""
         return ()
 
     @abstractmethod
@@ -158,7 +158,7 @@ class Backend(ABC):
         """The kernel that `run` calls for this problem, by the name its library gives it."""
 
     def seen_as(self, problem: Problem) -> str:
-        """A regular expression for the name under which a profiler shows that kernel; empty where nothing can be claimed.
+        """A regular expression for the name that a profiler shows for that kernel; empty where the name is not known.
 
         Names of device kernels; for tensors on a CPU, of torch's and our ops.
         """

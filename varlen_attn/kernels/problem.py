@@ -168,7 +168,7 @@ def strictly_deterministic() -> bool:
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention call as metadata. Every default describes this machine; every field can be stated.
+    """One attention call as metadata. Every default describes this machine; every field can be set.
 
     Attributes:
         device_type: ``"cuda"``, ``"cpu"``, ``"mps"``, ``"xpu"``; ROCm is ``"cuda"`` with ``rocm=True``.
@@ -237,7 +237,7 @@ class Problem:
         needs_grad: bool,
         requested: str = "auto",
     ) -> Problem:
-        """The problem that these tensors pose: ``query (T,N,H)``, ``key (Tk,K,H)``, ``value (Tk,K,Hv)``."""
+        """The problem of a call with these tensors: ``query (T,N,H)``, ``key (Tk,K,H)``, ``value (Tk,K,Hv)``."""
         device = query.device
         return cls(
             device_type=device.type,
@@ -258,11 +258,11 @@ class Problem:
 
     @property
     def machine(self) -> str:
-        """The device type, and ``"rocm"`` for CUDA devices of a ROCm build: their kernels are others."""
+        """The device type, and ``"rocm"`` for CUDA devices of a ROCm build, which have other kernels."""
         return "rocm" if self.device_type == "cuda" and self.rocm else self.device_type
 
     def version(self, distribution: str) -> str | None:
-        """The version of a package: stated, or installed here."""
+        """The version of a package: as given, or as installed here."""
         if self.packages is None:
             return installed_version(distribution)
         return dict(self.packages).get(distribution)

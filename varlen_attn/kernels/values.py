@@ -17,7 +17,7 @@ Result = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True, eq=False)
 class Extras:
-    """The tensors of a call beside q, k, v; each None unless `Semantics` says that it is there.
+    """The tensors of a call other than q, k and v. Each is None unless `Semantics` says that it is given.
 
     ``alibi_slopes (N,)`` and ``sinks (N,)`` are float32 (float64 for float64 inputs).
 

@@ -1,4 +1,4 @@
-"""`SeqLayout`: which tokens of a padded batch are real, and where they stand when packed.
+"""`SeqLayout`: which tokens of a padded batch are real, and where they are when packed.
 
 With `build`, which makes its index tensors, the only file that knows masks and indices. Shape letters, here and in every other file:
 
@@ -273,7 +273,7 @@ class SeqLayout:
     @classmethod
     @_constructor
     def from_document_ids(cls, ids: Tensor, *, max_docs: int | None = None) -> SeqLayout:
-        """Several documents a row: a run of equal non-zero ids in one row is a document, a 0 is padding.
+        """Several documents in each row: a run of equal non-zero ids in one row is a document, a 0 is padding.
 
         Equal ids in two rows, or apart in one row, are different documents. Rows without ids add none;
         ``row_ids`` says which row each document came from.
@@ -322,7 +322,7 @@ class SeqLayout:
 
     @property
     def num_seqs(self) -> int:
-        """Q."""
+        """Q, the number of sequences."""
         return self.cu_seqlens.shape[0] - 1
 
     @property
@@ -350,7 +350,7 @@ class SeqLayout:
 
     @property
     def is_dense(self) -> bool:
-        """Known on the host to have no padding: then packed is ``x.reshape(B*S, ...)``. Never in a graph, which is for all lengths."""
+        """Whether the host knows of no padding: packed is ``x.reshape(B*S, ...)`` then. False in a graph, which is for all lengths."""
         if torch.compiler.is_compiling() or self.lengths is None or self.lengths != (self.padded_len,) * self.batch_size:
             return False
         return not is_tracing(self.cu_seqlens)
@@ -455,7 +455,7 @@ class SeqLayout:
         return known
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``(T, ...) -> Q`` views, one a sequence. Needs lengths on the host."""
+        """``(T, ...) -> Q`` views, one for each sequence. Needs lengths on the host."""
         self._check(x, (self.num_rows,), "x")
         self._check_tensors(again=True, traced=True)
         if self.lengths is None:
@@ -583,7 +583,7 @@ class SeqLayout:
 
     @_constructor
     def pin_memory(self) -> SeqLayout:
-        """The same layout in page-locked memory, for a copy to a GPU that blocks nothing."""
+        """The same layout in page-locked memory, for a non-blocking copy to a GPU."""
         return self._map_tensors(lambda t: t.pin_memory())
 
     def update_(self, mask: Tensor) -> SeqLayout:

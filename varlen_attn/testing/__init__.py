@@ -1,4 +1,4 @@
-"""What our own tests stand on, public because users have padded batches to test too.
+"""The tools of our own tests. They are public because users have padded batches to test too.
 
 The only comparison of attention results that is accepted here is an error budget: the error against float64 may be twice the error
 that plain eager attention makes in the same dtype (three times for gradients). It needs no hand-picked tolerance, and it is the rule
@@ -43,7 +43,7 @@ def reference_attention(
     dtype: torch.dtype = torch.float64,
     **semantics: Any,
 ) -> Any:
-    """`varlen_attention` by the specification, in ``dtype``: float64 is the truth, the dtype of a result its eager competitor.
+    """`varlen_attention` by the specification, in ``dtype``: float64 for the true result, a result's dtype for its eager equivalent.
 
     Shapes and semantics as `varlen_attention`; gradients flow back to the tensors given, in their dtype.
 
@@ -112,7 +112,7 @@ def assert_within_budget(out: Tensor, ref64: Tensor, naive: Tensor, *, gradient:
 
 
 def conformance(backend: Backend, device: str = "cpu", *, dtypes: tuple[torch.dtype, ...] = (torch.float32,), examples: int = 200) -> int:
-    """Hold a backend of your own against the specification: outputs, log-sum-exp and gradients of drawn calls. Needs hypothesis.
+    """Compare a backend of your own with the specification: outputs, log-sum-exp and gradients of random calls. Needs Hypothesis.
 
     Calls have lengths, head shapes and options of every kind, empty sequences and queries that see no key among them. What the backend
     refuses by its `Capabilities` is passed over; what it accepts must be within the error budget.

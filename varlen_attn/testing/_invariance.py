@@ -83,7 +83,7 @@ def check_padding_invariance(
     batch_first: bool = True,
     poison: bool = True,
 ) -> InvarianceReport:
-    """Assert that the model gives every sample of a padded batch what it gives the sample alone, whatever is at padding.
+    """Assert that a model gives every sample of a padded batch the same result as alone, whatever is at padding.
 
     It runs a copy of the model, in evaluation and in float64 (or its own dtype, where it cannot); the model, its mode and the random
     state stay. Of its outputs every floating tensor is compared where it can be: ``(B, S, ...)`` with the axes in any order, pooled,

@@ -38,14 +38,14 @@ SIZES = (1, 2, 3, 5, 8, 13)  # padded lengths; more than 8 crosses no kernel bou
 
 
 def each(drawn: st.SearchStrategy[T], check: Callable[[T], None], examples: int) -> None:
-    """``check`` so many of them. What is raised comes from the smallest that fails."""
+    """Call ``check`` with so many examples. What is raised comes from the smallest one that fails."""
     limits = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     limits(given(drawn)(lambda case: check(case)))()  # noqa: PLW0108 (it reads the names of arguments)
 
 
 @st.composite
 def lengths(draw: st.DrawFn, max_batch: int = 5, max_len: int = 9, batch: int | None = None) -> list[int]:
-    """Lengths of a batch: anything, all equal, all empty, or one long among ones. ``batch`` is B where another tensor says it."""
+    """Lengths of a batch: anything, all equal, all empty, or one long among lengths of 1. ``batch`` is B where another tensor sets it."""
     size = draw(st.integers(0, max_batch)) if batch is None else batch
     kind = draw(st.sampled_from(("any", "any", "any", "equal", "empty", "one long")))
     if kind == "equal":
