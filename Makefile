@@ -151,6 +151,11 @@ DIST := .venv-dist
 ZIG := ziglang==0.17.0
 for = CXX="$(CURDIR)/$(DIST)/bin/python -m ziglang c++ -target $(1)" LDFLAGS='-nostdlib++ -s' VARLEN_ATTN_PLATFORM=$(2) $(DIST)/bin/python -m hatchling build -t wheel
 
+# A kernel by itself in an emulator (the Debian packages qemu-user and libc6-arm64-cross), where there is one.
+trial = if command -v $(firstword $(2)) >/dev/null; then set -e; echo "$(2)"; $(DIST)/bin/python -m zipfile -e dist/*_$(1).whl $(DIST)/$(1); \
+  $(DIST)/bin/python -m ziglang cc -target $(1)-linux-gnu.2.28 -O1 -w tests/kernels/cpu/without_torch.c -lm -ldl -o $(DIST)/$(1)/without_torch; \
+  $(2) $(DIST)/$(1)/without_torch $(DIST)/$(1)/varlen_attn/kernels/cpu/native-*.so; else echo "$(1): not run, no $(firstword $(2))"; fi
+
 dist:
 	@test -x $(DIST)/bin/python || $(PYTHON) -m venv $(DIST)
 	@$(DIST)/bin/python -m pip install --disable-pip-version-check -qq hatchling $(ZIG)
@@ -159,6 +164,10 @@ dist:
 	$(call for,aarch64-linux-gnu.2.28,manylinux_2_28_aarch64)
 	$(call for,aarch64-macos.11.0,macosx_11_0_arm64)
 	$(DIST)/bin/python -m hatchling build -t sdist
+	@$(call trial,x86_64,qemu-x86_64 -cpu Nehalem)
+	@$(call trial,x86_64,qemu-x86_64 -cpu Haswell)
+	@$(call trial,aarch64,qemu-aarch64 -L /usr/aarch64-linux-gnu)
+	@echo "macOS: not run"
 
 docs: $(SITE)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
