@@ -63,7 +63,7 @@ SDPA: list[Refused] = [
     (f"sdpa {name} of {function}", UnknownArgument, call, rf"^{function}\(\) got an unexpected keyword argument '{name}': {fix}")
     for name, fix in (
         ("is_causal", "pass causal='top_left'"), ("attn_mask", "pass causal= or window="), ("enable_gqa", "leave it out"),
-        ("dropout", "the nearest is dropout_p"),
+        ("dropout", r"did you mean dropout_p\?"),
     )
     for function, call in (
         ("varlen_attention", lambda name=name: attend(**{name: True})),

@@ -35,6 +35,7 @@ B, S, D, N = 3, 8, 16, 4
 Call = Callable[..., Tensor]
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:every row of the mask begins:varlen_attn.LayoutWarning"),  # random masks
     pytest.mark.filterwarnings("ignore:row . of the mask has no token"),
     pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>"),  # dynamo about any autograd function
     pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),  # torch about itself

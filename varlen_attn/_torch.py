@@ -37,6 +37,14 @@ copy_each = torch._foreach_copy_
 has_amx: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 # Whether a tensor is a batch of gradients (``is_grads_batched``, ``vectorize=True``), which is no transform of `torch.func`.
 is_batch_of_gradients: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+# Who may see or change operations one by one: transforms, modes, a profiler, and `torch.jit.trace`.
+watchers: tuple[Callable[[], object], ...] = (
+    torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack, profiler_enabled,
+    torch._C._is_tracing,
+)  # fmt: skip
+# What can be given to a kernel as it is; no subclass of these.
+PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 # Hooks that are called for every module.
 global_hooks = tuple(vars(_modules)[f"_global_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
@@ -77,13 +85,6 @@ def mark_unbacked(tensor: Tensor) -> None:
         from torch._dynamo.decorators import mark_unbacked
 
         mark_unbacked(tensor, 0)
-
-
-def needs_plain_gathers() -> bool:
-    """Where our two functions would be in the way: under `torch.func`, and under `torch.jit.trace`, which could not save them."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def is_transformed() -> bool:
@@ -138,15 +139,16 @@ def register_fake(library: torch.library.Library, op: str, fake: Callable[..., A
 
 def register_autograd(
     library: torch.library.Library, op: Any, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
-) -> None:
-    """`torch.library.register_autograd`, which makes a dataclass for each op. ``setup_context`` takes its arguments by position."""
+) -> Callable[..., Any]:
+    """`torch.library.register_autograd`, which makes a dataclass for each op. ``setup_context`` takes its arguments by position.
 
-    def below(keyset: Any, inputs: tuple[Any, ...]) -> Any:
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+    Returns ``apply(run, *inputs)``, which is ``run(*inputs)`` with this backward, without the dispatcher: for a kernel that does what the
+    op does, where nothing is among the `watchers`.
+    """
 
-    def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+    def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            output = below(keyset, inputs)
+            output = run(*inputs)
             if setup_context is not None:
                 setup_context(ctx, inputs, output)
         return output
@@ -158,12 +160,14 @@ def register_autograd(
     function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(of_all)})
 
     def kernel(keyset: Any, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return function.apply(keyset, *inputs)
+        below = partial(op.redispatch, keyset & torch._C._after_autograd_keyset)
+        if torch.is_grad_enabled() and any_requires_grad(*inputs):
+            return function.apply(below, *inputs)
         with torch._C._AutoDispatchBelowAutograd():
-            return below(keyset, inputs)
+            return below(*inputs)
 
     library.impl(op.name(), kernel, "Autograd", with_keyset=True)
+    return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return]  # without what it does for `torch.func`
 
 
 def between_graphs(function: F_, recursive: bool = True) -> F_:

@@ -90,7 +90,7 @@ def test_a_refused_order_exits_with_1(capsys: pytest.CaptureFixture[str]) -> Non
         ("--torch-version 213", "must be the version of a torch"),
         ("--device cuda --capability 90", "must be a compute capability such as 9.0, but is '90'"),
         ("--capability 9.0.1", "must be a compute capability"),
-        ("--device cpu --capability 9.0", "--capability and --rocm are of GPUs, but --device is cpu"),
+        ("--device cpu --capability 9.0", "--capability and --rocm are of CUDA devices, but --device is cpu"),
         ("--with foo=1", "--with must name one of fa3-fwd, flash-attn, flash-attn-3, flash-attn-4, tokenspeed-fa3, but names 'foo'"),
         ("--with flash-attn=banana", "must be NAME=VERSION such as flash-attn=2.8.3, but is 'flash-attn=banana'"),
         ("--with flash-attn", "must be NAME=VERSION such as flash-attn=2.8.3, but is 'flash-attn'"),

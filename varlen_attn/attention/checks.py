@@ -154,6 +154,7 @@ def check_mask(mask: Tensor | None, x: Tensor, name: str, other: str) -> None:
 _OURS = {
     "is_causal": "pass causal='top_left'",
     "attn_mask": "pass causal= or window= for what they say, score_bias= for a bias, and the mask of padding to padded_attention",
+    "key_padding_mask": "call padded_attention with it, or build the layout by SeqLayout.from_key_padding_mask(mask)",
     "enable_gqa": "leave it out, because key and value may have fewer heads than query anyway",
 }
 
@@ -161,8 +162,8 @@ _OURS = {
 def unknown(function: str, names: Iterable[str], known: Iterable[str]) -> TypeError:
     """For a keyword that a function does not have: of `F.scaled_dot_product_attention` ours, else the nearest."""
     name, known = next(iter(names)), list(known)
-    fix = _OURS.get(name) or f"the nearest is {', '.join(difflib.get_close_matches(name, known, 1, 0)) or 'none'}"
-    return UnknownArgument(f"{function}() got an unexpected keyword argument {name!r}: {fix}.")
+    fix = _OURS.get(name) or f"did you mean {' or '.join(difflib.get_close_matches(name, known, 1) or known)}?"
+    return UnknownArgument(f"{function}() got an unexpected keyword argument {name!r}: {fix}")
 
 
 def check_projections(

@@ -40,7 +40,13 @@ _MAX_PLANS = 4096
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided about one backend."""
+    """What was decided about one backend.
+
+    Examples:
+        >>> plan = choose(Problem(device_type="cpu"), all_reasons=True)
+        >>> [d.backend for d in plan.decisions if not d.accepted][:2]
+        ['flash3', 'flash4']
+    """
 
     backend: str
     accepted: bool
@@ -54,7 +60,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class Route:
-    """Whether the tokens are packed, and why."""
+    """Whether the tokens are packed, and why.
+
+    Examples:
+        >>> route(SeqLayout.from_lengths([4, 4]), Problem())
+        Route(name='dense', reason='no row has padding')
+    """
 
     name: Literal["packed", "dense"]
     reason: str
@@ -71,6 +82,14 @@ class Plan(Shown):
         decisions: one for each backend, in order of preference.
         problem: what was asked.
         route, route_reason: "packed", or "dense" where nothing is padded, or where padded attention was exported.
+
+    Examples:
+        >>> plan = choose(Problem(device_type="cuda", capability=(8, 0), dtype=torch.float16, packages=()))
+        >>> print(plan)
+        torch_varlen runs this: aten::_flash_attention_forward with cu_seqlens (flash_fwd_kernel) (declared)
+        why: the first in the order that can run it; ...
+        >>> plan.as_dict()["capability"]
+        (8, 0)
     """
 
     backend: str
@@ -116,24 +135,14 @@ class Plan(Shown):
         for (kind, reason), names in groups.items():
             listed = ", ".join(names)
             why.append(f"{listed if len(names) == 1 else f'{len(names)} {kind} ({listed})'}: {reason}")
-        return f"{self._runs}\nwhy: {'; '.join(why if self._in_order else [self.route_reason, *why[1:]])}"
-
-    @property
-    def _runs(self) -> str:
-        return f"{self.backend} runs this: {self.kernel} ({self.evidence})"
-
-    @property
-    def _in_order(self) -> bool:
-        return any(d.backend == self.backend for d in self.decisions)
-
-    @property
-    def _instead(self) -> str:
-        return "would run too, but comes later in the order" if self._in_order else f"would run, but {self.route_reason}"
+        why[0] = self.route_reason if self.backend == "dense" else why[0]
+        return f"{self.backend} runs this: {self.kernel} ({self.evidence})\nwhy: {'; '.join(why)}"
 
     def _group(self, decision: Decision) -> tuple[str, str]:
         """What is told of several backends at once: what they are, and the reason that counts most."""
         if decision.accepted:
-            return "backends", self._instead
+            dense = f"would run, but {self.route_reason}"
+            return "backends", dense if self.backend == "dense" else "would run too, but comes later in the order"
         worst = min(decision.reasons, key=lambda r: ("machine", "order", "missing", "unsupported").index(r.kind))
         elsewhere = re.match("runs on (cpu|cuda) only, and (.*)", worst.reason)
         return (f"{elsewhere[1].upper()} backends", elsewhere[2]) if elsewhere else ("backends", worst.reason)
@@ -146,7 +155,7 @@ class Plan(Shown):
         packages = ", ".join(f"{name} {version}" for name, version in _package_versions(problem)) or "none"
         origin = "installed" if problem.packages is None else "stated"
         lines = [
-            self._runs,
+            str(self).splitlines()[0],
             f"  on {problem.device_type}{capability}, {str(problem.dtype).removeprefix('torch.')}, {heads}, "
             f"torch {problem.torch_version}; optional packages {origin}: {packages}",
             f"  route: {self.route} ({self.route_reason})",
@@ -155,7 +164,7 @@ class Plan(Shown):
             if decision.backend == self.backend:
                 lines.append(f"  > {decision.backend}: runs")
             elif decision.accepted:
-                lines.append(f"  + {decision.backend}: {self._instead}")
+                lines.append(f"  + {decision.backend}: {self._group(decision)[1]}")
             else:
                 reasons = [f"{r.reason}. Fix: {r.fix}." for r in decision.reasons]
                 lines.append(f"  - {decision.backend}: " + "\n      ".join(reasons))
@@ -181,6 +190,11 @@ def choose(problem: Problem, backends: Sequence[Backend] = BACKENDS, *, all_reas
         ArgumentError: the name ordered is not one of ``backends``.
         BackendRefused: the backend ordered by name cannot run the problem.
         NoBackend: none of ``backends`` can.
+
+    Examples:
+        >>> plan = choose(Problem(device_type="cpu", requested="cpu"))
+        >>> print(plan.kernel)
+        aten::_scaled_dot_product_flash_attention_for_cpu
     """
     key = (problem, all_reasons, backends if backends is BACKENDS else tuple(backends))
     plan: Plan | None = _plans.get(key)
@@ -242,6 +256,10 @@ def route(layout: SeqLayout, problem: Problem) -> Route:
     """Packed, or dense where nothing is padded (then packed rows are the padded rows, and nothing needs to move).
 
     A pure function of facts known on the host.
+
+    Examples:
+        >>> print(route(SeqLayout.from_lengths([5, 3, 1]), Problem()).reason)
+        40% of the batch is padding
     """
     if problem.tracing:
         return Route("packed", "always packed while tracing")
@@ -274,6 +292,13 @@ def use_backend(name: str | Backend) -> Iterator[None]:
 
     It must surround the backward pass too where activations are checkpointed, because recomputation chooses again. On a GPU autograd
     recomputes in a thread of its own, which this does not reach: give a checkpointed module ``backend=`` instead.
+
+    Examples:
+        >>> x = torch.randn(2, 5, 16)
+        >>> with use_backend("reference"), record() as log:
+        ...     out = varlen_mha(x, num_heads=2)
+        >>> log.calls[0].backend
+        'reference'
     """
     if not isinstance(name, Backend) and name not in _NAMES:
         raise ArgumentError(f"`name` must be 'auto' or one of {list(_NAMES[1:])}, but is {name!r}.")
@@ -282,7 +307,12 @@ def use_backend(name: str | Backend) -> Iterator[None]:
 
 
 def backends() -> list[dict[str, Any]]:
-    """All backends on this machine, in order: name, package, version, availability and the reason where it is not available."""
+    """All backends on this machine, in order: name, package, version, availability and the reason where it is not available.
+
+    Examples:
+        >>> [row["name"] for row in backends()] == [b.name for b in BACKENDS]
+        True
+    """
     rows = []
     for backend in BACKENDS:
         problem = Problem(requested=backend.name, dtype=_some_dtype(backend))

@@ -22,5 +22,12 @@ def explain(
 
     Raises:
         what the call itself would raise.
+
+    Examples:
+        >>> x, layout = torch.randn(9, 2, 16), SeqLayout.from_lengths([5, 3, 1])
+        >>> plan = explain(x, x, x, layout, causal=True, backend="cpu")
+        >>> print(plan)
+        cpu runs this: aten::_scaled_dot_product_flash_attention_for_cpu (declared)
+        why: it was requested; ...
     """
     return plan_attention(query, key, value, layout, layout_kv, return_lse=return_lse, **semantics)

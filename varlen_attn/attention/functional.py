@@ -6,23 +6,30 @@ tensors, empty sequences for backends that mishandle them. Backends trust what t
 
 from __future__ import annotations
 
+import operator
+from contextlib import nullcontext
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch import trace_quietly
+from .._state import state
+from .._torch import PLAIN, is_plain, trace_quietly, watchers
 from ..errors import ArgumentError, LayoutError, UnknownArgument, VarlenWarning, warn
 from ..kernels.base import Backend
+from ..kernels.dense import FLASH_CPU
 from ..kernels.problem import check_dropout
 from ..kernels.values import NO_EXTRAS, Extras, ScoreBias
 from ..layout.seq_layout import SeqLayout, moved
 from .call import AttentionCall, Options, attend
-from .checks import check_layouts, check_mask, check_projections, unknown
-from .dispatch import Plan
+from .checks import autocasts, check_layouts, check_mask, check_projections, unknown
+from .dispatch import Plan, requested_backend
 from .export import static_graph, static_layout, static_layouts
 from .forms import Form, full_layout, pack_rows, unpack_rows
+from .records import recorded_padded
+
+_LITTLE = 1 << 18  # numbers of a query times columns: with fewer, on a CPU, attention took less time than a layout (Zen 5, one thread)
 
 _WIDE = 256  # a head of more is nearly always heads that nothing was said of
 
@@ -110,6 +117,13 @@ def varlen_attention(
 
         scores = q @ k.transpose(-1, -2) * scale
         out = scores.masked_fill(hidden, -inf).softmax(-1) @ v
+
+    Examples:
+        >>> layout = SeqLayout.from_lengths([5, 3])
+        >>> q = torch.randn(8, 4, 16)  # (T, N, H)
+        >>> out, lse = varlen_attention(q, q[:, :2], q[:, :2], layout, causal=True, window=(2, 0), return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([8, 4, 16]), torch.Size([4, 8]))
     """
     if others:
         raise unknown("varlen_attention", others, ASKED)
@@ -187,6 +201,13 @@ def padded_attention(
     In plain PyTorch, on ``(B, N, S, H)``::
 
         F.scaled_dot_product_attention(q, k, v, attn_mask=~key_padding_mask[:, None, None]) * ~query_padding_mask[:, None, :, None]
+
+    Examples:
+        >>> q = torch.randn(2, 5, 4, 16)  # (B, S, N, H)
+        >>> mask = torch.arange(5) >= torch.tensor([5, 3])[:, None]  # True is padding
+        >>> out = padded_attention(q, q, q, mask, causal=True)
+        >>> out.shape, bool(out[mask].any())
+        (torch.Size([2, 5, 4, 16]), False)
     """
     trace_quietly()
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -194,6 +215,9 @@ def padded_attention(
             raise LayoutError(f"`{name}` must have shape (B, S, heads, head_dim), but has shape {tuple(x.shape)}.")
     if value.shape[:3] != key.shape[:3]:
         raise LayoutError(f"`value` must begin with key's (B, S, K) = {tuple(key.shape[:3])}, but has shape {tuple(value.shape)}.")
+    alone = query_padding_mask is None and layout is None and layout_kv is None and not semantics
+    if key_padding_mask is not None and alone and _is_little(query, key, value, key_padding_mask):
+        return _little_attention(query, key, value, key_padding_mask)
     layout_q, layout_k = _layouts(query, key, key_padding_mask, query_padding_mask, layout, layout_kv)
     query, key, value = pack_rows(layout_q, query, "query"), pack_rows(layout_k, key, "key"), pack_rows(layout_k, value, "value")
     try:
@@ -204,6 +228,27 @@ def padded_attention(
         return unpack_rows(layout_q, result)
     out, lse = result
     return unpack_rows(layout_q, out), layout_q.unpack(lse.transpose(0, 1), float("-inf")).transpose(1, 2)
+
+
+def _is_little(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
+    """Whether a layout takes longer than attention to the padding. A row that begins with padding is left to the layout, which
+    may warn."""
+    if any(map(operator.call, watchers)) or not PLAIN.issuperset(map(type, (query, key, value, mask))) or not is_plain(query):
+        return False
+    alike = query.shape == key.shape == value.shape and query.is_cpu and key.is_cpu and value.is_cpu and mask.is_cpu
+    alike = alike and query.dtype == key.dtype == value.dtype == torch.float32 and mask.dtype == torch.bool
+    little = alike and query.shape[:2] == mask.shape and 0 < query.numel() * query.shape[1] <= _LITTLE
+    return little and requested_backend("auto") == "auto" and not autocasts("cpu") and not bool(mask.select(1, 0).any())
+
+
+def _little_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Self-attention of ``(B, S, N, H)``, to the padding too, which is 0 and hidden."""
+    at = mask[:, :, None, None]
+    q, k, v = (x.masked_fill(at, 0).contiguous().transpose(1, 2) for x in (query, key, value))
+    bias = query.new_zeros(mask.shape).masked_fill_(mask, float("-inf")).view(mask.shape[0], 1, 1, -1)
+    with recorded_padded(None, query, key, value, FLASH_CPU, "so little that a layout takes longer") if state.records else nullcontext():
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)[0]
+    return out.transpose(1, 2).masked_fill(at, 0)
 
 
 def _layouts(
@@ -284,6 +329,13 @@ def varlen_mha(
 
     In plain PyTorch: ``F.multi_head_attention_forward`` on ``x.transpose(0, 1)`` with ``need_weights=False``, times
     ``~key_padding_mask[..., None]``.
+
+    Examples:
+        >>> x = torch.randn(2, 5, 64)
+        >>> mask = torch.arange(5) >= torch.tensor([5, 3])[:, None]  # True is padding
+        >>> weights = dict(in_proj_weight=torch.randn(192, 64) / 8, out_proj_weight=torch.randn(64, 64) / 8)
+        >>> varlen_mha(x, mask, num_heads=4, **weights).shape
+        torch.Size([2, 5, 64])
     """
     trace_quietly()
     if others:

@@ -37,6 +37,14 @@ class Call(Shown):
             device of torch's and our attention ops. None where nobody looked, or compiled code launched it.
         confirmed: whether the kernel that the backend claims is among them; None where nobody looked, or nothing is claimed.
         layout: of the queries; None where they were not packed.
+
+    Examples:
+        >>> x = torch.randn(2, 5, 16)
+        >>> with record() as log:
+        ...     out = varlen_mha(x, layout=SeqLayout.from_lengths([5, 3]), num_heads=2)
+        >>> call = log.calls[0]
+        >>> call.rows, call.slots, round(call.padding, 2)
+        (8, 10, 0.2)
     """
 
     backend: str
@@ -94,6 +102,16 @@ class Record(Shown):
         calls: one `Call` for each.
         kernels: with ``record(kernels=True)``, every kernel that ran inside, attention or not, backward passes included; else None.
         peak: with ``record(kernels=True)``, the most bytes of torch's allocator that were taken at once; else None.
+
+    Examples:
+        >>> x, layout = torch.randn(2, 5, 16), SeqLayout.from_lengths([5, 3])
+        >>> with record() as log, use_backend("cpu"):
+        ...     for _ in range(3):
+        ...         out = varlen_mha(x, layout=layout, num_heads=2)
+        >>> print(log.summary())
+        calls  module  backend  T   B*S  padding  kernel
+        3      -       cpu      24  30   20%      aten::_scaled_dot_product_flash_attention_for_cpu
+        3 calls: 3 x cpu; 24 of 30 positions computed, 20% padding left out
     """
 
     def __init__(self, names: dict[int, str] | None = None, *, profiles: bool = False) -> None:
@@ -187,6 +205,14 @@ def record(model: torch.nn.Module | None = None, *, kernels: bool = False) -> It
 
     Raises:
         ArgumentError: ``kernels=True`` while a profiler is running: there is one for a process.
+
+    Examples:
+        >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 2, enable_nested_tensor=False)
+        >>> report = enable(encoder)
+        >>> with record(encoder) as log, use_backend("cpu"):
+        ...     out = encoder(torch.randn(2, 5, 16), src_key_padding_mask=torch.arange(5) >= torch.tensor([5, 3])[:, None])
+        >>> [(call.module, call.rows) for call in log]
+        [('layers.0.self_attn', 8), ('layers.1.self_attn', 8)]
     """
     log = Record({} if model is None else {id(module): name for name, module in model.named_modules() if name}, profiles=kernels)
     profile = Profile()

@@ -6,11 +6,8 @@ output and all gradients, and only then timed, in turns. `facts` measures, and s
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,7 +24,7 @@ from ..convert.timing import facts as timed
 from ..layout.shown import table
 from ..nn.multihead import VarlenMultiheadAttention
 from ..testing import assert_within_budget
-from .environment import headline, machine
+from .environment import headline, machine, quiet
 
 BASE, UNMASKED, THEIRS, FAST, OURS, AGAIN = (
     "masked SDPA", "SDPA, no mask", "nn.MultiheadAttention", "nn.MultiheadAttention, fast path", "ours", "masked SDPA again",
@@ -143,21 +140,6 @@ def contest(contestants: Mapping[str, Contestant], example: Example, training: b
         contestant.module.train(training)
     calls = {name: partial(contestant.run, example, training) for name, contestant in contestants.items()}
     return timed(interleave(calls, warm_up=0, **options), next(iter(calls)))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """torch's fast path is afterwards as it was before. Inside, nothing warns or logs: torch says that its fast path and nested tensors are
-    prototypes, and why others of its kernels did not run."""
-    fast_path, silent = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(silent)
-        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 class ByHand(nn.MultiheadAttention):

@@ -1,8 +1,12 @@
-"""What this machine has, as data and as text."""
+"""What this machine has, as data and as text; and quiet for what is measured."""
 
 from __future__ import annotations
 
+import logging
 import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,3 +54,18 @@ def headline(facts: dict[str, Any]) -> str:
     """`machine` in one line."""
     where = facts["gpu"] or f"{facts['cpu_name']} ({facts['cpu']})"
     return f"varlen_attn {facts['varlen_attn']} on torch {facts['torch']}, {where}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch's fast path is afterwards as it was before. Inside, nothing warns or logs: torch says that its fast path and nested tensors are
+    prototypes, and why others of its kernels did not run."""
+    fast_path, silent = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(silent)
+        torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -23,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 where an ordered backend refuses or a build fails, 2 where a value is wrong,
     3 where there is no compiler."""
     options = _parser().parse_args(arguments)
+    if getattr(options, "threads", None):
+        import torch
+
+        torch.set_num_threads(options.threads)
     status: int = options.run(options)
     return status
 
@@ -38,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
         ("demo", _demo, "an encoder and an attention layer on real text, against torch's: same numbers, both times"),
         ("compare", _compare, "a model before and after `enable`, on a batch of your texts: equality, time, memory, and whether it gains"),
         ("bench", _bench, "an attention layer on this machine: torch's means and our backends, verified and timed in turns, in a minute"),
-        ("build-native", _build_native, "compile the CPU kernel of this package with this machine's C++ compiler, in about 20 seconds"),
+        (
+            "build-native",
+            _build_native,
+            "compile the CPU kernel of this package again, with this machine's C++ compiler or with CXX, CXXFLAGS and LDFLAGS",
+        ),
     ):
         command = commands.add_parser(name, help=says, description=says)
         command.set_defaults(run=run, parser=command)
@@ -193,7 +201,7 @@ def _problem(options: argparse.Namespace) -> Problem:
         except RuntimeError:
             options.parser.error(f"--device must be a device of torch such as cpu or cuda, but is {options.device_type!r}")
     if stated.keys() & {"capability", "rocm"} and stated["device_type"] != "cuda":
-        options.parser.error(f"--capability and --rocm are of GPUs, but --device is {stated['device_type']}")
+        options.parser.error(f"--capability and --rocm are of CUDA devices, but --device is {stated['device_type']}")
     if "packages" in stated:
         stated["packages"] = tuple(stated["packages"])
         known = {name for b in BACKENDS for name in (b.package, *b.packages)} - {"torch"}
@@ -206,7 +214,12 @@ def _problem(options: argparse.Namespace) -> Problem:
 
 
 def _print(options: argparse.Namespace, found: Any, text: Callable[[Any], str]) -> int:
-    print(json.dumps(found, indent=1) if options.json else text(found))
+    """As text, or as JSON: in its place, or in a file as well."""
+    said = json.dumps(found, indent=1) if options.json in (True, "-") else text(found)
+    if said:
+        print(said)
+    if options.json not in (None, False, True, "-"):
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 
@@ -244,7 +257,6 @@ def _bench(options: argparse.Namespace) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         options.parser.error("--device must be one that is here, but torch sees no GPU")
-    _set_threads(options)
     dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
     if options.lengths:
         batches = [bench.Batch("yours", options.lengths, max(options.lengths))]
@@ -252,41 +264,21 @@ def _bench(options: argparse.Namespace) -> int:
         batches = [bench.batch_of_fill(options.fill)] if options.fill else bench.some_batches(options.quick)
     limits: dict[str, Any] = dict(rounds=5, budget=0.5) if options.quick else {}
     found = bench.facts(batches, bench.Setting(device, dtype, **limits), (lambda line: None) if options.json == "-" else print)
-    return _write(options, found, "")
-
-
-def _set_threads(options: argparse.Namespace) -> None:
-    import torch
-
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-
-
-def _write(options: argparse.Namespace, found: dict[str, Any], text: str) -> int:
-    """As JSON to the output, or as text, and as JSON to the file that is named."""
-    if options.json == "-":
-        return _print(options, found, str)
-    if text:
-        print(text)
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
-    return 0
+    return _print(options, found, lambda _: "")
 
 
 def _compare(options: argparse.Namespace) -> int:
     from ..convert.comparing import compare
     from .loading import loaded, progress
 
-    _set_threads(options)
     with progress() as show:
         show("loading the model")
         model, batch = loaded(options.model, options.texts[: options.batch_size])
         found = compare(model, batch, train=options.train, progress=show)
-    return _write(options, found.as_dict(), str(found))
+    return _print(options, found.as_dict(), lambda _: str(found))
 
 
 def _build_native(options: argparse.Namespace) -> int:
-    """0, 1 where it fails, 3 where there is nothing to build with."""
     from ..errors import VarlenError
     from ..kernels.cpu import build as _native
 
@@ -294,7 +286,7 @@ def _build_native(options: argparse.Namespace) -> int:
         path = _native.build(sanitize=options.sanitize)
     except VarlenError as error:
         print(error, file=sys.stderr)
-        return 3 if isinstance(error, _native.NoCompiler) else 1
+        return 1
     print(f"built: {path}" if _native.setting == "0" else f"built: {path} ({_native.library()})")
     return 0
 

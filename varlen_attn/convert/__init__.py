@@ -11,14 +11,12 @@ from .classes import (
     EnabledTransformerEncoder,
     EnabledTransformerEncoderLayer,
 )
-from .comparing import Comparison, compare
 from .enabling import disable, enable, enabled
 from .report import ModuleReport, Report
 
 __all__ = [
     "AttentionOnlyTransformerEncoder",
     "AttentionOnlyTransformerEncoderLayer",
-    "Comparison",
     "EnabledMultiheadAttention",
     "EnabledMultiheadAttentionWithoutWeights",
     "EnabledTransformerDecoder",
@@ -27,7 +25,6 @@ __all__ = [
     "EnabledTransformerEncoderLayer",
     "ModuleReport",
     "Report",
-    "compare",
     "disable",
     "enable",
     "enabled",

@@ -42,6 +42,11 @@ class Comparison(Shown):
         times: of a call, "before" and "after"; in training with its backward pass.
         logs: the attention calls of ours, likewise, with kernels and the most memory that was taken at once, as a profiler saw them.
         train: whether it was run in training.
+
+    Examples:
+        >>> found = compare(nn.Linear(4, 4), torch.randn(2, 4))
+        >>> found.verdict
+        'leave it: nothing was converted'
     """
 
     report: Report
@@ -125,6 +130,12 @@ def compare(model: nn.Module, batch: Any, *, train: bool = False, progress: Call
 
     Raises:
         ArgumentError: ``model`` is no module, or does not take ``batch``; or nothing in it learns, with ``train``.
+
+    Examples:
+        >>> layer = nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
+        >>> found = compare(layer, {"src": torch.randn(2, 5, 16), "src_key_padding_mask": torch.arange(5) >= torch.tensor([5, 3])[:, None]})
+        >>> found.equal, round(found.padding, 2)
+        (True, 0.2)
     """
     _check(model)
     inputs, came = inputs_of(batch, "batch"), _found(model)
@@ -132,7 +143,11 @@ def compare(model: nn.Module, batch: Any, *, train: bool = False, progress: Call
     with undone(partial(_go, model, came)), warnings.catch_warnings():
         warnings.simplefilter("ignore", VarlenWarning)
         progress("converting")
-        report = enable(model) if not came else _as_converted(disable(model))
+        if came:  # what was done is what is undone
+            rows = disable(model).modules
+            report = Report(tuple(replace(m, action="converted") if m.action == "restored" else m for m in rows))
+        else:
+            report = enable(model)
         states = {"before": [], "after": came or _found(model)}
 
         def use(name: str) -> None:
@@ -164,7 +179,3 @@ def compare(model: nn.Module, batch: Any, *, train: bool = False, progress: Call
             times = interleave({"before": call, "after": call}, prepare=use, warm_up=1, budget=SECONDS, fewest=3, device=device)
     real = [float(mask.float().mean()) for mask in runs["before"].masks or masks if mask.numel()]
     return Comparison(report, tuple(results), 1 - sum(real) / len(real) if real else None, times, logs, train)
-
-
-def _as_converted(restored: Report) -> Report:
-    return Report(tuple(replace(m, action="converted") if m.action == "restored" else m for m in restored.modules))

@@ -92,6 +92,15 @@ def enable(
 
     Code that reads padding sees another number there: a mean over all columns, and a decoder that is given no
     ``memory_key_padding_mask`` and attends to the memory's padding. An ``example`` finds it; docs/what-enable-changes.md has all of it.
+
+    Examples:
+        >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 2, enable_nested_tensor=False).eval()
+        >>> report = enable(encoder)
+        >>> len(report.converted)
+        5
+        >>> mask = torch.arange(5) >= torch.tensor([5, 3])[:, None]
+        >>> bool(encoder(torch.randn(2, 5, 16), src_key_padding_mask=mask)[mask].any())  # rows at padding are 0
+        False
     """
     _check(model)
     _check_options(level, need_weights, hooks, padding_rows)
@@ -166,6 +175,13 @@ def disable(model: nn.Module) -> Report:
     Raises:
         ArgumentError: ``model`` is no module.
         VarlenError: called inside of a forward of the model.
+
+    Examples:
+        >>> layer = nn.TransformerEncoderLayer(16, 2, batch_first=True)
+        >>> report = enable(layer)
+        >>> report = disable(layer)
+        >>> type(layer) is nn.TransformerEncoderLayer
+        True
     """
     _check(model)
     hf = _transformers(model)
@@ -196,6 +212,13 @@ def enabled(
 
     Raises:
         ArgumentError, VarlenError: as `enable`.
+
+    Examples:
+        >>> layer = nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
+        >>> with enabled(layer) as report:
+        ...     out = layer(torch.randn(2, 5, 16), src_key_padding_mask=torch.arange(5) >= torch.tensor([5, 3])[:, None])
+        >>> type(layer) is nn.TransformerEncoderLayer
+        True
     """
     _check(model)
     before = _found(model)

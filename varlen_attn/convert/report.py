@@ -22,6 +22,10 @@ class ModuleReport:
         kind: its class before, for example ``"TransformerEncoderLayer"``.
         action: "converted", "left alone", "built so" (one of our classes already) or "restored" (torch's class again).
         reason: why it was left alone, or what is worth knowing.
+
+    Examples:
+        >>> print(enable(nn.TransformerEncoderLayer(16, 2)).modules[0])
+        ModuleReport(module='', kind='TransformerEncoderLayer', action='converted', reason='')
     """
 
     module: str
@@ -37,6 +41,11 @@ class Report(Shown):
     Attributes:
         modules: one row for each.
         problem: what a call of the model will be like, as far as that is known: it says whether a faster kernel could be had.
+
+    Examples:
+        >>> report = enable(nn.TransformerEncoderLayer(16, 2))
+        >>> [m.kind for m in report.converted], report.left_alone
+        (['TransformerEncoderLayer', 'MultiheadAttention'], ())
     """
 
     modules: tuple[ModuleReport, ...]

@@ -121,10 +121,10 @@ def _score_bias(bias: ScoreBias, num_heads: int, rows: Tensor, columns: Tensor) 
     except (AttributeError, TypeError, RuntimeError) as error:
         if made is bias and not isinstance(error, TypeError):
             raise
+        what = f"raises {error!r}" if made is bias else f"returns {describe(made)}"
         raise ArgumentError(
             "`score_bias` must be a tensor (N, Sq, Sk), or a callable (head, q_position, k_position) -> tensor that computes all scores at "
-            f"once, from integer tensors of shapes {(*head.shape,)}, {(*rows.shape,)} and {(*columns.shape,)}, but it "
-            + (f"raises {error!r}." if made is bias else f"returns {describe(made)}.")
+            f"once from index tensors of shapes {(*head.shape,)}, {(*rows.shape,)} and {(*columns.shape,)}, but it {what}."
         ) from error
     return made  # type: ignore[no-any-return]
 

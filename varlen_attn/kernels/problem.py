@@ -66,6 +66,12 @@ class Semantics:
         return_lse: whether the log-sum-exp is asked for.
         deterministic: gradients must be bitwise reproducible.
         batch_invariant: a sequence's result must not depend on its batch-mates, bitwise.
+
+    Examples:
+        >>> Semantics.of(causal=True, window=(16, None)).window
+        (16, None)
+        >>> choose(Problem(device_type="cpu", semantics=Semantics.of(softcap=30.0))).problem.semantics.softcap
+        30.0
     """
 
     causal: Causal = False
@@ -180,6 +186,11 @@ class Problem:
         host_lengths: the lengths are known on the host.
         deterministic_mode: `torch.use_deterministic_algorithms(True)` is set, not to warn only: kernels without an argument obey it.
         requested: the backend's name, or ``"auto"``.
+
+    Examples:
+        >>> h100 = Problem(device_type="cuda", capability=(9, 0), dtype=torch.bfloat16, packages=())
+        >>> choose(h100).backend
+        'torch_varlen'
     """
 
     device_type: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")

@@ -126,11 +126,14 @@ def exact(
     else:
         token_indices = torch.nonzero_static(flat, size=total).squeeze(1)
     mark_unbacked(token_indices)
-    if lengths_Q is not None:
-        offsets = _offsets(lengths_Q)
-    else:
-        offsets = torch.tensor([0, *itertools.accumulate(lengths or ())], dtype=torch.int32, device="cpu")
-    return Index(offsets, token_indices, flat.cumsum(0) * flat, lengths, has_holes, right_padded)
+    return Index(
+        _offsets(lengths or () if lengths_Q is None else lengths_Q),
+        token_indices,
+        flat.cumsum(0).mul_(flat),
+        lengths,
+        has_holes,
+        right_padded,
+    )
 
 
 def index_of_all(batch_size: int, padded_len: int, device: torch.device) -> Index:
@@ -268,7 +271,9 @@ def index_of_documents(ids: Tensor, max_docs: int | None) -> Index:
     )
 
 
-def _offsets(lengths_Q: Tensor) -> Tensor:
+def _offsets(lengths_Q: Tensor | tuple[int, ...]) -> Tensor:
+    if isinstance(lengths_Q, tuple):
+        return torch.tensor([0, *itertools.accumulate(lengths_Q)], dtype=torch.int32, device="cpu")
     return torch.cat([lengths_Q.new_zeros(1), lengths_Q.cumsum(0)]).to(torch.int32)
 
 

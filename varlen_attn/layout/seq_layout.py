@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .._torch import is_tracing, mark_unbacked, needs_plain_gathers, num_writes, pytree, ragged_dim, trace_quietly
+from .._torch import is_tracing, mark_unbacked, num_writes, pytree, ragged_dim, trace_quietly
 from ..errors import ArgumentError, DtypeError, LayoutError
 from .build import (
     Index,
@@ -54,7 +54,7 @@ from .checks import (
     shorten,
     signed_pad_value,
 )
-from .rows import STAND_INS, Edges, Pack, Unpack, gather_rows, place_rows, scatter_rows, take_rows
+from .rows import STAND_INS, Edges, Pack, Unpack, gather_rows, place_rows, scatter_rows, take_rows, takes_formulas
 
 Pooling = Literal["mean", "max", "sum", "first", "last"]
 P = ParamSpec("P")
@@ -101,6 +101,15 @@ class SeqLayout:
 
     The equivalent of ``layout.pack(x)`` in plain PyTorch is ``x[~key_padding_mask]``, and of ``layout.unpack(y)``
     ``torch.zeros(B, S, D).masked_scatter(~key_padding_mask[..., None], y)``.
+
+    Examples:
+        >>> mask = torch.arange(4) >= torch.tensor([4, 1])[:, None]  # (B, S), True is padding
+        >>> layout = SeqLayout.from_key_padding_mask(mask)
+        >>> layout
+        SeqLayout(B=2, S=4, Q=2, T=5, fill=0.62, lengths=(4, 1), device=cpu)
+        >>> rows = layout.pack(torch.randn(2, 4, 16))  # (T, D)
+        >>> layout.unpack(rows).shape, layout.pool(rows, "mean").shape
+        (torch.Size([2, 4, 16]), torch.Size([2, 16]))
     """
 
     batch_size: int
@@ -388,7 +397,7 @@ class SeqLayout:
             return self.pack(x.view(STAND_INS[x.dtype])).view(x.dtype)
         flat = x.reshape(self.batch_size * self.padded_len, *x.shape[2:])
         valid_T = self.valid_rows() if self.has_slack else None
-        if needs_plain_gathers():
+        if takes_formulas(x, packed=False):
             return gather_rows(flat, self.token_indices, valid_T)
         if torch.is_grad_enabled() and x.requires_grad:
             packed: Tensor = Pack.apply(flat, self.token_indices, self.gather_indices, valid_T)
@@ -416,7 +425,7 @@ class SeqLayout:
         value = int(pad_value) if exact else pad_value
         if x.dtype in STAND_INS:
             return self.unpack(x.view(STAND_INS[x.dtype]), "edge" if edges else signed_pad_value(value, x.dtype)).view(x.dtype)
-        if needs_plain_gathers():
+        if takes_formulas(x, packed=True):
             padded = scatter_rows(x, self.gather_indices, value)
             if edges is not None:
                 padding = (self.gather_indices == 0).view(-1, *[1] * (x.dim() - 1))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..data.results import farthest
 from ..errors import ArgumentError
 from ..layout.seq_layout import SeqLayout
+from ..layout.shown import Shown
 from ._batch import PaddedBatch
 from ._recorder import Call, Event, Events, run_alone, run_batch, undisturbed
 
@@ -39,8 +40,8 @@ HIDDEN = (
 )
 
 
-@dataclass(frozen=True)
-class InvarianceReport:
+@dataclass(frozen=True, repr=False)
+class InvarianceReport(Shown):
     """What `check_padding_invariance` compared and found equal; ``str()`` says it in a few lines.
 
     Attributes:
@@ -50,6 +51,11 @@ class InvarianceReport:
         largest: the largest absolute difference.
         poisoned: whether the batch also ran with random numbers at padding of its inputs.
         dtype: that the model ran in.
+
+    Examples:
+        >>> report = check_padding_invariance(nn.Linear(4, 4), torch.randn(2, 5, 4), layout=SeqLayout.from_lengths([5, 3]))
+        >>> report.poisoned, report.skipped
+        (True, ())
     """
 
     compared: tuple[str, ...]
@@ -104,6 +110,12 @@ def check_padding_invariance(
         AssertionError: a valid output depends on padding or on other samples; the message names the first submodule, and a fix.
         ArgumentError: the mask is not found or does not fit, a sample does not run alone, the model is random in evaluation, or
             nothing could be compared.
+
+    Examples:
+        >>> layer = nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
+        >>> batch = {"src": torch.randn(2, 5, 16), "src_key_padding_mask": torch.arange(5) >= torch.tensor([5, 3])[:, None]}
+        >>> "linear1" in check_padding_invariance(layer, batch).compared
+        True
     """
     given = PaddedBatch.of(batch, layout, batch_first)
     skipped = tuple(i for i in range(given.samples) if not len(given.columns[i]))

@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..._state import state
 from ..._switch import Alive, Use, in_use, uses
@@ -33,6 +34,7 @@ from ...layout.seq_layout import SeqLayout
 Window = tuple[int | None, int | None]
 INTERNAL = "_attn_implementation_internal"  # of a configuration, whose own way to say it takes microseconds
 LOOKED_AT = "a mask that the model looked at, and may have changed"
+ISLAND = "attention that needs columns: the layers around it compute rows"
 
 
 class Pattern(NamedTuple):
@@ -70,6 +72,7 @@ class Forward:
         model: whose it is.
         reader: says why its layers must not run packed, from its arguments; called once, by the first layer that would run packed
             otherwise, with whether its mask is causal.
+        given: its arguments, by name.
         padded_because: why its layers do not run packed, once that is known.
         filled: its layers run padded, but no reader of rows at padding is known, so that these hold what they do after a packed stack.
         in_rows: whether a layer handed on rows, and the last did not put them back yet.
@@ -79,6 +82,7 @@ class Forward:
     tree: object
     model: nn.Module
     reader: Callable[[bool], str | None] | None
+    given: Callable[[], dict[str, Any]] = dict
     padded_because: str | None = None
     filled: bool = False
     in_rows: bool = False
@@ -94,15 +98,16 @@ class _Thread(threading.local):
     seen: list[Tensor] | None = None
     made: tuple[Tensor, SeqLayout] | None = None
     rows: Callable[[], Use | None] = staticmethod(lambda: None)
+    island: Callable[[], Meaning | None] = staticmethod(lambda: None)
 
 
 _thread = _Thread()
 
 
-def enter_forward(tree: object, model: nn.Module, reader: Callable[[bool], str | None]) -> None:
-    """A model's forward begins; ``reader`` says why its layers must not run packed, None if they may."""
-    left = next((i for i, f in enumerate(_thread.forwards) if f.model is model), None)  # interrupted, and never left
-    _thread.forwards = [*_thread.forwards[:left], Forward(tree, model, reader)]
+def enter_forward(forward: Forward) -> None:
+    """A model's forward begins."""
+    left = next((i for i, f in enumerate(_thread.forwards) if f.model is forward.model), None)  # interrupted, and never left
+    _thread.forwards = [*_thread.forwards[:left], forward]
 
 
 def _under_way() -> list[Forward]:
@@ -123,7 +128,7 @@ def leave_forward(model: nn.Module) -> Forward | None:
         return None
     _thread.forwards = forwards[:i]
     for forward in forwards[i:]:
-        forward.reader = None
+        forward.reader, forward.given = None, dict
         uses.discard(forward.use)
     end_rows()
     return forwards[i]
@@ -134,6 +139,16 @@ def end_rows() -> None:
     use = _thread.rows()
     if use is not None:
         uses.discard(use)
+
+
+def around_island(meaning: Meaning | None) -> None:
+    """A layer begins, on the rows of ``meaning`` or on columns (None)."""
+    _thread.island = (lambda: None) if meaning is None else weakref.ref(meaning)
+
+
+def island_of() -> Meaning | None:
+    """What the layer was given whose attention this is; None if it runs on columns."""
+    return _thread.island()
 
 
 @contextmanager
@@ -326,6 +341,24 @@ class Meaning:
         rows = None if self.rows is None else self.rows.to(device)
         dense = lambda: self.dense.to(device)  # noqa: E731
         return Meaning(self.shape, device, pattern, padding, self.first_query, dense, rows, config=self.config, dtype=self.dtype)
+
+
+# What masks of numbers mean, also to layers that are computed again when no forward is under way. Gone with them.
+of_numbers: MutableMapping[Tensor, Meaning] = WeakIdKeyDictionary()
+
+
+def meaning_of_numbers(mask: Tensor) -> Meaning | None:
+    """Of the mask that attention code of its own is given. Which columns are tokens it says itself if it is ``(B, S)``, else the mask that
+    the model was given."""
+    known, forward = of_numbers.get(mask), _thread.forwards[-1] if _thread.forwards else None
+    if forward is None or (known is not None and known.forwards[-1:] == [forward]):
+        return known
+    padding = mask.clone() if mask.dim() == 2 else forward.given().get("attention_mask")
+    if not isinstance(padding, Tensor) or padding.dim() != 2 or padding.is_floating_point() or padding.device != mask.device:
+        return None
+    columns = padding.shape[1]
+    made = of_numbers[mask] = Meaning((len(padding), 1, columns, columns), mask.device, Pattern(False), padding, 0, padding.clone)
+    return made
 
 
 _KEEPING = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
