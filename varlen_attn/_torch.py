@@ -29,6 +29,8 @@ profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type:
 num_writes: Callable[[Tensor], int] = attrgetter("_version")
 # Fail on the device, without a transfer, where the tensor does not hold.
 assert_async: Callable[[Tensor, str], None] = torch._assert_async
+# How many modes see each operation: one may record them for other values, as `make_fx` does.
+is_observed: Callable[[], int] = torch._C._len_torch_dispatch_stack
 # Copy each tensor of one list to that of another.
 copy_each = torch._foreach_copy_
 # Whether this CPU multiplies tiles of bfloat16, and the system lets it.
@@ -64,11 +66,6 @@ def is_plain(x: Tensor) -> bool:
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
         return False
     return not (x.is_meta or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
-
-
-def is_observed() -> bool:
-    """Whether a mode sees each operation: it may record them for other values, as `make_fx` does."""
-    return bool(torch._C._len_torch_dispatch_stack())
 
 
 def trace_quietly() -> None:

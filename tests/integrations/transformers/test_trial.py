@@ -386,6 +386,28 @@ def test_a_forward_under_way(name: str, level: Any, implementation: str) -> None
     assert not any(is_ours(hook) for m in model.modules() for hook in m._forward_pre_hooks.values())
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["Bert", "Llama"])
+def test_a_forward_without_padding_under_way(name: str, implementation: str) -> None:
+    """It goes on after the model was disabled; ``eager`` takes no mask for a word that nothing is hidden, the future neither."""
+    model = build(name, dtype=torch.float32)
+    model.set_attn_implementation(implementation)
+    (stack,) = integration._stacks(model)
+    inner = next(m for m in stack.layers[1].modules() if integration._calls_interface(m))
+    inputs = {"input_ids": token_ids(torch.ones_like(VALID).long())}
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+    quietly(model, hooks="packed")
+    held = Held(model, inner, **inputs)
+    disabling = threading.Thread(target=lambda: disable(model))
+    disabling.start()
+    deadline = time.monotonic() + 30
+    while model.config._attn_implementation != implementation and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert_close(held.end()[0], expected, 1e-4)
+    disabling.join()
+
+
 def test_a_forward_that_began_before_its_wish_was_known() -> None:
     """Nobody saw that its caller wants the loss of all columns: its layers run padded, those of the next one do not."""
     model = build("Bert", "ForTokenClassification", dtype=torch.float32)

@@ -498,7 +498,8 @@ def varlen_mask(
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]
     assert isinstance(q_offset, int)
     padding = _padding_of_columns(attention_mask, kv_length, kv_offset)
-    if order == "auto" and not state.records and _says_it_all(pattern, padding, q_length == kv_length and q_offset == kv_offset):
+    square = (q_length, q_offset) == (kv_length, kv_offset)
+    if order == "auto" and not state.records and _says_it_all(kwargs.get("config"), pattern, padding, square):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]
     pattern = pattern._replace(window=_effective(pattern.window, q_length, kv_length))
     if padding is not None and tuple(padding.shape) != (batch_size, kv_length):
@@ -510,12 +511,13 @@ def varlen_mask(
     return VarlenMask(Meaning(shape, device, pattern, padding, q_offset - kv_offset, make, **known))
 
 
-def _says_it_all(pattern: Pattern, padding: Tensor | None, square: bool) -> bool:
+def _says_it_all(config: Any, pattern: Pattern, padding: Tensor | None, square: bool) -> bool:
     """Whether nothing is packed, because nothing is padded, and layers know themselves whether they are causal: of a model that is enabled,
     and that transformers lets attend by ``sdpa`` with no more than that."""
     if pattern.window is not None or pattern.documents is not None or not (square or not pattern.causal) or not _thread.forwards:
         return False
-    if not getattr(_thread.forwards[-1].model, "_supports_sdpa", False):
+    # One that came with ``eager`` may be told so again while its forward is under way.
+    if not getattr(_thread.forwards[-1].model, "_supports_sdpa", False) or getattr(config, "__dict__", {}).get(INTERNAL) == "eager":
         return False
     return padding is None or (padding.device.type == "cpu" and bool(padding.all()))
 
