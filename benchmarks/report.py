@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bench_host, plots, sections, what_ran
+from . import bench_compile, bench_host, plots, sections, what_ran
 from . import bench_transformers as hf
 from .bench_attention import GOALS
 from .bench_encoder import AGAIN, MASKED, OFF, ON, OURS
@@ -189,6 +189,29 @@ def host(result: dict[str, Any]) -> str:
     return "\n\n".join([f"{setting(result['environment'])}.", says, table(["what", "as it was, us", "ours, us", "ratio", "goal"], lines)])
 
 
+def compiled(result: dict[str, Any]) -> str:
+    """Measured by itself, as the host's."""
+    names = (hf.BEFORE, *(name for pair in bench_compile.PAIRS for name in reversed(pair) if name != hf.BEFORE))
+    lines = []
+    for row in sorted(result["rows"], key=lambda row: (row["threads"], row["what"], row["fill"])):
+        times = [f"{row['milliseconds'][name]:.0f}" for name in names]
+        gains = [f"**{row['gain'][packed]:.2f}**" for packed, _ in bench_compile.PAIRS]
+        lines.append([row["what"], row["batch"], str(row["threads"]), *times, *gains, f"{row['ratio'][hf.AGAIN]:.2f}"])
+    header = [
+        "",
+        "batch",
+        "threads",
+        *(f"{name}, ms" for name in names),
+        *(f"{b} / {a}" for a, b in bench_compile.PAIRS),
+        f"{hf.BEFORE} / {hf.AGAIN}",
+    ]
+    says = (
+        "Models of transformers by inductor, padded and packed, without and with `freezing`; graphs are those for any size. One thread is "
+        "timed by its CPU time. Ratios are times padded / times packed; the last column is the noise."
+    )
+    return "\n\n".join([f"{setting(result['environment'])}.", says, table(header, lines)])
+
+
 def batches() -> str:
     return "\n".join(f"- {workload}" for workload in WORKLOADS)
 
@@ -282,7 +305,7 @@ def _libraries(rows: list[dict[str, Any]]) -> str:
     return "; ".join(dict.fromkeys(row["libraries"] for row in rows))
 
 
-NAMES = ("encoder", "memory", "transformers", "attention", "mha", "layout", "length", "minitest", "host")
+NAMES = ("encoder", "memory", "transformers", "attention", "mha", "layout", "length", "minitest", "host", "compile")
 
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -308,6 +331,8 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
             parts += section(rows[name])
     if "host" in results:
         parts += ["## What a call takes of the host", host(results["host"])]
+    if "compile" in results:
+        parts += ["## `torch.compile`", compiled(results["compile"])]
     return "\n\n".join(parts) + "\n"
 
 

@@ -24,6 +24,7 @@ report = pytest.importorskip("benchmarks.report", reason="benchmarks are not in 
 
 from benchmarks import (  # noqa: E402
     bench_attention,
+    bench_compile,
     bench_host,
     bench_layout,
     bench_length,
@@ -431,3 +432,19 @@ def test_a_goal_of_the_host_that_is_missed_by_more_than_before() -> None:
     text = report.host({"environment": bench_host.environment(), "rows": committed["rows"]})
     assert "| a | - | - | 1 | 1.15: met |" in text
     assert "| b | - | - | 1.5 | 1.15: **missed** |" in text
+
+
+# -------------------------------------------------------------------- torch.compile
+
+
+def test_what_is_compiled_is_timed_for_right_results_only() -> None:
+    pytest.importorskip("sentence_transformers")
+    model, limits = bench_compile.bert(1, 64), bench_compile.Limits(rounds=1, budget=0)
+    (found,) = bench_compile.rows("tiny", model, (0.5,), (4, 12), limits, "eager")
+    assert set(found["gain"]) == {packed for packed, _ in bench_compile.PAIRS}
+    assert "tiny" in report.compiled({"environment": {"cpu": "", "cpu_capability": "", "torch": ""}, "rows": [found]})
+    wrong = copy.deepcopy(model)
+    wrong.embeddings.word_embeddings.weight.data.mul_(1.01)
+    models, batch = {bench_compile.BEFORE: model, bench_compile.COMPILED_PACKED: wrong}, bench_compile.batch_of(0.5, 4, 12)
+    with pytest.raises(AssertionError, match="compiled, packed"):
+        bench_compile.row("tiny", 0.5, batch, models, model, limits)

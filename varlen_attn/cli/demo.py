@@ -107,7 +107,6 @@ What to type next:
   python -m varlen_attn info                                    what this machine has
   python -m varlen_attn explain --device cuda --capability 9.0 --dtype bfloat16 --causal
                                                                 what would run on a GPU, asked from here
-  python -m varlen_attn build-native                            a faster kernel for CPUs, compiled here in 20 seconds
   python -m varlen_attn compare DIR --texts FILE                all this for a model of yours
 and in your own program:
 

@@ -42,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
         ("demo", _demo, "an encoder and an attention layer on real text, against torch's: same numbers, both times"),
         ("compare", _compare, "a model before and after `enable`, on a batch of your texts: equality, time, memory, and whether it gains"),
         ("bench", _bench, "an attention layer on this machine: torch's means and our backends, verified and timed in turns, in a minute"),
-        ("build-native", _build_native, "compile the CPU kernel of this package with this machine's C++ compiler, in about 20 seconds"),
+        (
+            "build-native",
+            _build_native,
+            "compile the CPU kernel of this package again, with this machine's C++ compiler or with CXX, CXXFLAGS and LDFLAGS",
+        ),
     ):
         command = commands.add_parser(name, help=says, description=says)
         command.set_defaults(run=run, parser=command)
@@ -275,7 +279,6 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _build_native(options: argparse.Namespace) -> int:
-    """0, 1 where it fails, 3 where there is nothing to build with."""
     from ..errors import VarlenError
     from ..kernels.cpu import build as _native
 
@@ -283,7 +286,7 @@ def _build_native(options: argparse.Namespace) -> int:
         path = _native.build(sanitize=options.sanitize)
     except VarlenError as error:
         print(error, file=sys.stderr)
-        return 3 if isinstance(error, _native.NoCompiler) else 1
+        return 1
     print(f"built: {path}" if _native.setting == "0" else f"built: {path} ({_native.library()})")
     return 0
 

@@ -103,7 +103,7 @@ class _Enabled:
 NOTHING_PADDED = "nothing is padded, and torch's own is as quick"
 _WEIGHTS = "attention weights exist in the padded computation only"
 _LITTLE_PADDED = "to pack so little takes more time than it saves"
-_PAYS = 2_500_000  # multiplications by a weight, or of a query with keys, that padding would take: from there on packing saves time (alike)
+_PAYS = 4_000_000  # multiplications that padding takes, of which one with a key takes as long as four by a weight: more saves time (alike)
 _LITTLE = 1 << 18  # numbers of an input: below, a forward of torch's encoder took less time than ours on packed rows (Zen 4, one thread)
 _OURS = frozenset({"layout", "layout_kv", "window", "backend"})  # keywords that torch's modules do not know
 
@@ -147,23 +147,23 @@ class _EnabledAttention(_Enabled):
             return nothing
         if not (is_plain(padding) and padding.is_cpu):
             return None
-        exact, columns = padding.dtype == torch.bool, padding.shape[-1]
-        hidden = torch.count_nonzero(padding.reshape(-1, max(columns, 1)), 1).tolist()
-        if not any(hidden):
+        if not padding.any():
             return nothing and NOTHING_PADDED
-        if not (query.is_cpu and exact) or self.padding_rows == "edge" or columns in hidden:
+        columns = padding.shape[-1]
+        hidden = [row.count(True) for row in padding.reshape(-1, columns).tolist()]
+        if not query.is_cpu or padding.dtype != torch.bool or self.padding_rows == "edge" or columns in hidden:
             return None
         for x in (key, value):
             if not isinstance(x, Tensor) or padding.shape != (x if self.batch_first or x.dim() == 2 else x.transpose(0, 1)).shape[:-1]:
                 return None  # ours says what is wrong
-        saved = sum(hidden) * self.embed_dim * (self.embed_dim + columns)
-        return _WEIGHTS if weights else _LITTLE_PADDED if saved < _PAYS else None
+        saved = sum(hidden) * self.embed_dim * (self.embed_dim + 4 * columns)
+        return _WEIGHTS if weights else _LITTLE_PADDED if saved < _PAYS and not why_replaced(self.original_class) else None
 
     def as_it_came(self: Any, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         query, key, value, padding, weights, mask, average, causal, ours = _attention(*args, **kwargs)
         weights, zeros, at = self.gives_weights if weights is None else weights, False, None
         if why in (_WEIGHTS, _LITTLE_PADDED) and padding is not None:
-            at = (padding if self.batch_first or padding.dim() == 1 else padding.T)[..., None]
+            at = (padding if self.batch_first or padding.dim() == 1 else padding.T).unsqueeze(-1)
             zeros = self.padding_rows == "zero" and query.is_set_to(key)  # else padded queries are computed as they are
             clean = key.masked_fill(at, 0)  # NaN at padding reaches no token
             value = clean if value is key else value.masked_fill(at, 0)
@@ -171,10 +171,10 @@ class _EnabledAttention(_Enabled):
         with self._noted(why, query):
             out, given = self.original_class.forward(self, query, key, value, padding, weights, mask, average, causal, **ours)
         if zeros:
-            out = out.masked_fill(at, 0)
+            out = out.masked_fill_(at, 0)
         if zeros and given is not None:
             per_head = given.dim() > padding.dim() + 1
-            given = given.masked_fill((padding.unsqueeze(-2) if per_head else padding)[..., None], 0)
+            given = given.masked_fill((padding.unsqueeze(-2) if per_head else padding).unsqueeze(-1), 0)
         return out, given
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 pytest.importorskip("transformers", minversion="5.4", reason="needs transformers")
@@ -181,6 +184,42 @@ def test_one_graph(name: str, way: str) -> None:
         elif padded:
             assert [call.rows for call in log] == [int(inputs["attention_mask"].sum())] * 2
     assert counter.frame_count <= 6
+
+
+def rows(sequences: list[Tensor], capacities: tuple[int, ...], most: int) -> dict[str, Any]:
+    """As in docs/transformers.md."""
+    source = (Path(__file__).parents[3] / "docs" / "transformers.md").read_text()
+    names: dict[str, Any] = {"torch": torch, "F": F}
+    exec(re.findall(r"^def rows.*?\n\n", source, re.DOTALL | re.MULTILINE)[0], names)
+    found: dict[str, Any] = names["rows"](sequences, capacities, most)
+    return found
+
+
+def test_one_graph_for_each_capacity() -> None:
+    """What CUDA graphs need: static shapes, and no graph that ends."""
+    model, counter = build("Bert"), CompileCounter()
+    generator = torch.Generator().manual_seed(0)
+    given = [[torch.randint(3, 50, (n,), generator=generator) for n in lengths] for lengths in ([5, 3], [7], [9, 8, 7], [1, 1, 30], [6, 2])]
+    expected = [torch.cat([model(input_ids=ids[None])[0][0] for ids in sequences]).detach() for sequences in given]
+    enable(model)
+    call = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    for sequences, want in zip(given, expected, strict=True):
+        with record(model) as log, torch.no_grad():
+            out = call(**rows(sequences, (8, 16, 32), most=4))[0][0]
+        assert_close(out[: len(want)], want)
+        assert [call.rows for call in log] == [len(out)] * 2
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("name", ["Bert", "Llama"])
+def test_packed_inputs_are_exported(name: str) -> None:
+    """Sequences do not see each other, whatever the offsets."""
+    model = build(name, **(dict(use_cache=False) if name == "Llama" else {}))
+    enable(model)
+    first, *others = (rows([torch.arange(3, 3 + n) for n in lengths], (16,), most=4) for lengths in ([5, 3], [7, 6, 3], [16]))
+    program = torch.export.export(model, (), kwargs=first).module()
+    for given in (first, *others):
+        assert_close(program(**given)[0].detach(), model(**given)[0].detach())
 
 
 @pytest.mark.parametrize("wish", ["labels at padding", "the last logits"])

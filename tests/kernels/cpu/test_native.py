@@ -15,6 +15,7 @@ from torch import Tensor
 
 from varlen_attn import LayoutError, SeqLayout, explain, padded_attention, record, varlen_attention
 from varlen_attn.kernels.cpu import build as _native
+from varlen_attn.kernels.cpu import compile as _compile
 from varlen_attn.kernels.cpu.native import CpuNative
 from varlen_attn.kernels.problem import Semantics
 from varlen_attn.kernels.values import Call
@@ -55,7 +56,7 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """The kernel as users have it, and each instruction set that this CPU has with the kernel's own matrix products."""
     if request.param == "as it comes":
         return str(request.param)
-    wanted, best = (list(_native._LEVELS).index(name) for name in (request.param, _native.library().level))
+    wanted, best = (list(_compile.LEVELS).index(name) for name in (request.param, _native.library().level))
     if wanted > best:
         pytest.skip(f"this CPU has no {request.param}")
     force(monkeypatch, wanted)
@@ -294,6 +295,49 @@ def test_onednn_that_is_switched_off_is_not_called() -> None:
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="torch exports products for AVX512 only")
 def test_products_of_libtorch_are_found_where_it_has_them() -> None:
     assert _native.library().products.startswith("oneDNN")
+
+
+def test_it_is_bound_to_no_torch_and_no_openmp() -> None:
+    needed = _native.library().path.read_bytes()
+    assert not [name for name in (b"libtorch_cpu", b"libc10", b"libgomp", b"libomp", b"libstdc++", b"libc++") if name in needed]
+
+
+def test_a_torch_without_its_functions_is_served_by_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_threads: None) -> None:
+    layout = SeqLayout.from_lengths(LENGTHS)
+    qkvg = tensors(layout.num_rows, torch.bfloat16)
+    with monkeypatch.context() as patch:
+        force(patch, -1)  # its own products
+        want = run(qkvg, layout)
+    copy = tmp_path / "native.so"
+    copy.write_bytes(_native.library().path.read_bytes())
+    monkeypatch.setattr(_native, "_FUNCTIONS", [f"no_{name}" for name in _native._FUNCTIONS])
+    monkeypatch.setitem(_native._found, _native.setting, library := _native.Library(copy))
+    assert library.products == "its own products"
+    assert all(torch.equal(a, b) for a, b in zip(run(qkvg, layout), want, strict=True))
+
+
+def test_what_libtorch_throws_is_an_error(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> None:
+    """A product that fails in the middle of a call, here because it was switched off, as no caller of ours does it."""
+    if "bfloat16" not in _native.library().products:
+        pytest.skip("no products that can fail")
+    layout = SeqLayout.from_lengths(LENGTHS)
+    qkvg = tensors(layout.num_rows, torch.bfloat16)
+    want = run(qkvg, layout)
+    inner = _native.Library.forward
+
+    def forward(self: _native.Library, arguments: Any) -> None:
+        arguments.portable = 0
+        inner(self, arguments)
+
+    try:
+        torch._C._set_mkldnn_enabled(False)
+        with monkeypatch.context() as patch:
+            patch.setattr(_native.Library, "forward", forward)
+            with pytest.raises(RuntimeError, match="the compiled CPU kernel failed: a matrix product of libtorch failed"):
+                run(qkvg, layout)
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    assert all(torch.equal(a, b) for a, b in zip(run(qkvg, layout), want, strict=True))
 
 
 def test_heads_without_width_are_left_to_others() -> None:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..._state import state
-from ..._torch import between_graphs
+from ..._torch import between_graphs, is_tracing
 from ...attention.call import Options as Asked
 from ...attention.call import attend
 from ...attention.dispatch import requested_backend
-from ...attention.export import note_static, refuse_order
+from ...attention.export import REASON, note_static, refuse_order, static_graph
 from ...attention.forms import full_layout, pack_rows, unpack_rows
 from ...attention.records import recorded_padded
 from ...data.host_lengths import HostLengths
@@ -118,9 +118,9 @@ def _attend_columns(
     options = options._replace(weights=options.weights or "attentions" in collected())
     meaning, has_offsets = mask.meaning if isinstance(mask, VarlenMask) else None, kwargs.get("cu_seq_lens_q") is not None
     order = requested_backend("auto")
-    if has_offsets and not torch.compiler.is_compiling():
+    if has_offsets:
         layouts, causal = _given_layouts(query, key, mask, kwargs), _is_causal(module, is_causal)
-        way = _by_offsets(*layouts, mask, causal, options)
+        way = REASON if static_graph() else _by_offsets(*layouts, mask, causal, options)
         if isinstance(way, str):
             mask = _same_document(mask, *layouts, causal)
     elif meaning is not None and torch.compiler.is_compiling():
@@ -200,9 +200,9 @@ def _given_layouts(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict
             "`attention_mask` must not hide columns where cu_seq_lens_q is given, whose columns are all tokens, but does: pass one of both."
         )
     offsets_q, offsets_k = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
-    layout_q = _offsets_layout(offsets_q, query, "q")
+    layout_q = _offsets_layout(offsets_q, query, "q", kwargs.get("max_length_q"))
     same = (offsets_k is None or offsets_k is offsets_q) and key.shape[2] == query.shape[2]
-    return layout_q, layout_q if same else _offsets_layout(offsets_k, key, "k")
+    return layout_q, layout_q if same else _offsets_layout(offsets_k, key, "k", kwargs.get("max_length_k"))
 
 
 def _by_offsets(layout_q: SeqLayout, layout_k: SeqLayout, mask: Tensor | None, causal: bool, options: Options) -> Packing | str:
@@ -217,11 +217,14 @@ def _by_offsets(layout_q: SeqLayout, layout_k: SeqLayout, mask: Tensor | None, c
 _layouts: MutableMapping[Tensor, tuple[int, Tensor, SeqLayout]] = WeakIdKeyDictionary()
 
 
-def _offsets_layout(offsets: Tensor | None, x: Tensor, side: str) -> SeqLayout:
-    """Kept for the tensor, which every layer is given, as long as nobody writes to it."""
+def _offsets_layout(offsets: Tensor | None, x: Tensor, side: str, longest: Any) -> SeqLayout:
+    """Kept for the tensor, which every layer is given, as long as nobody writes to it; in one graph, where nothing is read, made anew."""
     name = f"cu_seq_lens_{side}"
     if offsets is None:
         raise LayoutError(f"`{name}` must be given, because there are other keys than queries, but is None.")
+    if is_tracing(offsets) and x.shape[0] == 1:
+        total = x.shape[2]
+        return SeqLayout.from_cu_seqlens(offsets, longest if isinstance(longest, int) else total, total=total, validate=False)
     kept = offsets.seq_layout if isinstance(offsets, HostLengths) else _kept_layout(offsets)
     layout = SeqLayout.from_cu_seqlens(offsets) if kept is None else kept
     if x.shape[0] != 1 or x.shape[2] != layout.num_rows:

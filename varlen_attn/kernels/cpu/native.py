@@ -1,12 +1,12 @@
 """The compiled kernel of ``csrc/``: one parallel region over all sequences, heads and blocks of queries, forward and backward.
 
-Optional: ``python -m varlen_attn build-native`` compiles it. Softcap, ALiBi, sinks, windows and dropout run inside the kernel; a score
+Softcap, ALiBi, sinks, windows and dropout run inside the kernel; a score
 bias does not. float32 is computed in float32; bfloat16 by bfloat16 products with float32 sums where the CPU has instructions for them,
 else, like float16, in float32. A sequence's result is bitwise the same whatever else is in the batch, but for dropout, which is drawn by
 the place in the batch.
 
 Its matrix products are those that libtorch exports from oneDNN (`at::native::cpublas::brgemm`, which uses AMX where there is one), or
-the kernel's own where libtorch has none for this CPU.
+the kernel's own where libtorch has none for this CPU. Its threads are libtorch's.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class CpuNative(Backend):
 
     name = "cpu_native"
     custom_op = checks_offsets = True
-    install = "compile it with `python -m varlen_attn build-native`"
+    install = _native.INSTALL
     capabilities = Capabilities(
         devices=frozenset({"cpu"}), dtypes=HALF | {torch.float32}, score_bias=False, batch_invariant=True
     )  # fmt: skip

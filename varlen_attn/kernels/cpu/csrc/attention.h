@@ -1,12 +1,33 @@
-// What the three source files share: the arguments of a call, and the matrix products that the kernel is built on.
+// What the source files share: the arguments of a call, and what the kernel takes from the torch that is loaded.
 //
-// No header of torch is included here: the kernel gets pointers, strides and offsets. So it compiles in seconds, and depends on
-// no class whose layout changes between versions of torch.
+// No header of torch is included and no library is linked but C's: the kernel gets pointers, strides and offsets, and the addresses of a few
+// functions of libtorch. So one build serves every version of torch. There are no exceptions, because they would need a C++ runtime: an
+// error is a text, and null is success.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 
 namespace varlen {
+namespace {
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Memory = std::unique_ptr<T[], Free>;
+
+// Nothing in it is initialised; null where there is no memory.
+template <class T>
+Memory<T> allocate(int64_t count) {
+  return Memory<T>(static_cast<T*>(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(T) + 127) / 64 * 64)));
+}
+
+constexpr const char* kNoMemory = "there is not enough memory";
+
+}  // namespace
 
 // The order of `dtype` in Args.
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -37,22 +58,24 @@ struct Args {
 };
 
 // C = A B, or C += A B. A is (m, k), B is (k, n), C is (m, n), all row by row. n and k are multiples of 16.
-// For bfloat16, B has pairs of rows interleaved: (k / 2, n, 2).
-using GemmFloat = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a,
-                           const float* b, float* c);
-using GemmHalf = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const uint16_t* a,
-                          const uint16_t* b, float* c);
+// For bfloat16, `pairs` is true, and B has pairs of rows interleaved: (k / 2, n, 2).
+template <class T>
+using Gemm = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const T* a, const T* b, float* c,
+                      bool pairs);
 
-struct Gemm {
-  GemmFloat f32;           // null: the kernel's own
-  GemmHalf bf16;           // null: bfloat16 is computed in float32
-  void (*release)(bool half);  // given back at the end of a thread's work; null: nothing to give back
+// The functions of libtorch, in the order of `_FUNCTIONS` in build.py. Each may be null: a torch without it.
+struct Torch {
+  int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*), void*);  // null: one thread, no products
+  int32_t (*num_threads)(uint32_t*);
+  Gemm<float> f32;             // null: the kernel's own
+  Gemm<uint16_t> bf16;         // null: bfloat16 is computed in float32
+  void (*release)(bool half);  // gives back at the end of a thread's work what products keep; null: nothing is kept
 };
 
 // The kernel, compiled once for each instruction set.
 struct Level {
-  void (*forward)(const Args&, const Gemm&);
-  void (*backward)(const Args&, const Gemm&);
+  const char* (*forward)(const Args&, const Torch&);
+  const char* (*backward)(const Args&, const Torch&);
 };
 
 }  // namespace varlen

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
-#include <vector>
 
 #include "operands.h"
 #include "tasks.h"
@@ -29,11 +28,9 @@ struct Backward {
     T *queries_t, *grads_t, *queries, *grads, *weights, *dscores, *dscores_pairs, *keys_t, *keys, *values;
     float *scores, *dweights, *dk, *dv, *dq_t, *lse, *delta, *room;
     uint32_t *drop_queries;
-  };
-
-  // One block of queries: where its operands stand.
-  struct Block {
-    Right queries, grads;
+    struct Block {  // of queries: where its operands stand
+      Right queries, grads;
+    } *blocks;
   };
 
   State prepare() const {
@@ -47,7 +44,7 @@ struct Backward {
     const int64_t block = std::min(rows, kRowsBack), dims = std::max(a.dim, a.value_dim);
     const int64_t all_keys = group > 1 ? keys : kKeysBack;  // with one head a key/value head, gradients leave block by block
     for (int pass = 0; pass < 2; pass++) {
-      if (pass) s.memory.allocate();
+      if (pass && !s.memory.allocate()) break;
       s.queries_t = s.memory.template take<T>(rows * a.dim);
       s.grads_t = s.memory.template take<T>(rows * a.value_dim);
       s.queries = s.memory.template take<T>(rows * a.dim);
@@ -67,6 +64,7 @@ struct Backward {
       s.delta = s.memory.template take<float>(rows);
       s.room = s.memory.template take<float>(std::max(block, kKeysBack) * dims);
       s.drop_queries = s.memory.template take<uint32_t>(rows);
+      s.blocks = s.memory.template take<typename State::Block>(rows / kRowsBack + 1);
     }
     return s;
   }
@@ -91,7 +89,7 @@ struct Backward {
     const int64_t kv_head = head / group, member = head % group;
     const In* k = static_cast<const In*>(a.k) + span.k0 * a.k_row + kv_head * a.k_head;
     const In* v = static_cast<const In*>(a.v) + span.k0 * a.v_row + kv_head * a.v_head;
-    std::vector<Block> blocks = pack_queries(s, span, head);
+    pack_queries(s, span, head);
     if (a.sinks) sink_gradient(s, span, seq, head);
     const Dropout dropout(a, seq, head);
     if (a.dropout_p > 0)
@@ -111,7 +109,7 @@ struct Backward {
           const int64_t rows = round_up(std::min(kRowsBack, span.len_q - i), 16);
           // The queries of the block that see some of the keys, in whole vectors.
           const int64_t left = clamp(from - i, 0, rows) / 16 * 16, width = round_up(clamp(to - i, 0, rows), 16) - left;
-          const Block& block = blocks[i / kRowsBack];
+          const typename State::Block& block = s.blocks[i / kRowsBack];
           product(padded, width, a.dim, left_k.ld, rows, width, false, left_k.data, s.queries_t + i * a.dim + left * kColumn<T>, s.scores);
           product(padded, width, a.value_dim, left_v.ld, rows, width, false, left_v.data, s.grads_t + i * a.value_dim + left * kColumn<T>, s.dweights);
           derive(s, span, head, dropout, i + left, width, j, keys, padded);
@@ -131,7 +129,7 @@ struct Backward {
   }
 
   // Queries and gradients of one head as both kinds of right operand; log-sum-exp with sinks, and delta = rowsum(grad * out).
-  std::vector<Block> pack_queries(State& s, const Span& span, int64_t head) const {
+  void pack_queries(State& s, const Span& span, int64_t head) const {
     const In* q = static_cast<const In*>(a.q) + span.q0 * a.q_row + head * a.q_head;
     const In* grad = static_cast<const In*>(a.grad) + span.q0 * a.grad_row + head * a.grad_head;
     const In* out = static_cast<const In*>(a.out) + (span.q0 * a.heads + head) * a.value_dim;
@@ -147,16 +145,14 @@ struct Backward {
     const int64_t padded_rows = round_up(span.len_q, 16);
     std::fill(s.delta + span.len_q, s.delta + padded_rows, 0.0f);
     std::fill(s.lse + span.len_q, s.lse + padded_rows, kPlusInf);
-    std::vector<Block> blocks;
     for (int64_t i = 0; i < span.len_q; i += kRowsBack) {
       const int64_t rows = std::min(kRowsBack, span.len_q - i), width = round_up(rows, 16);
       pack_transposed(q + i * a.q_row, a.q_row, rows, a.dim, s.queries_t + i * a.dim, width, s.room);
       pack_transposed(grad + i * a.grad_row, a.grad_row, rows, a.value_dim, s.grads_t + i * a.value_dim, width, s.room);
       const float* lse_of_rows = s.lse + i;
-      blocks.push_back({pack_rows(q + i * a.q_row, a.q_row, rows, a.dim, s.queries + i * a.dim, width, lse_of_rows),
-                        pack_rows(grad + i * a.grad_row, a.grad_row, rows, a.value_dim, s.grads + i * a.value_dim, width, lse_of_rows)});
+      s.blocks[i / kRowsBack] = {pack_rows(q + i * a.q_row, a.q_row, rows, a.dim, s.queries + i * a.dim, width, lse_of_rows),
+                                 pack_rows(grad + i * a.grad_row, a.grad_row, rows, a.value_dim, s.grads + i * a.value_dim, width, lse_of_rows)};
     }
-    return blocks;
   }
 
   static float log_add(float x, float y) {

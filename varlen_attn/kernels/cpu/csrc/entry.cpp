@@ -1,25 +1,13 @@
 // The functions that Python calls, and the choice of instruction set and of matrix products when the library is loaded.
 
-#include <algorithm>
-#include <exception>
-#include <stdexcept>
-#include <string>
-#include <type_traits>
-#include <vector>
-
 #include "attention.h"
 
-// oneDNN's blocked products as libtorch exports them (ATen/native/CPUBlas.h). Declared here and not included, because that header needs
-// all of ATen; weak, so that a libtorch without them is found out by a null pointer (libtorch is linked whether or not it is needed).
-namespace c10 {
-struct BFloat16;
-}
-namespace at::native::cpublas {
-__attribute__((weak)) void brgemm(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const float*, const float*, float*, bool);
-__attribute__((weak)) void brgemm(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const c10::BFloat16*, const c10::BFloat16*, float*,
-                                  bool);
-__attribute__((weak)) void brgemm_release(bool);
-}  // namespace at::native::cpublas
+#if defined(__x86_64__)
+#include <cpuid.h>
+#define VARLEN_LEVELS(do) do(baseline) do(avx2) do(avx512)
+#else
+#define VARLEN_LEVELS(do) do(baseline)
+#endif
 
 namespace varlen {
 
@@ -27,81 +15,73 @@ namespace varlen {
   namespace name {           \
   extern const Level level;  \
   }
-VARLEN_DECLARE(baseline)
-#if defined(VARLEN_X86)
-VARLEN_DECLARE(avx2)
-VARLEN_DECLARE(avx512)
-#endif
+VARLEN_LEVELS(VARLEN_DECLARE)
 
 namespace {
 
-using FloatFunction = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const float*, const float*, float*, bool);
-using HalfFunction = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const c10::BFloat16*, const c10::BFloat16*, float*, bool);
+#define VARLEN_LIST(name) &name::level,
+const Level* const kLevels[] = {VARLEN_LEVELS(VARLEN_LIST)};
 
-void brgemm_f32(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a, const float* b, float* c) {
-  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);
-}
+// What this CPU and its system can do. Asked of the CPU itself, because not every compiler brings the functions of `__builtin_cpu_supports`.
+struct Cpu {
+  int64_t level = 0;  // the best of kLevels
+  bool bf16 = false;  // products of bfloat16
 
-void brgemm_bf16(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const uint16_t* a, const uint16_t* b, float* c) {
-  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, reinterpret_cast<const c10::BFloat16*>(a), reinterpret_cast<const c10::BFloat16*>(b), c,
-                              true);
-}
-
-void release(bool half) { at::native::cpublas::brgemm_release(half); }
-
-// Whether a product runs here and gives what it should: an exported symbol is no promise that this CPU can.
-template <class T>
-bool works(void (*product)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const T*, const T*, float*), T one) {
-  T a[16 * 16], b[16 * 16];
-  float c[16 * 16];
-  std::fill(a, a + 256, one), std::fill(b, b + 256, one), std::fill(c, c + 256, 1.0f);
-  try {
-    product(16, 16, 16, 16, 16, 16, true, a, b, c);
-    release(!std::is_same_v<T, float>);
-  } catch (...) {
-    return false;
+#if defined(__x86_64__)
+  Cpu() {
+    uint32_t a, b, c, d, saved, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return;
+    constexpr uint32_t fma = 1u << 12, movbe = 1u << 22, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+    if (~c & (fma | movbe | osxsave | avx | f16c)) return;
+    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));  // the registers that the system saves
+    if (~saved & 0x6 || !__get_cpuid(0x80000001, &a, &b, &c, &d) || !(c & 1u << 5)) return;  // lzcnt
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    constexpr uint32_t bmi1 = 1u << 3, avx2 = 1u << 5, bmi2 = 1u << 8;
+    if (~b & (bmi1 | avx2 | bmi2)) return;
+    level = 1;
+    constexpr uint32_t f = 1u << 16, dq = 1u << 17, cd = 1u << 28, bw = 1u << 30, vl = 1u << 31;
+    if (~saved & 0xe6 || ~b & (f | dq | cd | bw | vl)) return;
+    level = 2;
+    bf16 = a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1u << 5;
   }
-  for (float x : c)
-    if (x != 17.0f) return false;
-  return true;
-}
-
-struct Choice {
-  Gemm gemm{nullptr, nullptr, nullptr};
-  const Level* levels[3]{&baseline::level, nullptr, nullptr};
-  int64_t best = 0;
-
-  Choice() {
-#if defined(VARLEN_X86)
-    levels[1] = &avx2::level, levels[2] = &avx512::level;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
-        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt") && __builtin_cpu_supports("movbe"))
-      best = 1;
-    if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-      best = 2;
 #endif
-    const bool exported = static_cast<FloatFunction>(at::native::cpublas::brgemm) && at::native::cpublas::brgemm_release;
-    if (exported && works<float>(brgemm_f32, 1.0f)) gemm.f32 = brgemm_f32, gemm.release = release;
-#if defined(VARLEN_X86)
-    // Without instructions for it, a product in bfloat16 is slower than one in float32.
-    if (gemm.f32 && static_cast<HalfFunction>(at::native::cpublas::brgemm) && __builtin_cpu_supports("avx512bf16") &&
-        works<uint16_t>(brgemm_bf16, 0x3f80))
-      gemm.bf16 = brgemm_bf16;
-#endif
-  }
 };
 
-const Choice& choice() {
-  static const Choice made;
-  return made;
+const Cpu cpu;
+Torch torch{};
+
+// Whether a product runs here and gives what it should: an exported symbol is no promise that this CPU can. What it throws is caught by
+// `parallel_for`.
+template <class T>
+bool works(const Torch& given, Gemm<T> product, T one) {
+  struct Trial {
+    const Torch& given;
+    Gemm<T> product;
+    T a[16 * 16], b[16 * 16];
+    float c[16 * 16];
+  } trial{given, product, {}, {}, {}};
+  std::fill(trial.a, trial.a + 256, one), std::fill(trial.b, trial.b + 256, one), std::fill(trial.c, trial.c + 256, 1.0f);
+  const auto run = [](int64_t, int64_t, void* all) {
+    Trial& t = *static_cast<Trial*>(all);
+    constexpr bool half = sizeof(T) == 2;
+    t.product(16, 16, 16, 16, 16, 16, true, t.a, t.b, t.c, half);
+    t.given.release(half);
+  };
+  return given.parallel_for(0, 1, 1, run, &trial) == 0 && std::all_of(trial.c, trial.c + 256, [](float x) { return x == 17.0f; });
 }
 
-thread_local std::string last_error;
+void bind(Torch given) {
+  const bool products = cpu.level && given.parallel_for && given.release;
+  if (!products || !given.f32 || !works<float>(given, given.f32, 1.0f)) given.f32 = nullptr, given.release = nullptr;
+  // Without instructions for it, a product in bfloat16 is slower than one in float32.
+  if (!given.f32 || !given.bf16 || !cpu.bf16 || !works<uint16_t>(given, given.bf16, 0x3f80)) given.bf16 = nullptr;
+  torch = given;
+}
+
+thread_local const char* last_error = "";
 
 // Offsets that reach beyond the tensors would be read and written beyond: never, whatever was promised about them.
 const char* wrong_offsets(const int32_t* offsets, int64_t num_seqs, int64_t rows, bool slack) {
-  if (num_seqs < 0 || !offsets) return "offsets must have an entry";
   if (offsets[0] != 0) return "offsets must start at 0";
   for (int64_t s = 0; s < num_seqs; s++)
     if (offsets[s + 1] < offsets[s]) return "offsets must not decrease";
@@ -116,32 +96,23 @@ bool fits(const Args& a) {
   return sizes && sides && (a.rows_q == 0 || a.q) && (a.rows_k == 0 || (a.k && a.v));
 }
 
-int run(const Args* given, bool backward) {
-  try {
-    Args copy = *given;
-    const Args* args = &copy;
-    // Offsets of its own, which nobody writes to once they are checked.
-    std::vector<int32_t> offsets;
-    if (args->num_seqs >= 0 && args->cu_q && args->cu_k) {
-      const int64_t count = args->num_seqs + 1;
-      offsets.reserve(2 * count);
-      offsets.assign(args->cu_q, args->cu_q + count), offsets.insert(offsets.end(), args->cu_k, args->cu_k + count);
-      copy.cu_q = offsets.data(), copy.cu_k = offsets.data() + count;
-    }
-    for (const char* wrong : {wrong_offsets(args->cu_q, args->num_seqs, args->rows_q, args->slack_q), wrong_offsets(args->cu_k, args->num_seqs, args->rows_k, args->slack_k)})
-      if (wrong) return last_error = wrong, 2;
-    if (!fits(*args)) throw std::invalid_argument("sizes must be multiples of 16, heads of key/value heads, and tensors have memory");
-    const Choice& chosen = choice();
-    const int64_t at = args->level < 0 || args->level > chosen.best ? chosen.best : args->level;
-    const Level& level = *chosen.levels[at];
-    (backward ? level.backward : level.forward)(*args, chosen.gemm);
-    return 0;
-  } catch (const std::exception& error) {
-    last_error = error.what();
-  } catch (...) {
-    last_error = "unknown exception";
-  }
-  return 1;
+int failed(const char* why, int status) { return last_error = why, status; }
+
+// 0, 2 for wrong offsets, 1 for all else.
+int run(Args args, bool backward) {
+  if (args.num_seqs < 0 || !args.cu_q || !args.cu_k) return failed("offsets must have an entry", 2);
+  // Offsets of its own, which nobody writes to once they are checked.
+  const int64_t count = args.num_seqs + 1;
+  const Memory<int32_t> offsets = allocate<int32_t>(2 * count);
+  if (!offsets) return failed(kNoMemory, 1);
+  std::copy(args.cu_q, args.cu_q + count, offsets.get()), std::copy(args.cu_k, args.cu_k + count, offsets.get() + count);
+  args.cu_q = offsets.get(), args.cu_k = offsets.get() + count;
+  for (const char* wrong : {wrong_offsets(args.cu_q, args.num_seqs, args.rows_q, args.slack_q), wrong_offsets(args.cu_k, args.num_seqs, args.rows_k, args.slack_k)})
+    if (wrong) return failed(wrong, 2);
+  if (!fits(args)) return failed("sizes must be multiples of 16, heads of key/value heads, and tensors have memory", 1);
+  const Level& level = *kLevels[args.level < 0 || args.level > cpu.level ? cpu.level : args.level];
+  const char* why = (backward ? level.backward : level.forward)(args, torch);
+  return why ? failed(why, 1) : 0;
 }
 
 }  // namespace
@@ -150,14 +121,15 @@ int run(const Args* given, bool backward) {
 extern "C" {
 #pragma GCC visibility push(default)
 
-int varlen_forward(const varlen::Args* args) { return varlen::run(args, false); }
-int varlen_backward(const varlen::Args* args) { return varlen::run(args, true); }
-const char* varlen_last_error() { return varlen::last_error.c_str(); }
+void varlen_bind(const varlen::Torch* functions) { varlen::bind(*functions); }
+int varlen_forward(const varlen::Args* args) { return varlen::run(*args, false); }
+int varlen_backward(const varlen::Args* args) { return varlen::run(*args, true); }
+const char* varlen_last_error() { return varlen::last_error; }
 int64_t varlen_args_size() { return sizeof(varlen::Args); }
-int64_t varlen_level() { return varlen::choice().best; }
+int64_t varlen_level() { return varlen::cpu.level; }
 
 // What multiplies matrices: 0 the kernel's own code, 1 libtorch's for float32, 3 libtorch's for float32 and bfloat16.
-int64_t varlen_products() { return (varlen::choice().gemm.f32 ? 1 : 0) + (varlen::choice().gemm.bf16 ? 2 : 0); }
+int64_t varlen_products() { return (varlen::torch.f32 ? 1 : 0) + (varlen::torch.bf16 ? 2 : 0); }
 
 #pragma GCC visibility pop
 }

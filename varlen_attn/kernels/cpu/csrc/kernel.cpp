@@ -24,39 +24,39 @@ void clear_slack(void* data, int64_t from, int64_t to, int64_t width) {
 }
 
 template <class In, class T>
-void forward_as(const Args& a, const Gemm& gemm, const Products& products) {
+const char* forward_as(const Args& a, const Torch& torch, const Products& products) {
   const int64_t end = a.cu_q[a.num_seqs];
   clear_slack<In>(a.out, end, a.rows_q, a.heads * a.value_dim);
   for (int64_t h = 0; h < a.heads; h++) std::fill(a.lse + h * a.rows_q + end, a.lse + (h + 1) * a.rows_q, kMinusInf);
-  run_tasks(tasks_of(a, a.heads, kChunk, false), gemm, std::is_same_v<T, BF16>, Forward<In, T>{a, products});
+  const int64_t count = threads(torch);
+  return run_tasks(Tasks(a, a.heads, kChunk, false, count), torch, count, std::is_same_v<T, BF16>, Forward<In, T>{a, products});
 }
 
 template <class In, class T>
-void backward_as(const Args& a, const Gemm& gemm, const Products& products) {
+const char* backward_as(const Args& a, const Torch& torch, const Products& products) {
   clear_slack<In>(a.dq, a.cu_q[a.num_seqs], a.rows_q, a.heads * a.dim);
   clear_slack<In>(a.dk, a.cu_k[a.num_seqs], a.rows_k, a.kv_heads * a.dim);
   clear_slack<In>(a.dv, a.cu_k[a.num_seqs], a.rows_k, a.kv_heads * a.value_dim);
-  run_tasks(tasks_of(a, a.kv_heads, kUnlimited, true), gemm, std::is_same_v<T, BF16>, Backward<In, T>{a, products});
+  const int64_t count = threads(torch);
+  return run_tasks(Tasks(a, a.kv_heads, kUnlimited, true, count), torch, count, std::is_same_v<T, BF16>, Backward<In, T>{a, products});
 }
 
-bool in_bf16(const Args& a, const Gemm& gemm) { return gemm.bf16 && !a.portable; }
+bool in_bf16(const Args& a, const Torch& torch) { return torch.bf16 && !a.portable; }
 
-Products products_of(const Args& a, const Gemm& given) { return {given.f32 && !a.portable ? given.f32 : gemm, given.bf16}; }
+Products products_of(const Args& a, const Torch& given) { return {given.f32 && !a.portable ? given.f32 : gemm, given.bf16}; }
 
-void forward(const Args& a, const Gemm& gemm) {
-  const Products products = products_of(a, gemm);
-  if (a.dtype == kFloat32) forward_as<float, float>(a, gemm, products);
-  else if (a.dtype == kFloat16) forward_as<F16, float>(a, gemm, products);
-  else if (in_bf16(a, gemm)) forward_as<BF16, BF16>(a, gemm, products);
-  else forward_as<BF16, float>(a, gemm, products);
+const char* forward(const Args& a, const Torch& torch) {
+  const Products products = products_of(a, torch);
+  if (a.dtype == kFloat32) return forward_as<float, float>(a, torch, products);
+  if (a.dtype == kFloat16) return forward_as<F16, float>(a, torch, products);
+  return in_bf16(a, torch) ? forward_as<BF16, BF16>(a, torch, products) : forward_as<BF16, float>(a, torch, products);
 }
 
-void backward(const Args& a, const Gemm& gemm) {
-  const Products products = products_of(a, gemm);
-  if (a.dtype == kFloat32) backward_as<float, float>(a, gemm, products);
-  else if (a.dtype == kFloat16) backward_as<F16, float>(a, gemm, products);
-  else if (in_bf16(a, gemm)) backward_as<BF16, BF16>(a, gemm, products);
-  else backward_as<BF16, float>(a, gemm, products);
+const char* backward(const Args& a, const Torch& torch) {
+  const Products products = products_of(a, torch);
+  if (a.dtype == kFloat32) return backward_as<float, float>(a, torch, products);
+  if (a.dtype == kFloat16) return backward_as<F16, float>(a, torch, products);
+  return in_bf16(a, torch) ? backward_as<BF16, BF16>(a, torch, products) : backward_as<BF16, float>(a, torch, products);
 }
 
 }  // namespace

@@ -47,7 +47,7 @@ void gemm_rows(int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool
   for (; j < n; j += kWidth) gemm_tile<R, 1>(k, lda, ldb, ldc, add, a, b + j, c + j);
 }
 
-void gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a, const float* b, float* c) {
+void gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a, const float* b, float* c, bool) {
   int64_t i = 0;
   for (; i + 6 <= m; i += 6) gemm_rows<6>(n, k, lda, ldb, ldc, add, a + i * lda, b, c + i * ldc);
   for (; i < m; i++) gemm_rows<1>(n, k, lda, ldb, ldc, add, a + i * lda, b, c + i * ldc);
@@ -55,13 +55,13 @@ void gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc
 
 // The product by the type of its operands.
 struct Products {
-  GemmFloat f32;
-  GemmHalf bf16;
+  Gemm<float> f32;
+  Gemm<uint16_t> bf16;
   void operator()(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a, const float* b, float* c) const {
-    f32(m, n, k, lda, ldb, ldc, add, a, b, c);
+    f32(m, n, k, lda, ldb, ldc, add, a, b, c, false);
   }
   void operator()(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const BF16* a, const BF16* b, float* c) const {
-    bf16(m, n, k, lda, ldb, ldc, add, reinterpret_cast<const uint16_t*>(a), reinterpret_cast<const uint16_t*>(b), c);
+    bf16(m, n, k, lda, ldb, ldc, add, reinterpret_cast<const uint16_t*>(a), reinterpret_cast<const uint16_t*>(b), c, true);
   }
 };
 

@@ -3,16 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <exception>
-#include <memory>
-#include <new>
-#include <utility>
-#include <vector>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
@@ -43,27 +34,22 @@ class Scratch {
 #endif
     return reinterpret_cast<T*>(base_ + start);  // before `allocate`: only counted
   }
-  void allocate() {
-    memory_.reset(static_cast<char*>(std::aligned_alloc(64, round_up(used_ + 64, 64))));
-    if (!memory_) throw std::bad_alloc();
+  bool allocate() {
+    memory_ = varlen::allocate<char>(used_);
     base_ = memory_.get(), used_ = 0;
+    return base_;
   }
+  explicit operator bool() const { return base_; }
 
  private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  std::unique_ptr<char, Free> memory_;
+  Memory<char> memory_;
   char* base_ = nullptr;
   size_t used_ = 0;
 };
 
-inline int64_t threads() {
-#if defined(_OPENMP)
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
+inline int64_t threads(const Torch& torch) {
+  uint32_t count = 1;
+  return torch.parallel_for && torch.num_threads && torch.num_threads(&count) == 0 ? count : 1;
 }
 
 // Some heads of one sequence, from one of its queries on.
@@ -90,44 +76,57 @@ struct Span {
 
 // Tasks of `step` queries, those of the costliest sequences first: what is left at the end is small. Short sequences take several heads
 // at once, so that one head's rows are fetched while the one before is computed.
-std::vector<Task> tasks_of(const Args& a, int64_t heads, int64_t step, bool with_keys_only) {
-  std::vector<std::pair<int64_t, int32_t>> order;
-  for (int64_t s = 0; s < a.num_seqs; s++) {
-    const Span span(a, s);
-    if (span.len_q || (with_keys_only && span.len_k)) order.emplace_back(-(span.len_q + 8) * (span.len_k + 8), static_cast<int32_t>(s));
-  }
-  std::sort(order.begin(), order.end());
-  const int64_t enough = kTasksPerThread * threads();
-  const int64_t most = clamp(static_cast<int64_t>(order.size()) * heads / enough, 1, heads);
-  std::vector<Task> tasks;
-  for (const auto& [cost, s] : order) {
-    const int64_t together = -cost > kSmall ? 1 : most;
-    for (int64_t head = 0; head < heads; head += together)
-      for (int64_t first = 0; first == 0 || first < a.cu_q[s + 1] - a.cu_q[s]; first += step)
-        tasks.push_back({s, static_cast<int32_t>(head), static_cast<int32_t>(std::min(together, heads - head)), static_cast<int32_t>(first)});
-  }
-  return tasks;
-}
+struct Tasks {
+  Memory<Task> all;  // null: no memory
+  int64_t count = 0;
 
-// Every thread takes the next task until none is left. An exception of one is thrown by the caller's thread.
-template <class Work>
-void run_tasks(const std::vector<Task>& tasks, const Gemm& gemm, bool half, const Work& work) {
-  std::atomic<size_t> next{0};
-  std::exception_ptr failure;
-  auto loop = [&] {
-    try {
-      auto state = work.prepare();
-      for (size_t i = next++; i < tasks.size(); i = next++) work(state, tasks[i]);
-    } catch (...) {
-#pragma omp critical(varlen_failure)
-      failure = std::current_exception();
-      next = tasks.size();
+  Tasks(const Args& a, int64_t heads, int64_t step, bool with_keys_only, int64_t threads) {
+    struct Sequence {  // a type of this instruction set: the linker keeps one sort of each type for all of them
+      int64_t cost;
+      int32_t index;
+      bool operator<(const Sequence& other) const { return cost != other.cost ? cost > other.cost : index < other.index; }
+    };
+    const Memory<Sequence> order = allocate<Sequence>(a.num_seqs);
+    if (!order) return;
+    int64_t size = 0, chunks = 0;
+    for (int64_t s = 0; s < a.num_seqs; s++) {
+      const Span span(a, s);
+      if (!span.len_q && !(with_keys_only && span.len_k)) continue;
+      order[size++] = {(span.len_q + 8) * (span.len_k + 8), static_cast<int32_t>(s)};
+      chunks += 1 + span.len_q / step;
     }
-    if (gemm.release) gemm.release(half);
+    std::sort(order.get(), order.get() + size);
+    all = allocate<Task>(chunks * heads);
+    if (!all) return;
+    const int64_t most = clamp(size * heads / (kTasksPerThread * threads), 1, heads);
+    for (int64_t i = 0; i < size; i++) {
+      const auto [cost, s] = order[i];
+      const int64_t together = cost > kSmall ? 1 : most;
+      for (int64_t head = 0; head < heads; head += together)
+        for (int64_t first = 0; first == 0 || first < a.cu_q[s + 1] - a.cu_q[s]; first += step)
+          all[count++] = {s, static_cast<int32_t>(head), static_cast<int32_t>(std::min(together, heads - head)), static_cast<int32_t>(first)};
+    }
+  }
+};
+
+// Every thread takes the next task until none is left. What a product throws passes through here, and becomes a status of `parallel_for`.
+template <class Work>
+const char* run_tasks(const Tasks& tasks, const Torch& torch, int64_t threads, bool half, const Work& work) {
+  if (!tasks.all) return kNoMemory;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  auto loop = [&] {
+    auto state = work.prepare();
+    if (!state.memory) next = tasks.count, failed = true;
+    for (int64_t i = next++; i < tasks.count; i = next++) work(state, tasks.all[i]);
+    if (torch.release) torch.release(half);
   };
-#pragma omp parallel if (tasks.size() > 1 && threads() > 1)
-  loop();
-  if (failure) std::rethrow_exception(failure);
+  using Loop = decltype(loop);
+  if (!torch.parallel_for)
+    loop();
+  else if (torch.parallel_for(0, std::min(threads, tasks.count), 1, [](int64_t, int64_t, void* all) { (*static_cast<Loop*>(all))(); }, &loop))
+    return "a matrix product of libtorch failed";
+  return failed ? kNoMemory : nullptr;
 }
 
 }  // namespace

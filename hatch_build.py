@@ -1,0 +1,44 @@
+"""The build hook of pyproject.toml: compiles the CPU kernel into a wheel, or into the source tree for an editable installation.
+
+Where there is no compiler, or one that fails, the package is installed all the same, with a note for `varlen_attn` to show.
+``VARLEN_ATTN_PLATFORM`` is the tag of a wheel for another platform, whose compiler is then ``CXX``, and which must succeed.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class CustomBuildHook(BuildHookInterface):
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        package = Path(self.root, "varlen_attn", "kernels", "cpu")
+        compile = SimpleNamespace(**runpy.run_path(str(package / "compile.py")))
+        ordered = os.environ.get("VARLEN_ATTN_PLATFORM", "")
+        machine = next((known for known in ("x86_64", "aarch64", "arm64") if ordered.endswith(known)), "")
+        target = package / compile.name(machine)
+        system = "darwin" if ordered.startswith("macosx") else "linux" if ordered else sys.platform
+        if ordered or not target.exists():
+            self._scratch = tempfile.TemporaryDirectory()
+            folder = package if version == "editable" else Path(self._scratch.name)
+            target = folder / target.name
+            try:
+                compile.compile_into(folder, machine, system)
+            except (compile.CannotCompile, OSError) as error:
+                if ordered:
+                    raise
+                self.app.display_warning(f"the CPU kernel of varlen_attn is not compiled: {error}")
+                target = target.with_suffix(".failed")
+        if version != "editable" and target.exists():
+            build_data["force_include"][str(target)] = f"varlen_attn/kernels/cpu/{target.name}"
+        if target.suffix == ".so":
+            platform = ordered or sysconfig.get_platform().replace("-", "_").replace(".", "_")
+            build_data.update(pure_python=False, tag=f"py3-none-{platform}")
