@@ -70,6 +70,7 @@ WAYS: dict[str, Callable[..., Any]] = {
     "model.compile": compiled_itself,
     "layer.compile": compiled_layers,
     "forwards of layers": forwards_of_layers,
+    "as sentence-transformers": lambda model, **options: torch.compile(model, **options).forward,
 }
 
 
@@ -90,6 +91,7 @@ def run(call: Callable[..., Any], model: nn.Module, inputs: dict[str, Any], trai
         ("Bert", "layer.compile", False, True),
         ("Llama", "layer.compile", True, False),
         ("Bert", "forwards of layers", True, True),
+        ("Bert", "as sentence-transformers", False, False),
     ],
 )
 def test_layers_are_compiled_on_rows(name: str, way: str, before: bool, train: bool) -> None:
