@@ -46,7 +46,7 @@ class TextClassifier(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, sizes.dim, padding_idx=0)
         self.position = nn.Embedding(MAX_TOKENS, sizes.dim)
-        # Dropout is off because padded and packed rows draw different masks: see "Comparing runs with dropout" in the README.
+        # Dropout is off because padded and packed rows draw different masks: see "Comparing runs with dropout" in docs/semantics.md.
         layer = nn.TransformerEncoderLayer(
             sizes.dim, sizes.heads, 4 * sizes.dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )

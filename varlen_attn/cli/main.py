@@ -39,9 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, says in (
         ("info", _info, "this machine, and every backend with its reason"),
         ("explain", _explain, "which backend runs a call, here or on another machine, and why the others do not"),
-        ("demo", _demo, "an encoder and an attention layer on real text, against torch's: same numbers, both times"),
+        ("demo", _demo, "an encoder of torch on real text, before and after `enable`: equality, time, memory, and which kernel ran"),
         ("compare", _compare, "a model before and after `enable`, on a batch of your texts: equality, time, memory, and whether it gains"),
-        ("bench", _bench, "an attention layer on this machine: torch's means and our backends, verified and timed in turns, in a minute"),
+        ("bench", _bench, "an attention layer on this machine: torch's functions and our backends, verified and timed in turns, in a minute"),
         (
             "build-native",
             _build_native,
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         elif name == "compare":
             _add_compare(command)
         elif name == "build-native":
-            command.add_argument("--sanitize", metavar="address,undefined", help="for tests: as of the compiler's -fsanitize")
+            command.add_argument("--sanitize", metavar="address,undefined", help="for tests: the value of the compiler's -fsanitize")
         else:
             command.add_argument("--json", action="store_true", help="the same facts as JSON")
         if name == "explain":
@@ -77,7 +77,7 @@ def _add_problem(command: argparse.ArgumentParser) -> None:
     call = command.add_argument_group("the call")
     call.add_argument("--dtype", choices=DTYPES, default="float32")
     call.add_argument("--heads", dest="num_heads", type=_positive, default=8, metavar="N")
-    call.add_argument("--kv-heads", dest="num_kv_heads", type=_positive, metavar="K", help="as many as heads, unless stated")
+    call.add_argument("--kv-heads", dest="num_kv_heads", type=_positive, metavar="K", help="the same as --heads by default")
     call.add_argument("--head-dim", type=_positive, default=64, metavar="H")
     call.add_argument("--value-head-dim", type=_positive, metavar="Hv")
     call.add_argument("--causal", nargs="?", const=True, default=False, choices=("bottom_right", "top_left"))
@@ -96,14 +96,14 @@ def _add_problem(command: argparse.ArgumentParser) -> None:
         ("--compiled", "tracing", "inside torch.compile"),
     ):
         call.add_argument(flag, dest=name, action="store_true", help=says)
-    call.add_argument("--backend", dest="requested", default="auto", metavar="NAME", help="order a backend by name")
+    call.add_argument("--backend", dest="requested", default="auto", metavar="NAME", help="request a backend by name")
     command.add_argument("--all", action="store_true", help="every backend with all reasons and fixes")
 
 
 def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quick", action="store_true", help="two batches, ten seconds")
-    command.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one, unless stated")
-    command.add_argument("--dtype", choices=DTYPES[:3], help="float32 on a CPU, bfloat16 on a GPU, unless stated")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda if there is one")
+    command.add_argument("--dtype", choices=DTYPES[:3], help="by default float32 on a CPU, bfloat16 on a GPU")
     _add_measuring(command)
     batch = command.add_mutually_exclusive_group()
     batch.add_argument("--lengths", type=_lengths, metavar="7,512,80", help="one batch of these lengths, padded to the longest")
@@ -111,15 +111,15 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
 
 
 def _add_measuring(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--threads", type=_positive, metavar="N", help="as many as torch takes, unless stated")
+    command.add_argument("--threads", type=_positive, metavar="N", help="by default as many as torch takes")
     command.add_argument("--json", nargs="?", const="-", type=_file, metavar="FILE", help="the same as JSON, to a file if one is named")
 
 
 def _add_compare(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", type=_folder, metavar="DIR", help="of a model, or the name of an installed package with one inside")
-    command.add_argument("--texts", type=_texts, required=True, metavar="FILE", help="a text a line; the first ones are one batch")
+    command.add_argument("model", type=_folder, metavar="DIR", help="the folder of a model, or the name of an installed package that contains one")
+    command.add_argument("--texts", type=_texts, required=True, metavar="FILE", help="one text in each line; the first ones make up one batch")
     command.add_argument("--batch-size", type=_positive, default=32, metavar="B")
-    command.add_argument("--train", action="store_true", help="the loss, the gradients and a training step too")
+    command.add_argument("--train", action="store_true", help="compare the loss, the gradients and a training step too")
     _add_measuring(command)
 
 

@@ -88,7 +88,8 @@ def enable(
 
     A model of transformers (5.4 or newer) attends through its attention interface, under the name ``varlen_attn``, and its stacks of
     layers run packed where a trial shows that nothing else changes: a few forwards in evaluation, with three short rows of random tokens
-    or sound, without a trace in random states or training flags. Architectures with attention code of their own are left alone.
+    or sound, without a trace in random states or training flags. Attention code of a model's own computes the padded batch as before, in
+    layers that are packed where the trial allows it.
 
     Code that reads padding sees another number there: a mean over all columns, and a decoder that is given no
     ``memory_key_padding_mask`` and attends to the memory's padding. An ``example`` finds it; docs/what-enable-changes.md has all of it.

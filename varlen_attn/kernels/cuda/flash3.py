@@ -1,7 +1,7 @@
 """flash-attn 3, the kernels for Hopper, by their ops ``flash_attn_3::fwd`` and ``bwd``: forward, backward, windows, softcap, sinks.
 
-Read in its source (``hopper/`` from May 2025, when it got ops, to August 2026) and in the files of three wheels; run here on a CPU
-stand-in, not on a GPU:
+Read in its source (``hopper/`` from May 2025, when it got ops, to August 2026) and in the files of three wheels. Run with torch
+2.11 on an H200, by the ops of a library that was loaded by hand, and in the tests on a CPU stand-in:
 
 - Where the ops come from, in this order: they are loaded already (`torch.ops.load_library` before the first call is enough); the module
   ``flash_attn_interface`` of the distributions flash-attn-3 and tokenspeed-fa3; the library inside of xformers (up to 0.0.34); fa3-fwd,

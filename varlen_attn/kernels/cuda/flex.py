@@ -1,7 +1,7 @@
 """`torch.nn.attention.flex_attention` over packed rows, sequences kept apart by a block mask: the one fused kernel for score biases.
 
-Read in torch's source (2.11 and 2.13). Run on a CPU only, through dynamo and torch's dense stand-in for the kernel, forward and backward;
-the Triton kernels and their lowering were not run:
+Read in torch's source (2.11 and 2.13). Run with torch 2.11 on an H200, and in the tests on a CPU, through dynamo and torch's dense stand-in
+for the kernel, forward and backward:
 
 - It must be compiled: otherwise it computes all ``T x Tk`` scores. So it is compiled here, once for each kind of call (dtype, heads, head
   dimensions, options); the number of rows is dynamic, except that up to 128 rows, which are one block, are another kind, and so is one
