@@ -41,7 +41,11 @@ def _parser() -> argparse.ArgumentParser:
         ("explain", _explain, "which backend runs a call, here or on another machine, and why the others do not"),
         ("demo", _demo, "an encoder of torch on real text, before and after `enable`: equality, time, memory, and which kernel ran"),
         ("compare", _compare, "a model before and after `enable`, on a batch of your texts: equality, time, memory, and whether it gains"),
-        ("bench", _bench, "an attention layer on this machine: torch's functions and our backends, verified and timed in turns, in a minute"),
+        (
+            "bench",
+            _bench,
+            "an attention layer on this machine: torch's functions and our backends, verified and timed in turns, in a minute",
+        ),
         (
             "build-native",
             _build_native,
@@ -116,8 +120,12 @@ def _add_measuring(command: argparse.ArgumentParser) -> None:
 
 
 def _add_compare(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", type=_folder, metavar="DIR", help="the folder of a model, or the name of an installed package that contains one")
-    command.add_argument("--texts", type=_texts, required=True, metavar="FILE", help="one text in each line; the first ones make up one batch")
+    command.add_argument(
+        "model", type=_folder, metavar="DIR", help="the folder of a model, or the name of an installed package that contains one"
+    )
+    command.add_argument(
+        "--texts", type=_texts, required=True, metavar="FILE", help="one text in each line; the first ones make up one batch"
+    )
     command.add_argument("--batch-size", type=_positive, default=32, metavar="B")
     command.add_argument("--train", action="store_true", help="compare the loss, the gradients and a training step too")
     _add_measuring(command)
