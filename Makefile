@@ -13,7 +13,7 @@
 #   make bench-check     have ratios fallen since the committed results? (a few minutes)
 #   make sanitize        the compiled CPU kernel under the address and undefined-behaviour sanitizers (needs g++)
 #   make test-thorough   many more property-test examples
-#   make docs            the table of docs/transformers.md, from the architectures in the tests
+#   make docs            the table of docs/transformers.md, from the architectures in the tests, and docs/transforms.md
 #   make gpu             accept the library on a CUDA device (9 minutes at most)
 #   make gpu-again       what did not pass in FILE, slowly, with all errors in its log: make gpu-again FILE=acceptance.json
 #   make gpu-tests       the tests that need a CUDA device, and those of all backends there
@@ -144,6 +144,7 @@ test-thorough: $(STAMP)
 
 docs: $(STAMP)
 	$(OFFLINE) TRANSFORMERS_VERBOSITY=error $(BIN)/python -W ignore -m tests.integrations.transformers.table
+	$(BIN)/python -W ignore -m tests.transforms
 
 # Another Python where nothing can be installed, but a torch for CUDA is there: `make gpu GPU_PYTHON=python3`. The acceptance needs torch and
 # einops, the tests pytest, hypothesis and numpy too. GPU_OPTIONS are those of benchmarks.gpu_acceptance. Of the tests everything runs,

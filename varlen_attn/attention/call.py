@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.attention import current_flash_attention_impl
 
 from .. import _state
 from .._state import state
-from .._torch import is_plain, profiler_enabled
+from .._torch import is_plain, is_transformed, profiler_enabled
 from ..errors import ArgumentError
 from ..kernels import BACKENDS
 from ..kernels.base import Backend, grad_without_slack, nothing, result_without_slack
@@ -166,7 +167,7 @@ class AttentionCall:
         }
         semantics = Semantics.of(**options._asdict(), **flags)
         if semantics.scale is None:
-            semantics = replace(semantics, scale=float(int(query.shape[2]) or 1) ** -0.5)
+            semantics = replace(semantics, scale=float(index(query.shape[2]) or 1) ** -0.5)
         if semantics.causal and self.layout_kv is self.layout_q:
             semantics = replace(semantics, causal="bottom_right")  # equal lengths: both alignments are one
         self.semantics = semantics
@@ -196,7 +197,7 @@ class AttentionCall:
         return replace(plan, route=way.name, route_reason=way.reason) if all_reasons or state.records else plan
 
     def run(self, module: torch.nn.Module | None, reason: str | None = None) -> Any:
-        if isinstance(self.layout_q, PaddedRows) and isinstance(self.layout_kv, PaddedRows):
+        if isinstance(self.layout_q, PaddedRows) or isinstance(self.layout_kv, PaddedRows):
             return self._run_static(self.layout_q, self.layout_kv, module)
         call = Call(self.layout_q, self.layout_kv, self.semantics, self.extras)
         qkv, device_type = (self.query, self.key, self.value), self.query.device.type
@@ -212,7 +213,7 @@ class AttentionCall:
                 out, lse = launch(plan.implementation, *qkv, call)
         return (out, lse) if self.semantics.return_lse else out
 
-    def _run_static(self, layout_q: PaddedRows, layout_kv: PaddedRows, module: torch.nn.Module | None) -> Any:
+    def _run_static(self, layout_q: SeqLayout, layout_kv: SeqLayout, module: torch.nn.Module | None) -> Any:
         """Padded rows in a graph that may not depend on data: no backend is chosen."""
         refuse_order(
             self.backend,
@@ -237,27 +238,29 @@ class AttentionCall:
         raise AssertionError(name)
 
     def _fields(self) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]:
-        """Of the `Problem` and of its `Semantics`, as plain values."""
+        """Of the `Problem` and of its `Semantics`, as plain values. Methods of a number make it a constant where a graph is dynamic."""
         device, semantics = self.query.device, self.semantics
         problem = (
             ("device_type", device.type),
             ("device_index", device.index),
             ("flash_impl", current_flash_attention_impl()),
             ("dtype", self.query.dtype),
-            ("num_heads", int(self.query.shape[1])),
-            ("num_kv_heads", int(self.key.shape[1])),
-            ("head_dim", int(self.query.shape[2])),
-            ("value_head_dim", int(self.value.shape[2])),
+            ("num_heads", index(self.query.shape[1])),
+            ("num_kv_heads", index(self.key.shape[1])),
+            ("head_dim", index(self.query.shape[2])),
+            ("value_head_dim", index(self.value.shape[2])),
             ("self_attention", self.layout_q is self.layout_kv),
             ("needs_grad", self._needs_grad()),
             ("tracing", True),
+            ("transformed", is_transformed()),
             ("host_lengths", False),
             ("requested", self.backend if isinstance(self.backend, str) else self.backend.name),
         )
         fields = (
-            ("causal", semantics.causal), ("window", semantics.window), ("scale", semantics.scale), ("softcap", semantics.softcap),
-            ("dropout_p", semantics.dropout_p), ("alibi", semantics.alibi), ("score_bias", semantics.score_bias),
-            ("sinks", semantics.sinks), ("return_lse", semantics.return_lse), ("deterministic", semantics.deterministic),
+            ("causal", semantics.causal), ("window", semantics.window), ("scale", semantics.factor.__float__()),
+            ("softcap", semantics.softcap and semantics.softcap.__float__()), ("dropout_p", semantics.dropout_p.__float__()),
+            ("alibi", semantics.alibi), ("score_bias", semantics.score_bias), ("sinks", semantics.sinks),
+            ("return_lse", semantics.return_lse), ("deterministic", semantics.deterministic),
             ("batch_invariant", semantics.batch_invariant),
         )  # fmt: skip
         return problem, fields

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch import trace_quietly
+from .._torch import is_unreadable, trace_quietly
 from ..errors import ArgumentError, LayoutError
 from ..kernels.base import Backend
 from ..kernels.problem import check_dropout
@@ -139,7 +139,7 @@ def padded_attention(
 
         F.scaled_dot_product_attention(q, k, v, attn_mask=~key_padding_mask[:, None, None]) * ~query_padding_mask[:, None, :, None]
     """
-    trace_quietly()
+    trace_quietly(query)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             raise LayoutError(f"`{name}` must have shape (B, S, heads, head_dim), but has shape {tuple(x.shape)}.")
@@ -187,7 +187,7 @@ def _layouts(
 def _layout_for(x: Tensor, mask: Tensor | None, name: str = "key_padding_mask", owner: str = "x") -> SeqLayout:
     """The layout of ``x (B, S, ...)`` by its mask; without one, nothing is padded."""
     check_mask(mask, x, name, owner)
-    if static_graph():
+    if static_graph() or (mask is not None and is_unreadable(mask)):
         return static_layout(x, mask)
     return full_layout(x) if mask is None else moved(SeqLayout.from_key_padding_mask(mask), x.device)
 
@@ -232,7 +232,7 @@ def varlen_mha(
     In plain PyTorch: ``F.multi_head_attention_forward`` on ``x.transpose(0, 1)`` with ``need_weights=False``, times
     ``~key_padding_mask[..., None]``.
     """
-    trace_quietly()
+    trace_quietly(x)
     check_dropout(dropout_p)
     if dropout_p > 0 and training is None:
         raise ArgumentError(f"`training` must be True or False where dropout_p > 0, but is None (dropout_p is {dropout_p}).")
@@ -267,7 +267,7 @@ def varlen_mha(
         layout._check(x, (layout.num_rows,), "x")
     else:
         layout = static_layouts(x, layout, x, None)[0] or layout
-    rows = pack_rows(layout, x, form=form)
+    rows = pack_rows(layout, x, form=form, apart=True)
     if in_proj_weight is not None:
         rows = F.linear(rows, in_proj_weight, in_proj_bias).view(rows.shape[0], 3, num_heads, width // num_heads)
     if rows.dim() == 4:

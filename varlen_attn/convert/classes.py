@@ -30,7 +30,7 @@ _switchable = partial(switchable, inside=Prepared)
 
 
 # What `enable` sets on objects beside their class.
-OPTIONS = ("hooks_packed", "padding_rows")
+OPTIONS = ("hooks_packed", "padding_rows", "__module__")
 
 
 class _Enabled:
@@ -67,6 +67,8 @@ class _Enabled:
         if state.records and isinstance(x, Tensor) and not (x.is_nested or is_tracing(x)):
             heads = (x if x.dim() == 3 else x[None]).detach().unflatten(-1, (attn.num_heads, -1))
             note = recorded_padded(self, heads, heads, heads, "torch's own", f"runs as it came: {why}")
+        if why == NOTHING_PADDED and self.packs and torch.is_grad_enabled():  # as with padding, `pack_input`
+            args, kwargs = (x.clone(), *args[1:]), {k: v for k, v in kwargs.items() if k != self.takes[0][1]}
         with note:
             out = run_as_it_came(self, args, kwargs, all(unwrapped(x) is x and "forward" not in vars(x) for x in layers))
         if why == NOTHING_PADDED or not padding or padding[0] is None or self.padding_rows == "exact":

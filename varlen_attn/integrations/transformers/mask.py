@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..._switch import Alive, Use, in_use, uses
-from ..._torch import between_graphs, is_tracing
+from ..._torch import between_graphs, is_tracing, is_unreadable
 from ...attention.dispatch import requested_backend
+from ...attention.export import static_graph
 from ...data.host_lengths import HostLengths
 from ...errors import ArgumentError
 from ...layout.seq_layout import SeqLayout
@@ -459,18 +460,19 @@ def varlen_mask(
         and device.type != "meta"
         and not torch.compiler.is_compiling()
     )
-    traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    if static_graph() or (attention_mask is not None and is_unreadable(attention_mask)):
+        return make()  # type: ignore[no-any-return]
     if pattern is None:
         for forward in _under_way()[-1:]:
             forward.padded_because = "a kind of layers whose mask has a pattern that is not known"
-    if pattern is None or not plain or traced or (attention_mask is not None and attention_mask.dim() != 2):
+    if pattern is None or not plain or (attention_mask is not None and attention_mask.dim() != 2):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]
     assert isinstance(q_offset, int)
     pattern = pattern._replace(window=_effective(pattern.window, q_length, kv_length))
     padding = _padding_of_columns(attention_mask, kv_length, kv_offset)
     if padding is not None and tuple(padding.shape) != (batch_size, kv_length):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]  # transformers' error, or its broadcasting
-    make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     if _thread.seen is not None and padding is not None:
         _thread.seen.append(padding)
     shape, known = (batch_size, 1, q_length, kv_length), {"config": kwargs.get("config"), "dtype": kwargs.get("dtype", torch.float32)}
