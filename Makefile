@@ -8,12 +8,13 @@
 #   make check           ruff, ruff format, mypy, and bounds of how large the library is
 #   make house           the size of the library, how many Python calls a layer and a call make, and words to avoid
 #   make examples        two classifiers, each trained padded and packed: same losses, times and memory beside each other
-#   make bench           the benchmarks of benchmarks/, written to benchmarks/results/ and README.md (about half an hour)
+#   make bench           the benchmarks of benchmarks/, written to benchmarks/results/ and docs/ (about half an hour)
 #   make bench-full      the same with every workload, 100 steps of the mini test, and memory of whole encoders (hours)
 #   make bench-check     have ratios fallen since the committed results? (a few minutes)
 #   make sanitize        the compiled CPU kernel under the address and undefined-behaviour sanitizers (needs g++)
 #   make test-thorough   many more property-test examples
-#   make docs            the table of docs/transformers.md, from the architectures in the tests, and docs/transforms.md
+#   make docs            the site in build/site, built strictly
+#   make docs-tables     the tables of docs/transformers.md and docs/transforms.md, from the tests (minutes)
 #   make gpu             accept the library on a CUDA device (9 minutes at most)
 #   make gpu-again       what did not pass in FILE, slowly, with all errors in its log: make gpu-again FILE=acceptance.json
 #   make gpu-tests       the tests that need a CUDA device, and those of all backends there
@@ -27,6 +28,7 @@ LANE := $(VENV)/.lane
 REAL := $(VENV)/.real
 TEXT := $(VENV)/.text
 PICTURES := $(VENV)/.pictures
+SITE := $(VENV)/.site
 NATIVE := $(VENV)/.native
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
@@ -58,7 +60,7 @@ NO_KERNEL := the tests of the compiled kernel are skipped: no compiler on this m
 SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)"
 
-.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-check test-thorough sanitize docs gpu gpu-again \
+.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-check test-thorough sanitize docs docs-tables gpu gpu-again \
   gpu-tests real clean
 .DEFAULT_GOAL := help
 
@@ -108,6 +110,11 @@ $(PICTURES): $(STAMP)
 	@$(PIP) -e '.[bench]'
 	@touch $@
 
+# What builds the site.
+$(SITE): $(STAMP)
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
 demo: $(STAMP)
 	@$(BIN)/python -m varlen_attn demo
 
@@ -142,7 +149,10 @@ sanitize: $(STAMP)
 test-thorough: $(STAMP)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests --ignore=tests/lane -q
 
-docs: $(STAMP)
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-tables: $(STAMP)
 	$(OFFLINE) TRANSFORMERS_VERBOSITY=error $(BIN)/python -W ignore -m tests.integrations.transformers.table
 	$(BIN)/python -W ignore -m tests.transforms
 

@@ -229,7 +229,7 @@ def _masked(inputs: list[Tensor], seen: Tensor) -> Tensor:
 
 
 def _from_mask(inputs: list[Tensor], mask: Tensor) -> Tensor:
-    return padded_attention(inputs[0], inputs[1], inputs[2], mask)  # type: ignore[no-any-return]
+    return padded_attention(inputs[0], inputs[1], inputs[2], mask)
 
 
 # -------------------------------------------------------------------- a further layer

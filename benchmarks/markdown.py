@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["DISTURBED", "NEAR", "setting", "table", "threads_of", "widest"]
 
-DISTURBED = 0.2  # share of the machine taken by others, above which two threads say nothing: left out of the README, no goal is judged
+DISTURBED = 0.2  # share of the machine taken by others, above which two threads say nothing: left out of pages, no goal is judged
 NEAR = 0.95  # a goal is met when the median ratio reaches this share of it
 
 

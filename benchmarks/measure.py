@@ -16,7 +16,7 @@ import torch
 
 import varlen_attn
 from varlen_attn.attention.profile import kernel_ran
-from varlen_attn.cli.timing import PATIENCE, QUIET, Timing, cpu_name, facts, interleave, ratio
+from varlen_attn.convert.timing import PATIENCE, QUIET, Timing, cpu_name, facts, interleave, ratio
 
 __all__ = [
     "DTYPES", "PATIENCE", "QUIET", "RESULTS", "Absent", "Timing", "add_machine", "environment", "facts", "interleave", "kernel_ran",

@@ -1,19 +1,22 @@
-"""The picture of the README: time and memory against length. Drawn by matplotlib, which only this file knows.
+"""The pictures of the documentation: speed against fill, time and memory against length. Drawn by matplotlib, which only this file knows.
 
 The file is the same for the same results: no dates, no random names.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from .bench_length import PACKED, PADDED, SCORES
 from .markdown import widest
 
-__all__ = ["LENGTH", "available", "draw"]
+__all__ = ["FILL", "LENGTH", "available", "draw"]
 
+FILL = "fill.svg"
 LENGTH = "length.svg"
+NEEDS = {FILL: {"encoder", "transformers"}, LENGTH: {"length"}}  # results, by picture
 _STYLE: Any = {"svg.hashsalt": "varlen_attn", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 _COLOURS = ("tab:blue", "tab:orange", "tab:green")
 
@@ -31,17 +34,49 @@ def draw(results: dict[str, dict[str, Any]], folder: Path) -> list[str]:
     import matplotlib
 
     matplotlib.use("svg")
-    if "length" not in results:
-        return []
-    with matplotlib.rc_context(_STYLE):
-        _length(results["length"]["rows"]).savefig(folder / LENGTH, metadata={"Date": None})
-    _trim(folder / LENGTH)
-    return [LENGTH]
+    figures = {
+        FILL: lambda: _fill(results["encoder"]["rows"], results["transformers"]["rows"]),
+        LENGTH: lambda: _length(results["length"]["rows"]),
+    }
+    drawn = [name for name in figures if NEEDS[name] <= set(results)]
+    for name in drawn:
+        with matplotlib.rc_context(_STYLE):
+            figures[name]().savefig(folder / name, metadata={"Date": None})
+        _trim(folder / name)
+    return drawn
 
 
 def _trim(path: Path) -> None:
     """matplotlib leaves blanks at line ends."""
     path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+
+
+def points(encoders: list[dict[str, Any]], models: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Fill and speedup of whole models in evaluation, float32; of encoders against the faster of torch's two ways."""
+    shown = [row for row in widest(encoders) if row["dtype"] == "float32" and row["direction"] == "eval"]
+    found = {"nn.TransformerEncoder": [(_fill_of(row), min(row["ratio"]["ours"], row["ratio_on"])) for row in shown]}
+    for part, label in (("text", "MiniLM"), ("encode", "SentenceTransformer.encode"), ("audio", "wav2vec 2.0")):
+        found[label] = [(_fill_of(row), row["ratio"]["model"]) for row in widest([row for row in models if row["part"] == part])]
+    return found
+
+
+def _fill_of(row: dict[str, Any]) -> float:
+    return float(re.search(r"fill (\d\.\d+)", row["batch"])[1])  # type: ignore[index]
+
+
+def _fill(encoders: list[dict[str, Any]], models: list[dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    panel = figure.subplots()
+    fills = [0.12 + 0.01 * step for step in range(89)]
+    panel.plot(fills, [1 / fill for fill in fills], "--", color="grey", linewidth=1, label="1 / share of real tokens")
+    for (label, shown), marker in zip(points(encoders, models).items(), "osD^", strict=True):
+        panel.plot([x for x, _ in shown], [y for _, y in shown], marker, markersize=6, label=label)
+    panel.axhline(1, color="black", linewidth=0.8)
+    panel.set(xlabel="share of the batch that is real tokens", ylabel="times faster after enable(model)", xlim=(0.1, 1.02), ylim=(0, 8))
+    panel.legend(fontsize=8)
+    return figure
 
 
 def _length(rows: list[dict[str, Any]]) -> Any:

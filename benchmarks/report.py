@@ -1,4 +1,4 @@
-"""JSON to Markdown: ``results/tables.md``, and the blocks of README.md between the markers of benchmarks and of runs on GPUs."""
+"""JSON to Markdown: ``results/tables.md``, and what is between the markers of docs/performance.md and docs/gpu.md."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .markdown import DISTURBED, NEAR, setting, table, threads_of, widest
 from .measure import RESULTS
 from .workloads import WORKLOADS
 
-README = Path(__file__).parent.parent / "README.md"
-GPU_PAGE = README.parent / "docs" / "gpu.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE, GPU_PAGE, PICTURES = DOCS / "performance.md", DOCS / "gpu.md", DOCS / "pictures"
 BEGIN, END = "<!-- benchmarks: begin (make bench writes this block) -->", "<!-- benchmarks: end -->"
 
 
@@ -46,7 +46,7 @@ def _encoder_goal(row: dict[str, Any]) -> str:
 
 
 def encoder_summary(rows: list[dict[str, Any]]) -> str:
-    """The headline of the README: times of torch with its fast path off / ours."""
+    """The headline of the page: times of torch with its fast path off / ours."""
     columns = [(d, way) for d in ("float32", "bfloat16") for way in ("eval", "training")]
     cells = {
         (r["workload"], r["dtype"], r["direction"]): f"{r['ratio'][OURS]:.1f}" if r["foreign"] <= DISTURBED else "?" for r in widest(rows)
@@ -112,7 +112,7 @@ def _transformers_goals(row: dict[str, Any]) -> str:
 
 
 def transformers_summary(rows: list[dict[str, Any]]) -> str:
-    """The short table of the README: times before / after, and what they would be if all work were by token."""
+    """The short table of the page: times before / after, and what they would be if all work were by token."""
     lines = []
     for row in _in_order(widest(rows)):
         if row["part"] == hf.ENABLE or (row["part"] == hf.AUDIO and not row["what"].startswith("wav2vec2, 12 layers")):
@@ -194,7 +194,7 @@ def batches() -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """The short table of the README: float32 and bfloat16 ratios, on two threads or whatever the most is. Of the backend that ran by
+    """The short table of the page: float32 and bfloat16 ratios, on two threads or whatever the most is. Of the backend that ran by
     itself, and where that was another than `cpu`, of `cpu`, which needs no compiler."""
     columns = [(d, way) for d in ("float32", "bfloat16") for way in ("forward", "forward+backward")]
     cells = {}
@@ -349,25 +349,24 @@ _SUMMARIES = {
         summary,
     ),
 }
-_PICTURES = {
-    "length": (plots.LENGTH, "Time and memory of one layer against length, padded and packed, up to 16384 columns"),
-}
 
 
 def block(results: dict[str, dict[str, Any]]) -> str:
-    """What stands between the markers of the README."""
+    """What is between the markers of docs/performance.md."""
     parts = []
     for name, (caption, short) in _SUMMARIES.items():
         if name in results:
             rows, where = results[name]["rows"], setting(results[name]["environment"])
             parts += [f"{caption} {where}, {threads_of(max(r['threads'] for r in rows))}.", short(rows)]
-    parts += [f"![{says}](benchmarks/results/{name})" for source, (name, says) in _PICTURES.items() if source in results]
+    if "length" in results:
+        says = "Time and memory of one layer against length, padded and packed, up to 16384 columns"
+        parts.append(f"![{says}]({PICTURES.name}/{plots.LENGTH})")
     notes = "A question mark: other processes disturbed the measurement. A dash: not measured."
     return "\n\n".join([*parts, sections.losses(results), notes])
 
 
-def readme(text: str, results: dict[str, dict[str, Any]]) -> str:
-    """The README with its block written anew."""
+def page(text: str, results: dict[str, dict[str, Any]]) -> str:
+    """docs/performance.md with its block written anew."""
     return _between(text, BEGIN, END, block(results))
 
 
@@ -388,9 +387,11 @@ def main() -> None:
     results = load(options.results)
     (options.results / "tables.md").write_text(tables(results))
     if options.results == RESULTS:
-        README.write_text(readme(README.read_text(), results))
+        PAGE.write_text(page(PAGE.read_text(), results))
         GPU_PAGE.write_text(gpu_page(GPU_PAGE.read_text(), what_ran.load()))
-    drawn = plots.draw(results, options.results) if plots.available() else ["no pictures: matplotlib is not installed (`make bench` does)"]
+    drawn = ["no pictures: matplotlib is not installed (`make bench` does)"]
+    if plots.available():
+        drawn = plots.draw(results, PICTURES if options.results == RESULTS else options.results)
     print("written:", options.results / "tables.md", *drawn)
 
 

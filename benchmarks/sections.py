@@ -1,4 +1,4 @@
-"""The sections of ``tables.md`` about contestants, layers, packing, lengths and the mini test, and what of them stands in the README."""
+"""The sections of ``tables.md`` about contestants, layers, packing, lengths and the mini test, and their summaries."""
 
 from __future__ import annotations
 

@@ -20,14 +20,17 @@ from varlen_attn import (
     BackendRefused,
     DtypeError,
     LayoutError,
+    LayoutWarning,
     SeqLayout,
     VarlenError,
+    VarlenWarning,
     explain,
     padded_attention,
     use_backend,
     varlen_attention,
     varlen_mha,
 )
+from varlen_attn.errors import UnknownArgument
 
 LAYOUT = SeqLayout.from_lengths([3, 0, 2])
 MASK = torch.tensor([[False, False, False], [True, True, True], [False, False, True]])
@@ -56,7 +59,32 @@ def mha(*shape: int, **options: Any) -> Any:
 
 Refused = tuple[str, type[Exception], Callable[[], Any], str]
 
+SDPA: list[Refused] = [
+    (f"sdpa {name} of {function}", UnknownArgument, call, rf"^{function}\(\) got an unexpected keyword argument '{name}': {fix}")
+    for name, fix in (
+        ("is_causal", "pass causal='top_left'"), ("attn_mask", "pass causal= or window="), ("enable_gqa", "leave it out"),
+        ("dropout", "the nearest is dropout_p"),
+    )
+    for function, call in (
+        ("varlen_attention", lambda name=name: attend(**{name: True})),
+        ("padded_attention", lambda name=name: padded(**{name: True})),
+        ("explain", lambda name=name: explain(packed(), packed(), packed(), LAYOUT, **{name: True})),
+        ("varlen_mha", lambda name=name: mha(**{name: True})),
+    )
+]  # fmt: skip
+
 REFUSED: list[Refused] = [
+    *SDPA,
+    ("sdpa heads first, mask", LayoutError, lambda: padded((3, 2, 4, 8), None, None, torch.zeros(3, 4, dtype=torch.bool)), r"pass key\.transpose\(1, 2\)\.$"),
+    ("sdpa heads first, layout", LayoutError, lambda: padded((3, 2, 4, 8), layout=SeqLayout.from_lengths([4, 1, 2])), r"pass query\.transpose\(1, 2\)\.$"),
+    ("sdpa heads first, packed", LayoutError, lambda: attend(packed(2, 5, 8)), r"pass query\.transpose\(0, 1\)\.$"),
+    ("a mask of numpy", DtypeError, lambda: padded((3, 3, 2, 8), None, None, MASK.numpy()), r"`key_padding_mask` must be a tensor, but is ndarray: pass torch.as_tensor\(key_padding_mask\)"),
+    ("a mask in a list", DtypeError, lambda: SeqLayout.from_key_padding_mask(MASK.tolist()), r"pass torch.as_tensor\(mask\)"),
+    ("a bias that is a number", ArgumentError, lambda: attend(score_bias=lambda h, i, j: 0.0), r"`score_bias` must be a tensor .* or a callable \(head, q_position, k_position\).*returns 'float'"),
+    ("a bias of torch's form", ArgumentError, lambda: attend(score_bias=lambda b, h, i, j: i - j), r"`score_bias` must be .*raises TypeError.*missing 1"),
+    ("a bias of flex's form", ArgumentError, lambda: attend(score_bias=lambda s, b, h, i, j: s), r"`score_bias` must be .*raises TypeError.*missing 2"),
+    ("a bias of another shape", ArgumentError, lambda: attend(score_bias=lambda h, i, j: torch.zeros(7, 7, 7)), r"`score_bias` must be .*returns torch.float32, of shape \(7, 7, 7\)"),
+    ("a bias of nothing", ArgumentError, lambda: attend(score_bias=lambda h, i, j: None), r"`score_bias` must be .*returns 'NoneType'"),
     # ---- 3a
     ("a2 mixed dtypes", DtypeError, lambda: attend(packed(), packed().half()), r"query is float32, key is float16, value is float16: convert"),
     ("a2 not a float", DtypeError, lambda: attend(packed().long()), r"must be float16, bfloat16, float32 or float64, but query is int64"),
@@ -170,7 +198,9 @@ def test_classes_are_pythons_too() -> None:
     assert issubclass(BackendRefused, RuntimeError)
 
 
-@pytest.mark.parametrize("row", [r for r in REFUSED if "attend" in r[2].__code__.co_names][::4], ids=lambda r: r[0])
+@pytest.mark.parametrize(
+    "row", [r for r in REFUSED if "attend" in r[2].__code__.co_names and not r[0].startswith(("sdpa ", "a bias"))][::4], ids=lambda r: r[0]
+)
 def test_explain_raises_what_the_call_raises(row: Refused) -> None:
     _, error, call, text = row
     calls = globals()["varlen_attention"]
@@ -289,3 +319,42 @@ def test_a_layout_of_ints_is_python_ints() -> None:  # rows 14 and 15 of 3a: no 
         assert type(layout.max_seqlen) is int
         assert type(layout.num_rows) is int
         assert type(layout.compact().max_seqlen) is int
+
+
+def test_errors_of_the_callers_own_bias_are_left_alone() -> None:
+    with pytest.raises(ZeroDivisionError):
+        attend(score_bias=lambda h, i, j: 1 / 0)
+
+
+def test_a_wide_head_that_nothing_was_said_of_warns() -> None:
+    weights = dict(in_proj_weight=torch.randn(3 * 320, 320))
+    with pytest.warns(
+        VarlenWarning, match=r"`num_heads` is left out, so that one head of 320 is computed: pass num_heads=5 for heads of 64"
+    ):
+        out = mha(2, 3, 320, **weights)
+    assert out.shape == (2, 3, 320)
+    mha(2, 3, 320, num_heads=1, **weights)
+    mha(2, 3, 256)
+    varlen_mha(torch.randn(2, 3, 3, 2, 320))
+
+
+FIXED = torch.arange(64) >= torch.tensor([50, 20, 7, 31])[:, None]  # padded to a length that no row fills
+
+
+@pytest.mark.parametrize("call", [
+    lambda mask: SeqLayout.from_key_padding_mask(mask),
+    lambda mask: padded_attention(*[torch.randn(*mask.shape, 2, 8)] * 3, mask),
+    lambda mask: varlen_mha(torch.randn(*mask.shape, 8), mask),
+])  # fmt: skip
+def test_an_inverted_mask_of_fixed_length_warns(call: Any) -> None:
+    with pytest.warns(LayoutWarning, match="every row of the mask begins with padding, and none is full.*or padding is on the left"):
+        call(~FIXED)
+    call(FIXED)
+    call(FIXED.flip(1)[:, 14:])  # padding on the left, and a full row, as most batches with padding there have it
+
+
+def test_padding_on_the_left_is_nothing_to_warn_of() -> None:
+    SeqLayout.from_attention_mask(~FIXED.flip(1))  # the convention of models that generate
+    SeqLayout.from_key_padding_mask(FIXED.flip(1), validate=False)
+    SeqLayout.from_key_padding_mask(FIXED.flip(1)[:1])
+    SeqLayout.from_lengths([5, 3], 8, "left")

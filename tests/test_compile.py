@@ -35,6 +35,7 @@ B, S, D, N = 3, 8, 16, 4
 Call = Callable[..., Tensor]
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:every row of the mask begins:varlen_attn.LayoutWarning"),  # random masks
     pytest.mark.filterwarnings("ignore:row . of the mask has no token"),
     pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>"),  # dynamo about any autograd function
     pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),  # torch about itself
@@ -356,3 +357,55 @@ def test_gradients_of_nothing_are_zeros(batch: tuple[int, int]) -> None:
     for tensor in tensors:
         assert tensor.grad is not None
         assert not tensor.grad.any()
+
+
+# -------------------------------------------------------------------- sizes and numbers that change
+
+
+@pytest.mark.parametrize(("host", "how"), [*((host, "dynamic=True") for host in HOSTS), ("encoder, causal", "mark_dynamic")])
+def test_any_size_from_the_first_call_on(host: str, how: str) -> None:
+    """`dynamic=True` makes symbols of all sizes, of heads and widths too, which the choice of a kernel needs as numbers."""
+    torch._dynamo.reset()
+    counter, model = CompileCounterWithBackend("eager"), HOSTS[host]()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True if how == "dynamic=True" else None)
+    for size, padded_len in ((3, 8), (5, 12), (2, 7), (7, 33)):
+        lengths = torch.randint(0, padded_len + 1, (size,), generator=torch.Generator().manual_seed(size))
+        x, mask = torch.randn(size, padded_len, D), torch.arange(padded_len) >= lengths[:, None]
+        for given in (x, mask):
+            if how == "mark_dynamic":
+                torch._dynamo.mark_dynamic(given, [0, 1])
+        torch.testing.assert_close(compiled(x, mask), model(x, mask))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+CHANGING: dict[str, list[dict[str, Any]]] = {
+    "heads": [{"heads": 2}, {"heads": 6}, {"heads": 3}],
+    "head dims": [{"width": 8}, {"width": 16}, {"width": 24}],
+    "dtypes": [{"dtype": torch.float32}, {"dtype": torch.bfloat16}, {"dtype": torch.float64}],
+    "scale": [{"scale": 0.3}, {"scale": 0.7}, {"scale": 2}, {"scale": None}],
+    "softcap": [{"softcap": 3.0}, {"softcap": 5.0}, {"softcap": 7.0}],
+    "window": [{"window": (2, 1)}, {"window": (3, 1)}, {"window": (4, None)}, {"window": None}],
+    "dropout": [{"dropout_p": 0.0}, {"dropout_p": 1.0}, {"dropout_p": 0.5}],
+    "causal": [{"causal": False}, {"causal": True}, {"causal": "top_left"}],
+}
+
+
+@pytest.mark.parametrize("what", CHANGING)
+def test_compiled_once_and_called_otherwise(what: str) -> None:
+    """Dynamo makes a symbol of a number that changed; each value has a graph."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(padded_attention, backend=counter, fullgraph=True)
+    for given in CHANGING[what]:
+        options = dict(given)
+        heads, width, dtype = options.pop("heads", 4), options.pop("width", 8), options.pop("dtype", torch.float32)
+        x = torch.randn(B, S, heads, width, dtype=dtype)
+        outs = [call(x, x, x, mask_of([5, 2, 0]), **options) for call in (compiled, padded_attention)]
+        if options.get("dropout_p") == 0.5:
+            assert bool(outs[0].any())
+            assert not outs[0][mask_of([5, 2, 0])].any()
+        else:
+            torch.testing.assert_close(*outs)
+    assert counter.frame_count == len(CHANGING[what])
+    torch._dynamo.reset()

@@ -743,7 +743,7 @@ def test_tallies() -> None:
     from varlen_attn import BackendRefused
 
     def refuse() -> None:
-        raise BackendRefused("backend 'x' was ordered, but it\n  - cannot. Fix: do not.")
+        raise BackendRefused("backend 'x' was requested but cannot run this call:\n  - cannot. Fix: do not.")
 
     def fail() -> None:
         raise ValueError("wrong")

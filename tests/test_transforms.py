@@ -30,7 +30,7 @@ def test_names() -> None:
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert transforms.PAGE.read_text() == transforms.page(), "run: make docs"
+    assert transforms.PAGE.read_text() == transforms.page(), "run: make docs-tables"
 
 
 @pytest.mark.parametrize("transform", ["`jvp`", "`vmap(grad)`, a mask for each sample", "`make_fx`"])

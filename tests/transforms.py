@@ -554,7 +554,7 @@ float64. A number refers to the sentence below with which it is refused. Nothing
 - A graph of `make_fx` holds padded attention with a mask, and serves all masks of its shape.
 - `torch.fx.symbolic_trace` makes a leaf of each module of this package, as it does of torch's.
 
-`make docs` writes this page from `tests/transforms.py`.
+`make docs-tables` writes this page from `tests/transforms.py`.
 """
 
 

@@ -22,6 +22,7 @@ from .kernels.values import Extras
 from .layout.seq_layout import SeqLayout
 
 if TYPE_CHECKING:
+    from .convert.comparing import Comparison, compare
     from .convert.enabling import disable, enable, enabled
     from .convert.report import ModuleReport, Report
     from .nn.conv import varlen_conv1d
@@ -43,6 +44,7 @@ __all__ = [
     "BackendRefused",
     "Call",
     "Capabilities",
+    "Comparison",
     "Decision",
     "DtypeError",
     "Extras",
@@ -69,6 +71,7 @@ __all__ = [
     "apply_rotary",
     "backends",
     "choose",
+    "compare",
     "disable",
     "enable",
     "enabled",
@@ -89,6 +92,7 @@ if not TYPE_CHECKING:
     LATER = {
         **_old_paths.LATER,
         **{name: name for name in ("convert", "nn")},
+        **dict.fromkeys(("Comparison", "compare"), "convert.comparing"),
         **dict.fromkeys(("disable", "enable", "enabled"), "convert.enabling"),
         **dict.fromkeys(("ModuleReport", "Report"), "convert.report"),
         **dict.fromkeys((name for name in __all__ if name.startswith("VarlenTransformer")), "nn.transformer"),

@@ -361,9 +361,9 @@ def _refuse_inside(going: Sequence[Step]) -> None:
 _CALL = nn.Module._call_impl.__code__
 
 
-def around() -> Iterator[tuple[nn.Module, dict[str, Any]]]:
-    """The modules in whose forwards this is called, the innermost first, and what these are given."""
-    frame: FrameType | None = sys._getframe(1)
+def around(frame: FrameType | None = None) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """The modules in whose forwards this is called, or ``frame`` is, the innermost first, and what these are given."""
+    frame = frame or sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code is _CALL or (code.co_name == "forward" and code.co_varnames[:1] == ("self",)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from functools import partial, wraps
@@ -22,6 +23,7 @@ from torch.utils import _pytree
 from .errors import ArgumentError
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
+N_ = TypeVar("N_", bound=float | None)
 
 pytree = _pytree
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -42,6 +44,14 @@ is_batch_of_gradients: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_
 _in_jit_trace: Callable[[], bool] = torch._C._is_tracing
 _in_make_fx: Callable[[], Any] = partial(torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY)
 _in_pre_dispatch: Callable[[], bool] = partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch)
+# Who may see or change operations one by one: transforms, modes, a profiler, and `torch.jit.trace`.
+watchers: tuple[Callable[[], object], ...] = (
+    torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack, profiler_enabled,
+    _in_jit_trace, _in_pre_dispatch,
+)  # fmt: skip
+# What can be given to a kernel as it is; no subclass of these.
+PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 # Hooks that are called for every module.
 global_hooks = tuple(vars(_modules)[f"_global_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
@@ -121,15 +131,15 @@ def mark_unbacked(tensor: Tensor) -> None:
 
 
 @constant_while_tracing
-def needs_plain_gathers() -> bool:
-    """Where our two functions would be in the way: under `torch.func`, and under `torch.jit.trace`, which could not save them."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or _in_jit_trace()
-
-
-@constant_while_tracing
 def is_transformed() -> bool:
     """Under `torch.func` or forward-mode AD, for which plain indexing has all rules and our two functions have none."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def constant(number: N_) -> N_:
+    """The number itself, where `torch.compile` may have made a symbol of an argument that changed: a graph for each value."""
+    (known,) = {number}  # dynamo guards what it hashes
+    return known
 
 
 def mark_dynamic(tensor: Tensor, dims: int | list[int]) -> None:
@@ -164,16 +174,17 @@ def register_fake(library: torch.library.Library, op: str, fake: Callable[..., A
 
 def register_autograd(
     library: torch.library.Library, op: Any, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
-) -> None:
-    """`torch.library.register_autograd`, which makes a dataclass for each op. ``setup_context`` takes its arguments by position."""
+) -> Callable[..., Any]:
+    """`torch.library.register_autograd`, which makes a dataclass for each op. ``setup_context`` takes its arguments by position.
 
-    def below(keyset: Any, inputs: tuple[Any, ...]) -> Any:
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+    Returns ``apply(run, *inputs)``, which is ``run(*inputs)`` with this backward, without the dispatcher: for a kernel that does what the
+    op does, where nothing is among the `watchers`.
+    """
 
-    def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+    def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> Any:
         # Without views of what the op made itself, which could not be changed in place.
         with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
-            output = below(keyset, inputs)
+            output = run(*inputs)
             if setup_context is not None:
                 setup_context(ctx, inputs, output)
         return output
@@ -185,18 +196,28 @@ def register_autograd(
     function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(of_all)})
 
     def kernel(keyset: Any, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return function.apply(keyset, *inputs)
+        below = partial(op.redispatch, keyset & torch._C._after_autograd_keyset)
+        if torch.is_grad_enabled() and any_requires_grad(*inputs):
+            return function.apply(below, *inputs)
         with torch._C._AutoDispatchBelowAutograd():
-            return below(keyset, inputs)
+            return below(*inputs)
 
     library.impl(op.name(), kernel, "Autograd", with_keyset=True)
+    return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return]  # without what it does for `torch.func`
 
 
 def between_graphs(function: F_, recursive: bool = True) -> F_:
     """Outside of the graphs of `torch.compile`, which end before it; unless ``recursive``, only itself. Where no graph may end, as with
     ``fullgraph=True``, it is traced. Decorating imports dynamo: for files whose users have it already."""
-    outside = torch.compiler.disable(function, recursive=recursive)
+    begins_no_graph(function)
+
+    @partial(torch.compiler.disable, recursive=recursive)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        before, _thread.graphs = _thread.graphs, True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _thread.graphs = before
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -204,6 +225,23 @@ def between_graphs(function: F_, recursive: bool = True) -> F_:
         return outside(*args, **kwargs) if within else function(*args, **kwargs)
 
     return begins_no_graph(call)  # type: ignore[return-value]
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether a module's forward is compiled: asked in hooks, which are called between graphs, or before the first one."""
+    return _thread.graphs or is_compiled_function(vars(module).get("forward"))
+
+
+def is_compiled_function(function: Any) -> bool:
+    """``layer.forward = torch.compile(layer.forward)``"""
+    return hasattr(function, "_torchdynamo_orig_callable")
+
+
+class _Thread(threading.local):
+    graphs = False  # whether what runs was called between two graphs
+
+
+_thread = _Thread()
 
 
 def begins_no_graph(function: F_) -> F_:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import varlen_attn
-from varlen_attn.cli.timing import cpu_name, interleave
+from varlen_attn.convert.timing import cpu_name, interleave
 
 from .findings import Findings, Setting
 

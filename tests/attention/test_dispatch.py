@@ -114,10 +114,10 @@ def test_an_order_runs_or_raises_with_every_reason(problem: Problem) -> None:  #
         with pytest.raises(BackendRefused) as caught:
             choose(ordered)
         text = str(caught.value)
-        assert text.startswith(f"backend {backend.name!r} was ordered, but it\n")
+        assert text.startswith(f"backend {backend.name!r} was requested but cannot run this call:\n")
         for r in reasons:
             assert f"  - {r.reason}. Fix: {r.fix}." in text
-        assert text.endswith("backend='auto' picks one that runs this.")
+        assert text.endswith("backend='auto' picks one that can.")
 
 
 def test_problems_hold_no_tensors_and_nothing_of_the_data() -> None:  # R-41
@@ -138,9 +138,9 @@ def test_another_machine_can_be_asked_about() -> None:
     """A stated device is never refused for not being here, and the plan says which packages it assumed."""
     assert choose(H100).backend == "torch_varlen"
     with_flash3 = replace(H100, packages=(("flash-attn-3", "3.0.0"),))
-    assert "flash-attn-3 3.0.0" in str(choose(with_flash3))
-    assert "optional packages stated: none" in str(choose(H100))
-    assert "optional packages installed" in str(choose(Problem(device_type="cpu")))
+    assert "flash-attn-3 3.0.0" in choose(with_flash3).details()
+    assert "optional packages stated: none" in choose(H100).details()
+    assert "optional packages installed" in choose(Problem(device_type="cpu")).details()
     assert "on cuda sm90, bfloat16" in str(choose(H100))
     turing = replace(H100, capability=(7, 5), dtype=torch.float16)
     assert choose(turing).backend not in ("torch_varlen", "flash2", "flash3", "flash4")  # R-39, row 3 of 3a
@@ -206,12 +206,18 @@ def test_explain_is_what_happens_and_computes_nothing() -> None:
 
 def test_a_plan_prints_the_winner_and_every_loser() -> None:
     plan = explain(*qkv(), LAYOUT)
-    lines = str(plan).splitlines()
+    lines = plan.details().splitlines()
     assert lines[0] == "cpu runs this: aten::_scaled_dot_product_flash_attention_for_cpu (declared)"
     assert f"on cpu, float32, 2/2 heads of 8, torch {torch.__version__}" in lines[1]
     assert lines[2] == "  route: packed (58% of the batch is padding)"
     decisions = [line for line in lines[3:] if line[2] in "+->"]  # further reasons of one backend are indented below it
     assert "  > cpu: runs" in decisions
+    first, why = str(plan).splitlines()
+    assert first == lines[0]
+    assert all(why.count(f" {name}:") + why.count(f"{name},") + why.count(f"{name})") == 1 for name in NAMES if name != "cpu"), why
+    assert "CUDA backends (flash3, flash4, torch_varlen, mem_efficient, flex): the tensors are on cpu" in why
+    assert repr(plan) == str(plan)
+    assert "<pre>cpu runs this" in plan._repr_html_()
     assert "  + sdpa_padded: would run too, but comes later in the order" in decisions
     order = [line.split(":")[0].split()[-1] for line in decisions]
     assert list(dict.fromkeys(order)) == NAMES
@@ -265,7 +271,7 @@ def test_argument_before_context_before_auto() -> None:
             with use_backend("auto"):
                 assert ran() == "cpu"
         assert ran() == "sdpa_padded"
-        with pytest.raises(BackendRefused, match="'sdpa_padded' was ordered"):
+        with pytest.raises(BackendRefused, match="'sdpa_padded' was requested"):
             ran(batch_invariant=True)
     assert ran() == "cpu"
     with pytest.raises(ZeroDivisionError), use_backend("reference"):
@@ -359,7 +365,7 @@ def test_a_backend_object_is_an_order_too() -> None:
     assert mine.lengths == [(3, 2)] * 2
     assert [c.backend for c in log.calls] == ["doubling"] * 2
     assert log.calls[0].kernel == "twice the reference"
-    with pytest.raises(BackendRefused, match=r"(?s)'doubling' was ordered.*does not support a sliding window. Fix: drop `window`"):
+    with pytest.raises(BackendRefused, match=r"(?s)'doubling' was requested.*does not support a sliding window. Fix: drop `window`"):
         varlen_attention(q, k, v, LAYOUT, window=(1, 1), backend=mine)
     capacity = SeqLayout.from_key_padding_mask(torch.zeros(1, 5, dtype=torch.bool), capacity=5)
     with pytest.raises(BackendRefused, match="empty sequences, and only the device knows"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,11 @@ from varlen_attn import (
     BackendRefused,
     DtypeError,
     LayoutError,
+    LayoutWarning,
     SeqLayout,
     padded_attention,
     record,
+    use_backend,
     varlen_attention,
     varlen_mha,
 )
@@ -329,6 +332,54 @@ def test_masks_say_what_layouts_say() -> None:  # R-26
 
 
 @pytest.mark.native_too
+@pytest.mark.parametrize("fill", [0.0, float("nan"), float("inf")])
+def test_little_is_computed_without_a_layout(fill: float) -> None:
+    """On padded tensors: the same numbers as packed, whatever padding holds, in results and gradients, and the record says so."""
+    mask = torch.tensor([[False] * 5, [False, False, False, True, True], [False, True, False, True, True]])
+    inputs = [torch.randn(3, 5, 2, 8).masked_fill(mask[:, :, None, None], fill) for _ in range(3)]
+    grad = torch.randn(3, 5, 2, 8).masked_fill(mask[:, :, None, None], fill)
+    results = []
+    for how in ({"key_padding_mask": mask}, {"layout": SeqLayout.from_key_padding_mask(mask), "backend": "reference"}):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with record() as log:
+            out = padded_attention(*leaves, **how)
+        assert log.calls[0].backend == ("reference" if "layout" in how else "dense")
+        assert (out[mask] == 0).all()
+        results.append([out, *torch.autograd.grad(out, leaves, grad)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+        assert (got[mask] == 0).all()
+
+
+def test_what_is_not_little_or_not_plain_has_a_layout() -> None:
+    mask = torch.arange(5) >= torch.tensor([5, 3])[:, None]
+    x, empty = torch.randn(2, 5, 2, 8), mask | torch.tensor([[False], [True]])
+
+    def ran(x: Tensor, mask: Tensor, **semantics: Any) -> str:
+        with record() as log, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            padded_attention(x, x, x, mask, **semantics)
+        return log.calls[0].backend
+
+    assert ran(x, mask) == "dense"
+    others = (
+        (x.double(), mask),
+        (x.bfloat16(), mask),
+        (x, empty),
+        (x, mask.flip(1)),
+        (x, torch.zeros(2, 5).masked_fill(mask, float("-inf"))),
+    )
+    assert "dense" not in [ran(*other) for other in others]
+    assert ran(x, mask, causal=True) == ran(x, mask, backend="cpu") == "cpu"
+    assert ran(x.expand(2, 5, 2, 8).repeat(1, 1, 512, 8), mask) == "cpu"
+    with use_backend("reference"):
+        assert ran(x, mask) == "reference"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert padded_attention(x, x, x, mask).dtype == torch.bfloat16
+    with pytest.warns(LayoutWarning):
+        padded_attention(x, x, x, empty)
+
+
 def test_lse_of_padded_attention() -> None:
     x = torch.randn(2, 3, 2, 4)
     mask = torch.tensor([[False, False, True], [True, False, False]])
@@ -988,7 +1039,7 @@ def test_forced_backends_run_or_refuse() -> None:  # R-11
         for backend in CPU_BACKENDS:
             varlen_attention(q, k, v, layout, backend=backend)
     assert [c.backend for c in log.calls] == list(CPU_BACKENDS)
-    with pytest.raises(BackendRefused, match=r"(?s)'sdpa_padded' was ordered.*batch-mates.*Fix: drop `batch_invariant`"):
+    with pytest.raises(BackendRefused, match=r"(?s)'sdpa_padded' was requested.*batch-mates.*Fix: drop `batch_invariant`"):
         varlen_attention(q, k, v, layout, backend="sdpa_padded", batch_invariant=True)
 
 

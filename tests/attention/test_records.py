@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import html
+import json
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from varlen_attn import ArgumentError, SeqLayout, VarlenMultiheadAttention, padded_attention, record, use_backend, varlen_attention
+from varlen_attn import (
+    ArgumentError,
+    SeqLayout,
+    VarlenMultiheadAttention,
+    choose,
+    enable,
+    padded_attention,
+    record,
+    use_backend,
+    varlen_attention,
+)
 from varlen_attn._state import _around, state
+from varlen_attn.attention import dispatch
 from varlen_attn.attention.profile import Profile, _alone, _kernels, _kernels_below
 from varlen_attn.attention.records import Call, Record
+from varlen_attn.kernels.cpu import build as _native
 from varlen_attn.kernels.problem import Problem
 from varlen_attn.kernels.reference import Reference
 
@@ -264,3 +279,72 @@ def test_blocks_that_are_broken_off_at_any_line(what: Callable[[], None]) -> Non
         state.recorded = before[2]
         _around.set(before[3])
         assert now == before, f"at {broken[-1]}"
+
+
+# -------------------------------------------------------------------- how it is shown
+
+
+def test_an_empty_record_says_why_it_may_be_empty() -> None:
+    with record() as log:
+        pass
+    assert str(log).startswith("0 calls: ")
+    for hint in ("enable(model)", "thread", "compiled before"):
+        assert hint in str(log)
+    assert log.summary() == str(log)
+
+
+def test_a_long_record_is_cut_in_the_middle_and_has_a_summary() -> None:
+    layout, q = SeqLayout.from_lengths([5, 3]), torch.randn(8, 2, 8)
+    with record() as log:
+        for _ in range(40):
+            varlen_attention(q, q, q, layout)
+        varlen_attention(q, q, q, layout, backend="reference")
+    lines = str(log).splitlines()
+    assert len(lines) == 1 + 12 + 1 + 12 + 1
+    assert lines[13].split() == ["...", "17", "more,", "see", "summary()"]
+    assert [line.split()[0] for line in (lines[12], lines[14])] == ["11", "29"]
+    head, cpu, reference, totals = log.summary().splitlines()
+    assert head.split() == ["calls", "module", "backend", "T", "B*S", "padding", "kernel"]
+    assert cpu.split()[:6] == ["40", "-", "cpu", "320", "400", "20%"]
+    assert reference.split()[:3] == ["1", "-", "reference"]
+    assert totals == lines[-1]
+
+
+def test_what_the_library_says_is_shown_as_it_prints() -> None:
+    """In a REPL, in a notebook, and as plain values."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), 2, enable_nested_tensor=False)
+    report = enable(model)
+    mask = torch.arange(5) >= torch.tensor([5, 3])[:, None]
+    with record(model) as log:
+        model(torch.randn(2, 5, 16), src_key_padding_mask=mask)
+    for shown in (log, log.calls[0], log.calls[0].plan, report):
+        assert repr(shown) == str(shown)
+        assert shown._repr_html_() == f"<pre>{html.escape(str(shown))}</pre>"
+        json.dumps(shown.as_dict())
+    assert str(log.calls[0]).splitlines()[1].split()[:5] == ["layers.0.self_attn", "cpu", "8", "10", "20%"]
+    layout = log.calls[0].layout
+    cells = layout._repr_html_()
+    assert cells.startswith(f"<pre>{layout!r}</pre><table")
+    assert (cells.count("<tr>"), cells.count("<td")) == (2, 10)
+    assert cells.count("#eeeeee") == 2
+    assert json.loads(json.dumps(layout.as_dict()))["lengths"] == [5, 3]
+    assert SeqLayout.from_lengths([5000] * 50)._repr_html_().count("<td") <= 32 * 96
+    assert "<td" not in SeqLayout.from_lengths([])._repr_html_()
+
+
+@pytest.mark.parametrize("native", ["missing", "not wanted"])
+def test_a_faster_kernel_is_named_once(native: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_native, "setting", "0" if native == "not wanted" else str(tmp_path))
+    monkeypatch.setattr(_native, "_found", {})
+    monkeypatch.setattr(dispatch, "_plans", {})
+    layout, q = SeqLayout.from_lengths([5, 3]), torch.randn(8, 2, 8)
+    report = enable(nn.MultiheadAttention(8, 2), need_weights=False)
+    with record() as log:
+        for _ in range(3):
+            varlen_attention(q, q, q, layout)
+    for text in (str(log), log.summary(), str(report)):
+        assert text.count("python -m varlen_attn build-native") == (native == "missing")
+    assert ("cpu_native: is not compiled yet" in str(log).splitlines()[-1]) == (native == "missing")
+    h100 = choose(Problem(device_type="cuda", capability=(9, 0), dtype=torch.bfloat16, packages=()))
+    assert h100.faster.startswith("A faster kernel could be had. flash3: no package with flash-attn 3")
+    assert not choose(Problem(device_type="cuda", capability=(8, 0), dtype=torch.bfloat16, packages=())).faster

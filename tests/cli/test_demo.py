@@ -9,6 +9,7 @@ import torch
 
 from varlen_attn.cli import demo
 from varlen_attn.cli.main import main
+from varlen_attn.convert import comparing
 
 
 @pytest.fixture
@@ -16,8 +17,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "DIM", 16)
     monkeypatch.setattr(demo, "HEADS", 2)
     monkeypatch.setattr(demo, "MAX_TOKENS", 48)
-    monkeypatch.setattr(demo, "TIMED_BATCHES", 2)
-    monkeypatch.setattr(demo, "ROUNDS", 1)
+    monkeypatch.setattr(comparing, "SECONDS", 0.0)
     documents = demo.docstrings(96)
     monkeypatch.setattr(demo, "docstrings", lambda: documents)
 
@@ -42,17 +42,14 @@ def test_batches_are_padded_with_zeros() -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_both_pairs_give_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_gives_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     assert main(["demo", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    for pair in ("encoder", "attention"):
-        assert set(found[pair]["differences"]) == {"output", "gradient of the input", "gradients of the weights"}
-        for name, row in found[pair]["differences"].items():
-            assert row["difference"] <= 1e-4 * max(1, row["largest"]), name
-            assert row["largest"] > 0, name
-        assert 0 <= found[pair]["foreign"] <= 1
-        assert all(value > 0 for row in found[pair]["milliseconds"].values() for value in row.values())
+    for mode in ("evaluation", "training"):
+        assert found[mode]["equal"]
+        assert found[mode]["padding"] > 0.2
+    assert "the loss" in {row["name"] for row in found["training"]["results"]}
     assert found["plan"]["backend"] == "cpu"
     assert torch.backends.mha.get_fastpath_enabled() is fast_path
 
@@ -61,7 +58,7 @@ def test_both_pairs_give_the_same_numbers(capsys: pytest.CaptureFixture[str]) ->
 def test_it_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo"]) == 0
     text = capsys.readouterr().out
-    assert text.index("A whole encoder") < text.index("One attention layer"), "the encoder is the headline"
+    assert text.index("In evaluation: ") < text.index("In training: ")
     assert "cpu runs this" in text
     assert "What to type next" in text
-    assert max(map(len, text.split("Why:")[0].splitlines())) <= 140
+    assert max(map(len, text.split("In evaluation")[0].splitlines())) <= 140

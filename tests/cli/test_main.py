@@ -25,8 +25,14 @@ def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_explain_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(H100.split()) == 0
+    assert main([*H100.split(), "--all"]) == 0
     text = capsys.readouterr().out
+    assert main(H100.split()) == 0
+    short = capsys.readouterr().out
+    assert len(short.splitlines()) == 2
+    assert short.splitlines()[0] == text.splitlines()[0]
+    assert all(b.name in short for b in BACKENDS)
+    assert "2 CPU backends (cpu_native, cpu): the tensors are on cuda" in short
     assert main([*H100.split(), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["device"] == "cuda"
@@ -49,6 +55,7 @@ def test_explain_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         "--compiled --batch-invariant",
         "--device cuda --rocm --torch-version 2.12.1 --capability 9",
         "--score-bias",
+        "--with flash_attn==2.8.3.post2 --capability 8.0 --torch-version 2.14.0.dev20260101+cu130",
     ],
 )
 def test_explain_takes_every_option(options: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,10 +67,10 @@ def test_a_refused_order_exits_with_1(capsys: pytest.CaptureFixture[str]) -> Non
     refused = ["explain", "--device", "cuda", "--backend", "cpu"]
     assert main(refused) == 1
     captured = capsys.readouterr()
-    assert "backend 'cpu' was ordered" in captured.err
+    assert "backend 'cpu' was requested" in captured.err
     assert not captured.out
     assert main([*refused, "--json"]) == 1
-    assert "backend 'cpu' was ordered" in json.loads(capsys.readouterr().out)["error"]
+    assert "backend 'cpu' was requested" in json.loads(capsys.readouterr().out)["error"]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +85,14 @@ def test_a_refused_order_exits_with_1(capsys: pytest.CaptureFixture[str]) -> Non
         ("--dropout 2", "`dropout_p` must be between 0 and 1, but is 2.0"),
         ("--softcap -1", "`softcap` must be above 0, but is -1.0"),
         ("--backend fastest", "`backend` must be 'auto' or one of"),
+        ("--torch-version 1.0", "must be the version of a torch that this package runs on, 2.11 or newer, such as 2.13.0, but is '1.0'"),
+        ("--torch-version 2.13.banana", "must be the version of a torch"),
+        ("--torch-version 213", "must be the version of a torch"),
+        ("--device cuda --capability 90", "must be a compute capability such as 9.0, but is '90'"),
+        ("--capability 9.0.1", "must be a compute capability"),
+        ("--device cpu --capability 9.0", "--capability and --rocm are of GPUs, but --device is cpu"),
+        ("--with foo=1", "--with must name one of fa3-fwd, flash-attn, flash-attn-3, flash-attn-4, tokenspeed-fa3, but names 'foo'"),
+        ("--with flash-attn=banana", "must be NAME=VERSION such as flash-attn=2.8.3, but is 'flash-attn=banana'"),
         ("--with flash-attn", "must be NAME=VERSION such as flash-attn=2.8.3, but is 'flash-attn'"),
     ],
 )
@@ -92,7 +107,7 @@ def test_no_command_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main([])
     assert exit_info.value.code == 2
-    assert "info | explain | demo | bench" in capsys.readouterr().err
+    assert "info | explain | demo | compare" in capsys.readouterr().err
 
 
 def test_it_runs_as_a_module() -> None:
@@ -100,4 +115,4 @@ def test_it_runs_as_a_module() -> None:
         [sys.executable, "-m", "varlen_attn", "explain", "--backend", "flash2"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "backend 'flash2' was ordered" in done.stderr
+    assert "backend 'flash2' was requested" in done.stderr

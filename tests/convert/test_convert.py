@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from varlen_attn import ArgumentError, VarlenMultiheadAttention, VarlenWarning, record, use_backend
+from varlen_attn.convert import classes
 from varlen_attn.convert.enabling import disable, enable, enabled
 from varlen_attn.convert.report import Report
 from varlen_attn.nn.transformer import (
@@ -455,8 +456,9 @@ def test_two_models_and_torchs_switches_do_not_notice() -> None:
 # -------------------------------------------------------------------- levels and arguments
 
 
-def test_attention_level_packs_attention_only() -> None:
+def test_attention_level_packs_attention_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a stack everything else stays padded; the fast path, which would not call attention, is not taken."""
+    monkeypatch.setattr(classes, "_PAYS", 0)
     widths: list[int] = []
     for level, dims in (("attention", 3), ("auto", 2), ("model", 2)):
         model = stack(norm_first=True).eval()
@@ -524,8 +526,9 @@ def test_layers_that_are_used_alone(level: Any, batch_first: bool, norm_first: b
         assert_same(results(model, call), results(twin, call))
 
 
-def test_attention_alone_goes_on_giving_weights() -> None:
+def test_attention_alone_goes_on_giving_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """R-46: and the report names what that costs."""
+    monkeypatch.setattr(classes, "_PAYS", 0)
     model = attention()
     x = rows()
     want, want_weights = model(x, x, x, PADDING)
@@ -1564,8 +1567,9 @@ def test_attention_level_packs_in_compiled_code_too() -> None:
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder", "attention"])
 @pytest.mark.parametrize("training", [False, True])
-def test_where_nothing_is_padded_little_work_is_as_it_came(kind: str, training: bool) -> None:
+def test_where_nothing_is_padded_little_work_is_as_it_came(kind: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit by bit, torch's fast path included, and the record says so. With a backend requested it runs on that; more work is packed."""
+    monkeypatch.setattr(classes, "_PAYS", 0)
     plain: Any
     if kind == "encoder":
         plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
@@ -1593,6 +1597,44 @@ def test_where_nothing_is_padded_little_work_is_as_it_came(kind: str, training: 
         model(*given, **{none: padded}, **options)
     assert all(call.rows == 10 for call in log.calls if call.module and "multihead" not in call.module) or kind == "decoder"
     assert "nothing is padded" not in str(log)
+
+
+@pytest.mark.parametrize("padding_rows", ["zero", "exact", "edge"])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("cross", [True, False])
+def test_attention_with_little_padding_is_torchs_own(
+    padding_rows: Any, batch_first: bool, cross: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives what packed attention gives, whatever is at padding; an order is obeyed, and weights that nobody asked for are None."""
+    plain = nn.MultiheadAttention(8, 2, batch_first=batch_first, dtype=torch.float64)
+    x, query = torch.randn(3, 5, 8, dtype=torch.float64), torch.randn(3, 5, 8, dtype=torch.float64)
+    padding = torch.arange(5) >= torch.tensor([5, 2, 3])[:, None]
+    if cross or padding_rows != "exact":
+        x = torch.where(padding[..., None], torch.nan, x)
+    x, query = (x, query) if batch_first else (x.transpose(0, 1), query.transpose(0, 1))
+    results = []
+    for pays, order in ((classes._PAYS, "auto"), (0, "auto"), (classes._PAYS, "reference")):
+        monkeypatch.setattr(classes, "_PAYS", pays)
+        model = copy.deepcopy(plain)
+        enable(model, need_weights=False, padding_rows=padding_rows)
+        leaf = x.clone().requires_grad_()
+        with record() as log, use_backend(order):
+            out, weights = model(query if cross else leaf, leaf, leaf, padding)
+        assert weights is None
+        as_it_came = pays and order == "auto" and padding_rows != "edge"
+        assert ("to pack so little takes more time than it saves" in str(log)) == bool(as_it_came)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [leaf, *model.parameters()])))
+    assert not results[0][0].isnan().any()
+    for got in results[1:]:
+        for ours, other in zip(results[0], got, strict=True):
+            torch.testing.assert_close(ours, other)
+
+
+def test_weights_that_nobody_wants_are_none_where_nothing_is_padded_too() -> None:
+    model, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(3, 5, 8)
+    enable(model, need_weights=False)
+    for masks in ({}, {"key_padding_mask": torch.zeros(3, 5, dtype=torch.bool)}):
+        assert model(x, x, x, **masks)[1] is None
 
 
 def first(result: Any) -> Tensor:

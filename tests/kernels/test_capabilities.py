@@ -239,7 +239,7 @@ def test_a_plan_names_every_backend_once() -> None:
     for machine, options in itertools.product(MACHINES, OPTIONS):
         chosen = plan(**machine, **options)
         assert [d.backend for d in chosen.decisions] == names
-        lines = [line.split(":")[0].split() for line in str(chosen).splitlines() if line.startswith(("  > ", "  + ", "  - "))]
+        lines = [line.split(":")[0].split() for line in chosen.details().splitlines() if line.startswith(("  > ", "  + ", "  - "))]
         assert [name for name, _ in itertools.groupby(words[-1] for words in lines)] == names
 
 

@@ -1,12 +1,16 @@
-"""Our own ops: which overload of the forward a call takes. Their schemas, fakes and gradients are tested beside each backend."""
+"""Our own ops: which calls take them, and which the kernel itself. Their schemas, fakes and gradients are tested beside each backend."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,12 +42,12 @@ def test_no_autograd_where_no_gradient_is_needed() -> None:
         leaves = [x.clone().requires_grad_(n == i) for n, x in enumerate(inputs)]
         with record() as log, Seen() as seen:
             results.append(attend(*leaves))
-        assert seen.names == ["varlen_attn.cpu_forward.default" if i < 3 else "varlen_attn.cpu_forward.no_grad"]
+        assert seen.names == ["varlen_attn.cpu_forward.default"]
         assert results[-1].requires_grad == (i < 3)
         assert [call.backend for call in log.calls] == ["cpu"]
     with Seen() as seen, torch.no_grad():
         results.append(attend(*leaves[:2], leaves[2].requires_grad_()))
-    assert seen.names == ["varlen_attn.cpu_forward.no_grad"]
+    assert seen.names == ["varlen_attn.cpu_forward.default"]
     assert all(torch.equal(results[0], x) for x in results)
 
 
@@ -56,6 +60,71 @@ def test_flops_and_inference_mode(mode: Any) -> None:
             out = attend(query, query, query)
     assert counter.get_total_flops() == 4 * (9 + 25) * 2 * 16
     assert out.is_inference() == (mode is torch.inference_mode)
+
+
+def ops_called(call: Callable[[], object]) -> list[str]:
+    """Our ops that go through the dispatcher."""
+    called = []
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.endswith("_ops.py") and "varlen_attn" in str(frame.f_locals.get("self")):
+            called.append(str(frame.f_locals["self"]))
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return called
+
+
+class Subclass(Tensor):
+    pass
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_op_is_called_where_something_sees_it() -> None:
+    """Modes, profilers and subclasses meet the op; a second derivative meets its refusal. All others meet the kernel at once."""
+    query, key, value = (torch.randn(8, 2, 16, requires_grad=True) for _ in range(3))
+    grad = torch.randn(3, 8, 2, 16)
+    forward, backward = "varlen_attn.cpu_forward.default", "varlen_attn.cpu_backward.default"
+
+    def back(grad: Tensor, **options: Any) -> tuple[list[str], Tensor]:
+        found: list[Tensor] = []
+        return ops_called(lambda: found.extend(torch.autograd.grad(out, query, grad, retain_graph=True, **options))), found[0]
+
+    out = attend(query, key, value)
+    assert ops_called(lambda: attend(query, key, value)) == ops_called(lambda: attend(*map(Tensor.detach, (query, key, value)))) == []
+    called, want = back(grad[0])
+    assert called == []
+    for seen in (Seen, Functions, torch.autograd.profiler.profile):
+        results = []
+        with seen():
+            assert ops_called(lambda results=results: results.append(attend(query, key, value)))[-1:] == [forward]
+            if seen is not Functions:  # backward passes leave those out
+                called, got = back(grad[0])
+                assert called[-1:] == [backward]
+                assert torch.equal(got, want)
+        assert torch.equal(results[0], out)
+    assert ops_called(lambda: attend(query.detach().as_subclass(Subclass), key, value))[-1:] == [forward]
+    for called, got in (back(grad, is_grads_batched=True), back(grad[0], create_graph=True)):
+        assert backward in called
+        torch.testing.assert_close(got if got.dim() == 3 else got[0], want)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        got.sum().backward()  # type: ignore[possibly-undefined]
+
+
+def test_saved_tensors_meet_their_hooks() -> None:
+    kept: list[Tensor] = []
+    query = torch.randn(8, 2, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
+        out = attend(query, query, query)
+    assert [tuple(x.shape) for x in kept] == [(8, 2, 16)] * 4 + [(2, 8)] + [(4,)] * 2
+    assert kept[3].data_ptr() == out.data_ptr()
 
 
 def test_transforms_do_not_meet_the_op() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from varlen_attn import ArgumentError, DtypeError, LayoutError, LayoutWarning, SeqLayout, padded_attention, varlen_attention, varlen_mha
+from varlen_attn.layout import build as _build
 from varlen_attn.layout import rows as _gather
 from varlen_attn.layout.padded import PaddedRows
 from varlen_attn.layout.rows import scatter_rows
@@ -81,6 +82,21 @@ def test_facts_against_a_loop(mask: Tensor) -> None:  # R-28, R-29
     assert layout.max_seqlen >= max(layout.lengths, default=0)
     assert type(layout.num_rows) is int
     assert layout.valid_rows().all()
+
+
+@given(mask=any_masks, form=st.sampled_from(["padding", "tokens", "additive"]))
+def test_few_rows_are_read_as_many(mask: Tensor, form: str) -> None:
+    """By their bytes, and by operations on tensors."""
+
+    def make() -> SeqLayout:
+        if form == "tokens":
+            return SeqLayout.from_attention_mask(~mask, validate=False)
+        return of_mask(torch.zeros(mask.shape).masked_fill(mask, float("-inf")) if form == "additive" else mask)
+
+    few = make()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_build, "_FEW", -1)
+        assert_same(make(), few)
 
 
 @given(mask=any_masks, data=st.data())

@@ -110,16 +110,16 @@ def _signature(
         return None
     try:
         shape_q, shape_k, shape_v, device = query.shape, key.shape, value.shape, query.device
-        rows, rows_kv = layout.token_indices.shape[0], other.token_indices.shape[0]
+        rows, rows_kv, kind = layout.token_indices.shape[0], other.token_indices.shape[0], device.type
         if (len(shape_q), len(shape_k), len(shape_v)) != (3, 3, 3) or (shape_q[0], shape_k[0], shape_v[0]) != (rows, rows_kv, rows_kv):
             return None
         if not (device == key.device == value.device == layout.cu_seqlens.device == other.cu_seqlens.device):
             return None
         signature = (
             shape_q[1:], shape_k[1:], shape_v[1:], query.dtype, key.dtype, value.dtype, device, options, backend,
-            _state.order if state.orders else None, current_flash_attention_impl() if device.type == "cuda" else None,
+            _state.order if state.orders else None, current_flash_attention_impl() if kind == "cuda" else None,
             torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
-            torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None,
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
             torch.get_deterministic_debug_mode(),
             other is layout, layout.cu_seqlens.shape == other.cu_seqlens.shape, layout.lengths is None, other.lengths is None,
             (layout.has_holes and layout.holes == "refuse") or (other.has_holes and other.holes == "refuse"),
@@ -238,7 +238,7 @@ class AttentionCall:
         raise AssertionError(name)
 
     def _fields(self) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]:
-        """Of the `Problem` and of its `Semantics`, as plain values. Methods of a number make it a constant where a graph is dynamic."""
+        """Of the `Problem` and of its `Semantics`, as plain values: `index` makes numbers of sizes that are symbols in a graph."""
         device, semantics = self.query.device, self.semantics
         problem = (
             ("device_type", device.type),
@@ -257,10 +257,9 @@ class AttentionCall:
             ("requested", self.backend if isinstance(self.backend, str) else self.backend.name),
         )
         fields = (
-            ("causal", semantics.causal), ("window", semantics.window), ("scale", semantics.factor.__float__()),
-            ("softcap", semantics.softcap and semantics.softcap.__float__()), ("dropout_p", semantics.dropout_p.__float__()),
-            ("alibi", semantics.alibi), ("score_bias", semantics.score_bias), ("sinks", semantics.sinks),
-            ("return_lse", semantics.return_lse), ("deterministic", semantics.deterministic),
+            ("causal", semantics.causal), ("window", semantics.window), ("scale", semantics.scale), ("softcap", semantics.softcap),
+            ("dropout_p", semantics.dropout_p), ("alibi", semantics.alibi), ("score_bias", semantics.score_bias),
+            ("sinks", semantics.sinks), ("return_lse", semantics.return_lse), ("deterministic", semantics.deterministic),
             ("batch_invariant", semantics.batch_invariant),
         )  # fmt: skip
         return problem, fields

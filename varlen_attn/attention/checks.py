@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .._torch import is_tracing
-from ..errors import ArgumentError, DtypeError, LayoutError
+from ..errors import ArgumentError, DtypeError, LayoutError, UnknownArgument
 from ..kernels.base import FLOATS, accumulation_dtype
 from ..kernels.problem import Semantics
 from ..kernels.values import Extras
+from ..layout.checks import heads_first
 from ..layout.seq_layout import SeqLayout
 
 
@@ -140,11 +143,26 @@ def check_mask(mask: Tensor | None, x: Tensor, name: str, other: str) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor):
-        raise DtypeError(f"`{name}` must be a tensor, but is {type(mask).__name__}.")
+        raise DtypeError(f"`{name}` must be a tensor, but is {type(mask).__name__}: pass torch.as_tensor({name}).")
     if mask.shape != x.shape[:2]:
         raise LayoutError(
             f"`{name}` must have {other}'s (B, S) = {tuple(x.shape[:2])}, but has shape {tuple(mask.shape)}. Nothing is sliced to fit."
+            + heads_first(x, tuple(mask.shape), other)
         )
+
+
+_OURS = {
+    "is_causal": "pass causal='top_left'",
+    "attn_mask": "pass causal= or window= for what they say, score_bias= for a bias, and the mask of padding to padded_attention",
+    "enable_gqa": "leave it out, because key and value may have fewer heads than query anyway",
+}
+
+
+def unknown(function: str, names: Iterable[str], known: Iterable[str]) -> TypeError:
+    """For a keyword that a function does not have: of `F.scaled_dot_product_attention` ours, else the nearest."""
+    name, known = next(iter(names)), list(known)
+    fix = _OURS.get(name) or f"the nearest is {', '.join(difflib.get_close_matches(name, known, 1, 0)) or 'none'}"
+    return UnknownArgument(f"{function}() got an unexpected keyword argument {name!r}: {fix}.")
 
 
 def check_projections(

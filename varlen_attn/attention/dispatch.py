@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,6 +26,7 @@ from ..kernels import BACKENDS
 from ..kernels.base import Backend, Refusal
 from ..kernels.problem import Problem, Semantics
 from ..layout.seq_layout import SeqLayout
+from ..layout.shown import Shown
 
 _ENVIRONMENT = "VARLEN_ATTN_BACKEND"
 _environment_order = os.environ.get(_ENVIRONMENT) or "auto"  # read once: a changed environment must not change a running model
@@ -37,7 +40,13 @@ _MAX_PLANS = 4096
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided about one backend."""
+    """What was decided about one backend.
+
+    Examples:
+        >>> plan = choose(Problem(device_type="cpu"), all_reasons=True)
+        >>> [d.backend for d in plan.decisions if not d.accepted][:2]
+        ['flash3', 'flash4']
+    """
 
     backend: str
     accepted: bool
@@ -51,14 +60,19 @@ class Decision:
 
 @dataclass(frozen=True)
 class Route:
-    """Whether the tokens are packed, and why."""
+    """Whether the tokens are packed, and why.
+
+    Examples:
+        >>> route(SeqLayout.from_lengths([4, 4]), Problem())
+        Route(name='dense', reason='no row has padding')
+    """
 
     name: Literal["packed", "dense"]
     reason: str
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """The backend that runs a problem, and why the others do not.
 
     Attributes:
@@ -68,13 +82,21 @@ class Plan:
         decisions: one for each backend, in order of preference.
         problem: what was asked.
         route, route_reason: "packed", or "dense" where nothing is padded, or where padded attention was exported.
+
+    Examples:
+        >>> plan = choose(Problem(device_type="cuda", capability=(8, 0), dtype=torch.float16, packages=()))
+        >>> print(plan)
+        torch_varlen runs this: aten::_flash_attention_forward with cu_seqlens (flash_fwd_kernel) (declared)
+        why: the first in the order that can run it; ...
+        >>> plan.as_dict()["capability"]
+        (8, 0)
     """
 
     backend: str
     kernel: str
     decisions: tuple[Decision, ...]
     problem: Problem
-    implementation: Backend = field(repr=False, compare=False)
+    implementation: Backend = field(compare=False)
     evidence: Literal["declared", "probed", "profiled"] = "declared"
     route: Literal["packed", "dense"] = "packed"
     route_reason: str = "no layout was given"
@@ -96,14 +118,54 @@ class Plan:
             "decisions": [asdict(d) | {"reasons": [asdict(r) for r in d.reasons]} for d in self.decisions],
         }
 
+    @property
+    def faster(self) -> str:
+        """Which kernel would come first and is only not installed, and how to get it; else empty."""
+        before = itertools.takewhile(lambda d: d.backend != self.backend, self.decisions if self.route == "packed" else ())
+        lacks = (d for d in before if {r.kind for r in d.reasons} == {"missing"})
+        return next((f"A faster kernel could be had. {d}." for d in lacks), "")
+
     def __str__(self) -> str:
+        """What runs, and why, in two lines; `details` has every reason and fix."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for decision in self.decisions:
+            if decision.backend != self.backend:
+                groups.setdefault(self._group(decision), []).append(decision.backend)
+        why = ["it was requested" if self.problem.requested == self.backend else "the first in the order that can run it"]
+        for (kind, reason), names in groups.items():
+            listed = ", ".join(names)
+            why.append(f"{listed if len(names) == 1 else f'{len(names)} {kind} ({listed})'}: {reason}")
+        return f"{self._runs}\nwhy: {'; '.join(why if self._in_order else [self.route_reason, *why[1:]])}"
+
+    @property
+    def _runs(self) -> str:
+        return f"{self.backend} runs this: {self.kernel} ({self.evidence})"
+
+    @property
+    def _in_order(self) -> bool:
+        return any(d.backend == self.backend for d in self.decisions)
+
+    @property
+    def _instead(self) -> str:
+        return "would run too, but comes later in the order" if self._in_order else f"would run, but {self.route_reason}"
+
+    def _group(self, decision: Decision) -> tuple[str, str]:
+        """What is told of several backends at once: what they are, and the reason that counts most."""
+        if decision.accepted:
+            return "backends", self._instead
+        worst = min(decision.reasons, key=lambda r: ("machine", "order", "missing", "unsupported").index(r.kind))
+        elsewhere = re.match("runs on (cpu|cuda) only, and (.*)", worst.reason)
+        return (f"{elsewhere[1].upper()} backends", elsewhere[2]) if elsewhere else ("backends", worst.reason)
+
+    def details(self) -> str:
+        """What runs, where, and of every backend all reasons and fixes."""
         problem = self.problem
         capability = "" if problem.capability is None else f" sm{problem.capability[0]}{problem.capability[1]}"
         heads = f"{problem.num_heads}/{problem.num_kv_heads} heads of {problem.head_dim}"
         packages = ", ".join(f"{name} {version}" for name, version in _package_versions(problem)) or "none"
         origin = "installed" if problem.packages is None else "stated"
         lines = [
-            f"{self.backend} runs this: {self.kernel} ({self.evidence})",
+            self._runs,
             f"  on {problem.device_type}{capability}, {str(problem.dtype).removeprefix('torch.')}, {heads}, "
             f"torch {problem.torch_version}; optional packages {origin}: {packages}",
             f"  route: {self.route} ({self.route_reason})",
@@ -112,7 +174,7 @@ class Plan:
             if decision.backend == self.backend:
                 lines.append(f"  > {decision.backend}: runs")
             elif decision.accepted:
-                lines.append(f"  + {decision.backend}: would run too, but comes later in the order")
+                lines.append(f"  + {decision.backend}: {self._instead}")
             else:
                 reasons = [f"{r.reason}. Fix: {r.fix}." for r in decision.reasons]
                 lines.append(f"  - {decision.backend}: " + "\n      ".join(reasons))
@@ -120,7 +182,7 @@ class Plan:
 
 
 def _package_versions(problem: Problem) -> list[tuple[str, str]]:
-    names = sorted({b.package for b in BACKENDS} - {"torch"})
+    names = sorted({name for b in BACKENDS for name in (b.package, *b.packages)} - {"torch"})
     versions = [(name, problem.version(name)) for name in names]
     return [(name, version) for name, version in versions if version is not None]
 
@@ -138,6 +200,11 @@ def choose(problem: Problem, backends: Sequence[Backend] = BACKENDS, *, all_reas
         ArgumentError: the name ordered is not one of ``backends``.
         BackendRefused: the backend ordered by name cannot run the problem.
         NoBackend: none of ``backends`` can.
+
+    Examples:
+        >>> plan = choose(Problem(device_type="cpu", requested="cpu"))
+        >>> print(plan.kernel)
+        aten::_scaled_dot_product_flash_attention_for_cpu
     """
     key = (problem, all_reasons, backends if backends is BACKENDS else tuple(backends))
     plan: Plan | None = _plans.get(key)
@@ -169,7 +236,7 @@ def _choose(problem: Problem, candidates: tuple[Backend, ...], all_reasons: bool
     if chosen is None and order != "auto":
         reasons = refusals[names.index(order)]
         listing = "\n".join(f"  - {r.reason}. Fix: {r.fix}." for r in reasons)
-        raise BackendRefused(f"backend {order!r} was ordered, but it\n{listing}\nbackend='auto' picks one that runs this.")
+        raise BackendRefused(f"backend {order!r} was requested but cannot run this call:\n{listing}\nbackend='auto' picks one that can.")
     if chosen is None:
         listing = "\n".join(f"  - {d}" for d in decisions)
         raise NoBackend(f"none of these backends runs this call:\n{listing}")
@@ -199,6 +266,10 @@ def route(layout: SeqLayout, problem: Problem) -> Route:
     """Packed, or dense where nothing is padded (then packed rows are the padded rows, and nothing needs to move).
 
     A pure function of facts known on the host.
+
+    Examples:
+        >>> print(route(SeqLayout.from_lengths([5, 3, 1]), Problem()).reason)
+        40% of the batch is padding
     """
     if problem.tracing:
         return Route("packed", "always packed while tracing")
@@ -216,7 +287,8 @@ def requested_backend(backend: str | Backend) -> str | Backend:
             raise ArgumentError(f"`backend` must be 'auto', a name or a Backend, but is {backend!r}.")
         return backend
     traced = [block for block in state.traced if isinstance(block, Order)]
-    order: str | Backend | None = traced[-1].backend if traced else _state.order
+    asked = traced or state.orders or torch.compiler.is_compiling()  # which guards on `_state.order`
+    order: str | Backend | None = traced[-1].backend if traced else _state.order if asked else None
     if order is not None:
         return order
     if _environment_order not in _NAMES:
@@ -230,6 +302,13 @@ def use_backend(name: str | Backend) -> Iterator[None]:
 
     It must surround the backward pass too where activations are checkpointed, because recomputation chooses again. On a GPU autograd
     recomputes in a thread of its own, which this does not reach: give a checkpointed module ``backend=`` instead.
+
+    Examples:
+        >>> x = torch.randn(2, 5, 16)
+        >>> with use_backend("reference"), record() as log:
+        ...     out = varlen_mha(x, num_heads=2)
+        >>> log.calls[0].backend
+        'reference'
     """
     if not isinstance(name, Backend) and name not in _NAMES:
         raise ArgumentError(f"`name` must be 'auto' or one of {list(_NAMES[1:])}, but is {name!r}.")
@@ -238,7 +317,12 @@ def use_backend(name: str | Backend) -> Iterator[None]:
 
 
 def backends() -> list[dict[str, Any]]:
-    """All backends on this machine, in order: name, package, version, availability and the reason where it is not available."""
+    """All backends on this machine, in order: name, package, version, availability and the reason where it is not available.
+
+    Examples:
+        >>> [row["name"] for row in backends()] == [b.name for b in BACKENDS]
+        True
+    """
     rows = []
     for backend in BACKENDS:
         problem = Problem(requested=backend.name, dtype=_some_dtype(backend))

@@ -110,7 +110,7 @@ def refuse_order(order: str | Backend, why: str, fix: str) -> None:
     """An order is an order: only the padded backend may compute a call on padded tensors."""
     name = order if isinstance(order, str) else order.name
     if name not in ("auto", "sdpa_padded"):
-        raise BackendRefused(f"backend {name!r} was ordered, but {why}. Fix: {fix}.")
+        raise BackendRefused(f"backend {name!r} was requested but cannot run this call: {why}. Fix: {fix}.")
 
 
 @constant_while_tracing

@@ -6,24 +6,60 @@ tensors, empty sequences for backends that mishandle them. Backends trust what t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import operator
+from contextlib import nullcontext
+from typing import Any, Literal, TypedDict, Unpack, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch import is_unreadable, trace_quietly
-from ..errors import ArgumentError, LayoutError
+from .._state import state
+from .._torch import PLAIN, is_plain, is_unreadable, trace_quietly, watchers
+from ..errors import ArgumentError, LayoutError, UnknownArgument, VarlenWarning, warn
 from ..kernels.base import Backend
+from ..kernels.dense import FLASH_CPU
 from ..kernels.problem import check_dropout
 from ..kernels.values import NO_EXTRAS, Extras, ScoreBias
 from ..layout.seq_layout import SeqLayout, moved
 from .call import AttentionCall, Options, attend
-from .checks import check_layouts, check_mask, check_projections
-from .dispatch import Plan
+from .checks import autocasts, check_layouts, check_mask, check_projections, unknown
+from .dispatch import Plan, requested_backend
 from .export import static_graph, static_layout, static_layouts
 from .forms import Form, full_layout, pack_rows, unpack_rows
+from .records import recorded_padded
+
+_LITTLE = 1 << 18  # numbers of a query times columns: with fewer, on a CPU, attention took less time than a layout (Zen 5, one thread)
+
+_WIDE = 256  # a head of more is nearly always heads that nothing was said of
 
 
+class Asked(TypedDict, total=False):
+    """The keywords of `varlen_attention` that do not change what it returns, for type checkers."""
+
+    causal: bool | Literal["bottom_right", "top_left"]
+    window: tuple[int | None, int | None] | None
+    scale: float | None
+    softcap: float | None
+    dropout_p: float
+    alibi_slopes: Tensor | None
+    score_bias: ScoreBias | None
+    sinks: Tensor | None
+    backend: str | Backend
+    deterministic: bool | None
+    batch_invariant: bool
+
+
+@overload
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: SeqLayout, layout_kv: SeqLayout | None = None, *,
+    return_lse: Literal[False] = False, **asked: Unpack[Asked],
+) -> Tensor: ...  # fmt: skip
+@overload
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: SeqLayout, layout_kv: SeqLayout | None = None, *,
+    return_lse: Literal[True], **asked: Unpack[Asked],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -43,6 +79,7 @@ def varlen_attention(
     backend: str | Backend = "auto",
     deterministic: bool | None = None,
     batch_invariant: bool = False,
+    **others: Any,
 ) -> Any:
     """Exact attention on packed tensors: every sequence attends to itself (or to its keys), and nothing is padded.
 
@@ -80,11 +117,23 @@ def varlen_attention(
 
         scores = q @ k.transpose(-1, -2) * scale
         out = scores.masked_fill(hidden, -inf).softmax(-1) @ v
+
+    Examples:
+        >>> layout = SeqLayout.from_lengths([5, 3])
+        >>> q = torch.randn(8, 4, 16)  # (T, N, H)
+        >>> out, lse = varlen_attention(q, q[:, :2], q[:, :2], layout, causal=True, window=(2, 0), return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([8, 4, 16]), torch.Size([4, 8]))
     """
+    if others:
+        raise unknown("varlen_attention", others, ASKED)
     options = Options(causal, window, scale, softcap, dropout_p, return_lse, deterministic, batch_invariant)
     plain = alibi_slopes is None and score_bias is None and sinks is None
     extras = NO_EXTRAS if plain else Extras(alibi_slopes, sinks, score_bias)
     return attend(query, key, value, layout, layout_kv, options, extras, backend)
+
+
+ASKED = (*Options._fields, "alibi_slopes", "sinks", "score_bias", "backend")
 
 
 def plan_attention(
@@ -98,6 +147,8 @@ def plan_attention(
     **semantics: Any,
 ) -> Plan:
     """The `Plan` of ``varlen_attention(query, key, value, layout, layout_kv, **semantics)``, without running it."""
+    if others := [name for name in semantics if name not in ASKED]:
+        raise unknown("explain", others, ASKED)
     names = {"alibi_slopes", "sinks", "score_bias"}
     extras = Extras(**{k: semantics.pop(k) for k in names & set(semantics)})
     backend = semantics.pop("backend", "auto")
@@ -107,6 +158,18 @@ def plan_attention(
 # -------------------------------------------------------------------- padded tensors
 
 
+@overload
+def padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, *,
+    query_padding_mask: Tensor | Literal[False] | None = None, layout: SeqLayout | None = None, layout_kv: SeqLayout | None = None,
+    return_lse: Literal[False] = False, **semantics: Unpack[Asked],
+) -> Tensor: ...  # fmt: skip
+@overload
+def padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, *,
+    query_padding_mask: Tensor | Literal[False] | None = None, layout: SeqLayout | None = None, layout_kv: SeqLayout | None = None,
+    return_lse: Literal[True], **semantics: Unpack[Asked],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def padded_attention(
     query: Tensor,
     key: Tensor,
@@ -138,6 +201,13 @@ def padded_attention(
     In plain PyTorch, on ``(B, N, S, H)``::
 
         F.scaled_dot_product_attention(q, k, v, attn_mask=~key_padding_mask[:, None, None]) * ~query_padding_mask[:, None, :, None]
+
+    Examples:
+        >>> q = torch.randn(2, 5, 4, 16)  # (B, S, N, H)
+        >>> mask = torch.arange(5) >= torch.tensor([5, 3])[:, None]  # True is padding
+        >>> out = padded_attention(q, q, q, mask, causal=True)
+        >>> out.shape, bool(out[mask].any())
+        (torch.Size([2, 5, 4, 16]), False)
     """
     trace_quietly(query)
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -145,13 +215,40 @@ def padded_attention(
             raise LayoutError(f"`{name}` must have shape (B, S, heads, head_dim), but has shape {tuple(x.shape)}.")
     if value.shape[:3] != key.shape[:3]:
         raise LayoutError(f"`value` must begin with key's (B, S, K) = {tuple(key.shape[:3])}, but has shape {tuple(value.shape)}.")
+    alone = query_padding_mask is None and layout is None and layout_kv is None and not semantics
+    if key_padding_mask is not None and alone and _is_little(query, key, value, key_padding_mask):
+        return _little_attention(query, key, value, key_padding_mask)
     layout_q, layout_k = _layouts(query, key, key_padding_mask, query_padding_mask, layout, layout_kv)
     query, key, value = pack_rows(layout_q, query, "query"), pack_rows(layout_k, key, "key"), pack_rows(layout_k, value, "value")
-    result = varlen_attention(query, key, value, layout_q, layout_k, **semantics)
+    try:
+        result = varlen_attention(query, key, value, layout_q, layout_k, **semantics)
+    except UnknownArgument:
+        raise unknown("padded_attention", semantics.keys() - ASKED, ASKED) from None
     if not semantics.get("return_lse"):
         return unpack_rows(layout_q, result)
     out, lse = result
     return unpack_rows(layout_q, out), layout_q.unpack(lse.transpose(0, 1), float("-inf")).transpose(1, 2)
+
+
+def _is_little(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
+    """Whether a layout takes longer than attention to the padding. A row that begins with padding is left to the layout, which
+    may warn."""
+    if not is_plain(query) or any(map(operator.call, watchers)) or not PLAIN.issuperset(map(type, (query, key, value, mask))):
+        return False
+    alike = query.shape == key.shape == value.shape and query.is_cpu and key.is_cpu and value.is_cpu and mask.is_cpu
+    alike = alike and query.dtype == key.dtype == value.dtype == torch.float32 and mask.dtype == torch.bool
+    little = alike and query.shape[:2] == mask.shape and 0 < query.numel() * query.shape[1] <= _LITTLE
+    return little and requested_backend("auto") == "auto" and not autocasts("cpu") and not bool(mask.select(1, 0).any())
+
+
+def _little_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Self-attention of ``(B, S, N, H)``, to the padding too, which is 0 and hidden."""
+    at = mask[:, :, None, None]
+    q, k, v = (x.masked_fill(at, 0).contiguous().transpose(1, 2) for x in (query, key, value))
+    bias = query.new_zeros(mask.shape).masked_fill_(mask, float("-inf")).view(mask.shape[0], 1, 1, -1)
+    with recorded_padded(None, query, key, value, FLASH_CPU, "so little that a layout takes longer") if state.records else nullcontext():
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)[0]
+    return out.transpose(1, 2).masked_fill(at, 0)
 
 
 def _layouts(
@@ -196,7 +293,7 @@ def varlen_mha(
     x: Tensor,
     key_padding_mask: Tensor | None = None,
     *,
-    num_heads: int = 1,
+    num_heads: int | None = None,
     in_proj_weight: Tensor | None = None,
     in_proj_bias: Tensor | None = None,
     out_proj_weight: Tensor | None = None,
@@ -207,13 +304,14 @@ def varlen_mha(
     dropout_p: float = 0.0,
     training: bool | None = None,
     backend: str | Backend = "auto",
+    **others: Any,
 ) -> Tensor:
     """Multi-head self-attention of a padded batch, computed on its real tokens only; projections too.
 
     Args:
         x: ``(B, S, D)`` padded, ``(T, D)`` packed (with ``layout``), or ``(B, S, 3, N, H)``, stacked q, k, v.
         key_padding_mask: ``(B, S)``, **True is padding** (torch's convention); None for no padding.
-        num_heads: N; D is a multiple of it. Taken from the shape of stacked q, k, v.
+        num_heads: N; D is a multiple of it. 1 if left out, with a warning where x is wide. Taken from the shape of stacked q, k, v.
         in_proj_weight, in_proj_bias: ``(3D, D)`` and ``(3D,)`` as in ``F.multi_head_attention_forward``; without a
             weight x itself is query, key and value.
         out_proj_weight, out_proj_bias: ``(D, D)`` and ``(D,)``; without a weight the output is not projected.
@@ -231,8 +329,17 @@ def varlen_mha(
 
     In plain PyTorch: ``F.multi_head_attention_forward`` on ``x.transpose(0, 1)`` with ``need_weights=False``, times
     ``~key_padding_mask[..., None]``.
+
+    Examples:
+        >>> x = torch.randn(2, 5, 64)
+        >>> mask = torch.arange(5) >= torch.tensor([5, 3])[:, None]  # True is padding
+        >>> weights = dict(in_proj_weight=torch.randn(192, 64) / 8, out_proj_weight=torch.randn(64, 64) / 8)
+        >>> varlen_mha(x, mask, num_heads=4, **weights).shape
+        torch.Size([2, 5, 64])
     """
     trace_quietly(x)
+    if others:
+        raise unknown("varlen_mha", others, [*Options._fields[:2], "dropout_p", "num_heads", "training", "backend", "key_padding_mask"])
     check_dropout(dropout_p)
     if dropout_p > 0 and training is None:
         raise ArgumentError(f"`training` must be True or False where dropout_p > 0, but is None (dropout_p is {dropout_p}).")
@@ -253,11 +360,17 @@ def varlen_mha(
         raise LayoutError(f"`x` of shape {tuple(x.shape)} is packed, so `layout` must be given: which rows belong to which sequence?")
     if layout is not None and key_padding_mask is not None:
         raise ArgumentError("pass `key_padding_mask` or `layout`, not both: nothing says which one counts.")
+    heads = 1 if num_heads is None else num_heads
     if not stacked:
-        if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-            raise ArgumentError(f"`num_heads` must be a positive integer, but is {num_heads!r}.")
-        if width % num_heads:
-            raise ArgumentError(f"`num_heads` must divide the width of x ({width}), but is {num_heads}.")
+        if num_heads is None and width > _WIDE and not torch.compiler.is_compiling():
+            warn(
+                f"`num_heads` is left out, so that one head of {width} is computed: pass num_heads={width // 64} for heads of 64.",
+                VarlenWarning,
+            )
+        if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+            raise ArgumentError(f"`num_heads` must be a positive integer, but is {heads!r}.")
+        if width % heads:
+            raise ArgumentError(f"`num_heads` must divide the width of x ({width}), but is {heads}.")
         check_projections(width, *projections)
 
     form: Form = "packed" if x.dim() == 2 else "batch first"
@@ -269,11 +382,11 @@ def varlen_mha(
         layout = static_layouts(x, layout, x, None)[0] or layout
     rows = pack_rows(layout, x, form=form, apart=True)
     if in_proj_weight is not None:
-        rows = F.linear(rows, in_proj_weight, in_proj_bias).view(rows.shape[0], 3, num_heads, width // num_heads)
+        rows = F.linear(rows, in_proj_weight, in_proj_bias).view(rows.shape[0], 3, heads, width // heads)
     if rows.dim() == 4:
         query, key, value = rows.unbind(1)
     else:
-        query = key = value = rows.view(rows.shape[0], num_heads, width // num_heads)
+        query = key = value = rows.view(rows.shape[0], heads, width // heads)
     out: Tensor = varlen_attention(query, key, value, layout, **options)
     out = out if stacked else out.flatten(1)
     if out_proj_weight is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -28,7 +29,9 @@ _OPS = (
 _CUDA_KERNELS = (r"flash|Flash|fmha|mha_|attention", r"softmax")
 _EXPLICIT = re.compile(r"softmax", re.IGNORECASE)
 _BACKWARD = re.compile(r"backward|bwd|bprop|cutlassB", re.IGNORECASE)
-_NOT_KERNELS = re.compile(r"^(Memcpy|Memset|varlen_attn( |::\w+$))")  # copies, fills, and ranges of ours on a device's timeline
+_MEMORY = "[memory]"
+# Copies, fills, memory that is taken or given back, and ranges of ours on a device's timeline.
+_NOT_KERNELS = re.compile(r"^(Memcpy|Memset|\[memory\]|varlen_attn( |::\w+$))")
 
 
 _alone = threading.Lock()
@@ -41,10 +44,12 @@ class Profile:
     Attributes:
         kernels: the kernels that a device ran, by name, each once, in order; without a device, torch's and our attention ops.
         by_range: the same for each range (`torch.profiler.record_function`) of ours, by its label.
+        peak: the most bytes of torch's allocator that were taken at once, beyond what was there before; on a GPU if there is one in use.
     """
 
     kernels: tuple[str, ...] = ()
     by_range: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    peak: int = 0
 
 
 @contextmanager
@@ -67,6 +72,7 @@ def profiled(prefix: str) -> Iterator[Profile]:
             found.kernels = _kernels(on_device, [e.name for e in events])
             ranges = [e for e in events if e.device_type.name == "CPU" and e.name.startswith(prefix)]
             found.by_range = {e.name: _kernels_below(e) for e in ranges}
+            found.peak = _peak(profiler.profiler.kineto_results.events())
 
 
 @contextmanager
@@ -75,7 +81,8 @@ def _running() -> Iterator[Any]:
     from torch.profiler import ProfilerActivity, profile
 
     on_cuda = torch.cuda.is_available()
-    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])], acc_events=True)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    profiler = profile(activities=activities, acc_events=True, profile_memory=True)
     held: list[bool] = []
 
     def undo() -> None:
@@ -98,6 +105,12 @@ def _running() -> Iterator[Any]:
         with _without_stderr():
             profiler.start()
         yield profiler
+
+
+def _peak(events: Sequence[Any]) -> int:
+    changes: list[tuple[int, int, str]] = sorted((e.start_ns(), e.nbytes(), e.device_type().name) for e in events if e.name() == _MEMORY)
+    device = max((name for *_, name in changes), default="")  # CUDA, where something of it was taken
+    return max(itertools.accumulate((size for _, size, name in changes if name == device), initial=0))
 
 
 def _kernels_below(event: Any) -> tuple[str, ...]:

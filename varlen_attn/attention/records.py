@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +15,15 @@ from torch import Tensor
 from .._state import opened, state, undone, visible
 from ..kernels.problem import Problem
 from ..layout.seq_layout import SeqLayout
+from ..layout.shown import Shown, table
 from .dispatch import Plan, choose
 from .profile import Profile, profiled, short_name
 
 _RANGE = "varlen_attn call "  # with the number of a call: the range in which a profiler finds its kernels
 
 
-@dataclass(frozen=True)
-class Call:
+@dataclass(frozen=True, repr=False)
+class Call(Shown):
     """One attention call. Facts that only a device or a trace knows are None.
 
     Attributes:
@@ -34,6 +37,14 @@ class Call:
             device of torch's and our attention ops. None where nobody looked, or compiled code launched it.
         confirmed: whether the kernel that the backend claims is among them; None where nobody looked, or nothing is claimed.
         layout: of the queries; None where they were not packed.
+
+    Examples:
+        >>> x = torch.randn(2, 5, 16)
+        >>> with record() as log:
+        ...     out = varlen_mha(x, layout=SeqLayout.from_lengths([5, 3]), num_heads=2)
+        >>> call = log.calls[0]
+        >>> call.rows, call.slots, round(call.padding, 2)
+        (8, 10, 0.2)
     """
 
     backend: str
@@ -46,7 +57,7 @@ class Call:
     reason: str | None = None
     kernels: tuple[str, ...] | None = None
     confirmed: bool | None = None
-    layout: SeqLayout | None = field(default=None, repr=False, compare=False)
+    layout: SeqLayout | None = field(default=None, compare=False)
 
     @property
     def padding(self) -> float | None:
@@ -62,6 +73,18 @@ class Call:
         plan = replace(self.plan, evidence="profiled") if self.plan is not None and confirmed else self.plan
         return replace(self, plan=plan, kernels=kernels, confirmed=confirmed)
 
+    def __str__(self) -> str:
+        return table([_HEADS[1:], self.row()], _SIDES[1:])
+
+    def row(self) -> tuple[str, ...]:
+        """For a table."""
+        return self.module or "-", self.backend, *_numbers(self.rows, self.slots), self.kernel_text()
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON; without the layout."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layout"}
+        return parts | {"padding": self.padding, "plan": None if self.plan is None else self.plan.as_dict()}
+
     def kernel_text(self) -> str:
         """The kernel for a table: as declared, and what is known of it."""
         text = self.kernel + (" (traced)" if self.traced else "")
@@ -72,17 +95,29 @@ class Call:
         return text + (f"; {self.reason}" if self.reason else "")
 
 
-class Record:
+class Record(Shown):
     """The attention calls made inside `record`, in order; prints as a table with totals.
 
     Attributes:
         calls: one `Call` for each.
         kernels: with ``record(kernels=True)``, every kernel that ran inside, attention or not, backward passes included; else None.
+        peak: with ``record(kernels=True)``, the most bytes of torch's allocator that were taken at once; else None.
+
+    Examples:
+        >>> x, layout = torch.randn(2, 5, 16), SeqLayout.from_lengths([5, 3])
+        >>> with record() as log, use_backend("cpu"):
+        ...     for _ in range(3):
+        ...         out = varlen_mha(x, layout=layout, num_heads=2)
+        >>> print(log.summary())
+        calls  module  backend  T   B*S  padding  kernel
+        3      -       cpu      24  30   20%      aten::_scaled_dot_product_flash_attention_for_cpu
+        3 calls: 3 x cpu; 24 of 30 positions computed, 20% padding left out
     """
 
     def __init__(self, names: dict[int, str] | None = None, *, profiles: bool = False) -> None:
         self.calls: list[Call] = []
         self.kernels: tuple[str, ...] | None = None
+        self.peak: int | None = None
         self.profiles = profiles
         self._names = names or {}
 
@@ -104,28 +139,57 @@ class Record:
 
     def attach_profile(self, profile: Profile) -> None:
         """Write down what the profiler saw, which it tells at the end."""
-        self.kernels = profile.kernels
+        self.kernels, self.peak = profile.kernels, profile.peak
         for label, kernels in profile.by_range.items():
             number = int(label.removeprefix(_RANGE))
             self.calls[number] = self.calls[number].seen(kernels)
 
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {"calls": [call.as_dict() for call in self.calls], "kernels": self.kernels, "peak": self.peak}
+
+    def summary(self) -> str:
+        """A table by module and kernel, with the number of calls in place of each."""
+        alike: dict[tuple[str, ...], list[Call]] = {}
+        for call in self.calls:
+            alike.setdefault((call.module or "-", call.backend, call.kernel_text()), []).append(call)
+        rows = [(str(len(calls)), module, backend, *_sums(calls), kernel) for (module, backend, kernel), calls in alike.items()]
+        return self._with_totals([("calls", *_HEADS[1:]), *rows])
+
     def __str__(self) -> str:
-        rows = [("#", "module", "backend", "T", "B*S", "padding", "kernel")]
-        for i, call in enumerate(self.calls):
-            padding = "-" if call.padding is None else f"{call.padding:.0%}"
-            rows.append((str(i), call.module or "-", call.backend, _text(call.rows), _text(call.slots), padding, call.kernel_text()))
-        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        counts = {name: sum(c.backend == name for c in self.calls) for name in dict.fromkeys(c.backend for c in self.calls)}
-        known = [c for c in self.calls if c.rows is not None and c.slots]
-        packed, padded = sum(c.rows or 0 for c in known), sum(c.slots or 0 for c in known)
-        saved = f"; {packed} of {padded} positions computed, {1 - packed / padded:.0%} padding left out" if padded else ""
-        lines.append(f"{len(self.calls)} calls: " + ", ".join(f"{n} x {b}" for b, n in counts.items()) + saved)
-        return "\n".join(lines)
+        rows = [(str(i), *call.row()) for i, call in enumerate(self.calls) if not _ENDS <= i < len(self.calls) - _ENDS]
+        if len(rows) < len(self.calls):
+            rows.insert(_ENDS, ("...", f"{len(self.calls) - len(rows)} more, see summary()", *[""] * (len(_HEADS) - 2)))
+        return self._with_totals([_HEADS, *rows])
+
+    def _with_totals(self, rows: list[tuple[str, ...]]) -> str:
+        if not self.calls:
+            return _EMPTY
+        counts = Counter(call.backend for call in self.calls)
+        packed, padded, share = _sums(self.calls)
+        saved = f"; {packed} of {padded} positions computed, {share} padding left out" if padded != "-" else ""
+        totals = f"{len(self.calls)} calls: " + ", ".join(f"{n} x {b}" for b, n in counts.items()) + saved
+        faster = next((call.plan.faster for call in self.calls if call.plan is not None and call.plan.faster), "")
+        return "\n".join(filter(None, [table(rows, _SIDES), totals, faster]))
 
 
-def _text(number: int | None) -> str:
-    return "-" if number is None else str(number)
+_HEADS = ("#", "module", "backend", "T", "B*S", "padding", "kernel")
+_SIDES = "<<<<<<<"
+_ENDS = 12  # calls that are shown of each end of a long record
+_EMPTY = (
+    "0 calls: no attention of varlen_attn was called here. Was the model enabled, by enable(model) after it was loaded? A record sees the "
+    "calls of its own thread and coroutine, and of a graph that was compiled before only those that launch an op of ours."
+)
+
+
+def _sums(calls: Sequence[Call]) -> tuple[str, ...]:
+    known = [(call.rows, call.slots) for call in calls if call.rows is not None and call.slots]
+    return _numbers(*map(sum, zip(*known, strict=True))) if known else _numbers(None, None)
+
+
+def _numbers(rows: int | None, slots: int | None) -> tuple[str, ...]:
+    padding = "-" if rows is None or not slots else f"{1 - rows / slots:.0%}"
+    return *("-" if number is None else str(number) for number in (rows, slots)), padding
 
 
 @contextmanager
@@ -141,6 +205,14 @@ def record(model: torch.nn.Module | None = None, *, kernels: bool = False) -> It
 
     Raises:
         ArgumentError: ``kernels=True`` while a profiler is running: there is one for a process.
+
+    Examples:
+        >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 2, enable_nested_tensor=False)
+        >>> report = enable(encoder)
+        >>> with record(encoder) as log, use_backend("cpu"):
+        ...     out = encoder(torch.randn(2, 5, 16), src_key_padding_mask=torch.arange(5) >= torch.tensor([5, 3])[:, None])
+        >>> [(call.module, call.rows) for call in log]
+        [('layers.0.self_attn', 8), ('layers.1.self_attn', 8)]
     """
     log = Record({} if model is None else {id(module): name for name, module in model.named_modules() if name}, profiles=kernels)
     profile = Profile()

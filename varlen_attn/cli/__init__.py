@@ -1,1 +1,1 @@
-"""``python -m varlen_attn``: ``main`` reads the command line, ``demo`` and ``bench`` measure with ``compare`` and ``timing``."""
+"""``python -m varlen_attn``: ``main`` reads the command line what the commands do is beside it."""

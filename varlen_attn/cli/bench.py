@@ -6,8 +6,11 @@ output and all gradients, and only then timed, in turns. `facts` measures, and s
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,11 +22,12 @@ from torch import Tensor, nn
 from ..attention.dispatch import backends
 from ..attention.profile import kernel_ran
 from ..attention.records import record
+from ..convert.timing import PATIENCE, interleave, unsure
+from ..convert.timing import facts as timed
+from ..layout.shown import table
 from ..nn.multihead import VarlenMultiheadAttention
 from ..testing import assert_within_budget
-from .compare import Contestant, Example, attention, contest, quiet
-from .environment import headline, machine, table
-from .timing import PATIENCE, unsure
+from .environment import headline, machine
 
 BASE, UNMASKED, THEIRS, FAST, OURS, AGAIN = (
     "masked SDPA", "SDPA, no mask", "nn.MultiheadAttention", "nn.MultiheadAttention, fast path", "ours", "masked SDPA again",
@@ -93,6 +97,69 @@ class Setting:
 # -------------------------------------------------------------------- contestants
 
 
+@dataclass(frozen=True)
+class Example:
+    """``x (B, S, D)``, a leaf; the padding mask ``(B, S)``; and a gradient of the output, which is 0 at padding."""
+
+    x: Tensor
+    mask: Tensor
+    grad: Tensor
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A module, and how it is called: ``call(module, x, mask) -> (B, S, D)``, with torch's fast path on or off."""
+
+    module: nn.Module
+    call: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    fast_path: bool = True
+
+    def run(self, example: Example, training: bool) -> tuple[Tensor, ...]:
+        """What is timed: the output, and in training the gradients of x and of every parameter."""
+        torch.backends.mha.set_fastpath_enabled(self.fast_path)
+        with torch.set_grad_enabled(training):
+            out = self.call(self.module, example.x, example.mask)
+            if not training:
+                return (out,)
+            return out.detach(), *torch.autograd.grad(out, (example.x, *self.module.parameters()), example.grad)
+
+    def results(self, example: Example, training: bool) -> dict[str, Tensor]:
+        """What `run` returns, by name; of the output and the gradient of x the real tokens."""
+        self.module.train(training)
+        names = ["output", "gradient of x", *(f"gradient of {name}" for name, _ in self.module.named_parameters())]
+        found = dict(zip(names, self.run(example, training), strict=False))
+        return found | {name: found[name][~example.mask] for name in names[:2] if name in found}
+
+
+def attention(module: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    """How `nn.MultiheadAttention` and modules like it are called."""
+    out: Tensor = module(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+    return out
+
+
+def contest(contestants: Mapping[str, Contestant], example: Example, training: bool, **options: Any) -> dict[str, Any]:
+    """Times in turns, as `facts` of `timing`; the first contestant is the baseline. ``options`` are those of `interleave`."""
+    for contestant in contestants.values():
+        contestant.module.train(training)
+    calls = {name: partial(contestant.run, example, training) for name, contestant in contestants.items()}
+    return timed(interleave(calls, warm_up=0, **options), next(iter(calls)))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch's fast path is afterwards as it was before. Inside, nothing warns or logs: torch says that its fast path and nested tensors are
+    prototypes, and why others of its kernels did not run."""
+    fast_path, silent = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(silent)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
 class ByHand(nn.MultiheadAttention):
     """The layer as people write it, with the weights of `nn.MultiheadAttention`."""
 
@@ -108,7 +175,9 @@ def _example(batch: Batch, setting: Setting) -> Example:
     generator = torch.Generator().manual_seed(1)
     mask = torch.arange(batch.padded_len) >= torch.tensor(batch.lengths)[:, None]
     x = torch.randn(*mask.shape, setting.width, generator=generator).masked_fill(mask[..., None], 0)
-    return Example.of(x.to(setting.device, setting.dtype), mask.to(setting.device), generator)
+    grad = torch.randn(x.shape, generator=generator).masked_fill(mask[..., None], 0)
+    x, mask, grad = x.to(setting.device, setting.dtype), mask.to(setting.device), grad.to(setting.device, setting.dtype)
+    return Example(x.requires_grad_(), mask, grad)
 
 
 def _layer(setting: Setting, kind: type[nn.MultiheadAttention], **options: Any) -> nn.MultiheadAttention:
@@ -175,7 +244,7 @@ def rows(batches: Sequence[Batch], setting: Setting, directions: Sequence[str] =
                         assert_within_budget(got, exact[what], plain[what], gradient=True, what=f"{name}, {what}")
                 kernels = {name: named_kernel(partial(contestant.run, example, training)) for name, contestant in calls.items()}
                 measured = contest(
-                    calls | {AGAIN: calls[BASE]}, [example], training,
+                    calls | {AGAIN: calls[BASE]}, example, training,
                     rounds=setting.rounds, budget=setting.budget, patience=PATIENCE, device=setting.device,
                 )  # fmt: skip
             says = {"batch": str(batch), "name": batch.name, "direction": direction}

@@ -1,15 +1,15 @@
-"""What this machine has, as data and as text; tables of the command line."""
+"""What this machine has, as data and as text."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..attention.dispatch import backends
-from .timing import cpu_name
+from ..convert.timing import cpu_name
+from ..layout.shown import table
 
 
 def machine() -> dict[str, Any]:
@@ -49,11 +49,4 @@ def environment_text(facts: dict[str, Any]) -> str:
 def headline(facts: dict[str, Any]) -> str:
     """`machine` in one line."""
     where = facts["gpu"] or f"{facts['cpu_name']} ({facts['cpu']})"
-    return f"varlen_attn {facts['varlen_attn']} on torch {facts['torch']}, {where}, {facts['threads']} threads"
-
-
-def table(rows: Sequence[Sequence[str]], sides: str, indent: str = "") -> str:
-    """Columns as wide as their longest cell, each to its side: ``<`` left or ``>`` right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows)
-    return "\n".join(indent + line.rstrip() for line in lines)
+    return f"varlen_attn {facts['varlen_attn']} on torch {facts['torch']}, {where}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}"

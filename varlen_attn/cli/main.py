@@ -1,4 +1,4 @@
-"""``python -m varlen_attn info | explain | demo | bench | build-native``, each but the last with ``--json``."""
+"""``python -m varlen_attn info | explain | demo | compare | bench | build-native``, each but the last with ``--json``."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m varlen_attn", description="Attention without computing padding, and which kernel runs it."
     )
-    commands = parser.add_subparsers(required=True, metavar="info | explain | demo | bench | build-native")
+    commands = parser.add_subparsers(required=True, metavar="info | explain | demo | compare | bench | build-native")
     for name, run, says in (
         ("info", _info, "this machine, and every backend with its reason"),
         ("explain", _explain, "which backend runs a call, here or on another machine, and why the others do not"),
         ("demo", _demo, "an encoder and an attention layer on real text, against torch's: same numbers, both times"),
+        ("compare", _compare, "a model before and after `enable`, on a batch of your texts: equality, time, memory, and whether it gains"),
         ("bench", _bench, "an attention layer on this machine: torch's means and our backends, verified and timed in turns, in a minute"),
         ("build-native", _build_native, "compile the CPU kernel of this package with this machine's C++ compiler, in about 20 seconds"),
     ):
@@ -43,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, parser=command)
         if name == "bench":
             _add_bench(command)
+        elif name == "compare":
+            _add_compare(command)
         elif name == "build-native":
             command.add_argument("--sanitize", metavar="address,undefined", help="for tests: as of the compiler's -fsanitize")
         else:
@@ -58,7 +61,7 @@ def _add_problem(command: argparse.ArgumentParser) -> None:
     machine.add_argument("--device", dest="device_type", metavar="cpu|cuda|...")
     machine.add_argument("--capability", type=_capability, metavar="9.0", help="compute capability of the GPU")
     machine.add_argument("--rocm", action="store_true", default=None, help="an AMD GPU")
-    machine.add_argument("--torch-version", metavar="2.13.0")
+    machine.add_argument("--torch-version", type=_torch, metavar="2.13.0")
     machine.add_argument(
         "--with", dest="packages", type=_package, action="append", metavar="flash-attn=2.8.3",
         help="an optional package of that machine; stated packages replace those installed here",
@@ -86,17 +89,40 @@ def _add_problem(command: argparse.ArgumentParser) -> None:
     ):
         call.add_argument(flag, dest=name, action="store_true", help=says)
     call.add_argument("--backend", dest="requested", default="auto", metavar="NAME", help="order a backend by name")
+    command.add_argument("--all", action="store_true", help="every backend with all reasons and fixes")
 
 
 def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quick", action="store_true", help="two batches, ten seconds")
     command.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one, unless stated")
     command.add_argument("--dtype", choices=DTYPES[:3], help="float32 on a CPU, bfloat16 on a GPU, unless stated")
-    command.add_argument("--threads", type=_positive, metavar="N", help="as many as torch takes, unless stated")
-    command.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the same facts as JSON, to a file if one is named")
+    _add_measuring(command)
     batch = command.add_mutually_exclusive_group()
     batch.add_argument("--lengths", type=_lengths, metavar="7,512,80", help="one batch of these lengths, padded to the longest")
     batch.add_argument("--fill", type=_share, metavar="0.4", help="one batch of 16 x 512 positions, this share of them tokens")
+
+
+def _add_measuring(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--threads", type=_positive, metavar="N", help="as many as torch takes, unless stated")
+    command.add_argument("--json", nargs="?", const="-", type=_file, metavar="FILE", help="the same as JSON, to a file if one is named")
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", type=_folder, metavar="DIR", help="of a model, or the name of an installed package with one inside")
+    command.add_argument("--texts", type=_texts, required=True, metavar="FILE", help="a text a line; the first ones are one batch")
+    command.add_argument("--batch-size", type=_positive, default=32, metavar="B")
+    command.add_argument("--train", action="store_true", help="the loss, the gradients and a training step too")
+    _add_measuring(command)
+
+
+def _model_folder(name: str) -> Path | None:
+    """The outermost one with a configuration in a folder, or in a package, which is not imported."""
+    from importlib.util import find_spec
+
+    spec = None if Path(name).is_dir() or not name.isidentifier() else find_spec(name)
+    places = [name] if spec is None else spec.submodule_search_locations or ()
+    found = [path.parent for place in places for path in Path(place).rglob("config.json")]
+    return min(found, key=lambda path: len(path.parts), default=None)
 
 
 def _parsed(must: str, parse: Callable[[str], Any], fits: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -122,13 +148,26 @@ _side = _parsed(
 _capability = _parsed(
     "a compute capability such as 9.0",
     lambda text: tuple(map(int, (text if "." in text else f"{text}.0").split("."))),
-    lambda numbers: len(numbers) == 2 and min(numbers) >= 0,
+    lambda numbers: len(numbers) == 2 and 3 <= numbers[0] < 20 and 0 <= numbers[1] < 10,
+)
+_VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc|\.?dev|\.?post)\d*)*(\+[\w.]+)?")
+_torch = _parsed(
+    "the version of a torch that this package runs on, 2.11 or newer, such as 2.13.0",
+    str,
+    lambda text: bool(_VERSION.fullmatch(text)) and (2, 11) <= tuple(map(int, text.split(".")[:2])) < (10, 0),
 )
 _package = _parsed(
     "NAME=VERSION such as flash-attn=2.8.3",
-    lambda text: tuple(re.split("=+", text, maxsplit=1)),
-    lambda parts: len(parts) == 2 and all(parts),
+    lambda text: (re.sub(r"[-_.]+", "-", text.partition("=")[0].strip().lower()), text.partition("=")[2].lstrip("= ")),
+    lambda parts: bool(_VERSION.fullmatch(parts[1])),
 )
+_file = _parsed("a file in a folder that exists", str, lambda path: Path(path).absolute().parent.is_dir() and not Path(path).is_dir())
+_texts = _parsed(
+    "a file with a text in every line",
+    lambda path: [line for line in Path(path).read_text().splitlines() if line.strip()] if Path(path).is_file() else [],
+    bool,
+)
+_folder = _parsed("a folder with a config.json, or an installed package that has one inside", _model_folder, bool)
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -139,14 +178,13 @@ def _problem(options: argparse.Namespace) -> Problem:
     """The problem that the options state. Raises ArgumentError for a value outside its range."""
     import torch
 
+    from ..kernels import BACKENDS
     from ..kernels.problem import Problem, Semantics
 
     stated = {name: value for name, value in vars(options).items() if value is not None}
     heads, kv_heads = options.num_heads, options.num_kv_heads or options.num_heads
     if heads % kv_heads:
         options.parser.error(f"--heads must be a multiple of --kv-heads, but they are {heads} and {kv_heads}")
-    if not stated.get("torch_version", "2")[:1].isdigit():
-        options.parser.error(f"--torch-version must be a version such as 2.13.0, but is {options.torch_version!r}")
     if stated.keys() & {"capability", "rocm"}:
         stated.setdefault("device_type", "cuda")
     if "device_type" in stated:
@@ -154,8 +192,14 @@ def _problem(options: argparse.Namespace) -> Problem:
             stated["device_type"] = torch.device(stated["device_type"]).type
         except RuntimeError:
             options.parser.error(f"--device must be a device of torch such as cpu or cuda, but is {options.device_type!r}")
+    if stated.keys() & {"capability", "rocm"} and stated["device_type"] != "cuda":
+        options.parser.error(f"--capability and --rocm are of GPUs, but --device is {stated['device_type']}")
     if "packages" in stated:
         stated["packages"] = tuple(stated["packages"])
+        known = {name for b in BACKENDS for name in (b.package, *b.packages)} - {"torch"}
+        for name, _ in stated["packages"]:
+            if name not in known:
+                options.parser.error(f"--with must name one of {', '.join(sorted(known))}, but names {name!r}")
     semantics, problem = ({f.name: stated[f.name] for f in fields(kind) if f.name in stated} for kind in (Semantics, Problem))
     problem |= dict(dtype=getattr(torch, options.dtype), semantics=Semantics.of(**semantics), self_attention=not options.cross)
     return Problem(**problem)
@@ -177,7 +221,7 @@ def _explain(options: argparse.Namespace) -> int:
     except (BackendRefused, NoBackend) as error:
         print(json.dumps({"error": str(error)}, indent=1) if options.json else error, file=sys.stdout if options.json else sys.stderr)
         return 1
-    return _print(options, plan.as_dict(), lambda _: str(plan))
+    return _print(options, plan.as_dict(), lambda _: plan.details() if options.all else str(plan))
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -200,21 +244,45 @@ def _bench(options: argparse.Namespace) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         options.parser.error("--device must be one that is here, but torch sees no GPU")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    _set_threads(options)
     dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
     if options.lengths:
         batches = [bench.Batch("yours", options.lengths, max(options.lengths))]
     else:
         batches = [bench.batch_of_fill(options.fill)] if options.fill else bench.some_batches(options.quick)
     limits: dict[str, Any] = dict(rounds=5, budget=0.5) if options.quick else {}
-    quiet = options.json == "-"
-    found = bench.facts(batches, bench.Setting(device, dtype, **limits), (lambda line: None) if quiet else print)
-    if quiet:
+    found = bench.facts(batches, bench.Setting(device, dtype, **limits), (lambda line: None) if options.json == "-" else print)
+    return _write(options, found, "")
+
+
+def _set_threads(options: argparse.Namespace) -> None:
+    import torch
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+
+
+def _write(options: argparse.Namespace, found: dict[str, Any], text: str) -> int:
+    """As JSON to the output, or as text, and as JSON to the file that is named."""
+    if options.json == "-":
         return _print(options, found, str)
+    if text:
+        print(text)
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from ..convert.comparing import compare
+    from .loading import loaded, progress
+
+    _set_threads(options)
+    with progress() as show:
+        show("loading the model")
+        model, batch = loaded(options.model, options.texts[: options.batch_size])
+        found = compare(model, batch, train=options.train, progress=show)
+    return _write(options, found.as_dict(), str(found))
 
 
 def _build_native(options: argparse.Namespace) -> int:

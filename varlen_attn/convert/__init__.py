@@ -1,4 +1,5 @@
-"""`enable` for a model that exists: ``candidates`` finds its modules, ``enabling`` converts them to ``classes``, ``report`` says so."""
+"""`enable` for a model that exists: ``candidates`` finds its modules, ``enabling`` converts them to ``classes``, ``report`` says so, and
+``comparing`` what is gained."""
 
 from .classes import (
     AttentionOnlyTransformerEncoder,
@@ -10,12 +11,14 @@ from .classes import (
     EnabledTransformerEncoder,
     EnabledTransformerEncoderLayer,
 )
+from .comparing import Comparison, compare
 from .enabling import disable, enable, enabled
 from .report import ModuleReport, Report
 
 __all__ = [
     "AttentionOnlyTransformerEncoder",
     "AttentionOnlyTransformerEncoderLayer",
+    "Comparison",
     "EnabledMultiheadAttention",
     "EnabledMultiheadAttentionWithoutWeights",
     "EnabledTransformerDecoder",
@@ -24,6 +27,7 @@ __all__ = [
     "EnabledTransformerEncoderLayer",
     "ModuleReport",
     "Report",
+    "compare",
     "disable",
     "enable",
     "enabled",

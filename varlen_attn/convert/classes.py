@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,9 @@ class _Enabled:
     hooks_packed: bool = False
 
     def why_as_it_came(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        if self._gains_nothing(args, kwargs):
-            return NOTHING_PADDED
+        why: str | None = self._why_torchs(args, kwargs)
+        if why is not None:
+            return why
         if self.padding_rows == "exact" and any(x is not None for x in _given(self.takes[1:], args, kwargs)):
             return 'padding_rows="exact" is what torch computes there'
         return why_replaced(self.original_class) or (why_touched(self, not self.hooks_packed) if self.packs else None)
@@ -61,35 +62,38 @@ class _Enabled:
     def as_it_came(self: Any, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, *padding = _given(self.takes, args, kwargs)
         layers = self.layers if isinstance(self, STACKS) else ()
-        owner = layers[0] if layers else self
-        attn: Any = getattr(owner, "self_attn", owner)
-        note: AbstractContextManager[object] = nullcontext()
-        if state.records and isinstance(x, Tensor) and not (x.is_nested or is_tracing(x)):
-            heads = (x if x.dim() == 3 else x[None]).detach().unflatten(-1, (attn.num_heads, -1))
-            note = recorded_padded(self, heads, heads, heads, "torch's own", f"runs as it came: {why}")
         if why == NOTHING_PADDED and self.packs and torch.is_grad_enabled():  # as with padding, `pack_input`
             args, kwargs = (x.clone(), *args[1:]), {k: v for k, v in kwargs.items() if k != self.takes[0][1]}
-        with note:
+        with self._noted(why, x):
             out = run_as_it_came(self, args, kwargs, all(unwrapped(x) is x and "forward" not in vars(x) for x in layers))
         if why == NOTHING_PADDED or not padding or padding[0] is None or self.padding_rows == "exact":
             return out
         as_it_is = why_replaced(self.original_class)  # by somebody who may want anything at padding
-        return out if as_it_is else filled(out, padding[0], attn, self.padding_rows)
+        return out if as_it_is else filled(out, padding[0], self._attns()[0], self.padding_rows)
 
-    def _gains_nothing(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _attns(self: Any) -> list[Any]:
+        return [layer.self_attn for layer in self.layers] if isinstance(self, STACKS) else [getattr(self, "self_attn", self)]
+
+    def _noted(self: Any, why: str, x: Any) -> AbstractContextManager[object]:
+        """The call is in the open records."""
+        if not state.records or not isinstance(x, Tensor) or x.is_nested or is_tracing(x):
+            return nullcontext()
+        heads = (x if x.dim() == 3 else x[None]).detach().unflatten(-1, (self._attns()[0].num_heads, -1))
+        return recorded_padded(self, heads, heads, heads, "torch's own", f"runs as it came: {why}")
+
+    def _why_torchs(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Nothing is padded, as far as that is known without a transfer, and torch's own kernels are as good: those of a GPU, and for
         little work all. Unless a backend was requested, or the call has another mask: what ``is_causal`` without a mask means here, and
         what a query without a key gives, does not depend on the size of a batch."""
         x = args[0] if args else kwargs.get(self.takes[0][1])
-        if not isinstance(x, Tensor) or x.is_nested or not is_plain(x) or is_observed() or (x.is_cpu and x.numel() > _LITTLE):
-            return False
+        if not _is_seen(x) or (x.is_cpu and x.numel() > _LITTLE):
+            return None
         if any(x is not None and x is not False for x in _given(self.hiding, args, kwargs)):
-            return False
+            return None
         for mask in _given(self.padding, args, kwargs):
             if mask is not None and (not is_plain(mask) or not mask.is_cpu or bool(mask.any())):
-                return False
-        attns = [layer.self_attn for layer in self.layers] if isinstance(self, STACKS) else [getattr(self, "self_attn", self)]
-        return bool(self._requests_nothing(kwargs, attns))
+                return None
+        return NOTHING_PADDED if self._requests_nothing(kwargs, self._attns()) else None
 
     def _requests_nothing(self, kwargs: dict[str, Any], attns: list[Any]) -> bool:
         """No backend, and nothing that torch's modules do not know."""
@@ -100,8 +104,15 @@ class _Enabled:
 
 NOTHING_PADDED = "nothing is padded, and torch's own is as quick"
 _WEIGHTS = "attention weights exist in the padded computation only"
+_LITTLE_PADDED = "to pack so little takes more time than it saves"
+_PAYS = 2_500_000  # multiplications by a weight, or of a query with keys, that padding would take: from there on packing saves time (alike)
 _LITTLE = 1 << 18  # numbers of an input: below, a forward of torch's encoder took less time than ours on packed rows (Zen 4, one thread)
 _OURS = frozenset({"layout", "layout_kv", "window", "backend"})  # keywords that torch's modules do not know
+
+
+def _is_seen(x: Any) -> TypeGuard[Tensor]:
+    """Whether ``x`` is a padded tensor, whose computation runs at once and for it alone."""
+    return isinstance(x, Tensor) and not x.is_nested and is_plain(x) and not is_observed()
 
 
 def _given(takes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -123,54 +134,60 @@ class _EnabledDecoder(_Enabled):
 class _EnabledAttention(_Enabled):
     takes = ((0, "query"),)
     padding = ((3, "key_padding_mask"),)
-    hiding = (5, "attn_mask"), (7, "is_causal")
     packs = False
     gives_weights: ClassVar[bool] = False  # unless told otherwise
 
-    def why_as_it_came(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        return _WEIGHTS if self._is_torchs(args, kwargs) else super().why_as_it_came(args, kwargs)
-
-    def _is_torchs(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Weights are wanted, which exist in the padded computation only, and torch's own has the meaning that is wanted: every query sees
-        a key. On a GPU that is not known without a transfer."""
-        if not (args[4] if len(args) > 4 else kwargs.get("need_weights", self.gives_weights)) or len(args) > 5:
-            return False
-        query, key, value, padding = _given(((0, "query"), (1, "key"), (2, "value"), (3, "key_padding_mask")), args, kwargs)
-        if not isinstance(query, Tensor) or not query.is_cpu or query.is_nested or not is_plain(query) or is_observed():
-            return False
-        if any(x is not None and x is not False for x in _given(self.hiding, args, kwargs)) or self.padding_rows == "edge":
-            return False
-        if padding is not None:
-            key = query if key is None else key
-            value = key if value is None else value
-            fits = all(isinstance(x, Tensor) and padding.shape == self._columns(x) for x in (key, value))  # else ours says what is wrong
-            if not fits or not is_plain(padding) or padding.dtype != torch.bool or bool(padding.all(-1).any()):
-                return False
-        return bool(self._requests_nothing(kwargs, [self]))
-
-    def _columns(self: Any, x: Tensor) -> torch.Size:
-        return (x if self.batch_first or x.dim() == 2 else x.transpose(0, 1)).shape[:-1]
+    def _why_torchs(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Or weights are wanted, or little is padded, and torch's own has the meaning that is wanted: every query sees a key. On a GPU that
+        is not known without a transfer."""
+        query, key, value, padding, weights, mask, _, causal, ours = _attention(*args, **kwargs)
+        if mask is not None or causal or not _is_seen(query) or not self._requests_nothing(ours, [self]):
+            return None
+        weights = self.gives_weights if weights is None else weights
+        nothing = _WEIGHTS if weights and query.is_cpu else None if query.is_cpu and query.numel() > _LITTLE else NOTHING_PADDED
+        if padding is None:
+            return nothing
+        if not (is_plain(padding) and padding.is_cpu):
+            return None
+        exact, columns = padding.dtype == torch.bool, padding.shape[-1]
+        hidden = torch.count_nonzero(padding.reshape(-1, max(columns, 1)), 1).tolist()
+        if not any(hidden):
+            return nothing and NOTHING_PADDED
+        if not (query.is_cpu and exact) or self.padding_rows == "edge" or columns in hidden:
+            return None
+        for x in (key, value):
+            if not isinstance(x, Tensor) or padding.shape != (x if self.batch_first or x.dim() == 2 else x.transpose(0, 1)).shape[:-1]:
+                return None  # ours says what is wrong
+        saved = sum(hidden) * self.embed_dim * (self.embed_dim + columns)
+        return _WEIGHTS if weights else _LITTLE_PADDED if saved < _PAYS else None
 
     def as_it_came(self: Any, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = ("query", "key", "value", "key_padding_mask", "need_weights")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        query, padding = given["query"], given.get("key_padding_mask")
-        key = given.setdefault("key", None)
-        given["value"] = value = given.get("value")
-        key = query if key is None else key
-        value = key if value is None else value
-        if why is not _WEIGHTS or padding is None:
-            return super().as_it_came(why, (query, key, value, *args[3:]), {k: x for k, x in kwargs.items() if k not in names[:3]})
-        at = (padding if self.batch_first or padding.dim() == 1 else padding.T)[..., None]
-        inputs = {id(x): x.masked_fill(at, 0) for x in (key, value)}  # NaN at padding reaches no token
-        zeros = self.padding_rows == "zero" and query.is_set_to(key)  # else padded queries are computed as they are
-        given |= {"query": inputs[id(key)] if zeros else query, "key": inputs[id(key)], "value": inputs[id(value)]}
-        out, weights = super().as_it_came(why, (), {"need_weights": True, **given})
+        query, key, value, padding, weights, mask, average, causal, ours = _attention(*args, **kwargs)
+        weights, zeros, at = self.gives_weights if weights is None else weights, False, None
+        if why in (_WEIGHTS, _LITTLE_PADDED) and padding is not None:
+            at = (padding if self.batch_first or padding.dim() == 1 else padding.T)[..., None]
+            zeros = self.padding_rows == "zero" and query.is_set_to(key)  # else padded queries are computed as they are
+            clean = key.masked_fill(at, 0)  # NaN at padding reaches no token
+            value = clean if value is key else value.masked_fill(at, 0)
+            query, key = clean if zeros else query, clean
+        with self._noted(why, query):
+            out, given = self.original_class.forward(self, query, key, value, padding, weights, mask, average, causal, **ours)
         if zeros:
-            per_head = weights.dim() > padding.dim() + 1
             out = out.masked_fill(at, 0)
-            weights = weights.masked_fill((padding.unsqueeze(-2) if per_head else padding)[..., None], 0)
-        return out, weights
+        if zeros and given is not None:
+            per_head = given.dim() > padding.dim() + 1
+            given = given.masked_fill((padding.unsqueeze(-2) if per_head else padding)[..., None], 0)
+        return out, given
+
+
+def _attention(
+    query: Any = None, key: Any = None, value: Any = None, key_padding_mask: Any = None, need_weights: bool | None = None,
+    attn_mask: Any = None, average_attn_weights: bool = True, is_causal: bool = False, **ours: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What attention is given, with what it may leave out."""
+    key = query if key is None else key
+    value = key if value is None else value
+    return query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, ours
 
 
 @_switchable
@@ -181,17 +198,10 @@ class EnabledMultiheadAttention(_EnabledAttention, VarlenMultiheadAttention):
     gives_weights = True
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
+        self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
         **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, **options)
 
     forward.takes_prepared = forward  # type: ignore[attr-defined]
@@ -233,13 +243,9 @@ class AttentionOnlyTransformerEncoderLayer(EnabledTransformerEncoderLayer):
     packs = False
 
     def forward(
-        self,
-        src: Tensor,
-        src_mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        is_causal: bool = False,
+        self, src: Tensor, src_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None, is_causal: bool = False,
         **options: Any,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         if src.is_nested or options:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal, **options)
         return self._compute(src, (src_mask, src_key_padding_mask, is_causal))
@@ -256,13 +262,9 @@ class AttentionOnlyTransformerEncoder(EnabledTransformerEncoder):
     packs = False
 
     def forward(
-        self,
-        src: Tensor,
-        mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        is_causal: bool | None = None,
+        self, src: Tensor, mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None, is_causal: bool | None = None,
         **options: Any,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         if src.is_nested or options:
             return super().forward(src, mask, src_key_padding_mask, is_causal, **options)
         facts = read_masks(src, None, mask, hint=bool(is_causal), compare=True)

@@ -21,6 +21,7 @@ from .._switch import Class, Step, Switch, original_class
 from ..attention.forms import PaddingRows
 from ..data.batches import inputs_of
 from ..errors import ArgumentError, VarlenWarning, warn
+from ..kernels.problem import Problem
 from ..nn.transformer import unwrapped
 from .candidates import Candidate, candidates, is_varlen, mixing
 from .classes import (
@@ -91,6 +92,15 @@ def enable(
 
     Code that reads padding sees another number there: a mean over all columns, and a decoder that is given no
     ``memory_key_padding_mask`` and attends to the memory's padding. An ``example`` finds it; docs/what-enable-changes.md has all of it.
+
+    Examples:
+        >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 2, enable_nested_tensor=False).eval()
+        >>> report = enable(encoder)
+        >>> len(report.converted)
+        5
+        >>> mask = torch.arange(5) >= torch.tensor([5, 3])[:, None]
+        >>> bool(encoder(torch.randn(2, 5, 16), src_key_padding_mask=mask)[mask].any())  # rows at padding are 0
+        False
     """
     _check(model)
     _check_options(level, need_weights, hooks, padding_rows)
@@ -103,7 +113,7 @@ def enable(
         else:
             parts = settled(model, inputs_of(example, "example"), plans, partial(_go, model))
         _go(model, [step for part in parts.values() for step in part.steps])
-        report = Report(tuple(row for part in parts.values() for row in part.rows))
+        report = Report(tuple(row for part in parts.values() for row in part.rows), _problem(model))
         if not any(m.action in ("converted", "built so") for m in report.modules):
             warn(f"nothing was converted, the model computes padding as before: {report}.", VarlenWarning)
         return report
@@ -170,6 +180,13 @@ def disable(model: nn.Module) -> Report:
     Raises:
         ArgumentError: ``model`` is no module.
         VarlenError: called inside of a forward of the model.
+
+    Examples:
+        >>> layer = nn.TransformerEncoderLayer(16, 2, batch_first=True)
+        >>> report = enable(layer)
+        >>> report = disable(layer)
+        >>> type(layer) is nn.TransformerEncoderLayer
+        True
     """
     _check(model)
     hf = _transformers(model)
@@ -200,6 +217,13 @@ def enabled(
 
     Raises:
         ArgumentError, VarlenError: as `enable`.
+
+    Examples:
+        >>> layer = nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
+        >>> with enabled(layer) as report:
+        ...     out = layer(torch.randn(2, 5, 16), src_key_padding_mask=torch.arange(5) >= torch.tensor([5, 3])[:, None])
+        >>> type(layer) is nn.TransformerEncoderLayer
+        True
     """
     _check(model)
     before = _found(model)
@@ -213,6 +237,12 @@ def _transformers(model: nn.Module) -> Any:
     if library is None or not any(isinstance(module, library.PreTrainedModel) for module in model.modules()):
         return None
     return importlib.import_module("varlen_attn.integrations.transformers")
+
+
+def _problem(model: nn.Module) -> Problem | None:
+    """Of the calls of attention, as far as the weights say."""
+    one = next((p for p in model.parameters() if p.is_floating_point() and p.device.type in ("cpu", "cuda")), None)
+    return None if one is None else Problem(device_type=one.device.type, dtype=one.dtype)
 
 
 def _check(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ import itertools
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from .._state import undone
 from .._switch import Step
 from ..attention.records import Record, record
 from ..data.batches import Inputs, map_tensors, masks_in, tensors_in
-from ..data.results import Gap, gap, tensors_of
+from ..data.results import HUGE, Gap, gap, tensors_of
 from ..errors import ArgumentError, VarlenError
 from .report import Action, ModuleReport
 
@@ -30,7 +30,7 @@ _FINE = 1e-4  # of the usual size of a result, for sums in another order through
 
 @dataclass(frozen=True)
 class Difference:
-    """A result that is not what it was.
+    """How far a result is from what it was.
 
     Attributes:
         name: as ``"logits"``, ``"hidden_states[2]"``, and ``"the output"`` of a model that returns one tensor.
@@ -80,11 +80,7 @@ def settled(model: nn.Module, inputs: Inputs, plans: Iterator[dict[Any, Part]], 
     """
     first = next(plans)
     go([])
-    try:
-        before = run(model, inputs)
-    except Exception as error:
-        fix = "pass a dict for model(**example), or a tuple for model(*example)"
-        raise ArgumentError(f"`example` must be a batch that the model takes, but with it that raises {error!r}: {fix}.") from error
+    before = run_given(model, inputs, "example")
     chosen = {key: Part(part.rows, []) for key, part in first.items()}
     reasons: dict[Any, str] = {}
 
@@ -120,7 +116,16 @@ def _why_not(model: nn.Module, inputs: Inputs, before: Run) -> str | None:
         found = [x for x in differences(before, run(model, inputs)) if not x.at_padding]
     except Exception as error:
         return f"it raises {error!r}"
-    return str(max(found, key=lambda x: x.gap.size / (x.gap.allowed or 1))) if found else None
+    return str(max(found, key=lambda x: x.gap.share)) if found else None
+
+
+def run_given(model: nn.Module, inputs: Inputs, name: str) -> Run:
+    """`run`, with a batch of the caller's. Raises ArgumentError where the model does not take it."""
+    try:
+        return run(model, inputs)
+    except Exception as error:
+        fix = f"pass a dict for model(**{name}), or a tuple for model(*{name})"
+        raise ArgumentError(f"`{name}` must be a batch that the model takes, but with it that raises {error!r}: {fix}.") from error
 
 
 def run(model: nn.Module, inputs: Inputs) -> Run:
@@ -145,36 +150,69 @@ def run(model: nn.Module, inputs: Inputs) -> Run:
     return Run(tuple(results), tuple(masks), log, dtype)
 
 
+def forwarded(model: nn.Module, inputs: Inputs) -> Any:
+    """What the model returns for a copy of ``inputs``, without gradients."""
+    args, kwargs = _copied(inputs)
+    with torch.no_grad():
+        return model(*args, **kwargs)
+
+
+def learned(model: nn.Module, inputs: Inputs, masks: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The loss for a copy of ``inputs``, and its gradients. Not by `backward`, which would call the hooks of an optimizer."""
+    args, kwargs = _copied(inputs)
+    parameters = {f"the gradient of {name}": x for name, x in model.named_parameters() if x.requires_grad}
+    loss = _loss(dict(tensors_of(model(*args, **kwargs))), masks)
+    if not (parameters and loss.requires_grad):
+        raise ArgumentError("`train` must be False for a model whose results need no gradient, but is True: set requires_grad_() first.")
+    gradients = zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True)
+    return {"the loss": loss.detach(), **{name: x for name, x in gradients if x is not None}}
+
+
+def _loss(results: dict[str, Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """The model's own, if it returns a number; else the mean square of what it returns at tokens."""
+    learn = {name: x.to_padded_tensor(0.0) if x.is_nested else x for name, x in results.items() if x.requires_grad}
+    numbers = [x for x in learn.values() if x.dim() == 0]
+    if numbers:
+        return learn.get("loss", numbers[0])
+    squares = []
+    for x in learn.values():
+        part = next((at for mask in masks if (at := _columns(x.shape, mask)) is not None), torch.ones((), dtype=torch.bool))
+        squares.append(x.masked_fill(~part.to(x.device) | (x.abs() > HUGE), 0).float().square().mean())
+    return sum(squares, start=torch.zeros(()))
+
+
 def differences(before: Run, after: Run) -> list[Difference]:
     """The largest of each result that differs by more than rounding explains: at tokens or without columns, else at padding."""
-    found: dict[str, Difference] = {}
+    found = sorted(gaps(before, after), key=lambda x: not x.at_padding)
+    return list({x.name: x for x in found if not x.gap.explained}.values())
+
+
+def gaps(before: Run, after: Run) -> list[Difference]:
+    """The largest of each result, where it counts; and once more at padding, where it is not what it was there."""
+    found: dict[tuple[str, bool], Difference] = {}
     for expected, got in zip(before.results, after.results, strict=True):
         for name in expected | got:
-            a, b = expected.get(name), got.get(name)
-            its = _missing(name, a, b) if a is None or b is None or a.shape != b.shape else _difference(name, a, b, before, after)
-            known = found.get(name)
-            if its is not None and (known is None or (known.at_padding, its.gap.size) > (its.at_padding, known.gap.size)):
-                found[name] = its
+            for its in _gaps(name, expected.get(name), got.get(name), before, after):
+                known = found.setdefault((name, its.at_padding), its)
+                if its.gap.share > known.gap.share:
+                    found[name, its.at_padding] = its
     return list(found.values())
 
 
-def _missing(name: str, a: Tensor | None, b: Tensor | None) -> Difference:
-    shapes = ["missing" if x is None else f"of shape {tuple(x.shape)}" for x in (b, a)]
-    return Difference(name, f"is {shapes[0]}, and was {shapes[1]}", Gap(float("inf"), 0.0))
-
-
-def _difference(name: str, a: Tensor, b: Tensor, before: Run, after: Run) -> Difference | None:
+def _gaps(name: str, a: Tensor | None, b: Tensor | None, before: Run, after: Run) -> Iterator[Difference]:
+    if a is None or b is None or a.shape != b.shape:
+        shapes = ["missing" if x is None else f"of shape {tuple(x.shape)}" for x in (b, a)]
+        yield Difference(name, f"is {shapes[0]}, and was {shapes[1]}", Gap(float("inf"), 0.0))
+        return
     a, b = (x.to_padded_tensor(0.0) if x.is_nested else x for x in (a, b))
-    everywhere = gap(a, b, fine=_FINE, dtype=before.dtype)
-    if everywhere.size <= everywhere.allowed:
-        return None
-    parts = [x for mask in (*before.masks, *after.masks) if (x := _columns(a.shape, mask)) is not None]
-    at_tokens = [gap(a, b, part.to(a.device), fine=_FINE, dtype=before.dtype) for part in parts]
-    if any(part.size <= part.allowed for part in at_tokens):
-        return Difference(name, f"differs by {everywhere.size:.1e} at padding", everywhere, True)
-    where = " at tokens" if parts else ""
-    least = min(at_tokens, default=everywhere)
-    return Difference(name, f"differs by {least.size:.1e}{where}, and rounding explains {least.allowed:.1e}", least)
+    least, where = gap(a, b, fine=_FINE, dtype=before.dtype), ""
+    if not least.explained:
+        everywhere, parts = least, [x for mask in (*before.masks, *after.masks) if (x := _columns(a.shape, mask)) is not None]
+        at_tokens = [gap(a, b, part.to(a.device), fine=_FINE, dtype=before.dtype) for part in parts]
+        least, where = min(at_tokens, default=least, key=lambda x: (not x.explained, x)), " at tokens" if parts else ""
+        if least.explained:
+            yield Difference(name, f"differs by {everywhere.size:.1e} at padding", everywhere, True)
+    yield Difference(name, f"differs by {least.size:.1e}{where}, and rounding explains {least.allowed:.1e}", least)
 
 
 def _columns(shape: torch.Size, real: Tensor) -> Tensor | None:
@@ -204,10 +242,10 @@ def _copied(inputs: Inputs) -> Inputs:
 
 
 @contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """In evaluation; afterwards training flags, buffers, gradients and random states are what they were. No ``train`` is called, which may
-    be the caller's code."""
-    training = [(module, module.training) for module in model.modules()]
+def evaluated(model: nn.Module, training: bool | None = False) -> Iterator[None]:
+    """In evaluation, or as ``training`` says (None is as it is); afterwards training flags, buffers, gradients and random states are what
+    they were. No ``train`` is called, which may be the caller's code."""
+    flags = [(module, module.training) for module in model.modules()]
     tables = [(vars(module)["_buffers"], dict(vars(module)["_buffers"])) for module in model.modules()]
     buffers = [(x, x.detach().clone()) for x in model.buffers() if not x.is_meta]
     gradients = [(p, p.grad) for p in model.parameters()]
@@ -215,7 +253,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     states = random.getstate(), numpy.get_state() if numpy else None
 
     def undo() -> None:
-        for module, flag in training:
+        for module, flag in flags:
             module.training = flag
         for table, entries in tables:
             table.clear()
@@ -232,8 +270,8 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
     devices = {x.device for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
     with undone(undo), torch.random.fork_rng(list(devices)):
-        for module, _ in training:
-            module.training = False
+        for module, flag in flags:
+            module.training = flag if training is None else training
         for p, _ in gradients:
             p.grad = None
         yield

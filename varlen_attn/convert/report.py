@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ..attention.dispatch import choose
+from ..kernels.problem import Problem
+from ..layout.shown import Shown, table
 
 Action = Literal["converted", "left alone", "built so", "restored"]
 
@@ -17,6 +22,10 @@ class ModuleReport:
         kind: its class before, for example ``"TransformerEncoderLayer"``.
         action: "converted", "left alone", "built so" (one of our classes already) or "restored" (torch's class again).
         reason: why it was left alone, or what is worth knowing.
+
+    Examples:
+        >>> print(enable(nn.TransformerEncoderLayer(16, 2)).modules[0])
+        ModuleReport(module='', kind='TransformerEncoderLayer', action='converted', reason='')
     """
 
     module: str
@@ -25,28 +34,41 @@ class ModuleReport:
     reason: str
 
 
-@dataclass(frozen=True)
-class Report:
-    """What happened to every attention module, layer and stack of a model."""
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
+    """What happened to every attention module, layer and stack of a model.
+
+    Attributes:
+        modules: one row for each.
+        problem: what a call of the model will be like, as far as that is known: it says whether a faster kernel could be had.
+
+    Examples:
+        >>> report = enable(nn.TransformerEncoderLayer(16, 2))
+        >>> [m.kind for m in report.converted], report.left_alone
+        (['TransformerEncoderLayer', 'MultiheadAttention'], ())
+    """
 
     modules: tuple[ModuleReport, ...]
+    problem: Problem | None = field(default=None, compare=False)
 
     @property
     def converted(self) -> tuple[ModuleReport, ...]:
+        """What skips padding now."""
         return tuple(m for m in self.modules if m.action == "converted")
 
     @property
     def left_alone(self) -> tuple[ModuleReport, ...]:
+        """What computes padding as before, with the reasons."""
         return tuple(m for m in self.modules if m.action == "left alone")
 
     def as_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
         return {"modules": [asdict(m) for m in self.modules]}
 
     def __str__(self) -> str:
         if not self.modules:
-            return "no attention module, layer or stack of torch's classes and no model of transformers was found, or none was enabled"
+            return "the model has no attention module, layer or stack of torch's classes, and is no model of transformers"
         rows = [(m.module or "(the model)", m.kind, m.action, m.reason) for m in self.modules]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows]
-        counts = {action: sum(m.action == action for m in self.modules) for action in get_args(Action)}
-        return "\n".join([*lines, ", ".join(f"{n} {action}" for action, n in counts.items() if n)])
+        counts = Counter(m.action for m in self.modules)
+        faster = choose(self.problem).faster if self.problem and self.converted else ""
+        return "\n".join(filter(None, [table(rows, "<<<<"), ", ".join(f"{n} {action}" for action, n in counts.items()), faster]))

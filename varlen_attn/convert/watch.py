@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .._torch import global_hooks
+from .._torch import global_hooks, is_compiled_function
 from ..nn.transformer import takes_layouts
 
 LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -78,7 +78,7 @@ def _touched_part(module: Any, hooks: bool) -> str | None:
     for name, m in module.named_modules():
         if m is module or m in padded:
             continue
-        method = next((x for x in METHODS[0 if hooks else 1 :] if x in vars(m) and not _is_compiled(vars(m)[x])), None)
+        method = next((x for x in METHODS[0 if hooks else 1 :] if x in vars(m) and not is_compiled_function(vars(m)[x])), None)
         if method is not None:
             return f"{name}: its {method} was replaced on the object"
         if hooks and any(_sees(getattr(m, kind)) for kind in _HOOKS):
@@ -88,8 +88,3 @@ def _touched_part(module: Any, hooks: bool) -> str | None:
 
 def _sees(hooks: dict[int, Any]) -> bool:
     return any(not str(getattr(hook, "__module__", None)).startswith(_BLIND) for hook in hooks.values())
-
-
-def _is_compiled(method: Any) -> bool:
-    """``layer.forward = torch.compile(layer.forward)``"""
-    return hasattr(method, "_torchdynamo_orig_callable")

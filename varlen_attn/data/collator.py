@@ -89,6 +89,11 @@ class VarlenCollator:
         torch.nn.utils.rnn.pad_sequence([torch.tensor(e["input_ids"]) for e in examples], batch_first=True)
 
     and of the packed one ``torch.cat([torch.tensor(e["input_ids"]) for e in examples])[None]``.
+
+    Examples:
+        >>> batch = VarlenCollator()([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}])
+        >>> batch["attention_mask"].tolist()
+        [[1, 1, 1], [1, 0, 0]]
     """
 
     processor: Any = None

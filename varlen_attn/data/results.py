@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_HUGE = 1e4
+HUGE = 1e4
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -40,6 +40,16 @@ class Gap(NamedTuple):
     size: float
     allowed: float
 
+    @property
+    def explained(self) -> bool:
+        """Whether rounding explains it."""
+        return self.size <= self.allowed
+
+    @property
+    def share(self) -> float:
+        """Of what rounding explains."""
+        return self.size / self.allowed if self.allowed else self.size and float("inf")
+
 
 def gap(before: Tensor, after: Tensor, where: Tensor | None = None, *, fine: float = 1e-3, dtype: torch.dtype | None = None) -> Gap:
     """Of tensors of one shape, there where they count. ``fine`` times the usual size is what may differ, but in half precision much more.
@@ -53,7 +63,7 @@ def gap(before: Tensor, after: Tensor, where: Tensor | None = None, *, fine: flo
     if where is not None:
         where = where.expand(a.shape)
         a, b = a[where], b[where]
-    usual = a[a.abs() < _HUGE]  # the rest are scores of hidden keys and their like
+    usual = a[a.abs() < HUGE]  # the rest are scores of hidden keys and their like
     scale = float(usual.abs().max()) if usual.numel() else 1.0
-    size, _ = farthest(a.clamp(-_HUGE, _HUGE), b.clamp(-_HUGE, _HUGE))
+    size, _ = farthest(a.clamp(-HUGE, HUGE), b.clamp(-HUGE, HUGE))
     return Gap(size, scale * (5e-2 if dtype in _HALF else fine) + 1e-6 if before.is_floating_point() else 0.0)

@@ -38,7 +38,14 @@ def on_launch(name: str, rows: int) -> None:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a backend does not run a problem, and what would change that."""
+    """Why a backend does not run a problem, and what would change that.
+
+    Examples:
+        >>> plan = choose(Problem(device_type="cpu"), all_reasons=True)
+        >>> reasons = {d.backend: d.reasons for d in plan.decisions}
+        >>> print(reasons["torch_varlen"][0])
+        runs on cuda only, and the tensors are on cpu (move them with .to('cuda'))
+    """
 
     reason: str
     fix: str
@@ -70,7 +77,12 @@ def _prepared(run: Callable[..., Result]) -> Callable[..., Result]:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend runs. A flag that is False is refused with a reason; the conformance suite tests every True."""
+    """What a backend runs. A flag that is False is refused with a reason; the conformance suite tests every True.
+
+    Examples:
+        >>> {b.name for b in BACKENDS if b.capabilities.score_bias and "cuda" in b.capabilities.devices} >= {"flex", "sdpa_padded"}
+        True
+    """
 
     devices: frozenset[str]
     dtypes: frozenset[torch.dtype]
@@ -104,11 +116,32 @@ class Capabilities:
 
 
 class Backend(ABC):
-    """One way to compute attention on packed tensors. Stateless; one instance a class."""
+    """One way to compute attention on packed tensors. Stateless; one instance a class.
+
+    Examples:
+        >>> class Loop(Backend):
+        ...     name = "loop"
+        ...     capabilities = Capabilities(
+        ...         devices=frozenset({"cpu"}), dtypes=frozenset({torch.float32}), gqa=False, window=False, softcap=False, dropout=False,
+        ...         alibi=False, score_bias=False, sinks=False, return_lse=False, causal_bottom_right=False, causal_top_left=False,
+        ...         empty_sequences=False,
+        ...     )
+        ...
+        ...     def kernel(self, problem):
+        ...         return "one sequence after another"
+        ...
+        ...     def run(self, query, key, value, call):
+        ...         parts = zip(call.layout_q.split(query), call.layout_kv.split(key), call.layout_kv.split(value))
+        ...         scores = (((q * call.semantics.factor).transpose(0, 1) @ k.permute(1, 2, 0), v.transpose(0, 1)) for q, k, v in parts)
+        ...         return torch.cat([(s.softmax(-1) @ v).transpose(0, 1) for s, v in scores]), None
+        >>> x, layout = torch.randn(8, 2, 16), SeqLayout.from_lengths([5, 3])
+        >>> torch.testing.assert_close(varlen_attention(x, x, x, layout, backend=Loop()), varlen_attention(x, x, x, layout))
+    """
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
     package: ClassVar[str] = "torch"  # the distribution whose version `backends()` shows
+    packages: ClassVar[tuple[str, ...]] = ()  # other distributions that have its kernels
     install: ClassVar[str] = ""  # the fix where `missing` has a reason
     checks_offsets: ClassVar[bool] = False  # its kernel refuses offsets that do not fit the rows; else a call is checked before
     custom_op: ClassVar[bool] = False  # `run` launches a torch.library op of ours, which records itself in compiled code
@@ -214,7 +247,7 @@ def _machine_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusal]:
         if have is None or have < can.min_capability:
             need, got = (".".join(map(str, c)) if c else "unknown" for c in (can.min_capability, have))
             fix = "use a newer GPU" if have else "state it, as in Problem(capability=(9, 0)) or --capability 9.0"
-            yield Refusal(f"needs compute capability {need} or newer, and this device has {got}", fix, "machine")
+            yield Refusal(f"needs compute capability {need} or newer, and that of this device is {got}", fix, "machine")
     if can.min_torch and version_tuple(problem.torch_version) < can.min_torch:
         need = ".".join(map(str, can.min_torch))
         yield Refusal(f"needs torch {need} or newer, and this is {problem.torch_version}", f"pip install 'torch>={need}'", "machine")

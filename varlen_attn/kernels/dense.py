@@ -8,12 +8,15 @@ gradients (pytorch#196678). A query that sees no key gives 0 and a log-sum-exp o
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch import constant_while_tracing, is_observed, is_plain, is_transformed
+from ..errors import ArgumentError
+from ..layout.checks import describe
 from .base import HALF, accumulation_dtype, pad_head_dim, repeat_kv
 from .problem import Semantics, strictly_deterministic
 from .values import NO_EXTRAS, Extras, ScoreBias
@@ -109,7 +112,21 @@ def _score_bias(bias: ScoreBias, num_heads: int, rows: Tensor, columns: Tensor) 
         return bias[:, : rows.shape[0], : columns.shape[0]]
     head = torch.arange(num_heads, device=rows.device)[:, None, None]
     rows, columns = rows.clamp(min=0), columns.clamp(min=0)
-    return bias[head, rows, columns] if isinstance(bias, Tensor) else bias(head, rows, columns)
+    if isinstance(bias, Tensor):
+        return bias[head, rows, columns]
+    made: Any = bias
+    try:
+        made = bias(head, rows, columns)
+        made.expand(torch.broadcast_shapes(head.shape, rows.shape, columns.shape))
+    except (AttributeError, TypeError, RuntimeError) as error:
+        if made is bias and not isinstance(error, TypeError):
+            raise
+        raise ArgumentError(
+            "`score_bias` must be a tensor (N, Sq, Sk), or a callable (head, q_position, k_position) -> tensor that computes all scores at "
+            f"once, from integer tensors of shapes {(*head.shape,)}, {(*rows.shape,)} and {(*columns.shape,)}, but it "
+            + (f"raises {error!r}." if made is bias else f"returns {describe(made)}.")
+        ) from error
+    return made  # type: ignore[no-any-return]
 
 
 def _may_be_fully_masked(semantics: Semantics, offset: int | Tensor, len_q: int, len_k: int) -> bool:

@@ -10,6 +10,7 @@ for when this package is imported and at every call. A `FlopCounterMode` copies 
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import is_tracing, register_autograd, register_fake
+from .._torch import PLAIN, any_requires_grad, is_batch_of_gradients, is_tracing, register_autograd, register_fake, watchers
 from ..errors import ArgumentError, LayoutError
 from ..layout.checks import check_offsets_tensor
 from .base import accumulation_dtype
@@ -47,8 +48,8 @@ def define_ops(name: str, forward: Op, backward: Op, *, kernel: str, device: str
     numbers. ``backward(grad, query, key, value, out, lse, cu_q, cu_k, ...) -> dq, dk, dv``, and the gradient of ``sinks`` if there is such
     an argument, ``(N,)``, or ``(0,)`` for None. All have memory of their own, which is contiguous.
 
-    Autograd costs 8 microseconds a call, also where nothing requires a gradient. So the forward has an overload ``no_grad`` without it,
-    which eager calls take there; graphs of `torch.compile` and `torch.export` hold the one with it.
+    The dispatcher costs 8 microseconds a call, and autograd in Python twice as much. So where nothing sees them (`watchers`), eager calls
+    leave it out, and call ``forward`` and ``backward`` themselves. Graphs of `torch.compile` and `torch.export` hold the ops.
 
     Args:
         kernel: who has no second derivative, for the error.
@@ -79,7 +80,9 @@ def define_ops(name: str, forward: Op, backward: Op, *, kernel: str, device: str
 
     def autograd(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: under checkpointing a second time is an error
-        dq, dk, dv, *dsinks = backward_op(grad, *saved, *ctx.options)
+        seen = torch.compiler.is_compiling() or torch.is_grad_enabled() or is_batch_of_gradients(grad)
+        seen = seen or any(map(operator.call, watchers)) or not PLAIN.issuperset(map(type, (grad, *saved)))
+        dq, dk, dv, *dsinks = (backward_op if seen else backward)(grad, *saved, *ctx.options)
         grads = [dq, dk, dv, *[None] * (len(arguments) - 3)]
         if sinks is not None and saved[sinks + 2] is not None:
             grads[sinks] = dsinks[0]
@@ -94,29 +97,26 @@ def define_ops(name: str, forward: Op, backward: Op, *, kernel: str, device: str
         _LIBRARY.define(f"{name}_{suffix}{schema}", tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(f"{name}_{suffix}", function, "CPU" if device == "cpu" else "CompositeExplicitAutograd")
         register_fake(_LIBRARY, f"{name}_{suffix}", fake)
-        return getattr(torch.ops.varlen_attn, f"{name}_{suffix}".partition(".")[0])
+        return getattr(torch.ops.varlen_attn, f"{name}_{suffix}").default
 
     gradients = ", ".join(["Tensor"] * (3 if sinks is None else 4))
     schema = f"({', '.join(arguments)}) -> (Tensor, Tensor)"
-    with_grad = register("forward", schema, forward, fake_forward).default
-    without_grad = register("forward.no_grad", schema, forward, fake_forward).no_grad
+    op = register("forward", schema, forward, fake_forward)
     of_backward = f"({', '.join(['Tensor grad', *arguments[:3], 'Tensor out', 'Tensor lse', *arguments[3:]])}) -> ({gradients})"
-    backward_op = register("backward", of_backward, backward, fake_backward).default
-    register_autograd(_LIBRARY, with_grad, autograd, setup_context)
+    backward_op = register("backward", of_backward, backward, fake_backward)
+    apply = register_autograd(_LIBRARY, op, autograd, setup_context)
     register_autograd(_LIBRARY, backward_op, no_second_derivative)
     _defined.append(name)
     _register_flops()
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return with_grad(*inputs)
-        if _COUNTER in sys.modules:
-            _register_flops()
-        if torch.is_grad_enabled():
-            for x in inputs[:num_tensors]:
-                if x is not None and x.requires_grad:
-                    return with_grad(*inputs)
-        return without_grad(*inputs)
+            return op(*inputs)
+        if any(map(operator.call, watchers)) or not PLAIN.issuperset(map(type, inputs[:num_tensors])):
+            if _COUNTER in sys.modules:
+                _register_flops()
+            return op(*inputs)
+        return apply(forward, *inputs) if torch.is_grad_enabled() and any_requires_grad(*inputs) else forward(*inputs)
 
     return call
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import current_flash_attention_impl
 
-from .._torch import is_tracing, is_transformed
+from .._torch import constant, is_tracing, is_transformed
 from ..errors import ArgumentError
 from ..layout.seq_layout import SeqLayout
 
@@ -66,6 +66,12 @@ class Semantics:
         return_lse: whether the log-sum-exp is asked for.
         deterministic: gradients must be bitwise reproducible.
         batch_invariant: a sequence's result must not depend on its batch-mates, bitwise.
+
+    Examples:
+        >>> Semantics.of(causal=True, window=(16, None)).window
+        (16, None)
+        >>> choose(Problem(device_type="cpu", semantics=Semantics.of(softcap=30.0))).problem.semantics.softcap
+        30.0
     """
 
     causal: Causal = False
@@ -102,7 +108,7 @@ class Semantics:
         if causal not in (False, None, "bottom_right", "top_left"):
             raise ArgumentError(f"`causal` must be False, True, 'bottom_right' or 'top_left', but is {causal!r}.")
         for name, value in (("scale", scale), ("softcap", softcap)):
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(constant(value))):
                 raise ArgumentError(f"`{name}` must be a finite number or None, but is {value!r}.")
         if softcap is not None and softcap <= 0:
             raise ArgumentError(f"`softcap` must be above 0, but is {softcap!r}: for no cap pass None.")
@@ -112,9 +118,9 @@ class Semantics:
         return cls(
             causal=causal or False,
             window=_normal_window(window),
-            scale=scale,
-            softcap=softcap,
-            dropout_p=float(dropout_p),
+            scale=constant(scale),
+            softcap=constant(softcap),
+            dropout_p=float(constant(dropout_p)),
             deterministic=deterministic,
             **flags,
         )
@@ -152,7 +158,7 @@ def _normal_window(window: Sequence[int | None] | None) -> Window | None:
             f"`window` must be None or (left, right), each None (unlimited) or an integer of at least 0, but is {window!r}: "
             "it counts the other tokens visible on each side."
         )
-    left, right = (None if side is None or side >= _UNLIMITED else side for side in sides)
+    left, right = (None if side is None or side >= _UNLIMITED else constant(side) for side in sides)
     return None if left is None and right is None else (left, right)
 
 
@@ -180,6 +186,11 @@ class Problem:
         host_lengths: the lengths are known on the host.
         deterministic_mode: `torch.use_deterministic_algorithms(True)` is set, not to warn only: kernels without an argument obey it.
         requested: the backend's name, or ``"auto"``.
+
+    Examples:
+        >>> h100 = Problem(device_type="cuda", capability=(9, 0), dtype=torch.bfloat16, packages=())
+        >>> choose(h100).backend
+        'torch_varlen'
     """
 
     device_type: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")

@@ -20,6 +20,11 @@ class Extras:
     """The tensors of a call beside q, k, v; each None unless `Semantics` says that it is there.
 
     ``alibi_slopes (N,)`` and ``sinks (N,)`` are float32 (float64 for float64 inputs).
+
+    Examples:
+        >>> extras = Extras(sinks=torch.zeros(4))
+        >>> len(extras.tensors)
+        1
     """
 
     alibi_slopes: Tensor | None = None

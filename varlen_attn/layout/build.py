@@ -51,8 +51,12 @@ class Step(NamedTuple):
         return (tokens + min(tokens, seqs) * max(self.stride - self.reach, 0)) // self.stride
 
 
-def index_of_mask(real_BS: Tensor, bad_BS: Tensor | None, mask: Tensor, capacity: int | None, validate: bool) -> Index:
-    """From a mask that is True at tokens; reads from the device at most once. ``bad_BS`` marks illegal values of ``mask``."""
+def index_of_mask(
+    real_BS: Tensor, bad_BS: Tensor | None, mask: Tensor, capacity: int | None, validate: bool, left_is_odd: bool = False
+) -> Index:
+    """From a mask that is True at tokens; reads from the device at most once. ``bad_BS`` marks illegal values of ``mask``.
+
+    Where masks say which token to attend to, padding on the left is common; where they say padding, it may be ``left_is_odd``."""
     if bad_BS is not None and (capacity is not None or is_tracing(mask)):
         # Nothing is read here, so the device itself refuses.
         refuse_bad_values(bad_BS)
@@ -60,31 +64,47 @@ def index_of_mask(real_BS: Tensor, bad_BS: Tensor | None, mask: Tensor, capacity
     if capacity is not None:
         return with_capacity(real_BS, capacity)
     flags = () if bad_BS is None else (bad_BS.any(),)
-    index, values = index_and_flags(real_BS, flags, validate=validate)
+    index, values = index_and_flags(real_BS, flags, validate=validate, left_is_odd=left_is_odd)
     if any(values) and bad_BS is not None:
         raise_bad_value(mask, bad_BS)
     return index
 
 
-def index_and_flags(real_BS: Tensor, flags: Sequence[Tensor], *, validate: bool) -> tuple[Index, tuple[bool, ...]]:
+def index_and_flags(
+    real_BS: Tensor, flags: Sequence[Tensor], *, validate: bool, left_is_odd: bool = False
+) -> tuple[Index, tuple[bool, ...]]:
     """The index of a mask that is True at tokens, and bool scalars of the caller, in the one transfer of a device mask.
 
     While tracing nothing is read: no flag comes back.
     """
     if not is_plain(real_BS):
         _check_readable(real_BS)
-    lengths_B = real_BS.sum(1)
+    lengths_B: Tensor | None = None
     if is_tracing(real_BS):
-        return exact(real_BS, lengths_B), ()
-    read = torch.cat([lengths_B, torch.stack([*_forms(real_BS), *flags]).to(torch.int64)]).tolist()
-    lengths, (some_hole, some_shift, *values) = tuple(read[: len(real_BS)]), read[len(real_BS) :]
+        return exact(real_BS, real_BS.sum(1)), ()
+    values: list[int] = []
+    if real_BS.is_cpu and not flags and real_BS.numel() <= _FEW:
+        lengths, some_hole, shifted = [], False, 0
+        for row in map(bytes, real_BS.tolist()):
+            lengths.append(n := row.count(1))
+            some_hole |= len(row.strip(b"\0")) > n
+            shifted += len(row.rstrip(b"\0")) > n
+    else:
+        lengths_B = real_BS.sum(1)
+        read = torch.cat([lengths_B, torch.stack([*_forms(real_BS), *flags]).to(torch.int64)]).tolist()
+        lengths, (some_hole, shifted, *values) = read[: len(real_BS)], read[len(real_BS) :]
+    looks, otherwise = "", ""
     if validate and 0 in lengths and any(lengths):
+        looks = f"row {lengths.index(0)} of the mask has no token while others have some"
+    elif validate and left_is_odd and not some_hole and shifted == len(lengths) > 1 and max(lengths) < real_BS.shape[1]:
+        looks, otherwise = "every row of the mask begins with padding, and none is full", ", or padding is on the left"
+    if looks:
         warn(
-            f"row {lengths.index(0)} of the mask has no token while others have some. If that is not meant, the mask is "
-            f"inverted: {CONVENTIONS}. validate=False, or a warning filter for LayoutWarning, silences this.",
+            f"{looks}. If that is not meant, the mask is inverted{otherwise}: {CONVENTIONS}. validate=False, or a warning filter for "
+            "LayoutWarning, silences this.",
             LayoutWarning,
         )
-    index = exact(real_BS, lengths_B, lengths, has_holes=bool(some_hole), right_padded=not some_shift)
+    index = exact(real_BS, lengths_B, tuple(lengths), has_holes=bool(some_hole), right_padded=not shifted)
     return index, tuple(map(bool, values))
 
 
@@ -106,16 +126,19 @@ def _check_readable(mask: Tensor) -> None:
         )
 
 
+_FEW = 1024  # of a mask's numbers: those are looked at one by one in less time than by a dozen operations (Zen 4)
+
+
 def exact(
     real_BS: Tensor,
-    lengths_Q: Tensor,
+    lengths_Q: Tensor | None,
     lengths: tuple[int, ...] | None = None,
     *,
     has_holes: bool | None = None,
     right_padded: bool | None = None,
     total: int | None = None,
 ) -> Index:
-    """T is the number of real tokens; one sequence a row."""
+    """T is the number of real tokens; one sequence a row. ``lengths_Q`` may be None on a CPU, where ``lengths`` say it."""
     flat = real_BS.reshape(-1)
     total = sum(lengths) if lengths is not None else total
     if total is None:
@@ -123,7 +146,14 @@ def exact(
     else:
         token_indices = torch.nonzero_static(flat, size=total).squeeze(1)
     mark_unbacked(token_indices)
-    return Index(_offsets(lengths_Q), token_indices, flat.cumsum(0) * flat, lengths, has_holes, right_padded)
+    return Index(
+        _offsets(lengths or () if lengths_Q is None else lengths_Q),
+        token_indices,
+        flat.cumsum(0).mul_(flat),
+        lengths,
+        has_holes,
+        right_padded,
+    )
 
 
 def index_of_all(batch_size: int, padded_len: int, device: torch.device) -> Index:
@@ -148,7 +178,7 @@ def refuse_bad_values(bad_BS: Tensor) -> None:
 
 def refuse_shifted(real_BS: Tensor, message: str) -> None:
     """A row with padding before a token, where only the device knows."""
-    assert_on_device(~_forms(real_BS)[1], message)
+    assert_on_device(_forms(real_BS)[1] == 0, message)
 
 
 def refuse_offsets(cu: Tensor, rows: int, longest: int, *, slack: bool = False, lengths: Sequence[int] | None = None) -> None:
@@ -263,16 +293,18 @@ def index_of_documents(ids: Tensor, max_docs: int | None) -> Index:
     )
 
 
-def _offsets(lengths_Q: Tensor) -> Tensor:
+def _offsets(lengths_Q: Tensor | tuple[int, ...]) -> Tensor:
+    if isinstance(lengths_Q, tuple):
+        return torch.tensor([0, *itertools.accumulate(lengths_Q)], dtype=torch.int32, device="cpu")
     return torch.cat([lengths_Q.new_zeros(1), lengths_Q.cumsum(0)]).to(torch.int32)
 
 
 def _forms(real_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether a row has more than one run of tokens, and whether one has padding before a token."""
+    """Whether a row has more than one run of tokens, and how many runs begin after padding."""
     if real_BS.shape[1] < 2 or real_BS.shape[0] == 0:
         return (torch.zeros((), dtype=torch.bool, device=real_BS.device),) * 2
     starts = real_BS[:, 1:] & ~real_BS[:, :-1]
-    return (starts.sum(1) + real_BS[:, 0] > 1).any(), starts.any()
+    return (starts.sum(1) + real_BS[:, 0] > 1).any(), starts.sum()
 
 
 def _refuse_overflow(count: Tensor, bound: int, name: str, what: str) -> None:

@@ -19,7 +19,15 @@ def describe(x: Any) -> str:
     if not isinstance(x, Tensor):
         return repr(type(x).__name__)
     shape = "nested" if x.is_nested else f"of shape {tuple(x.shape)}"  # a strided nested tensor has no shape to ask for
-    return f"{x.dtype}, {shape}, with layout {x.layout}"
+    return f"{x.dtype}, {shape}" + (f", with layout {x.layout}" if x.is_nested or x.layout != torch.strided else "")
+
+
+def heads_first(x: Tensor, leading: tuple[int, ...], name: str) -> str:
+    """What mends a tensor whose heads come before its columns (or rows), if they do."""
+    at = len(leading)
+    if x.dim() != at + 2 or (*x.shape[: at - 1], x.shape[at]) != leading:
+        return ""
+    return f" With heads before tokens, as F.scaled_dot_product_attention takes them, pass {name}.transpose({at - 1}, {at})."
 
 
 def check_at_least(least: int, value: Any, name: str, fix: str = "", error: type[ArgumentError] = ArgumentError) -> int:
@@ -35,7 +43,7 @@ def shorten(values: Sequence[int]) -> str:
 
 def check_rank(mask: Any, name: str) -> None:
     if not isinstance(mask, Tensor):
-        raise DtypeError(f"`{name}` must be a tensor, but is {describe(mask)}.")
+        raise DtypeError(f"`{name}` must be a tensor, but is {describe(mask)}: pass torch.as_tensor({name}).")
     if mask.dim() != 2:
         raise LayoutError(
             f"`{name}` must have shape (B, S), but has shape {tuple(mask.shape)}: a mask of (B, 1, 1, S) or (B, S, S) "

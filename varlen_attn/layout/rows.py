@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch import is_batch_of_gradients, is_tracing
+from .._torch import PLAIN, is_batch_of_gradients, is_tracing, is_transformed
 
 # Rows of at most so many bytes are moved by the formulas: with one thread on a CPU (torch 2.13, float32 and bfloat16, data in the
 # cache) the steps around the faster copy took longer than what it saved.
@@ -116,7 +116,7 @@ def gather_rows(x: Tensor, token_indices: Tensor, valid_T: Tensor | None) -> Ten
     if valid_T is None:
         return x.index_select(0, token_indices)
     if x.shape[0] == 0:
-        return x.new_zeros((token_indices.shape[0], *x.shape[1:]))
+        return torch.constant_pad_nd(x, [0, 0] * (x.dim() - 1) + [0, token_indices.shape[0]])
     rows = x.index_select(0, token_indices)
     valid = valid_T.view(-1, *[1] * (x.dim() - 1))
     return torch.where(valid, rows, rows.new_zeros(()))
@@ -126,6 +126,15 @@ def scatter_rows(x: Tensor, gather_indices: Tensor, pad_value: float) -> Tensor:
     # The padding row comes first, so that its index (0) does not depend on T, which is data.
     before = [0, 0] * (x.dim() - 1) + [1, 0]
     return torch.constant_pad_nd(x, before, pad_value).index_select(0, gather_indices)
+
+
+def takes_formulas(x: Tensor, *, packed: bool) -> bool:
+    """Where `Pack` and `Unpack` have no rules, under `torch.func`, cannot be saved, by `torch.jit.trace`, or take longer than torch's own
+    derivatives of the formulas, for a small tensor on a CPU."""
+    if torch.compiler.is_compiling():
+        return False
+    small = type(x) in PLAIN and x.is_cpu and x.nbytes <= (_SMALL_UNPACK if packed else _SMALL_PACK)
+    return small or is_transformed() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 # -------------------------------------------------------------------- eager, without gradients

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .._torch import is_tracing, mark_unbacked, needs_plain_gathers, num_writes, pytree, ragged_dim, trace_quietly
+from .._torch import is_tracing, mark_unbacked, num_writes, pytree, ragged_dim, trace_quietly
 from ..errors import ArgumentError, DtypeError, LayoutError
 from .build import (
     Index,
@@ -49,11 +49,12 @@ from .checks import (
     check_rank,
     check_takes_rows,
     describe,
+    heads_first,
     host_lengths,
     shorten,
     signed_pad_value,
 )
-from .rows import STAND_INS, Edges, Pack, Unpack, gather_rows, place_rows, scatter_rows, take_rows
+from .rows import STAND_INS, Edges, Pack, Unpack, gather_rows, place_rows, scatter_rows, take_rows, takes_formulas
 
 Pooling = Literal["mean", "max", "sum", "first", "last"]
 P = ParamSpec("P")
@@ -100,6 +101,15 @@ class SeqLayout:
 
     The equivalent of ``layout.pack(x)`` in plain PyTorch is ``x[~key_padding_mask]``, and of ``layout.unpack(y)``
     ``torch.zeros(B, S, D).masked_scatter(~key_padding_mask[..., None], y)``.
+
+    Examples:
+        >>> mask = torch.arange(4) >= torch.tensor([4, 1])[:, None]  # (B, S), True is padding
+        >>> layout = SeqLayout.from_key_padding_mask(mask)
+        >>> layout
+        SeqLayout(B=2, S=4, Q=2, T=5, fill=0.62, lengths=(4, 1), device=cpu)
+        >>> rows = layout.pack(torch.randn(2, 4, 16))  # (T, D)
+        >>> layout.unpack(rows).shape, layout.pool(rows, "mean").shape
+        (torch.Size([2, 4, 16]), torch.Size([2, 16]))
     """
 
     batch_size: int
@@ -135,14 +145,15 @@ class SeqLayout:
                 static, rows beyond the real tokens are exactly 0. A mask with more tokens is refused.
             holes: ``"packed"`` allows windows, ALiBi and score biases to count packed tokens where a
                 row has padding between tokens; ``"refuse"`` makes them an error there.
-            validate: warn (`LayoutWarning`) about a row without a token while others have some.
+            validate: warn (`LayoutWarning`) about what an inverted mask looks like: a row without a token while others have some, or
+                several rows, none of them full, that all begin with padding.
 
         Raises:
             DtypeError: the mask is neither bool nor float.
             LayoutError: it is not 2-D, or a float mask has other values.
         """
         padding, bad = padding_of(mask)
-        return cls._of(index_of_mask(~padding, bad, mask, capacity, validate), mask.shape, holes)
+        return cls._of(index_of_mask(~padding, bad, mask, capacity, validate, left_is_odd=True), mask.shape, holes)
 
     @classmethod
     @_constructor
@@ -392,7 +403,7 @@ class SeqLayout:
             return self.pack(x.view(STAND_INS[x.dtype])).view(x.dtype)
         flat = x.reshape(self.batch_size * self.padded_len, *x.shape[2:])
         valid_T = self.valid_rows() if self.has_slack else None
-        if needs_plain_gathers():
+        if takes_formulas(x, packed=False):
             return gather_rows(flat, self.token_indices, valid_T)
         if torch.is_grad_enabled() and x.requires_grad:
             packed: Tensor = Pack.apply(flat, self.token_indices, self.gather_indices, valid_T)
@@ -420,7 +431,7 @@ class SeqLayout:
         value = int(pad_value) if exact else pad_value
         if x.dtype in STAND_INS:
             return self.unpack(x.view(STAND_INS[x.dtype]), "edge" if edges else signed_pad_value(value, x.dtype)).view(x.dtype)
-        if needs_plain_gathers():
+        if takes_formulas(x, packed=True):
             padded = scatter_rows(x, self.gather_indices, value)
             if edges is not None:
                 padding = (self.gather_indices == 0).view(-1, *[1] * (x.dim() - 1))
@@ -613,6 +624,19 @@ class SeqLayout:
             f"lengths={known}{extras}, device={self.device})"
         )
 
+    def _repr_html_(self) -> str:
+        """The batch as coloured cells, a row each, a colour for each sequence in turn; a cell of a wide batch is the first of several."""
+        step = -(-self.padded_len // 96) or 1
+        cells = self.unpack(self.seq_ids + 1)[:32, ::step].tolist()
+        rows = ["".join(f'<td style="background:{_COLOURS[cell and 1 + cell % 2]}"></td>' for cell in row) for row in cells]
+        style = "border-collapse:collapse;line-height:9px;display:inline-table"
+        return f"<pre>{self}</pre><table style='{style}'>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON; without the index tensors."""
+        names = ("batch_size", "padded_len", "num_seqs", "num_rows", "lengths", "fill", "has_holes", "right_padded", "holes", "has_slack")
+        return {name: getattr(self, name) for name in names} | {"device": str(self.device)}
+
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> SeqLayout:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)}
@@ -661,8 +685,8 @@ class SeqLayout:
         if tuple(x.shape[: len(leading)]) != leading:
             expected = "x".join(str(n) for n in leading)
             # One frame too many or too few is the classic of masks that were divided where features were convolved.
-            frames = ""
-            if len(leading) == 2 and x.dim() >= 2 and x.shape[0] == leading[0]:
+            frames = heads_first(x, leading, name)
+            if not frames and len(leading) == 2 and x.dim() >= 2 and x.shape[0] == leading[0]:
                 frames = (
                     f" It has {x.shape[1]} columns where the layout has {leading[1]}: for the frames of a convolution over time, "
                     "take layout.downsample(kernel, stride, padding) of the layout before it."
@@ -704,6 +728,7 @@ class SeqLayout:
 _known: WeakKeyDictionary[SeqLayout, int] = WeakKeyDictionary()
 _edges: WeakKeyDictionary[SeqLayout, Edges] = WeakKeyDictionary()
 _UNCHECKED = -1
+_COLOURS = ("#eeeeee", "#4c78a8", "#9ecae9")  # of padding, and of sequences in turn
 
 
 def is_captured(x: Tensor) -> bool:

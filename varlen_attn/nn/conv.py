@@ -58,6 +58,12 @@ def varlen_conv1d(conv: Callable[[Tensor], Tensor], rows: Tensor, layout: SeqLay
             which would read the padded row's ends.
         LayoutError: ``rows`` are not ``(T, C_in)``, the padding is elsewhere than above, or ``conv`` makes another number of frames
             than its attributes say.
+
+    Examples:
+        >>> conv, layout = nn.Conv1d(16, 8, 3, stride=2), SeqLayout.from_lengths([5, 3])
+        >>> rows, frames = varlen_conv1d(conv, torch.randn(8, 16), layout)
+        >>> rows.shape, frames.lengths
+        (torch.Size([3, 8]), (2, 1))
     """
     step = _step(conv)
     if rows.dim() != 2:

@@ -97,6 +97,12 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         window: ``(left, right)``, how many other tokens are visible on each side; None is unlimited.
         padding_rows: see above.
         zero_padding_rows: False is ``padding_rows="exact"``.
+
+    Examples:
+        >>> attention = VarlenMultiheadAttention(16, 2, batch_first=True)
+        >>> out, _ = attention(torch.randn(2, 5, 16), key_padding_mask=torch.arange(5) >= torch.tensor([5, 3])[:, None])
+        >>> out.shape
+        torch.Size([2, 5, 16])
     """
 
     # Class attributes too, so that an instance pickled or converted without them works.

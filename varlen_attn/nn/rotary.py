@@ -49,6 +49,11 @@ def apply_rotary(
     Raises:
         ArgumentError: an odd or too large ``rotary_dim``, a ``base`` that is not above 0, or shapes or devices that do not fit.
         DtypeError: ``x`` is not floating-point, or ``positions`` are not integers.
+
+    Examples:
+        >>> layout = SeqLayout.from_lengths([5, 3])
+        >>> apply_rotary(torch.randn(8, 2, 16), layout.positions).shape
+        torch.Size([8, 2, 16])
     """
     width = _check_rotary(x, positions, base, rotary_dim)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

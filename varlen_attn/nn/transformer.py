@@ -33,6 +33,11 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
     has numbers there in training and zeros in evaluation); ``is_causal=True`` needs no mask; there is no separate fast path, so that
     training and evaluation agree when dropout is 0. Every submodule is called, on packed rows ``(T, D)``, so that whatever replaces it
     (LoRA, another norm or activation) runs, and must be token-wise.
+
+    Examples:
+        >>> layer = VarlenTransformerEncoderLayer(16, 2, batch_first=True)
+        >>> layer(torch.randn(2, 5, 16), src_key_padding_mask=torch.arange(5) >= torch.tensor([5, 3])[:, None]).shape
+        torch.Size([2, 5, 16])
     """
 
     padding_rows: PaddingRows = "zero"
@@ -122,6 +127,12 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
     The output has the shape of the input for every mask, in training and in evaluation, and is exactly 0 at padding. The layout is built
     once: one transfer from a mask on a device, none with ``layout=`` made from host lengths. A ``mask`` beside ``layout=`` is one transfer
     more, because it is compared with a causal one: pass ``is_causal=True`` without a mask where that is what it is.
+
+    Examples:
+        >>> encoder = VarlenTransformerEncoder(VarlenTransformerEncoderLayer(16, 2, batch_first=True), num_layers=2)
+        >>> layout = SeqLayout.from_lengths([5, 3])
+        >>> encoder(torch.randn(8, 16), layout=layout).shape  # packed in, packed out
+        torch.Size([8, 16])
     """
 
     padding_rows: PaddingRows = "zero"
@@ -193,6 +204,11 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
     """Drop-in for `torch.nn.TransformerDecoderLayer` that computes real tokens only, of targets and of memory.
 
     As `VarlenTransformerEncoderLayer`. The masks of targets and memory are independent, and either may be left out.
+
+    Examples:
+        >>> layer = VarlenTransformerDecoderLayer(16, 2, batch_first=True)
+        >>> layer(torch.randn(2, 5, 16), torch.randn(2, 3, 16)).shape
+        torch.Size([2, 5, 16])
     """
 
     padding_rows: PaddingRows = "zero"
@@ -289,6 +305,12 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
     """Drop-in for `torch.nn.TransformerDecoder` that packs targets and memory once and unpacks after its last layer.
 
     As `VarlenTransformerEncoder`; a layer of another class gets packed rows if its ``forward`` takes ``layout=`` and ``layout_kv=``.
+
+    Examples:
+        >>> decoder = VarlenTransformerDecoder(VarlenTransformerDecoderLayer(16, 2, batch_first=True), num_layers=2)
+        >>> masks = dict(memory_key_padding_mask=torch.tensor([[False, True]] * 2))
+        >>> decoder(torch.randn(2, 5, 16), torch.randn(2, 2, 16), tgt_is_causal=True, **masks).shape
+        torch.Size([2, 5, 16])
     """
 
     padding_rows: PaddingRows = "zero"

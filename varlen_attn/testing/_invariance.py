@@ -50,6 +50,11 @@ class InvarianceReport:
         largest: the largest absolute difference.
         poisoned: whether the batch also ran with random numbers at padding of its inputs.
         dtype: that the model ran in.
+
+    Examples:
+        >>> report = check_padding_invariance(nn.Linear(4, 4), torch.randn(2, 5, 4), layout=SeqLayout.from_lengths([5, 3]))
+        >>> report.poisoned, report.skipped
+        (True, ())
     """
 
     compared: tuple[str, ...]
@@ -104,6 +109,12 @@ def check_padding_invariance(
         AssertionError: a valid output depends on padding or on other samples; the message names the first submodule, and a fix.
         ArgumentError: the mask is not found or does not fit, a sample does not run alone, the model is random in evaluation, or
             nothing could be compared.
+
+    Examples:
+        >>> layer = nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
+        >>> batch = {"src": torch.randn(2, 5, 16), "src_key_padding_mask": torch.arange(5) >= torch.tensor([5, 3])[:, None]}
+        >>> "linear1" in check_padding_invariance(layer, batch).compared
+        True
     """
     given = PaddedBatch.of(batch, layout, batch_first)
     skipped = tuple(i for i in range(given.samples) if not len(given.columns[i]))

@@ -5,10 +5,12 @@ Hypothesis is imported here only. Draw a `Batch` for "some padded batch", an `At
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +22,7 @@ __all__ = [
     "Batch",
     "attention_cases",
     "batches",
+    "each",
     "head_shapes",
     "layouts",
     "lengths",
@@ -29,8 +32,15 @@ __all__ = [
     "semantics",
 ]
 
+T = TypeVar("T")
 FORMS = ("right", "left", "both", "holes", "random")
 SIZES = (1, 2, 3, 5, 8, 13)  # padded lengths; more than 8 crosses no kernel boundary on a CPU, long ones are drawn separately
+
+
+def each(drawn: st.SearchStrategy[T], check: Callable[[T], None], examples: int) -> None:
+    """``check`` so many of them. What is raised comes from the smallest that fails."""
+    limits = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    limits(given(drawn)(lambda case: check(case)))()  # noqa: PLW0108 (it reads the names of arguments)
 
 
 @st.composite

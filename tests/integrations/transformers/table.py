@@ -1,4 +1,4 @@
-"""The table of `docs/transformers.md`, which ``make docs`` writes: what `varlen_attn.enable` is seen to make of each architecture."""
+"""The table of `docs/transformers.md`, by ``make docs-tables``: what `varlen_attn.enable` is seen to make of each architecture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import transformers
 from .architectures import ARCHITECTURES, Outcome, outcome
 
 PAGE = Path(__file__).parents[3] / "docs" / "transformers.md"
-BEGIN, END = "<!-- outcomes: begin (make docs writes this block) -->", "<!-- outcomes: end -->"
+BEGIN, END = "<!-- outcomes: begin (make docs-tables writes this block) -->", "<!-- outcomes: end -->"
 
 
 def row(found: Outcome) -> str:

@@ -124,6 +124,22 @@ def test_dynamic_shapes() -> None:
     assert graphs[-1] == graphs[0] <= 20
 
 
+@pytest.mark.parametrize(("name", "way"), [("Bert", "torch.compile"), ("Llama", "layer.compile"), ("Bert", "forwards of layers")])
+def test_batches_without_padding_share_graphs(name: str, way: str) -> None:
+    """Their layers are given rows too: else each would be four graphs, which end before attention and after it."""
+    options = dict(use_cache=False) if name == "Llama" else {}
+    plain, model, counter = build(name, **options), build(name, **options), CompileCounter()
+    enable(model)
+    call, graphs = WAYS[way](model, backend=counter), []
+    for i, inputs in enumerate(batches(6)):
+        inputs["attention_mask"][:] = 1 if i > 2 else inputs["attention_mask"]
+        with record(model) as log:
+            assert_close(run(call, model, inputs)[0], run(plain, plain, inputs)[0])
+        assert [call.rows for call in log] == [int(inputs["attention_mask"].sum())] * 2
+        graphs.append(counter.frame_count)
+    assert graphs[-1] == graphs[1]
+
+
 def test_many_layers_share_graphs() -> None:
     model, counter = build("Bert", num_hidden_layers=12), CompileCounter()
     expected = [run(model, model, inputs)[0] for inputs in batches(3)]

@@ -32,10 +32,10 @@ from varlen_attn.convert.report import Report
 from varlen_attn.data.host_lengths import HostLengths
 from varlen_attn.integrations.transformers.attention import varlen_attention_forward
 from varlen_attn.integrations.transformers.enabling import register
-from varlen_attn.integrations.transformers.mask import VarlenMask, varlen_mask
+from varlen_attn.integrations.transformers.mask import VarlenMask, of_numbers, varlen_mask
 from varlen_attn.integrations.transformers.stack import LayerHook, _packed, is_ours
 
-from .tiny import COLUMNS, assert_close, attention_mask, batch, build, error, quietly, reasons, seq2seq, shake, token_ids
+from .tiny import COLUMNS, NO_DROPOUT, assert_close, attention_mask, batch, build, error, quietly, reasons, seq2seq, shake, token_ids
 
 VALID = attention_mask().bool()
 
@@ -528,23 +528,90 @@ def test_one_model_at_two_places_is_enabled_once() -> None:
 # -------------------------------------------------------------------- left alone
 
 
-ALONE = {"MPNet": "MPNetAttention", "DebertaV2": "DebertaV2Attention", "WavLM": "WavLMAttention"}
+OWN_CODE = {"MPNet": "MPNetAttention", "DebertaV2": "DebertaV2Attention", "WavLM": "WavLMAttention"}
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", OWN_CODE)
 def test_attention_code_of_its_own_is_left_alone(name: str) -> None:
     model = build(name)
     inputs = batch() if name != "WavLM" else {"input_values": torch.randn(3, 200, dtype=torch.float64)}
     expected, before = model(**inputs)[0], anatomy(model)
     with pytest.warns(VarlenWarning, match="nothing was converted"):
-        report = enable(model)
+        report = enable(model, level="attention")
     assert anatomy(model) == before
     assert torch.equal(model(**inputs)[0], expected)
     assert report.modules
-    assert all(m.action == "left alone" for m in report.modules)
-    assert all(m.reason.startswith(f"attention code of its own ({ALONE[name]}") for m in report.modules)
-    with pytest.warns(VarlenWarning, match="nothing was converted"), enabled(model):
-        assert torch.equal(model(**inputs)[0], expected)
+    assert all(m.action == "left alone" for m in report.modules if "Attention" in m.kind)
+    assert any(m.reason.startswith(f"attention code of its own ({OWN_CODE[name]}") for m in report.modules)
+
+
+# -------------------------------------------------------------------- attention that needs columns, in layers on rows
+
+
+@torch.enable_grad()
+@pytest.mark.parametrize(("name", "checkpointed"), [("MPNet", False), ("DebertaV2", False), ("DebertaV2", True), ("RoFormer", True)])
+def test_layers_are_packed_around_attention_that_needs_columns(name: str, checkpointed: bool) -> None:
+    model = build(name) if name != "RoFormer" else own(name, "eager", dict(NO_DROPOUT, embedding_size=32), set()).double()
+    before = anatomy(model)
+    if checkpointed:
+        model.activation_checkpointing_enable()
+        model.train()
+    valid = batch()["attention_mask"].bool()
+
+    def step() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        out = model(**batch()).last_hidden_state
+        out[valid].sin().sum().backward()
+        return out.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected, gradients = step()
+    rows: list[int] = []
+    report = enable(model, hooks="packed")
+    handle = model.encoder.layer[0].intermediate.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    with record(model) as log:
+        got, its = step()
+    handle.remove()
+    assert_close(got[valid], expected[valid])
+    for a, b in zip(its, gradients, strict=True):
+        assert_close(a, b)
+    assert set(rows) == {int(valid.sum())}
+    assert any("but for attention, which computes the padded batch" in m.reason for m in report.converted)
+    assert {call.reason for call in log} == {"attention that needs columns: the layers around it compute rows"}
+    disable(model)
+    if not checkpointed:
+        assert anatomy(model) == before
+
+
+def test_masks_of_numbers_are_forgotten() -> None:
+    model = build("MPNet")
+    enable(model)
+    model(**batch())
+    gc.collect()
+    assert not len(of_numbers)
+
+
+def test_hidden_states_that_a_model_collects_itself_are_columns() -> None:
+    model, valid = build("MPNet"), batch()["attention_mask"].bool()
+    expected = model(**batch(), output_hidden_states=True)
+    enable(model)
+    with record(model) as log:
+        got = model(**batch(), output_hidden_states=True)
+    for a, b in zip(got.hidden_states, expected.hidden_states, strict=True):
+        assert_close(a[valid], b[valid])
+    assert not len(log)
+
+
+@pytest.mark.parametrize("targets", [False, True])
+def test_a_model_with_position_biases_by_columns(targets: bool) -> None:
+    model, inputs = build("T5", "ForConditionalGeneration"), batch()
+    ids, valid = inputs["input_ids"], inputs["attention_mask"].bool()
+    inputs |= {"labels": ids} if targets else {"decoder_input_ids": ids}
+    expected = model(**inputs)
+    report = enable(model)
+    got = model(**inputs)
+    assert_close(got.encoder_last_hidden_state[valid], expected.encoder_last_hidden_state[valid])
+    assert_close(got.logits, expected.logits)
+    assert any(m.module == "encoder.block" and "but for attention" in m.reason for m in report.converted)
 
 
 def test_a_pooler_that_reads_the_last_column() -> None:

@@ -304,7 +304,7 @@ def test_an_order_that_cannot_be_followed() -> None:
     model = build("Bert")
     model.set_attn_implementation("eager")
     enable(model)
-    with pytest.raises(BackendRefused, match=r"'reference' was ordered.*attention weights are asked for"), use_backend("reference"):
+    with pytest.raises(BackendRefused, match=r"'reference' was requested.*attention weights are asked for"), use_backend("reference"):
         model(**batch(), output_attentions=True)
     with use_backend("sdpa_padded"):
         model(**batch(), output_attentions=True)

@@ -32,7 +32,7 @@ from ...kernels.dense import EAGER, attend_dense
 from ...kernels.problem import Semantics
 from ...kernels.values import NO_EXTRAS, Extras
 from ...layout.seq_layout import SeqLayout
-from .mask import Meaning, Packing, VarlenMask
+from .mask import ISLAND, Meaning, Packing, VarlenMask, island_of
 
 _OTHER_MASK = "a mask of the model's or the caller's own"
 _ONE_GRAPH = "inside of torch.compile, in one graph with the making of its mask (fullgraph=True, or an export), where no layout is known"
@@ -96,6 +96,9 @@ def varlen_attention_forward(
         and (1, query.shape[2], key.shape[2]) == (query.shape[0], *meaning.shape[2:])
     ):
         return _attend_rows(module, query, key, value, meaning.stack, Options(scaling, dropout, softcap, None, s_aux, False)), None
+    as_sdpa = plain and meaning is None and softcap is None and s_aux is None and not (state.records or torch.compiler.is_compiling())
+    if as_sdpa and requested_backend("auto") == "auto" and "attentions" not in collected():
+        return _sdpa()(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)  # type: ignore[no-any-return]
     options = Options(scaling, dropout, softcap, position_bias, s_aux, wants_weights)
     # In `torch.compile` layouts are made, and looked at, between graphs.
     compute = _attend_columns if meaning is None and not has_offsets else _attend_columns_between_graphs
@@ -139,6 +142,7 @@ def _attend_columns(
     columns = slice(way.layout_kv.padded_len)
     k_TKH, v_TKH = (pack_rows(way.layout_kv, x[:, :, columns].transpose(1, 2)) for x in (key, value))
     reason = (meaning is not None and meaning.padded_because) or "a call by itself: the layers around it compute padding"
+    reason = reason if island_of() is None else ISLAND
     return unpack_rows(way.layout_q, _attend(module, q_TNH, k_TKH, v_TKH, way, options, reason)), None
 
 
@@ -147,7 +151,8 @@ _attend_columns_between_graphs = between_graphs(_attend_columns)
 
 def _attend_rows(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, way: Packing, options: Options) -> Tensor:
     """For columns that are packed rows already."""
-    return _attend(module, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), way, options, None)[None]
+    q_TNH, k_TKH, v_TKH = query.squeeze(0).transpose(0, 1), key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1)
+    return _attend(module, q_TNH, k_TKH, v_TKH, way, options, None).unsqueeze(0)
 
 
 def _attend(module: nn.Module, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, way: Packing, options: Options, reason: str | None) -> Tensor:
@@ -281,6 +286,14 @@ def collected() -> dict[str, Any]:
 # -------------------------------------------------------------------- the dense way
 
 
+@cache
+def _sdpa() -> Any:
+    """transformers' own function."""
+    from transformers.integrations import sdpa_attention
+
+    return sdpa_attention.sdpa_attention_forward
+
+
 def _dense(
     module: nn.Module,
     query: Tensor,
@@ -295,10 +308,8 @@ def _dense(
     if isinstance(mask, VarlenMask):
         meaning = mask.meaning
         mask, is_causal = (None, meaning.pattern.causal) if meaning.is_plain else (meaning.dense, False)
-    from transformers.integrations import sdpa_attention
-
     fused = options.softcap is None and options.sinks is None and not options.weights and not is_transformed()
-    if options.bias is not None and "position_bias" not in sdpa_attention.sdpa_attention_forward.__code__.co_varnames:
+    if options.bias is not None and "position_bias" not in _sdpa().__code__.co_varnames:
         fused = False  # an earlier one would take it among its other keywords, and leave it out
     note: AbstractContextManager[object] = nullcontext()
     if torch.compiler.is_compiling():
@@ -322,7 +333,7 @@ def _dense(
     with note:
         if not fused:
             return _eager(module, query, key, value, mask, is_causal, options)
-        out: tuple[Tensor, None] = sdpa_attention.sdpa_attention_forward(
+        out: tuple[Tensor, None] = _sdpa()(
             module, query, key, value, mask, dropout=options.dropout, scaling=options.scaling, is_causal=is_causal, **given
         )
     return out

@@ -20,14 +20,14 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from ..._clone import NotCloned, Seeded
-from ..._switch import Entry, Step, original_class
+from ..._switch import Entry, Hook, Step, original_class
 from ...attention.dispatch import use_backend
-from ...attention.records import Record, record
+from ...attention.records import record
 from ...errors import ArgumentError
 from . import stack as stack_hooks
 from .attention import NotPackable, varlen_attention_forward
-from .mask import leaving, masks, paddings, varlen_mask
-from .trial import INTERNAL, Trial, clone_of, difference, prepare, run
+from .mask import INTERNAL, leaving, masks, paddings, varlen_mask
+from .trial import Trial, clone_of, difference, prepare, run
 
 # Neither "flash" nor "sdpa" nor "flex_attention" may be part of it, nor a slash: transformers takes all of these for something of its own.
 NAME = "varlen_attn"
@@ -117,9 +117,8 @@ def plan(model: nn.Module, level: str, hooks: str, padding_rows: PaddingRows = N
             steps += stack_hooks.on_models(tree, root, packed if whole is None else {root: ((), True), **packed})
             steps += [hook for part in parts for hook in part.on_layers(tree, part.model)]
         # The hooks are there before masks of ours are made, and pack only where all masks of a forward are.
-        enabled = [part for part in parts if part.reason is None]
-        steps += [Entry(vars(part.model), _STATE, part.state()) for part in enabled]
-        steps += [step for part in enabled for step in part.implementation()]
+        steps += [Entry(vars(part.model), _STATE, part.state()) for part in parts if part.reason is None or part.packed]
+        steps += [step for part in parts for step in part.implementation()]
         steps += [_in_use(tree)] if packed else []
     return rows, steps
 
@@ -179,7 +178,7 @@ def _check_whole(whole: _Part, parts: list[_Part]) -> None:
         its_clone = clone.get_submodule(part.name)
         packed[its_clone] = (tuple(part.packed), part.guarded)
         steps += part.on_layers(tree, its_clone)
-        steps += part.implementation(whole.memo) if part.reason is None else []
+        steps += part.implementation(whole.memo)
     steps += stack_hooks.on_models(tree, clone, packed) if clone is not None else []
     with made(steps):
         reason = whole.compare(trials)
@@ -351,7 +350,7 @@ def _attentions(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[tup
 
 
 class _Stack(NamedTuple):
-    """A list of layers of which some attend through the interface, and the module that calls them."""
+    """A list of layers of which some attend, and the module that calls them."""
 
     name: str
     layers: nn.ModuleList
@@ -364,10 +363,20 @@ def _stacks(model: nn.Module) -> list[_Stack]:
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module) or _is_inside(name, (other.name for other in found)):
             continue
-        attends = [any(_calls_interface(m) for m in layer.modules()) and not _calls_interface(layer) for layer in module]
+        attends = [bool(inner := _innermost(layer)) and layer not in inner for layer in module]
         if any(attends):
             found.append(_Stack(name, module, model.get_submodule(name.rpartition(".")[0]), all(attends)))
     return found
+
+
+def _innermost(layer: nn.Module) -> list[nn.Module]:
+    """The modules in a layer that compute attention, of any kind but torch's."""
+    return [m for m in layer.modules() if _is_attention(m) and not any(_is_attention(x) for x in m.modules() if x is not m)]
+
+
+def _is_attention(module: nn.Module) -> bool:
+    named = "Attention" in type(module).__name__ and not type(module).__module__.startswith("torch.")
+    return named or _calls_interface(module)
 
 
 # -------------------------------------------------------------------- one model
@@ -390,8 +399,8 @@ class _Part:
     """One model, and what was found out about it on a clone.
 
     Attributes:
-        reason: why it is left alone.
-        packed: names of its stacks that run packed.
+        reason: why its attention is left alone.
+        packed: names of its stacks that run packed, and of those of them whose attention computes the padded batch.
         guarded: whether ids at padding are looked at first.
         clone, memo: what is tried in its place, and the clone of everything in it, by identity; None where it cannot be tried.
         trials: with what the model gives.
@@ -409,6 +418,7 @@ class _Part:
         self.reason: str | None = None
         self.why_not_packed: dict[str, str] = {}
         self.packed: list[str] = []
+        self.islands: set[str] = set()
         self.guarded = self.random = False
 
     def state(self) -> State:
@@ -416,33 +426,35 @@ class _Part:
 
     def implementation(self, memo: dict[int, Any] | None = None) -> list[Step]:
         """Of the model, or of a clone."""
-        pairs = [(c if memo is None else memo[id(c)], before) for c, before in self.configurations]
+        pairs = [(c if memo is None else memo[id(c)], before) for c, before in self.configurations if self.reason is None]
         return [_Implementation(c, _WAS_EAGER if before == "eager" else NAME, before) for c, before in pairs]
 
     def on_layers(self, tree: stack_hooks.ModelId, model: nn.Module) -> list[Step]:
         """Of the model, or of a clone."""
-        return [hook for stack in self.packed for hook in stack_hooks.on_layers(tree, model.get_submodule(stack))]  # type: ignore[arg-type]
+        return [hook for stack in self.packed for hook in self._hooks(tree, model.get_submodule(stack), stack in self.islands)]
+
+    def _hooks(self, tree: stack_hooks.ModelId, layers: Any, islands: bool) -> list[Hook]:
+        return stack_hooks.on_layers(tree, layers, [m for layer in layers for m in _innermost(layer)] if islands else (), not self.own)
 
     def rows(self, root: str) -> list[Row]:
         return [(_joined(root, self.name, name), kind, action, why) for name, kind, action, why in self._rows()]
 
     def _rows(self) -> Iterator[Row]:
-        if self.reason is not None:
-            for name, module in [*self.through, *self.own] or [("", self.model)]:
-                yield name, type(module).__name__, "left alone", self.reason
-            return
-        for name, layers, *_ in self.stacks:
+        for name, layers, *_ in self.stacks if self.reason is None or self.packed else ():
             kind = f"{len(layers)} x {type(layers[0]).__name__}"
             if name in self.packed:
                 guarded = ", where padding holds pad_token_id" if self.guarded else ""
-                yield name, kind, "converted", f"packed once around the stack{guarded}"
+                but = ", but for attention, which computes the padded batch" if name in self.islands else ""
+                yield name, kind, "converted", f"packed once around the stack{but}{guarded}"
             else:
                 yield name, kind, "left alone", f"not packed as a whole: {self.options.attention_only or self.why_not_packed[name]}"
-        for name, module in self.through:
-            yield name, type(module).__name__, "converted", ""
+        for name, module in [*self.through, *self.own] or [("", self.model)]:
+            yield name, type(module).__name__, "converted" if self.reason is None else "left alone", self.reason or ""
 
     def decide(self) -> None:
         self.reason = self._why_not()
+        if self.own and self.stacks and self.options.attention_only is None and self.keep_what_it_gives() is None:
+            self._pack_each(self._stacks_to_try(), islands=True)
         if self.reason is not None:
             return
         untried = self.keep_what_it_gives()
@@ -505,8 +517,7 @@ class _Part:
                 with record(self.clone) as log, paddings() as made_masks:
                     got = self._run(trial)
                 reason = difference(trial, expected, got, made_masks)
-                self.log: Record = log
-                if reason is not None or not len(log):
+                if reason is not None or not (len(log) or self.own):
                     return reason or "its layers never call transformers' attention interface"
         except NotPackable as error:
             return str(error)
@@ -515,56 +526,66 @@ class _Part:
         return None
 
     def _try(self) -> None:
-        """All stacks packed, which usually does it; else attention alone, and then one stack after another."""
-        stacks: list[str] = []
-        for stack in self.stacks if self.options.attention_only is None else ():
-            why = self._why_not_stack(stack)
-            if why is None:
-                stacks.append(stack.name)
-            else:
-                self.why_not_packed[stack.name] = why
+        """All stacks packed, which usually does it; else attention alone, and then one stack after another, without its attention last."""
+        stacks = self._stacks_to_try()
         self.reason = self.compare(self.trials[:1])  # a stack that runs packed does so only as long as nothing else is asked for
-        if self.reason is not None or (stacks and self._pack(stacks)):
-            return
-        self.reason = self.compare(self.trials[1:])
-        if self.reason is None and len(stacks) > 1:
-            for name in stacks:
-                self._pack([name])
+        if self.reason is None and not (stacks and self._pack(stacks)):
+            self.reason = self.compare(self.trials[1:])
+            self._pack_each(stacks if len(stacks) > 1 else [])
+        self._pack_each(stacks, islands=True)
 
-    def _pack(self, stacks: list[str]) -> bool:
+    def _stacks_to_try(self) -> list[str]:
+        reasons = {s.name: self._why_not_stack(s) for s in self.stacks} if self.options.attention_only is None else {}
+        self.why_not_packed |= {name: why for name, why in reasons.items() if why is not None}
+        return [name for name, why in reasons.items() if why is None]
+
+    def _pack_each(self, stacks: list[str], islands: bool = False) -> None:
+        for name in stacks:
+            if name not in self.packed and (self.reason is None or self.own):
+                self._pack([name], islands)
+
+    def _pack(self, stacks: list[str], islands: bool = False) -> bool:
         """Those of them that stand a trial, beside those that run packed already; whether any does."""
-        with self._running(stacks):
-            reason = self.compare(self.trials[:1])
-        unpacked = [name for name in stacks if reason is None and not self._was_packed(name)]
-        self.why_not_packed |= dict.fromkeys(unpacked, "its layers were not given a mask of padding alone")
-        stacks = [name for name in stacks if name not in unpacked]
+        first, *others = self.trials
+        if islands:  # which cannot give hidden states in rows, if the model collects them itself
+            (trial, expected), others = first, self.trials
+            inputs = {name: x for name, x in trial.inputs.items() if name != "output_hidden_states"}
+            first = trial._replace(inputs=inputs), {name: x for name, x in expected.items() if not name.endswith("hidden_states")}
+        with self._running(stacks, islands) as begun:
+            reason = self.compare([first])
+        packed = [name for name in stacks if any(id(layer) in begun for layer in self.clone.get_submodule(name))]
+        if reason is None:
+            unpacked = [name for name in stacks if name not in packed]
+            self.why_not_packed |= dict.fromkeys(unpacked, "its layers were not given a mask of padding alone")
+            stacks = packed
         # What is packed with padding on the left is a decoder's, whose padding sees nothing: its poolers must not see it either.
-        trials = [(trial._replace(full=True), expected) for trial, expected in self.trials]
+        trials = [(trial._replace(full=True), expected) for trial, expected in others]
         odd = [(trial, expected) for trial, expected in trials if trial.odd_ids]
         if reason is None and stacks:
-            with self._running(stacks):
-                reason = self.compare([(trial, expected) for trial, expected in trials[1:] if not trial.odd_ids])
+            with self._running(stacks, islands):
+                reason = self.compare([(trial, expected) for trial, expected in trials if not trial.odd_ids])
                 looks_at_ids = reason is None and self.compare(odd) is not None
             self.guarded |= looks_at_ids
             if looks_at_ids:
-                with self._running(stacks):
+                with self._running(stacks, islands):
                     reason = self.compare(odd)
         if reason is None:
             self.packed += stacks
-        else:
+            self.islands |= set(stacks if islands else ())
+        elif not islands or self.own:
             self.why_not_packed |= dict.fromkeys(stacks, reason)
         return reason is None and bool(stacks)
 
     @contextmanager
-    def _running(self, stacks: list[str]) -> Iterator[None]:
-        """The clone with these stacks packed, beside those that are already."""
+    def _running(self, stacks: list[str], islands: bool) -> Iterator[set[int]]:
+        """The clone with these stacks packed, beside those that are already; the layers that are given rows first."""
         packed = (*self.packed, *stacks)
-        tree = stack_hooks.ModelId(
-            self.options.hooks, self.options.padding_rows or "edge"
-        )  # without rules, so that it runs packed whatever it is given
-        hooks = [hook for name in packed for hook in stack_hooks.on_layers(tree, self.clone.get_submodule(name))]
+        # Without rules, so that it runs packed whatever it is given.
+        tree = stack_hooks.ModelId(self.options.hooks, self.options.padding_rows or "edge")
+        hooks = self.on_layers(tree, self.clone)
+        hooks += [hook for name in stacks for hook in self._hooks(tree, self.clone.get_submodule(name), islands)]
         with made([*hooks, *stack_hooks.on_models(tree, self.clone, {self.clone: (packed, self.guarded)})]):
-            yield
+            yield tree.begun
 
     # ---------------------------------------------------------------- the stack
 
@@ -584,10 +605,6 @@ class _Part:
         if any(hasattr(m, "expert_capacity") for m in layers.modules()):
             return "its experts take a number of tokens that depends on how many there are"
         return stack_hooks.why_hooked(layers, self.options.hooks)
-
-    def _was_packed(self, name: str) -> bool:
-        calls = [c for c in self.log.calls if (c.module or "").startswith(f"{name}.")]
-        return any(c.rows is not None and c.slots is not None and c.rows < c.slots for c in calls)
 
 
 @contextmanager

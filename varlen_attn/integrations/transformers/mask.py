@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
+from ..._state import state
 from ..._switch import Alive, Use, in_use, uses
 from ..._torch import between_graphs, is_tracing, is_unreadable
 from ...attention.dispatch import requested_backend
@@ -31,7 +33,9 @@ from ...errors import ArgumentError
 from ...layout.seq_layout import SeqLayout
 
 Window = tuple[int | None, int | None]
+INTERNAL = "_attn_implementation_internal"  # of a configuration, whose own way to say it takes microseconds
 LOOKED_AT = "a mask that the model looked at, and may have changed"
+ISLAND = "attention that needs columns: the layers around it compute rows"
 
 
 class Pattern(NamedTuple):
@@ -67,9 +71,10 @@ class Forward:
     Attributes:
         tree: of the model that was enabled, whose or whose part's forward it is.
         model: whose it is.
-        padded_because: why its layers must not run packed, which may turn out after a mask was made.
-        reader: says why rows at padding are read, from its arguments; called once, by the first layer that would run packed otherwise,
-            with whether its mask is causal.
+        reader: says why its layers must not run packed, from its arguments; called once, by the first layer that would run packed
+            otherwise, with whether its mask is causal.
+        given: its arguments, by name.
+        padded_because: why its layers do not run packed, once that is known.
         filled: its layers run padded, but no reader of rows at padding is known, so that these hold what they do after a packed stack.
         in_rows: whether a layer handed on rows, and the last did not put them back yet.
         use: of the model's hooks.
@@ -77,8 +82,9 @@ class Forward:
 
     tree: object
     model: nn.Module
-    padded_because: str | None
-    reader: Callable[[bool], str | None] | None = None
+    reader: Callable[[bool], str | None] | None
+    given: Callable[[], dict[str, Any]] = dict
+    padded_because: str | None = None
     filled: bool = False
     in_rows: bool = False
 
@@ -93,15 +99,16 @@ class _Thread(threading.local):
     seen: list[Tensor] | None = None
     made: tuple[Tensor, SeqLayout] | None = None
     rows: Callable[[], Use | None] = staticmethod(lambda: None)
+    island: Callable[[], Meaning | None] = staticmethod(lambda: None)
 
 
 _thread = _Thread()
 
 
-def enter_forward(tree: object, model: nn.Module, reason: str | None, reader: Callable[[bool], str | None] | None = None) -> None:
-    """A model's forward begins; ``reason`` is why its layers must not run packed, None if they may."""
-    left = next((i for i, f in enumerate(_thread.forwards) if f.model is model), None)  # interrupted, and never left
-    _thread.forwards = [*_thread.forwards[:left], Forward(tree, model, reason, reader)]
+def enter_forward(forward: Forward) -> None:
+    """A model's forward begins."""
+    left = next((i for i, f in enumerate(_thread.forwards) if f.model is forward.model), None)  # interrupted, and never left
+    _thread.forwards = [*_thread.forwards[:left], forward]
 
 
 def _under_way() -> list[Forward]:
@@ -122,7 +129,7 @@ def leave_forward(model: nn.Module) -> Forward | None:
         return None
     _thread.forwards = forwards[:i]
     for forward in forwards[i:]:
-        forward.reader = None
+        forward.reader, forward.given = None, dict
         uses.discard(forward.use)
     end_rows()
     return forwards[i]
@@ -133,6 +140,16 @@ def end_rows() -> None:
     use = _thread.rows()
     if use is not None:
         uses.discard(use)
+
+
+def around_island(meaning: Meaning | None) -> None:
+    """A layer begins, on the rows of ``meaning`` or on columns (None)."""
+    _thread.island = (lambda: None) if meaning is None else weakref.ref(meaning)
+
+
+def island_of() -> Meaning | None:
+    """What the layer was given whose attention this is; None if it runs on columns."""
+    return _thread.island()
 
 
 @contextmanager
@@ -190,7 +207,7 @@ class Meaning:
         self.numbers: Tensor | None = None
         self.added = False
         masks.add(self)
-        if id(self.config) in leaving or str(getattr(self.config, "_attn_implementation", None)) == "eager":
+        if id(self.config) in leaving or str(getattr(self.config, "__dict__", {}).get(INTERNAL)) == "eager":
             self.added = True
 
     @property
@@ -327,6 +344,24 @@ class Meaning:
         return Meaning(self.shape, device, pattern, padding, self.first_query, dense, rows, config=self.config, dtype=self.dtype)
 
 
+# What masks of numbers mean, also to layers that are computed again when no forward is under way. Gone with them.
+of_numbers: MutableMapping[Tensor, Meaning] = WeakIdKeyDictionary()
+
+
+def meaning_of_numbers(mask: Tensor) -> Meaning | None:
+    """Of the mask that attention code of its own is given. Which columns are tokens it says itself if it is ``(B, S)``, else the mask that
+    the model was given."""
+    known, forward = of_numbers.get(mask), _thread.forwards[-1] if _thread.forwards else None
+    if forward is None or (known is not None and known.forwards[-1:] == [forward]):
+        return known
+    padding = mask.clone() if mask.dim() == 2 else forward.given().get("attention_mask")
+    if not isinstance(padding, Tensor) or padding.dim() != 2 or padding.is_floating_point() or padding.device != mask.device:
+        return None
+    columns = padding.shape[1]
+    made = of_numbers[mask] = Meaning((len(padding), 1, columns, columns), mask.device, Pattern(False), padding, 0, padding.clone)
+    return made
+
+
 _KEEPING = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 _ADDING = {torch.ops.aten.add, torch.ops.aten.add_, torch.ops.aten.sub, torch.ops.aten.mul, torch.ops.aten.baddbmm}
 
@@ -454,29 +489,37 @@ def varlen_mask(
     _refuse_own_attention(kwargs.get("config"))
     device = torch.device(kwargs.get("device", "cpu"))
     pattern = None if kwargs.get("use_vmap") else classify(mask_function)
-    plain = (
-        isinstance(q_offset, int)
-        and (q_length > 1 or requested_backend("auto") != "auto")
-        and device.type != "meta"
-        and not torch.compiler.is_compiling()
-    )
     make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     if static_graph() or (attention_mask is not None and is_unreadable(attention_mask)):
         return make()  # type: ignore[no-any-return]
+    order = requested_backend("auto")
+    plain = isinstance(q_offset, int) and (q_length > 1 or order != "auto") and device.type != "meta"
     if pattern is None:
         for forward in _under_way()[-1:]:
             forward.padded_because = "a kind of layers whose mask has a pattern that is not known"
     if pattern is None or not plain or (attention_mask is not None and attention_mask.dim() != 2):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]
     assert isinstance(q_offset, int)
-    pattern = pattern._replace(window=_effective(pattern.window, q_length, kv_length))
     padding = _padding_of_columns(attention_mask, kv_length, kv_offset)
+    if order == "auto" and not state.records and _says_it_all(pattern, padding, q_length == kv_length and q_offset == kv_offset):
+        return sdpa_mask(**arguments)  # type: ignore[no-any-return]
+    pattern = pattern._replace(window=_effective(pattern.window, q_length, kv_length))
     if padding is not None and tuple(padding.shape) != (batch_size, kv_length):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]  # transformers' error, or its broadcasting
     if _thread.seen is not None and padding is not None:
         _thread.seen.append(padding)
     shape, known = (batch_size, 1, q_length, kv_length), {"config": kwargs.get("config"), "dtype": kwargs.get("dtype", torch.float32)}
     return VarlenMask(Meaning(shape, device, pattern, padding, q_offset - kv_offset, make, **known))
+
+
+def _says_it_all(pattern: Pattern, padding: Tensor | None, square: bool) -> bool:
+    """Whether nothing is packed, because nothing is padded, and layers know themselves whether they are causal: of a model that is enabled,
+    and that transformers lets attend by ``sdpa`` with no more than that."""
+    if pattern.window is not None or pattern.documents is not None or not (square or not pattern.causal) or not _thread.forwards:
+        return False
+    if not getattr(_thread.forwards[-1].model, "_supports_sdpa", False):
+        return False
+    return padding is None or (padding.device.type == "cpu" and bool(padding.all()))
 
 
 def _refuse_own_attention(config: Any) -> None:

@@ -8,14 +8,19 @@ padded code on padded tensors, so that rotary, absolute and convolutional positi
 The hooks hold no state: rows are told from padded tensors by their shape, against the mask that every layer is given. So layers
 may be checkpointed, recomputed, shared or skipped. What the first layer settles for all is kept on that mask: arguments that were packed,
 and how attention is computed.
+
+Attention that needs columns (a position bias by columns, code of its own, keys of others) is an island in such a stack: a hook around it
+puts the tokens back, the model's own code computes the padded batch, and the tokens of its result are packed again. Everything else in the
+layers is computed on rows.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial, update_wrapper, wraps
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -23,12 +28,27 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..._switch import Class, Entry, Hook, Step, around, original_class
-from ..._torch import begins_no_graph, between_graphs, with_first_dimension
+from ..._torch import begins_no_graph, between_graphs, is_compiled, with_first_dimension
+from ...attention.records import Call, write
 from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
 from .attention import captured, collected
-from .mask import LOOKED_AT, Meaning, VarlenMask, end_rows, enter_forward, is_entered, leave_forward
+from .mask import (
+    ISLAND,
+    LOOKED_AT,
+    Forward,
+    Meaning,
+    VarlenMask,
+    around_island,
+    end_rows,
+    enter_forward,
+    is_entered,
+    island_of,
+    leave_forward,
+    meaning_of_numbers,
+    of_numbers,
+)
 
 _SKIPPING_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 _ASKING_FOR_MORE = ("output_attentions", "output_router_logits", "output_scores")
@@ -41,6 +61,7 @@ class ModelId:
 
     Attributes:
         left: the hooks begin nothing new: not all are there yet, or they are about to go.
+        begun: identities of the stacks' first layers that were given rows.
         hooks: which hooks of others may see rows, as `varlen_attn.enable` takes it.
         padding_rows: what rows at padding hold after a packed stack, as the caller of `enable` said; None for edge rows, and for stacks
             that run as they came where a reader is known.
@@ -52,6 +73,7 @@ class ModelId:
 
     def __init__(self, hooks: str = "leave", padding_rows: str | None = None) -> None:
         self.hooks, self.padding_rows = hooks, padding_rows
+        self.begun: set[int] = set()
 
 
 class LayerHook:
@@ -63,12 +85,14 @@ class LayerHook:
         tree: of the model.
         names: the positional parameters of the layer's ``forward``.
         last: whether the tokens are put back after this layer.
+        islands: its attention is one: it gets what the layer was given.
     """
 
-    tree = ModelId()  # of pickles of earlier versions
+    tree = ModelId()  # these two of pickles of earlier versions
+    islands = False
 
-    def __init__(self, tree: ModelId, layer: nn.Module, last: bool) -> None:
-        self.tree = tree
+    def __init__(self, tree: ModelId, layer: nn.Module, last: bool, islands: bool = False) -> None:
+        self.tree, self.islands = tree, islands
         parameters = inspect.signature(type(layer).forward).parameters.values()
         self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
         self.last = last
@@ -82,17 +106,19 @@ class LayerHook:
         hidden = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden, Tensor) or torch.compiler.is_compiling():
             return None
-        meaning = _meaning_of(args, kwargs)
+        if self.islands:
+            around_island(None)
+        meaning = self._meaning(args, kwargs)
         if meaning is None or meaning.rows is not None:
             return None
         # Only a batch with padding is packed, so the shape of rows is another.
         is_rows = hidden.shape[:2] != meaning.shape[::2] and hidden.shape[:2] == (1, meaning.keys.num_rows)
         if not is_rows:
-            reason = meaning.padded_because or _why_as_it_came(hidden, meaning)
+            reason = meaning.padded_because or _why_as_it_came(module, hidden, meaning, self.islands)
             if reason is None and not meaning.forwards:
                 reason = "no forward of its model is under way, or it began before that was enabled"
             filled = reason is None
-            reason = reason or _why_padded(meaning)
+            reason = reason or _why_padded(meaning, self.islands)
             if reason is not None:
                 meaning.keep_padded(reason, filled)
                 return None
@@ -101,7 +127,7 @@ class LayerHook:
         packed: list[Any] = []
         for name, x in (*zip(self.names, args, strict=False), *kwargs.items()):
             known = meaning.packed_arguments.get((name, id(x)))
-            y = known[1] if known is not None else _packed(name, x, meaning, hidden, rows)
+            y = rows if x is hidden else known[1] if known is not None else _packed(name, x, meaning, hidden, rows, self.islands)
             if y is _REFUSED and is_rows:
                 raise VarlenError(
                     f"the layers of {type(module).__name__} were given packed rows, but now `{name}`, which cannot be packed: call "
@@ -117,24 +143,29 @@ class LayerHook:
                 end_rows()
                 return None
             meaning.hands_on(rows=True)
+            self.tree.begun.add(id(module))
+        if self.islands:
+            around_island(meaning)
         return tuple(packed[: len(args)]), dict(zip(kwargs, packed[len(args) :], strict=True))
 
     @between_graphs
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
         traced = torch.compiler.is_compiling()
-        meaning = _meaning_of(args, kwargs) if isinstance(kwargs, dict) and not traced else None
+        meaning = self._meaning(args, kwargs) if isinstance(kwargs, dict) and not traced else None
         if meaning is None or not self.last:  # pickles of earlier versions have this after every layer
             return None
-        if meaning.rows is not None:
+        hidden = result if isinstance(result, Tensor) else result[0]
+        in_rows = meaning.rows is not None or (self.islands and hidden.shape[:2] != meaning.shape[::2])
+        if in_rows:
             meaning.hands_on(rows=False)
             end_rows()
         elif not meaning.filled:
             return None
-        layout, shape = meaning.rows or meaning.keys, meaning.shape[::2] if meaning.rows is None else (1, meaning.shape[2])
+        layout, shape = meaning.rows or meaning.keys, hidden.shape[:2] if in_rows else meaning.shape[::2]
 
         def put_back(x: Tensor) -> Tensor:
             """Rows at padding hold the same, whether the stack ran packed or padded."""
-            rows = x[0] if meaning.rows is not None else layout.pack(x)
+            rows = x[0] if in_rows else layout.pack(x)
             return layout.unpack(rows, 0 if self.tree.padding_rows == "zero" else "edge")
 
         states = collected().get("hidden_states", [])
@@ -143,24 +174,92 @@ class LayerHook:
                 states[i] = put_back(x)
         return put_back(result) if isinstance(result, Tensor) else (put_back(result[0]), *result[1:])
 
+    def _meaning(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None:
+        """Of the first mask that a layer is given. Attention code of its own has one of numbers, made of that which its model was given."""
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, VarlenMask):
+                return x.meaning
+        named = (*zip(self.names, args, strict=False), *kwargs.items()) if self.islands else ()
+        mask = next((x for name, x in named if "mask" in name and isinstance(x, Tensor) and not _is_foreign(name)), None)
+        return None if mask is None else meaning_of_numbers(mask)
 
-def _meaning_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None:
-    """Of the first mask that a layer is given."""
-    for x in (*args, *kwargs.values()):
-        if isinstance(x, VarlenMask):
-            return x.meaning
-    return None
+
+class Island:
+    """Around attention that needs columns, in a stack whose layers are computed on rows.
+
+    Attributes:
+        recorded: the attention itself says what it computes.
+    """
+
+    def __init__(self, recorded: bool) -> None:
+        self.recorded = recorded
+
+    @between_graphs
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        meaning = None if torch.compiler.is_compiling() else island_of()
+        if kwargs is None or meaning is None:
+            return None
+        rows, given = (1, meaning.keys.num_rows), {id(y): x for x, y in meaning.packed_arguments.values()}
+        if not self.recorded:
+            slots = meaning.shape[0] * meaning.shape[2]
+            write(Call("dense", "its own code", rows=slots, slots=slots, reason=ISLAND), module)
+
+        def padded(x: Any) -> Any:
+            if id(x) in given or not isinstance(x, Tensor) or x.dim() < 2 or x.shape[:2] != rows:
+                return given.get(id(x), x)
+            columns: Any = meaning.keys.unpack(x[0])
+            columns.of_rows, columns.rows = meaning.keys, x
+            return columns
+
+        return tuple(map(padded, args)), {name: padded(x) for name, x in kwargs.items()}
+
+    @between_graphs
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
+        given = (*args, *kwargs.values()) if isinstance(kwargs, dict) else ()
+        layout = next((x.of_rows for x in given if isinstance(x, Tensor) and hasattr(x, "of_rows")), None)
+        if layout is None or result is None:
+            return None
+        hidden, *others = (result,) if isinstance(result, Tensor) else result
+        rows = with_first_dimension(layout.pack(hidden))
+        return rows if isinstance(result, Tensor) else (rows, *others)
 
 
-def _why_as_it_came(hidden: Tensor, meaning: Meaning) -> str | None:
+class Projection:
+    """Around a linear layer of an island, which computes rows as well."""
+
+    @between_graphs
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        meaning = None if torch.compiler.is_compiling() else island_of()
+        if not args or kwargs is None or meaning is None or args[0].dim() != 3 or args[0].shape[:2] != meaning.shape[::2]:
+            return None
+        rows: Any = getattr(args[0], "rows", None)
+        rows = with_first_dimension(meaning.keys.pack(args[0])) if rows is None else rows.view_as(rows)
+        rows.of_columns = meaning.keys
+        return (rows, *args[1:]), kwargs
+
+    @between_graphs
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
+        layout = getattr(args[0], "of_columns", None) if args and isinstance(kwargs, dict) else None
+        return None if layout is None or result is None else layout.unpack(result[0])
+
+
+def _why_as_it_came(layer: nn.Module, hidden: Tensor, meaning: Meaning, islands: bool) -> str | None:
     """None for the padded tokens of a self-attention, where no reader of rows at padding is known."""
     batch_size, _, len_q, len_k = meaning.shape
-    if meaning.numbers is not None:
+    if meaning.numbers is not None and not islands:
         return LOOKED_AT
+    if islands and is_compiled(layer):
+        return "compiled layers, whose attention needs columns"
     if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != len_k or meaning.first_query != 0:
         return "there are cached keys, or keys of others"
-    if meaning.pattern.documents is not None or meaning.padding is None or (keys := meaning.keys).is_dense:
+    # Compiled layers get rows in any case: the same graphs serve all batches, and none ends before attention.
+    if meaning.pattern.documents is not None or (not is_compiled(layer) and (meaning.padding is None or meaning.keys.is_dense)):
         return "nothing is padded"
+    keys = meaning.keys
     if keys.lengths is None or not keys.total:
         return "only the device knows the lengths" if keys.lengths is None else "no row has a token"
     if 0 in keys.lengths:
@@ -170,20 +269,30 @@ def _why_as_it_came(hidden: Tensor, meaning: Meaning) -> str | None:
     return meaning.read_by()
 
 
-def _why_padded(meaning: Meaning) -> str | None:
+def _why_padded(meaning: Meaning, islands: bool = False) -> str | None:
     """None where nothing is asked for that rows do not have."""
     asked = [name for name in captured() if name != "hidden_states"]
     if asked:
         return f"asked for {', '.join(asked)} of every layer"
+    if islands and "hidden_states" not in captured() and any(map(_asks_for_states, meaning.forwards)):
+        return "asked for hidden states, which its own code collects"
     # Windows count columns, and this layer does not know whether one after it has a window.
     return "padding between tokens" if meaning.keys.has_holes else None
+
+
+def _asks_for_states(forward: Forward) -> bool:
+    asked = forward.given().get("output_hidden_states")
+    return bool(getattr(getattr(forward.model, "config", None), "output_hidden_states", False) if asked is None else asked)
 
 
 _REFUSED = object()
 
 
-def _packed(name: str, x: Any, meaning: Meaning, hidden: Tensor, rows: Tensor) -> Any:
-    """An argument of a layer for ``rows``, or `_REFUSED`. What every layer is given is packed once."""
+def _packed(name: str, x: Any, meaning: Meaning, hidden: Tensor, rows: Tensor, islands: bool = False) -> Any:
+    """An argument of a layer for ``rows``, or `_REFUSED`. What every layer is given is packed once.
+
+    What only attention understands goes to ``islands`` as it is, and they get what by token was packed as it was.
+    """
     known = meaning.packed_arguments.get((name, id(x)))
     if known is not None:
         return known[1]
@@ -191,8 +300,8 @@ def _packed(name: str, x: Any, meaning: Meaning, hidden: Tensor, rows: Tensor) -
     keep = True
     if x is None or isinstance(x, bool | int | float | str):
         y = _REFUSED if x and name in _ASKING_FOR_MORE else x
-    elif _is_foreign(name):
-        return _REFUSED
+    elif _is_foreign(name) or (islands and (isinstance(x, VarlenMask) or (isinstance(x, Tensor) and x in of_numbers))):
+        return x if islands else _REFUSED
     elif isinstance(x, VarlenMask):
         keep = x.meaning is not meaning  # which would hold itself
         y = x.meaning.packed if not keep or x.meaning.is_of_columns_of(meaning) else _REFUSED
@@ -203,8 +312,10 @@ def _packed(name: str, x: Any, meaning: Meaning, hidden: Tensor, rows: Tensor) -
         by_token = x.dim() >= 2 and x.shape[0] in (1, meaning.shape[0]) and x.shape[1] == meaning.shape[2]
         if by_token or x.dim() == 0 or name == "cache_position":
             y = meaning.keys.pack(x.expand(meaning.shape[0], *x.shape[1:]))[None] if x.dim() >= 2 else x
+        elif islands:
+            return x
     elif isinstance(x, tuple | list):
-        parts = tuple(_packed(name, z, meaning, hidden, rows) for z in x)
+        parts = tuple(_packed(name, z, meaning, hidden, rows, islands) for z in x)
         keep = isinstance(x, tuple) and all((name, id(z)) in meaning.packed_arguments for z in x)
         y = _REFUSED if any(z is _REFUSED for z in parts) else parts
     elif type(x) is _cache_classes()[0]:
@@ -272,9 +383,8 @@ class ModelHook:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Called by the model's forward, and as a hook in pickles of earlier versions, like `after`."""
         if kwargs is not None and not torch.compiler.is_compiling():
-            given = dict(zip(self.names, args, strict=False)) | kwargs
-            reason, around_it = _around(module)
-            enter_forward(self.tree, module, self._changed(module) or reason, partial(self._read_by, given, around_it))
+            why_not = partial(self._why_not, module, args, kwargs, inspect.currentframe())
+            enter_forward(Forward(self.tree, module, why_not, partial(self._given, args, kwargs)))
             if self.tree.left:
                 leave_forward(module)
 
@@ -303,34 +413,48 @@ class ModelHook:
             self.looked = registered
         return None
 
-    def _read_by(self, given: dict[str, Any], around_it: dict[str, Any], causal: bool) -> str | None:
-        """Why rows at padding are read, as far as arguments say. From a device all flags come in one transfer, if there are any.
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(self.names, args, strict=False)) | kwargs
+
+    def _why_not(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType | None, causal: bool
+    ) -> str | None:
+        """Why layers must not run packed in the call of this ``frame``: they were changed, or rows at padding are read, as far as arguments
+        say. From a device all flags come in one transfer, if there are any.
 
         A caller who said what rows at padding hold knows the readers. The exception is what picks a row by column or by ids.
         """
+        (reason, around_it), given = _around(module, frame), self._given(args, kwargs)
+        if (reason := self._changed(module) or reason) is not None:
+            return reason
         mask, ids = given.get("attention_mask"), given.get("input_ids")
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
             return None
         ids = ids.to(mask.device) if isinstance(ids, Tensor) and ids.shape == mask.shape else None
         of_collator = isinstance(mask, HostLengths) and mask.lengths is not None and mask.device.type != "cpu"
-        padding, config = ~mask.bool(), self.config.get_text_config()
+        padding = ~mask.bool()
         found: list[tuple[str, Tensor]] = []
         continues = given.get("past_key_values") is not None or isinstance(given.get("logits_to_keep", 0), Tensor)
         if continues or given.get("logits_to_keep"):
             found.append(("generation with padding on the right, which reads the last column", padding[:, -1].any()))
         if self.looks_at_ids:
-            reason, pad = "other ids than pad_token_id at padding, which the head looks at", getattr(config, "pad_token_id", None)
+            reason = "other ids than pad_token_id at padding, which the head looks at"
+            pad = getattr(self.config.get_text_config(), "pad_token_id", None)
             if ids is None or pad is None:
                 return reason
             found.append((reason, ((ids != pad) & padding).any()))
         if self.tree.padding_rows is None:
-            if ids is not None and not causal and not of_collator:
+            odd = "an id at padding that is not that of padding, so that its rows may be read"
+            # One id was chosen, such as [MASK]. Several are random numbers, whose rows mean nothing.
+            if ids is not None and not causal and ids.is_cpu:
+                others = {*ids.masked_select(padding).tolist()} - {0}
+                if others and len(others - _special_ids(self.config)) == 1:
+                    return odd
+            elif ids is not None and not causal and not of_collator:
                 usual = ~padding
-                for known in _special_ids(config):
+                for known in _special_ids(self.config):
                     usual = usual | (ids == known)
-                # One id was chosen, such as [MASK]. Several are random numbers, whose rows mean nothing.
-                chosen = ids.masked_fill(usual, _LARGEST).amin() == ids.masked_fill(usual, -1).amax()
-                found.append(("an id at padding that is not that of padding, so that its rows may be read", chosen))
+                found.append((odd, ids.masked_fill(usual, _LARGEST).amin() == ids.masked_fill(usual, -1).amax()))
             for name, x in (around_it | {name: given[name] for name in sorted(given.keys() - self.inputs - _INPUTS)}).items():
                 of_tokens = isinstance(x, Tensor) and x.shape[:2] == mask.shape
                 if of_tokens and not (of_collator and x.dim() == 2 and name in _LABELS):
@@ -340,11 +464,11 @@ class ModelHook:
         return next((reason for (reason, _), x in zip(found, said, strict=True) if x), None)
 
 
-def _around(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
+def _around(module: nn.Module, frame: FrameType | None) -> tuple[str | None, dict[str, Any]]:
     """A reason if what the caller of a model around this one wants is not known, and targets that other modules around it are given."""
     models: list[nn.Module] = []
     targets: dict[str, Any] = {}
-    for model, given in around():
+    for model, given in around(frame):
         if isinstance(model, Watched):
             models += [] if model is module else [model]
         else:
@@ -370,6 +494,7 @@ _INPUTS = frozenset(
 
 def _special_ids(config: Any) -> set[int]:
     """Tokenizers pad with one of these, or with 0."""
+    config = config.get_text_config()
     found = [getattr(config, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "sep", "cls")]
     return {0, *(x for ids in found for x in (ids if isinstance(ids, list) else [ids]) if x is not None)}
 
@@ -525,11 +650,16 @@ def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[s
     return made
 
 
-def on_layers(tree: ModelId, layers: nn.ModuleList) -> list[Hook]:
-    """Let a stack run packed."""
+def on_layers(tree: ModelId, layers: nn.ModuleList, islands: Sequence[nn.Module] = (), recorded: bool = True) -> list[Hook]:
+    """Let a stack run packed, but for the attention modules in it that are ``islands``, which say themselves what they compute if
+    ``recorded``."""
     made: list[Hook] = []
+    linear: list[tuple[nn.Module, Any]] = [(m, Projection()) for x in islands for m in x.modules() if type(m) is nn.Linear]
+    for module, hooks in [*((x, Island(recorded)) for x in islands), *linear]:
+        made.append(Hook(module, hooks.before, False, False, RemovableHandle(module._forward_pre_hooks).id))
+        made.append(Hook(module, hooks.after, True, False, RemovableHandle(module._forward_hooks).id))
     for i, layer in enumerate(layers):
-        hook = LayerHook(tree, layer, i == len(layers) - 1)
+        hook = LayerHook(tree, layer, i == len(layers) - 1, len(islands) > 0)
         # Before hooks of others, which then see what the layer sees.
         made.append(Hook(layer, hook.before, False, False, RemovableHandle(layer._forward_pre_hooks).id))
         if hook.last:
@@ -555,5 +685,5 @@ def found_on(modules: Iterable[nn.Module]) -> list[Step]:
     return found
 
 
-def is_ours(hook: Any, kind: Any = LayerHook | ModelHook) -> bool:
+def is_ours(hook: Any, kind: Any = LayerHook | ModelHook | Island | Projection) -> bool:
     return isinstance(getattr(hook, "__self__", None), kind)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..._clone import NotCloned, clone, kinds, noise
 from ...data.results import gap, tensors_of
+from .mask import INTERNAL
 
-INTERNAL = "_attn_implementation_internal"  # of a configuration
 _SMALL = 1 << 20  # parameters: gates and heads; to look at all weights of a large model takes as long as a forward
 _LENGTHS = (7, 4, 5)  # odd and even: a convolution with a stride reads beyond the end of some rows only
 

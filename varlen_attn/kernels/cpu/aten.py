@@ -1,9 +1,9 @@
 """Packed sequences on ATen's CPU flash kernel, with a hand-written backward. The backend that every machine has.
 
 Equal lengths share one kernel call: without a copy where they are adjacent, gathered where they are not and short; near-equal short
-ones too, padded. No padding at all is one dense call. Causal masks and windows are cut to the rows and keys that see each other, so a
-window costs its width and not the length. What the kernel has no argument for (softcap, dropout, sinks, score bias) is exact eager
-math, a group of sequences at a time.
+ones too, padded. No padding at all is one dense call, and so are a few tokens, with a mask between sequences. Causal masks and windows
+are cut to the rows and keys that see each other, so a window costs its width and not the length. What the kernel has no argument for
+(softcap, dropout, sinks, score bias) is exact eager math, a group of sequences at a time.
 
 The kernel is private to torch (`aten::_scaled_dot_product_flash_attention_for_cpu`); known of it: empty sequences kill the
 process with SIGFPE; its log-sum-exp of a row without keys is 0, and short rows of NaN count as such; it has no
@@ -13,6 +13,7 @@ than one in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,19 +44,26 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(T,N,H), (Tk,K,H), (Tk,K,H) -> (T,N,H)``, lse ``(N,T)``. Rows that see no key: 0 and -inf."""
     check_operands(query, key, value, cu_q, cu_k)
-    if state.records:
-        on_launch("cpu", query.shape[0])
     launch = Launch(query, key, cu_q, cu_k, slopes, causal, window, single, slack_q, slack_k)
     out, lse = _attend(launch, query, key, value, scale, None)
+    if launch.whole and math.isnan(out.sum().item()):
+        return _forward(query, key, value, cu_q, cu_k, slopes, scale, causal, window, True, slack_q, slack_k)
+    if state.records:
+        on_launch("cpu", query.shape[0])
     # Over fewer keys than its vectors have lanes, the kernel takes a row of NaN for one without keys: 0, with a log-sum-exp of exactly 0.
     # With a mask it does not, and gives the same bits else, but short sequences take up to half longer.
-    if launch.shortest < _LANES and lse.count_nonzero().item() < lse.numel():
+    if not launch.whole and launch.shortest < _LANES and lse.count_nonzero().item() < lse.numel():
         out, lse = _attend(launch, query, key, value, scale, query.new_zeros((1, 1, 1, 1), dtype=lse.dtype))
     return out, lse
 
 
 def _attend(launch: Launch, query: Tensor, key: Tensor, value: Tensor, scale: float, no_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """``no_mask``: for calls over few keys without a mask."""
+    if launch.whole:  # as below, in fewer steps, which is where the time of a small batch goes
+        block_q, block_k, block_v = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        _, _, is_causal, mask = launch.pieces(0)[0]
+        block, lse = _flash(block_q[None], block_k[None], block_v[None], 0.0, is_causal, attn_mask=mask, scale=scale)
+        return block[0].transpose(0, 1), lse[0]
     target, lses = Target(launch.queries, query, launch.covers_q), []
     for index, ((q,), (k, v)) in enumerate(zip(read(launch.queries, query), read(launch.keys, key, value), strict=True)):
         pieces = launch.pieces(index)
@@ -111,6 +119,8 @@ def _backward(
         for target, block in zip(targets, blocks, strict=True):
             target.put(index, block)
     dq, dk, dv = [target.rows for target in targets]
+    if launch.whole and any(math.isnan(x.sum().item()) for x in (dq, dk, dv)):
+        return _backward(grad, query, key, value, out, lse, cu_q, cu_k, slopes, scale, causal, window, True, slack_q, slack_k)
     return dq, dk.to(key.dtype), dv.to(value.dtype)
 
 

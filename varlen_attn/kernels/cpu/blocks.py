@@ -14,7 +14,7 @@ from ...layout.seq_layout import SeqLayout
 from ..base import accumulation_dtype
 from ..dense import alibi_bias, visible_mask
 from ..problem import Semantics
-from .groups import Costs, Run, Side, Span, plan_for, runs
+from .groups import Run, Side, Span, plan_for, runs
 
 _WINDOW_ROWS = 256  # query rows of one call under a window: enough to fill the kernel's blocks, few enough to skip keys
 _ALL = slice(None)
@@ -71,6 +71,7 @@ class Launch:
         covers_q: whether every query row is in a kernel call: then nothing needs to be zeroed first.
         covers_k: whether every key row is in exactly one.
         shortest: at most so many keys has the smallest one; 0 under a window, whose tiles are not counted.
+        whole: whether all sequences are one call of the kernel, which adds -inf between two of them: NaN would stay NaN.
     """
 
     def __init__(
@@ -89,8 +90,7 @@ class Launch:
         # Under a causal mask no query sees the padding of equally many queries and keys. Other masks know no padding.
         near = left < 0 and right < 0 and slopes is None and (not causal or offsets_q == offsets_k)
         how = "single" if single else "near" if near else "equal"
-        costs = Costs.of(query, torch.get_num_threads())
-        self.queries, self.keys, self.order = plan_for(offsets_q, offsets_k, (rows, rows_k), how, costs)
+        self.queries, self.keys, self.whole = plan_for(offsets_q, offsets_k, (rows, rows_k), how, query)
         self.covers_q, self.covers_k = self.queries.covers, self.keys.covers
         self.tiles: list[list[Tile]] | None = None  # None where each group is one kernel call, as usual
         self.shortest = 0
@@ -109,7 +109,7 @@ class Launch:
     def pieces(self, index: int) -> list[Piece]:
         """The kernel calls of a group."""
         if self.tiles is None:
-            bias = None if self.causal else self.keys.biases[index]
+            bias = None if self.causal and not self.whole else self.keys.biases[index]
             # Given float32 for float64, the kernel reads it wrongly and says nothing.
             return [Piece(None, _ALL, bool(self.causal), bias.double() if bias is not None and self.dtype == torch.float64 else bias)]
         len_q, len_k = self.queries.spans[index][2], self.keys.spans[index][2]
@@ -125,29 +125,27 @@ class Launch:
     def lse(self, parts: list[Tensor], like: Tensor) -> Tensor:
         """``(N, T)`` from ``(size, N, len_q)`` of each group, over memory in the kernel's own order, ``(T, N)``; -inf without a group."""
         flat = [part.transpose(1, 2).flatten(0, 1) for part in parts]
-        if self.order is not None:
-            flat.append(like.new_full((1, like.shape[1]), float("-inf"), dtype=accumulation_dtype(like.dtype)))
-            return torch.cat(flat).index_select(0, self.order).t()
-        if len(flat) == 1:
-            return flat[0].contiguous().t()
-        return torch.cat(flat).t() if flat else like.new_empty(like.shape[:2], dtype=accumulation_dtype(like.dtype)).t()
+        if not self.queries.covers or not flat:
+            flat.append(like.new_full((1 if like.shape[0] else 0, like.shape[1]), float("-inf"), dtype=accumulation_dtype(like.dtype)))
+        rows = flat[0] if len(flat) == 1 else torch.cat(flat)
+        return (rows.contiguous() if self.queries.order is None else rows.index_select(0, self.queries.order)).t()
 
 
 def read(side: Side, *tensors: Tensor, zeroed: int | None = None) -> Iterator[tuple[Tensor, ...]]:
     """For each group the ``(size, heads, length, dim)`` blocks of packed ``(T, heads, dim)`` tensors: views, or gathered into memory
-    that serves the next wave too. The padding of tensor number ``zeroed`` is 0."""
+    that serves the next wave too, if there is one. The padding of tensor number ``zeroed`` is 0."""
     num_views = len(side.spans) - len(side.members)
     yield from zip(*[blocks(x, side.spans[:num_views]) for x in tensors], strict=True)
     if not side.waves:
         return
     most = max(len(rows) for rows, _, _ in side.waves)
-    buffers = [x.new_empty(most, *x.shape[1:]) for x in tensors]
+    buffers = [x.new_empty(most, *x.shape[1:]) if len(side.waves) > 1 else None for x in tensors]
     shapes = iter(side.spans[num_views:])
     for rows, sizes, padding in side.waves:
-        gathered = [torch.index_select(x, 0, rows, out=y[: len(rows)]) for x, y in zip(tensors, buffers, strict=True)]
+        gathered = [torch.index_select(x, 0, rows, out=y if y is None else y[: len(rows)]) for x, y in zip(tensors, buffers, strict=True)]
         if zeroed is not None and len(padding):
             gathered[zeroed].index_fill_(0, padding, 0.0)
-        for parts in zip(*[x.split(sizes) for x in gathered], strict=True):
+        for parts in zip(*[x.split(sizes) if len(sizes) > 1 else (x,) for x in gathered], strict=True):
             _, size, length = next(shapes)
             yield tuple([x.view(size, length, *x.shape[1:]).transpose(1, 2) for x in parts])
 
@@ -156,13 +154,13 @@ class Target:
     """A packed tensor like ``like`` that results of groups are written to. Without ``covered``, rows that nothing is written to are 0.
 
     Attributes:
-        rows: the tensor. Where one result is all of it, without a copy.
+        rows: the tensor. Where one result is all of it, without a copy, or with one that brings it into its order.
     """
 
     def __init__(self, side: Side, like: Tensor, covered: bool, dtype: torch.dtype | None = None):
         self.side, self.like, self.covered, self.dtype = side, like, covered, dtype or like.dtype
         self.rows = like  # until there is memory for it
-        if not covered or len(side.spans) != 1 or side.members:
+        if not covered or len(side.spans) != 1:
             self._allocate()
 
     def _allocate(self) -> None:
@@ -182,7 +180,8 @@ class Target:
     def put(self, index: int, block: Tensor) -> None:
         """Write a whole block, without its padding."""
         if self.rows is self.like:
-            self.rows = block.transpose(1, 2).reshape(self.like.shape).to(self.dtype).contiguous()
+            rows, order = block.transpose(1, 2).flatten(0, 1), self.side.order
+            self.rows = (rows.contiguous() if order is None else rows.index_select(0, order)).to(self.dtype)
         elif index < len(self.views):
             if block is not self.views[index]:
                 self.views[index].copy_(block)
@@ -199,7 +198,8 @@ def blocks(x: Tensor, spans: Sequence[Span]) -> list[Tensor]:
         return []
     sizes = [size * length for _, size, length in spans]
     if sum(sizes) == x.shape[0]:
-        views = list(x.transpose(0, 1)[None].split(sizes, 2))
+        rows = x.transpose(0, 1).unsqueeze(0)
+        views = list(rows.split(sizes, 2)) if len(sizes) > 1 else [rows]
     else:  # the rows between the spans, and those after the last, become parts that are not used
         ends = [start + n for (start, _, _), n in zip(spans, sizes, strict=True)]
         gaps = [start - end for (start, _, _), end in zip(spans, [0, *ends], strict=False)]

@@ -189,8 +189,7 @@ def _why_not_built(name: str) -> str:
             others |= {file.name.split("-")[1] for file in folder.glob("native-*.so")}
         except OSError:
             continue
-    here = f"is not compiled for torch {torch.__version__} and this version of the package"
-    return here + (f", only for torch {', '.join(sorted(others))}" if others else "")
+    return f"is not compiled yet for torch {torch.__version__}" + (f", only for torch {', '.join(sorted(others))}" if others else "")
 
 
 def _name() -> str:

@@ -43,6 +43,7 @@ class Costs(NamedTuple):
         token, pair: of the kernel, for each query, and for each query and key.
         copy: of gathering one row of query, key and value.
         wave: rows of a wave at most.
+        groups: of cutting a batch into groups, and of bringing them together.
     """
 
     call: float
@@ -50,6 +51,7 @@ class Costs(NamedTuple):
     pair: float
     copy: float
     wave: int
+    groups: float = 0.0
 
     @classmethod
     def of(cls, query: Tensor, threads: int) -> Costs:
@@ -63,7 +65,7 @@ class Costs(NamedTuple):
         share = width / 512 / min(threads, 8)  # beyond, short sequences hardly get faster
         call = 10.0 if threads == 1 else 60 + 6 * math.log2(threads)
         wave = _WAVE_BYTES[threads > 1] // max(1, width * max(4, query.itemsize))
-        return cls(call, 0.4 * share, pair * share, 0.06 * query.itemsize * share, wave)
+        return cls(call, 0.4 * share, pair * share, 0.06 * query.itemsize * share, wave, 2 * call)
 
     def kernel(self, len_q: int, len_k: int) -> float:
         return (self.token + self.pair * len_k) * len_q
@@ -90,9 +92,11 @@ class Side(NamedTuple):
             group; places of padding.
         members: of each gathered group the numbers of its sequences; true length and padding of each, in turns, or only lengths where
             nothing is padded; and whether anything is.
-        biases: of each group, ``(size, 1, 1, length)`` float32, -inf at padding; None without padding.
+        biases: of each group, ``(size, 1, 1, length)`` float32, -inf at padding; None without padding. Where all sequences are one group
+            that is a view, ``(1, 1, T, Tk)``, -inf between any two of them.
         lengths: of all sequences.
         covers: whether every row is in a group.
+        order: ``(T,)``, for each packed row its place among the rows of all groups, or the one after the last; None where they are equal.
     """
 
     spans: list[Span]
@@ -101,9 +105,10 @@ class Side(NamedTuple):
     biases: list[Tensor | None]
     lengths: list[int]
     covers: bool
+    order: Tensor | None
 
 
-Plan = tuple[Side, Side, Tensor | None]  # queries and keys of all groups that have both, and `_order`
+Plan = tuple[Side, Side, bool]  # queries and keys of all groups that have both; whether all sequences are one group, with a mask
 
 
 def runs(offsets_q: Sequence[int], offsets_k: Sequence[int], single: bool) -> Iterator[Run]:
@@ -120,15 +125,16 @@ def runs(offsets_q: Sequence[int], offsets_k: Sequence[int], single: bool) -> It
         yield Run(offsets_q[first], offsets_k[first], size, len_q, len_k, first)
 
 
-def plan_for(offsets_q: tuple[int, ...], offsets_k: tuple[int, ...], rows: tuple[int, int], how: str, costs: Costs) -> Plan:
-    """The plan for ``rows`` of queries and keys, made once for all calls on the same lengths.
+def plan_for(offsets_q: tuple[int, ...], offsets_k: tuple[int, ...], rows: tuple[int, int], how: str, query: Tensor) -> Plan:
+    """The plan for ``rows`` of queries and keys, made once for all calls on the same lengths by as many threads.
 
     ``how``: "single" gives every sequence a call of its own, "equal" groups equal lengths, "near" pads near-equal ones too.
     """
-    wanted = (offsets_q, offsets_k, rows, how, costs)
+    threads = torch.get_num_threads()
+    wanted = (offsets_q, offsets_k, rows, how, query.shape[1:], query.dtype, threads)
     plan = _plans.get(wanted)
     if plan is None:
-        plan = _make(*wanted)
+        plan = _make(offsets_q, offsets_k, rows, how, Costs.of(query, threads))
         for old in list(_plans)[: max(0, len(_plans) + 1 - _KEPT)]:
             _plans.pop(old, None)  # another thread may have been faster
         _plans[wanted] = plan
@@ -139,13 +145,19 @@ def _make(offsets_q: tuple[int, ...], offsets_k: tuple[int, ...], rows: tuple[in
     for offsets, most in zip((offsets_q, offsets_k), rows, strict=True):
         check_offsets(offsets, None, most, slack=True)  # a plan that is kept has been checked
     found = [run for run in runs(offsets_q, offsets_k, how == "single") if run.len_k]
+    if how == "near" and len(found) > 1 and costs.kernel(*rows) < costs.groups + sum(run.size * costs.kernel(*run[3:5]) for run in found):
+        lengths = [[b - a for a, b in itertools.pairwise(offsets)] for offsets in (offsets_q, offsets_k)]
+        ids = [torch.arange(len(x), device="cpu").repeat_interleave(_table(x)[0]) for x in lengths]
+        if tuple(map(len, ids)) == rows and all(k or not q for q, k in zip(*lengths, strict=True)):
+            bias = torch.zeros(rows, device="cpu").masked_fill_(ids[0][:, None] != ids[1], float("-inf"))[None, None]
+            whole = [Side([(0, 1, most)], [], [], [bias], each, True, None) for each, most in zip(lengths, rows, strict=True)]
+            return whole[0], whole[1], True
     bags = [[run] for run in found] if how == "single" or len(found) < 2 else list(_merge(found, how == "near", costs))
     views = sorted(bag[0] for bag in bags if len(bag) == 1)
     gathered = [bag for bag in bags if len(bag) > 1]
     queries = _side(0, offsets_q, views, gathered, rows[0], costs.wave)
-    keys = queries if (offsets_k, rows[1]) == (offsets_q, rows[0]) else _side(1, offsets_k, views, gathered, rows[1], costs.wave)
-    in_place = queries.covers and not gathered
-    return queries, keys, None if in_place else _order(queries.lengths, views, gathered, rows[0])
+    same = (offsets_k, rows[1]) == (offsets_q, rows[0])
+    return queries, queries if same else _side(1, offsets_k, views, gathered, rows[1], costs.wave), False
 
 
 def _merge(found: list[Run], near: bool, costs: Costs) -> Iterator[list[Run]]:
@@ -183,8 +195,9 @@ def _side(side: int, offsets: tuple[int, ...], views: list[Run], bags: list[list
     spans: list[Span] = [(run[side], run.size, run[3 + side]) for run in views]
     covered = sum(run.size * run[3 + side] for run in itertools.chain(views, *bags))
     all_lengths = [b - a for a, b in itertools.pairwise(offsets)]
+    order = None if covered == num_rows and not bags else _order(side, all_lengths, views, bags, num_rows)
     if not bags:
-        return Side(spans, [], [], [None] * len(spans), all_lengths, covered == num_rows)
+        return Side(spans, [], [], [None] * len(spans), all_lengths, covered == num_rows, order)
     starts: list[int] = []
     padded: list[int] = []
     members = []
@@ -207,7 +220,7 @@ def _side(side: int, offsets: tuple[int, ...], views: list[Run], bags: list[list
     shares = _waves(sizes, wave)
     pieces = (x.split([sum(share) for share in shares]) for x in (rows_R, hidden_R))
     waves = [(rows, share, hidden.nonzero().squeeze(1)) for share, rows, hidden in zip(shares, *pieces, strict=True)]
-    return Side(spans, waves, members, [*[None] * len(views), *biases], all_lengths, covered == num_rows)
+    return Side(spans, waves, members, [*[None] * len(views), *biases], all_lengths, covered == num_rows, order)
 
 
 def _waves(sizes: list[int], most: int) -> list[list[int]]:
@@ -237,11 +250,10 @@ def _spread(starts_Q: list[int], lengths_Q: list[int], padded_Q: list[int]) -> t
     return torch.minimum(rows_R, last_R), rows_R > last_R
 
 
-def _order(lengths: list[int], views: list[Run], bags: list[list[Run]], num_rows: int) -> Tensor:
-    """``(T,)``, for each packed row its place among the rows of all groups; the place after the last for rows without a group."""
+def _order(side: int, lengths: list[int], views: list[Run], bags: list[list[Run]], num_rows: int) -> Tensor:
     shifts, done = [-1] * (len(lengths) + 1), 0  # slack rows count as one more sequence
     for bag in [*([run] for run in views), *bags]:
-        longest = bag[0].len_q
+        longest = bag[0][3 + side]
         for run in bag:
             shifts[run.first : run.first + run.size] = range(done, done + run.size * longest, longest)
             done += run.size * longest

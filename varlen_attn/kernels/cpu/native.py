@@ -122,11 +122,13 @@ class CpuNative(Backend):
     )  # fmt: skip
 
     def missing(self, problem: Problem) -> str | None:
-        if problem.torch_version != torch.__version__:
-            return None  # another machine's torch, which may have been built for
+        if problem.torch_version != torch.__version__ or _native.setting == "0":
+            return None  # another machine's torch, which may have been built for; or it is not missing, but not wanted
         return _native.why_not()
 
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
+        if _native.setting == "0" and problem.torch_version == torch.__version__:
+            yield Refusal(str(_native.why_not()), "unset it", "machine")
         if 0 in (problem.head_dim, problem.value_head_dim):
             yield Refusal("needs head dimensions of at least 1", "order backend='cpu'")
 

@@ -186,6 +186,7 @@ class Flash3(FlashOps):
 
     name = "flash3"
     package = "flash-attn-3"
+    packages = tuple(_STATED)
     install = "install flash-attn-3 built for this torch, or use 'torch_varlen' or 'flash2'"
     op = staticmethod(define_flash_ops("flash3", _forward, _backward))
 

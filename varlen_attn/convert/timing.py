@@ -1,4 +1,4 @@
-"""Interleaved timing: what `python -m varlen_attn bench` and the project's own benchmarks share."""
+"""Interleaved timing: what `compare`, the command line and the project's own benchmarks share."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Timing:
 
 def interleave(
     contestants: Mapping[str, Callable[[], object]], *, rounds: int = 7, least: float = 0.02, warm_up: int = 2, budget: float = 25.0,
-    fewest: int = 5, patience: float = float("inf"), device: str = "cpu",
+    fewest: int = 5, patience: float = float("inf"), device: str = "cpu", prepare: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Timing]:  # fmt: skip
     """Time contestants in turns, A B A B ..., so that a slower or busier minute meets all of them.
 
@@ -59,12 +59,18 @@ def interleave(
         budget, fewest: stop after so many seconds, but not before so many rounds (or ``rounds``, if that is fewer).
         patience: a contestant that takes so many times longer than the first is timed once, outside of the turns. Needs ``least``.
         device: "cuda" is waited for before a clock is read.
+        prepare: called before each turn, untimed, with the name of the contestant.
     """
     wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def turn(name: str, *options: Any) -> float:
+        prepare(name)
+        return _seconds(contestants[name], wait, *options)
+
     # One thread: its own CPU time, which other processes hardly touch. More threads wait for each other: wall time.
     by_cpu_time = torch.get_num_threads() == 1 and device == "cpu"
     clock = time.process_time if by_cpu_time else time.perf_counter
-    alone = {name: [_seconds(call, wait) for _ in range(warm_up + bool(least))] for name, call in contestants.items()}
+    alone = {name: [turn(name) for _ in range(warm_up + bool(least))] for name in contestants}
     last = {name: taken_alone[-1] for name, taken_alone in alone.items() if least}
     once = {name: Timing((seconds,)) for name, seconds in last.items() if seconds > patience * next(iter(last.values()))}
     repeats = {name: max(1, round(least / last[name])) if least else 1 for name in contestants if name not in once}
@@ -74,7 +80,7 @@ def interleave(
     while True:
         before = _load()
         names = list(repeats)[:: 1 if len(taken) % 2 == 0 else -1]
-        row = {name: _seconds(contestants[name], wait, clock, repeats[name]) for name in names}
+        row = {name: turn(name, clock, repeats[name]) for name in names}
         taken.append((0.0 if by_cpu_time else _foreign_share(before), row))
         quiet = sum(share <= QUIET for share, _ in taken)
         if quiet >= rounds or (len(taken) >= fewest and time.perf_counter() - began > budget):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from varlen_attn.cli import timing as _timing
-from varlen_attn.cli.timing import Timing, facts, interleave, ratio, unsure
+from varlen_attn.convert import timing as _timing
+from varlen_attn.convert.timing import Timing, facts, interleave, ratio, unsure
 
 pytestmark = pytest.mark.alone
 
