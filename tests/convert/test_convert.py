@@ -186,7 +186,8 @@ def anatomy(model: nn.Module) -> list[Any]:
 
 
 def without_classes(facts: list[Any]) -> list[Any]:
-    return [x for x in facts if not isinstance(x[-1], type)]
+    """Nor what an object says that its class is from, by which `torch.fx` tells a leaf."""
+    return [x for x in facts if not isinstance(x[-1], type) and x[1] != "__module__"]
 
 
 def reasons(report: Report) -> dict[str, str]:

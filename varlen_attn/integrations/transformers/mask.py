@@ -25,8 +25,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..._state import state
 from ..._switch import Alive, Use, in_use, uses
-from ..._torch import between_graphs, is_tracing
+from ..._torch import between_graphs, is_tracing, is_unreadable
 from ...attention.dispatch import requested_backend
+from ...attention.export import static_graph
 from ...data.host_lengths import HostLengths
 from ...errors import ArgumentError
 from ...layout.seq_layout import SeqLayout
@@ -488,13 +489,15 @@ def varlen_mask(
     _refuse_own_attention(kwargs.get("config"))
     device = torch.device(kwargs.get("device", "cpu"))
     pattern = None if kwargs.get("use_vmap") else classify(mask_function)
+    make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    if static_graph() or (attention_mask is not None and is_unreadable(attention_mask)):
+        return make()  # type: ignore[no-any-return]
     order = requested_backend("auto")
     plain = isinstance(q_offset, int) and (q_length > 1 or order != "auto") and device.type != "meta"
-    traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if pattern is None:
         for forward in _under_way()[-1:]:
             forward.padded_because = "a kind of layers whose mask has a pattern that is not known"
-    if pattern is None or not plain or traced or (attention_mask is not None and attention_mask.dim() != 2):
+    if pattern is None or not plain or (attention_mask is not None and attention_mask.dim() != 2):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]
     assert isinstance(q_offset, int)
     padding = _padding_of_columns(attention_mask, kv_length, kv_offset)
@@ -504,7 +507,6 @@ def varlen_mask(
     pattern = pattern._replace(window=_effective(pattern.window, q_length, kv_length))
     if padding is not None and tuple(padding.shape) != (batch_size, kv_length):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]  # transformers' error, or its broadcasting
-    make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     if _thread.seen is not None and padding is not None:
         _thread.seen.append(padding)
     shape, known = (batch_size, 1, q_length, kv_length), {"config": kwargs.get("config"), "dtype": kwargs.get("dtype", torch.float32)}
