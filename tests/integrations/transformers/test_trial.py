@@ -120,7 +120,7 @@ def test_a_model_that_does_not_run_with_few_layers_is_tried_with_all() -> None:
 
 @pytest.mark.parametrize("name", ["Bert", "Llama", "T5", "Wav2Vec2"])
 def test_few_layers_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more than nine forwards of two layers a stack, however many there are."""
+    """No more than these forwards of two layers a stack, however many there are."""
     calls: list[Any] = []
     run = hf_trial.run
 
@@ -131,7 +131,7 @@ def test_few_layers_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integration, "run", counted)
     options = dict(num_layers=6) if name == "T5" else dict(num_hidden_layers=6)
     quietly(build(name, **options))
-    assert 0 < len(calls) <= 14
+    assert 0 < len(calls) <= (17 if name == "T5" else 14)
     assert set(calls) == {4 if name == "T5" else 2}
 
 
@@ -369,7 +369,7 @@ def test_a_forward_under_way(name: str, level: Any, implementation: str) -> None
     held = Held(model, inner, **batch())
     report = quietly(model, level=level, hooks="packed")
     packed = "packed once around the stack" in str(report)
-    assert packed is (level == "model" and name != "T5")
+    assert packed is (level == "model")
     assert_close(held.end()[0][VALID], expected, 1e-4)
     held = Held(model, inner, **batch())
     disabling = threading.Thread(target=lambda: disable(model))

@@ -354,9 +354,12 @@ def meaning_of_numbers(mask: Tensor) -> Meaning | None:
     known, forward = of_numbers.get(mask), _thread.forwards[-1] if _thread.forwards else None
     if forward is None or (known is not None and known.forwards[-1:] == [forward]):
         return known
-    padding = mask.clone() if mask.dim() == 2 else forward.given().get("attention_mask")
+    given = forward.given()
+    padding = mask.clone() if mask.dim() == 2 else given.get("attention_mask")
     if not isinstance(padding, Tensor) or padding.dim() != 2 or padding.is_floating_point() or padding.device != mask.device:
         return None
+    if any(isinstance(x := given.get(name), Tensor) and x.shape[:2] != padding.shape for name in ("input_ids", "inputs_embeds")):
+        return None  # keys are cached
     columns = padding.shape[1]
     made = of_numbers[mask] = Meaning((len(padding), 1, columns, columns), mask.device, Pattern(False), padding, 0, padding.clone)
     return made
