@@ -484,6 +484,7 @@ TRANSFORMS = {
 _LAYOUT = "`layout.pack`, `varlen_attention`"
 _ALL = "all"
 REFUSED: dict[tuple[str, str], str] = {
+    ("gradients of gradients", "enabled `nn.MultiheadAttention`"): "_for_cpu_backward is not implemented",
     ("gradients of gradients", _ALL): "the backward of backend 'cpu' is not differentiable",
     ("`vmap`, a mask for each sample", _LAYOUT): "`mask` must have values that can be read",
     ("`vmap(grad)`, a mask for each sample", _LAYOUT): "`mask` must have values that can be read",
@@ -504,6 +505,7 @@ REFUSED: dict[tuple[str, str], str] = {
 # What is not in the sentence itself.
 _REMARKS = {
     "the backward of backend 'cpu' is not differentiable": '`backend="reference"` gives them, and so does `torch.func`',
+    "_for_cpu_backward is not implemented": "torch's words: so little runs as it came",
     "make_fx records the number of tokens of `mask` as a constant": "a `LayoutWarning`; the graph raises for a mask with another number",
     "Could not extract specialized integer from data-dependent expression": "torch's words, when the graph is made",
     "Could not guard on data-dependent expression": "torch's words, when it is compiled; a layout made outside works",

@@ -16,11 +16,9 @@ from torch._C._dynamo import eval_frame
 from torch._library.simple_registry import singleton as _registry
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.fx.proxy import Proxy
+from torch.fx.proxy import Proxy, TraceError
 from torch.nn.modules import module as _modules
 from torch.utils import _pytree
-
-from .errors import ArgumentError
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
 N_ = TypeVar("N_", bound=float | None)
@@ -109,7 +107,7 @@ def trace_quietly(x: Any = None) -> None:
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"(varlen_attn|einops)\b")  # type: ignore[attr-defined]
     if isinstance(x, Proxy):
-        raise ArgumentError(
+        raise TraceError(
             "torch.fx must not trace into attention, which depends on data, but does: trace a module that contains this one, which is then "
             "a leaf; for a function that you call, write torch.fx.wrap('varlen_mha'), with its name, at the top of your file."
         )
