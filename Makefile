@@ -15,7 +15,7 @@
 #   make test-thorough   many more property-test examples
 #   make dist            wheels for Linux (x86-64, Arm) and macOS (Arm), each with its compiled CPU kernel, and the source, in dist/
 #   make docs            the site in build/site, built strictly
-#   make docs-tables     the table of docs/transformers.md, from the architectures in the tests (minutes)
+#   make docs-tables     the tables of docs/transformers.md and docs/transforms.md, from the tests (minutes)
 #   make gpu             accept the library on a CUDA device (9 minutes at most)
 #   make gpu-again       what did not pass in FILE, slowly, with all errors in its log: make gpu-again FILE=acceptance.json
 #   make gpu-tests       the tests that need a CUDA device, and those of all backends there
@@ -151,6 +151,11 @@ DIST := .venv-dist
 ZIG := ziglang==0.17.0
 for = CXX="$(CURDIR)/$(DIST)/bin/python -m ziglang c++ -target $(1)" LDFLAGS='-nostdlib++ -s' VARLEN_ATTN_PLATFORM=$(2) $(DIST)/bin/python -m hatchling build -t wheel
 
+# A kernel by itself in an emulator (the Debian packages qemu-user and libc6-arm64-cross), where there is one.
+trial = if command -v $(firstword $(2)) >/dev/null; then set -e; echo "$(2)"; $(DIST)/bin/python -m zipfile -e dist/*_$(1).whl $(DIST)/$(1); \
+  $(DIST)/bin/python -m ziglang cc -target $(1)-linux-gnu.2.28 -O1 -w tests/kernels/cpu/without_torch.c -lm -ldl -o $(DIST)/$(1)/without_torch; \
+  $(2) $(DIST)/$(1)/without_torch $(DIST)/$(1)/varlen_attn/kernels/cpu/native-*.so; else echo "$(1): not run, no $(firstword $(2))"; fi
+
 dist:
 	@test -x $(DIST)/bin/python || $(PYTHON) -m venv $(DIST)
 	@$(DIST)/bin/python -m pip install --disable-pip-version-check -qq hatchling $(ZIG)
@@ -159,12 +164,17 @@ dist:
 	$(call for,aarch64-linux-gnu.2.28,manylinux_2_28_aarch64)
 	$(call for,aarch64-macos.11.0,macosx_11_0_arm64)
 	$(DIST)/bin/python -m hatchling build -t sdist
+	@$(call trial,x86_64,qemu-x86_64 -cpu Nehalem)
+	@$(call trial,x86_64,qemu-x86_64 -cpu Haswell)
+	@$(call trial,aarch64,qemu-aarch64 -L /usr/aarch64-linux-gnu)
+	@echo "macOS: not run"
 
 docs: $(SITE)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-tables: $(STAMP)
 	$(OFFLINE) TRANSFORMERS_VERBOSITY=error $(BIN)/python -W ignore -m tests.integrations.transformers.table
+	$(BIN)/python -W ignore -m tests.transforms
 
 # Another Python where nothing can be installed, but a torch for CUDA is there: `make gpu GPU_PYTHON=python3`. The acceptance needs torch and
 # einops, the tests pytest, hypothesis and numpy too. GPU_OPTIONS are those of benchmarks.gpu_acceptance. Of the tests everything runs,

@@ -16,6 +16,7 @@ from torch._C._dynamo import eval_frame
 from torch._library.simple_registry import singleton as _registry
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.fx.proxy import Proxy, TraceError
 from torch.nn.modules import module as _modules
 from torch.utils import _pytree
 
@@ -23,22 +24,30 @@ F_ = TypeVar("F_", bound=Callable[..., Any])
 N_ = TypeVar("N_", bound=float | None)
 
 pytree = _pytree
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 # Whether a profiler runs, for whom calls leave a range: opening one costs microseconds.
 profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 # How often a tensor was written to, as autograd counts. Not a function in Python, because every call asks.
 num_writes: Callable[[Tensor], int] = attrgetter("_version")
 # Fail on the device, without a transfer, where the tensor does not hold.
 assert_async: Callable[[Tensor, str], None] = torch._assert_async
+# How many modes see each operation: one may record them for other values, as `make_fx` does.
+is_observed: Callable[[], int] = torch._C._len_torch_dispatch_stack
 # Copy each tensor of one list to that of another.
 copy_each = torch._foreach_copy_
 # Whether this CPU multiplies tiles of bfloat16, and the system lets it.
 has_amx: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 # Whether a tensor is a batch of gradients (``is_grads_batched``, ``vectorize=True``), which is no transform of `torch.func`.
 is_batch_of_gradients: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+# Whether operations are recorded, to be run on other tensors: by `torch.jit.trace`, or by `make_fx`, which has two ways. No frames in
+# Python, because every call asks.
+_in_jit_trace: Callable[[], bool] = torch._C._is_tracing
+_in_make_fx: Callable[[], Any] = partial(torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY)
+_in_pre_dispatch: Callable[[], bool] = partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch)
 # Who may see or change operations one by one: transforms, modes, a profiler, and `torch.jit.trace`.
 watchers: tuple[Callable[[], object], ...] = (
     torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack, profiler_enabled,
-    torch._C._is_tracing,
+    _in_jit_trace, _in_pre_dispatch,
 )  # fmt: skip
 # What can be given to a kernel as it is; no subclass of these.
 PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
@@ -47,9 +56,16 @@ any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 global_hooks = tuple(vars(_modules)[f"_global_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
+def constant_while_tracing(function: F_) -> F_:
+    """What `torch.compiler.assume_constant_result` does: Python runs ``function`` while tracing, and its result is a constant of the
+    graph. Its decorator imports dynamo, a second of time that programs without `torch.compile` should not pay."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def is_tracing(*tensors: Tensor) -> bool:
-    """Whether values must not be read: under `torch.compile`, `torch.export` or `torch.jit.trace`, or on fake tensors."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    """Whether values must not be read: under `torch.compile`, `torch.export`, `torch.jit.trace` or `make_fx`, or on fake tensors."""
+    if torch.compiler.is_compiling() or _in_jit_trace() or _in_make_fx() or _in_pre_dispatch():
         return True
     for t in tensors:  # noqa: SIM110 (a generator is one more frame in each of many calls)
         if isinstance(t, FakeTensor):
@@ -59,23 +75,42 @@ def is_tracing(*tensors: Tensor) -> bool:
 
 def is_plain(x: Tensor) -> bool:
     """Whether ``x`` holds numbers, and operations on it run at once: no tracing, no transform, no tensor subclass."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling() or _in_jit_trace() or _in_make_fx() or _in_pre_dispatch():
         return False
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
         return False
     return not (x.is_meta or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
-def is_observed() -> bool:
-    """Whether a mode sees each operation: it may record them for other values, as `make_fx` does."""
-    return bool(torch._C._len_torch_dispatch_stack())
+@constant_while_tracing
+def in_make_fx() -> bool:
+    return bool(_in_make_fx() or _in_pre_dispatch())
 
 
-def trace_quietly() -> None:
+def is_unreadable(x: Tensor) -> bool:
+    """Whether ``x`` has no values of its own: one of the many of `torch.vmap`, or what `torch.func.functionalize` hands on. In
+    `torch.compile`, where that is not known, whether there is a transform."""
+    if torch.compiler.is_compiling():
+        return is_transformed()
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x) or functorch.is_functionaltensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
+def trace_quietly(x: Any = None) -> None:
     """Under `torch.jit.trace` sizes are tensors, and each check of a shape would warn that it is no part of the graph. torch ignores such
-    warnings of its own files likewise, and for the whole process."""
+    warnings of its own files likewise, and for the whole process. ``x`` of `torch.fx.symbolic_trace`, which would stop somewhere inside, is
+    refused."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"(varlen_attn|einops)\b")  # type: ignore[attr-defined]
+    if isinstance(x, Proxy):
+        raise TraceError(
+            "torch.fx must not trace into attention, which depends on data, but does: trace a module that contains this one, which is then "
+            "a leaf; for a function that you call, write torch.fx.wrap('varlen_mha'), with its name, at the top of your file."
+        )
 
 
 def mark_unbacked(tensor: Tensor) -> None:
@@ -90,18 +125,10 @@ def mark_unbacked(tensor: Tensor) -> None:
         mark_unbacked(tensor, 0)
 
 
+@constant_while_tracing
 def is_transformed() -> bool:
     """Under `torch.func` or forward-mode AD, for which plain indexing has all rules and our two functions have none."""
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def constant_while_tracing(function: F_) -> F_:
-    """What `torch.compiler.assume_constant_result` does: Python runs ``function`` while tracing, and its result is a constant of the
-    graph. Its decorator imports dynamo, a second of time that programs without `torch.compile` should not pay."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def constant(number: N_) -> N_:
@@ -150,7 +177,8 @@ def register_autograd(
     """
 
     def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        # Without views of what the op made itself, which could not be changed in place.
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
             output = run(*inputs)
             if setup_context is not None:
                 setup_context(ctx, inputs, output)

@@ -445,6 +445,22 @@ def test_onnx_serves_every_mask(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(graph(x, mask), model(x, mask), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")  # torch about itself
+def test_a_compiled_package_serves_every_mask(tmp_path: Path) -> None:
+    """By AOTInductor, with other sizes too."""
+    model = build("module")
+    sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("columns", min=2, max=128)}
+    with torch.no_grad():
+        program = torch.export.export(model, EXAMPLE, dynamic_shapes=(sizes, sizes))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    graph = torch._inductor.aoti_load_package(path)
+    same_for_every_mask("module", graph, model)
+    x, mask = torch.randn(5, 7, D), right([4, 1, 3, 7, 2], 7)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x, mask), model(x, mask), atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["module", "encoder"])
 def test_a_graph_exported_inside_autocast_runs_outside_of_it(name: str) -> None:  # R-56
     model = build(name)

@@ -103,6 +103,7 @@ def test_models_that_gain_nothing(train: bool) -> None:
     mha = nn.MultiheadAttention(D, 2, batch_first=True)
     found = compare(mha, dict(zip(("query", "key", "value", "key_padding_mask"), (batch()[0],) * 3 + (PAD,), strict=True)), train=train)
     assert found.verdict.startswith("leave it: ")
+    assert "need_weights=False" in str(found), "the way out"
 
 
 def test_a_classifier_in_training() -> None:

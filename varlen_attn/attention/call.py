@@ -18,7 +18,7 @@ from torch.nn.attention import current_flash_attention_impl
 
 from .. import _state
 from .._state import state
-from .._torch import is_plain, profiler_enabled
+from .._torch import is_plain, is_transformed, profiler_enabled
 from ..errors import ArgumentError
 from ..kernels import BACKENDS
 from ..kernels.base import Backend, grad_without_slack, nothing, result_without_slack
@@ -197,7 +197,7 @@ class AttentionCall:
         return replace(plan, route=way.name, route_reason=way.reason) if all_reasons or state.records else plan
 
     def run(self, module: torch.nn.Module | None, reason: str | None = None) -> Any:
-        if isinstance(self.layout_q, PaddedRows) and isinstance(self.layout_kv, PaddedRows):
+        if isinstance(self.layout_q, PaddedRows) or isinstance(self.layout_kv, PaddedRows):
             return self._run_static(self.layout_q, self.layout_kv, module)
         call = Call(self.layout_q, self.layout_kv, self.semantics, self.extras)
         qkv, device_type = (self.query, self.key, self.value), self.query.device.type
@@ -213,7 +213,7 @@ class AttentionCall:
                 out, lse = launch(plan.implementation, *qkv, call)
         return (out, lse) if self.semantics.return_lse else out
 
-    def _run_static(self, layout_q: PaddedRows, layout_kv: PaddedRows, module: torch.nn.Module | None) -> Any:
+    def _run_static(self, layout_q: SeqLayout, layout_kv: SeqLayout, module: torch.nn.Module | None) -> Any:
         """Padded rows in a graph that may not depend on data: no backend is chosen."""
         refuse_order(
             self.backend,
@@ -252,6 +252,7 @@ class AttentionCall:
             ("self_attention", self.layout_q is self.layout_kv),
             ("needs_grad", self._needs_grad()),
             ("tracing", True),
+            ("transformed", is_transformed()),
             ("host_lengths", False),
             ("requested", self.backend if isinstance(self.backend, str) else self.backend.name),
         )

@@ -1,8 +1,9 @@
-"""Graphs that must not depend on data: `torch.export`, ONNX and `torch.jit.trace` record padded attention with a mask.
+"""Graphs that must not depend on data: `torch.export`, ONNX, `torch.jit.trace` and `make_fx` record padded attention with a mask.
 
-While one of them records, calls on padded tensors get a `PaddedRows` in place of a packing layout. Its rows are the padded ones, zeroed
-at padding, so that all that happens between packing and unpacking stays as it is written; attention hides padding by a mask. The graph
-holds aten ops only, runs where this package is not installed, and serves every mask of its shape (of all shapes that are declared dynamic).
+While one of them records, and where `torch.vmap` maps the mask, calls on padded tensors get a `PaddedRows` in place of a packing layout.
+Its rows are the padded ones, zeroed at padding, so that all that happens between packing and unpacking stays as it is written; attention
+hides padding by a mask. The graph holds aten ops only, runs where this package is not installed, and serves every mask of its shape (of all
+shapes that are declared dynamic).
 Packing that is written out, ``layout.pack(x)`` and `varlen_attention`, is exported as it is, with a number of rows that is data.
 """
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._state import state
-from .._torch import constant_while_tracing
+from .._torch import constant_while_tracing, in_make_fx, is_transformed
 from ..errors import BackendRefused
 from ..kernels.base import Backend, repeat_kv
 from ..kernels.dense import EAGER, FUSED, attend_dense, needs_eager
@@ -34,7 +35,7 @@ Fields = tuple[tuple[str, Any], ...]
 @constant_while_tracing  # because dynamo of torch 2.11 takes `is_exporting` for True in every compiled function
 def static_graph() -> bool:
     """Whether what runs now is recorded as a graph that may not depend on data."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or in_make_fx()  # type: ignore[attr-defined]
 
 
 # -------------------------------------------------------------------- the layout
@@ -58,9 +59,11 @@ def here(mask: Tensor, x: Tensor) -> Tensor:
 def static_layouts(
     x: Tensor, layout: SeqLayout | None, y: Tensor, layout_kv: SeqLayout | None
 ) -> tuple[SeqLayout | None, SeqLayout | None]:
-    """What callers built for padded ``x`` and ``y``, as `PaddedRows` where a graph must be static. Several documents a row stay packed."""
+    """What callers built for padded ``x`` and ``y``, as `PaddedRows` where a graph must be static. Several documents a row stay packed;
+    so do layouts with a capacity in `make_fx`, whose graphs run here and may hold our ops."""
     given = [a for a in (layout, layout_kv) if a is not None]
-    if not static_graph() or any(a.row_ids is not None or isinstance(a, PaddedRows) for a in given):
+    keep = in_make_fx() and not torch.compiler.is_exporting()
+    if not static_graph() or any(a.row_ids is not None or isinstance(a, PaddedRows) or (a.has_slack and keep) for a in given):
         return layout, layout_kv
     own = None if layout is None else PaddedRows.of(x, None if layout.is_dense else layout.padding_mask())
     if layout_kv is None or layout_kv is layout:
@@ -73,11 +76,11 @@ def static_layouts(
 
 def static_kernel(semantics: Semantics) -> str:
     """What `static_attention` calls."""
-    return EAGER if needs_eager(semantics) or semantics.alibi or semantics.return_lse else FUSED
+    return EAGER if needs_eager(semantics) or semantics.alibi or semantics.return_lse or is_transformed() else FUSED
 
 
 def static_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout_q: PaddedRows, layout_kv: PaddedRows, semantics: Semantics, extras: Extras
+    query: Tensor, key: Tensor, value: Tensor, layout_q: SeqLayout, layout_kv: SeqLayout, semantics: Semantics, extras: Extras
 ) -> tuple[Tensor, Tensor | None]:
     """``query (B*Sq,N,H)``, ``key (B*Sk,K,H)``, ``value (B*Sk,K,Hv)`` -> ``(B*Sq,N,Hv)``, 0 at padding, and lse ``(N, B*Sq)`` or None.
 
@@ -86,7 +89,7 @@ def static_attention(
     key, value = repeat_kv(int(query.shape[1]), key, value)  # of rows: of (B, K, S, H), torch.export in 2.11 guards on its strides
     q = layout_q.unpack(query).transpose(1, 2)
     k, v = (layout_kv.unpack(x).transpose(1, 2) for x in (key, value))
-    visible = None if layout_kv.padding is None else ~layout_kv.padding[:, None, None, :]
+    visible = None if layout_kv.is_dense else ~layout_kv.padding_mask()[:, None, None, :]
     positions: tuple[Tensor, Tensor] | None = None
     offset: int | Tensor = 0
     if semantics.causal or semantics.window or semantics.alibi or semantics.score_bias:

@@ -38,12 +38,19 @@ def given_form(form: Form, x: Tensor) -> Tensor:
     return x[0] if form == "unbatched" else x.transpose(0, 1).contiguous() if form == "sequence first" else x
 
 
-def pack_rows(layout: SeqLayout, x: Tensor, name: str = "x", form: Form = "batch first") -> Tensor:
-    """Packed rows ``(T, ...)`` of ``(B, S, ...)``, without a copy where nothing is padded, or of rows."""
+def pack_rows(layout: SeqLayout, x: Tensor, name: str = "x", form: Form = "batch first", apart: bool = False) -> Tensor:
+    """Packed rows ``(T, ...)`` of ``(B, S, ...)``, without a copy where nothing is padded, or of rows.
+
+    ``apart``: with a copy there too, if a backward may need the rows and the caller write to ``x`` before, as in ``h += encoder(h)``:
+    whether that works does not depend on the batch.
+    """
     if form in ROWS:
         return _without_slack(layout, x) if layout.has_slack else x
     layout._check(x, (layout.batch_size, layout.padded_len), name)
-    return x.reshape(layout.num_rows, *x.shape[2:]) if layout.is_dense else layout.pack(x)
+    if not layout.is_dense:
+        return layout.pack(x)
+    rows = x.reshape(layout.num_rows, *x.shape[2:])
+    return rows.clone() if apart and torch.is_grad_enabled() and x.is_contiguous() and not is_tracing(x) else rows
 
 
 def unpack_rows(

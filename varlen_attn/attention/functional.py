@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._state import state
-from .._torch import PLAIN, is_plain, trace_quietly, watchers
+from .._torch import PLAIN, is_plain, is_unreadable, trace_quietly, watchers
 from ..errors import ArgumentError, LayoutError, UnknownArgument, VarlenWarning, warn
 from ..kernels.base import Backend
 from ..kernels.dense import FLASH_CPU
@@ -209,7 +209,7 @@ def padded_attention(
         >>> out.shape, bool(out[mask].any())
         (torch.Size([2, 5, 4, 16]), False)
     """
-    trace_quietly()
+    trace_quietly(query)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             raise LayoutError(f"`{name}` must have shape (B, S, heads, head_dim), but has shape {tuple(x.shape)}.")
@@ -233,7 +233,7 @@ def padded_attention(
 def _is_little(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
     """Whether a layout takes longer than attention to the padding. A row that begins with padding is left to the layout, which
     may warn."""
-    if any(map(operator.call, watchers)) or not PLAIN.issuperset(map(type, (query, key, value, mask))) or not is_plain(query):
+    if not is_plain(query) or any(map(operator.call, watchers)) or not PLAIN.issuperset(map(type, (query, key, value, mask))):
         return False
     alike = query.shape == key.shape == value.shape and query.is_cpu and key.is_cpu and value.is_cpu and mask.is_cpu
     alike = alike and query.dtype == key.dtype == value.dtype == torch.float32 and mask.dtype == torch.bool
@@ -284,7 +284,7 @@ def _layouts(
 def _layout_for(x: Tensor, mask: Tensor | None, name: str = "key_padding_mask", owner: str = "x") -> SeqLayout:
     """The layout of ``x (B, S, ...)`` by its mask; without one, nothing is padded."""
     check_mask(mask, x, name, owner)
-    if static_graph():
+    if static_graph() or (mask is not None and is_unreadable(mask)):
         return static_layout(x, mask)
     return full_layout(x) if mask is None else moved(SeqLayout.from_key_padding_mask(mask), x.device)
 
@@ -337,7 +337,7 @@ def varlen_mha(
         >>> varlen_mha(x, mask, num_heads=4, **weights).shape
         torch.Size([2, 5, 64])
     """
-    trace_quietly()
+    trace_quietly(x)
     if others:
         raise unknown("varlen_mha", others, [*Options._fields[:2], "dropout_p", "num_heads", "training", "backend", "key_padding_mask"])
     check_dropout(dropout_p)
@@ -380,7 +380,7 @@ def varlen_mha(
         layout._check(x, (layout.num_rows,), "x")
     else:
         layout = static_layouts(x, layout, x, None)[0] or layout
-    rows = pack_rows(layout, x, form=form)
+    rows = pack_rows(layout, x, form=form, apart=True)
     if in_proj_weight is not None:
         rows = F.linear(rows, in_proj_weight, in_proj_bias).view(rows.shape[0], 3, heads, width // heads)
     if rows.dim() == 4:

@@ -30,7 +30,7 @@ _switchable = partial(switchable, inside=Prepared)
 
 
 # What `enable` sets on objects beside their class.
-OPTIONS = ("hooks_packed", "padding_rows")
+OPTIONS = ("hooks_packed", "padding_rows", "__module__")
 
 
 class _Enabled:
@@ -62,6 +62,8 @@ class _Enabled:
     def as_it_came(self: Any, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, *padding = _given(self.takes, args, kwargs)
         layers = self.layers if isinstance(self, STACKS) else ()
+        if why == NOTHING_PADDED and self.packs and torch.is_grad_enabled():  # as with padding, `pack_input`
+            args, kwargs = (x.clone(), *args[1:]), {k: v for k, v in kwargs.items() if k != self.takes[0][1]}
         with self._noted(why, x):
             out = run_as_it_came(self, args, kwargs, all(unwrapped(x) is x and "forward" not in vars(x) for x in layers))
         if why == NOTHING_PADDED or not padding or padding[0] is None or self.padding_rows == "exact":

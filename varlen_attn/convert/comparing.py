@@ -107,7 +107,7 @@ class Comparison(Shown):
             *(("kernels", f"{name}: {', '.join(log.kernels or ['none known'])}") for name, log in self.logs.items()),
             ("equality", f"the farthest of {len(self.results) - len(elsewhere)} results: {farthest}"),
             *(("elsewhere", text) for text in elsewhere),
-            *(("as it came", f"{m.module or '(the model)'}: {m.reason}") for m in self.report.left_alone),
+            *((m.action, f"{m.module or '(the model)'}: {m.reason}") for m in self.report.modules if m.reason),
             *(("padded", reason) for reason in {c.reason: None for c in self.log if c.backend == "dense" and c.reason}),
         ]
         return "\n".join(filter(None, [self.verdict, table(rows, "<<", "  "), unsure(max(x.foreign for x in self.times.values()))]))

@@ -150,7 +150,12 @@ def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str, padding_
         part = parts.setdefault(outermost.name, Part([], []))
         part.rows.append(ModuleReport(c.name, original.__name__, "restored" if restored else decision.action, decision.reason))
         if new_class is not original:
-            wanted = {"hooks_packed": hooks == "packed", "padding_rows": padding_rows or decision.padding_rows}
+            # `torch.fx` makes a leaf of what says that it is of torch.nn, and asks the object.
+            wanted = {
+                "hooks_packed": hooks == "packed",
+                "padding_rows": padding_rows or decision.padding_rows,
+                "__module__": original.__module__,
+            }
             changed = ((name, value) for name, value in wanted.items() if value != getattr(new_class, name))
             part.steps.append(Class(c.module, new_class, original, tuple(changed)))
     return parts

@@ -108,6 +108,7 @@ class Capabilities:
     batch_invariant: bool = False
     grad: bool = True
     tracing: bool = True
+    transforms: bool = False  # of torch.func, and forward-mode AD: kernels with a backward only would drop a derivative
     empty_sequences: bool = True  # False: removed before the call where lengths are on the host, else refused
     slack_rows: bool = True  # False: rows beyond cu_seqlens[-1] are left unwritten, and the caller zeroes them
     reads_slack: bool = True  # False: such rows of query, key and value are not read either, and may hold anything
@@ -214,6 +215,7 @@ def _capability_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusa
         (want.batch_invariant, can.batch_invariant, "results that are bitwise independent of batch-mates", "drop `batch_invariant`"),
         (problem.needs_grad, can.grad, "a backward pass", "call it under torch.no_grad()"),
         (problem.tracing, can.tracing, "torch.compile and fake tensors", "call it outside the compiled function"),
+        (problem.transformed, can.transforms, "torch.func and forward-mode AD", "order backend='sdpa_padded', or call it outside of them"),
         (not problem.host_lengths, can.empty_sequences, "empty sequences, and only the device knows whether there are any",
          "build the layout from lengths or without `capacity`"),
     )  # fmt: skip

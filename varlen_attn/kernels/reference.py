@@ -21,6 +21,7 @@ class Reference(Backend):
         dtypes=FLOATS,
         tracing=False,
         batch_invariant=True,
+        transforms=True,
         explicit_only="it is the specification, and slow",
     )
 

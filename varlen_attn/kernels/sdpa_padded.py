@@ -15,7 +15,7 @@ class SdpaPadded(Backend):
     """Dense masked attention on re-padded sequences."""
 
     name = "sdpa_padded"
-    capabilities = Capabilities(devices=frozenset({"cpu", "cuda", "mps", "xpu"}), dtypes=FLOATS)
+    capabilities = Capabilities(devices=frozenset({"cpu", "cuda", "mps", "xpu"}), dtypes=FLOATS, transforms=True)
 
     def kernel(self, problem: Problem) -> str:
         return dense_kernel(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch import assert_async, is_tracing, mark_unbacked
+from .._torch import assert_async, in_make_fx, is_plain, is_tracing, is_unreadable, mark_unbacked
 from ..errors import ArgumentError, LayoutError, LayoutWarning, warn
 from .checks import CONVENTIONS, check_offsets, is_integer, raise_bad_value, shorten
 
@@ -77,6 +77,8 @@ def index_and_flags(
 
     While tracing nothing is read: no flag comes back.
     """
+    if not is_plain(real_BS):
+        _check_readable(real_BS)
     lengths_B: Tensor | None = None
     if is_tracing(real_BS):
         return exact(real_BS, real_BS.sum(1)), ()
@@ -104,6 +106,24 @@ def index_and_flags(
         )
     index = exact(real_BS, lengths_B, tuple(lengths), has_holes=bool(some_hole), right_padded=not shifted)
     return index, tuple(map(bool, values))
+
+
+def _check_readable(mask: Tensor) -> None:
+    """The number of packed rows is data: in `torch.compile` and `torch.jit.trace` too, and in `make_fx` on fake tensors."""
+    if torch.compiler.is_compiling():
+        return
+    instead = "pass the mask itself to a module, to varlen_mha or to padded_attention, or give `capacity` (`max_docs` for documents)"
+    if is_unreadable(mask):
+        raise ArgumentError(
+            "`mask` must have values that can be read, because the number of packed rows depends on them, but is mapped by torch.vmap, "
+            f"or inside of torch.func.functionalize: {instead}."
+        )
+    if in_make_fx() and type(mask) is Tensor:
+        warn(
+            "make_fx records the number of tokens of `mask` as a constant: the graph will raise for masks with more or fewer of them. "
+            f'For a graph of all masks {instead}, or record with tracing_mode="symbolic".',
+            LayoutWarning,
+        )
 
 
 _FEW = 1024  # of a mask's numbers: those are looked at one by one in less time than by a dozen operations (Zen 4)
@@ -231,6 +251,8 @@ def with_capacity(real_BS: Tensor, capacity: int) -> Index:
 def index_of_documents(ids: Tensor, max_docs: int | None) -> Index:
     size, padded_len = ids.shape
     home = ids.device
+    if max_docs is None:
+        _check_readable(ids)
     if max_docs is None and not is_tracing(ids):
         ids = ids.cpu()  # the one transfer; all that follows is small and moves back without waiting
     real_BS = ids != 0

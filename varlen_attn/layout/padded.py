@@ -39,12 +39,6 @@ class PaddedRows(SeqLayout):
     def positions(self) -> Tensor:
         return self.counts().clamp(min=0).flatten()
 
-    def counts(self) -> Tensor:
-        """``(B, S)``: the position of each token in its sequence; of padding that of the token before, or -1."""
-        if self.padding is None:
-            return torch.arange(self.padded_len, device=self.device).expand(self.batch_size, self.padded_len)
-        return (~self.padding).to(torch.int64).cumsum(1) - 1
-
     def padding_mask(self) -> Tensor:
         if self.padding is None:
             return torch.zeros(self.batch_size, self.padded_len, dtype=torch.bool, device=self.device)

@@ -383,6 +383,12 @@ class SeqLayout:
         """``(B, S)`` bool: torch's ``key_padding_mask``, True at padding."""
         return (self.gather_indices == 0).view(self.batch_size, self.padded_len)
 
+    def counts(self) -> Tensor:
+        """``(B, S)``: the position of each token in its sequence; of padding that of the token before, or -1."""
+        if self.is_dense:
+            return torch.arange(self.padded_len, device=self.device).expand(self.batch_size, self.padded_len)
+        return (~self.padding_mask()).to(torch.int64).cumsum(1) - 1
+
     # ---------------------------------------------------------------- packing
 
     def pack(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch import is_tracing
+from .._torch import is_tracing, is_unreadable
 from ..attention.export import here, static_graph
 from ..layout.padded import PaddedRows
 from ..layout.seq_layout import SeqLayout, layout_and_flags, moved
@@ -42,11 +42,12 @@ def read_masks(x: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | N
     if key_padding_mask is not None and key_padding_mask.is_floating_point():
         hidden = torch.isneginf(key_padding_mask)
         questions["additive"] = ((key_padding_mask != 0) & ~hidden).any()
-    if attn_mask is not None and compare and not is_tracing(x):
+    static = static_graph() or (hidden is not None and is_unreadable(hidden)) or (attn_mask is not None and is_unreadable(attn_mask))
+    if attn_mask is not None and compare and not (static or is_tracing(x)):
         questions["not causal"] = _is_not_causal(attn_mask, hidden)
     layout: SeqLayout | None = None
     answers: dict[str, bool] = {}
-    if hidden is not None and static_graph():
+    if hidden is not None and static:
         layout = PaddedRows.of(x, here(hidden, x))
     elif hidden is not None:
         layout, values = layout_and_flags(~hidden, [q.to(hidden.device) for q in questions.values()])
@@ -68,7 +69,7 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """torch's bool masks (True is hidden) as 0 and -inf; float masks as they are."""
     if mask.is_floating_point():
         return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, float("-inf"))
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, float("-inf"))
 
 
 def _is_not_causal(mask: Tensor, padding: Tensor | None) -> Tensor:

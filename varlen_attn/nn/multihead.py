@@ -136,6 +136,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         self.backend, self.window, self.padding_rows = backend, window, padding_rows if zero_padding_rows else "exact"
         self.zero_padding_rows = self.padding_rows != "exact"
         self.register_forward_pre_hook(_block_fast_path)
+        self.__module__ = nn.MultiheadAttention.__module__  # so that `torch.fx` makes a leaf of it, as it does of torch's
 
     def forward(
         self,
@@ -184,7 +185,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
                 window = self.window
                 if layout is layout_kv or not (is_causal or window is not None):
                     return self._attend(query, key, key, layout, layout_kv, is_causal, window, self.backend), None
-        trace_quietly()
+        trace_quietly(query)
         key = query if key is None else key
         value = key if value is None else value
         order = requested_backend(self.backend if backend is None else backend)
@@ -211,7 +212,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         masks = key_padding_mask, attn_mask
         layouts, causal, why_dense = self._plan(inputs, masks, need_weights, is_causal, window is not None, layout, layout_kv)
         if why_dense is None:
-            rows = inputs.each(*layouts, partial(pack_rows, form=form))
+            rows = inputs.each(*layouts, partial(pack_rows, form=form, apart=True))
             return unpack_rows(layouts[0], self._attend(*rows, *layouts, causal, window, order), form, given, self.padding_rows), None
         self._refuse_dense(order, layouts, why_dense)
         check_holes(*layouts, Semantics.of(window=window))

@@ -149,7 +149,7 @@ def pack_input(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Pac
         check_layouts(masks.layout, None)
     else:
         check_layouts(None, masks.layout)
-    trace_quietly()
+    trace_quietly(x)
     form, given, own = form_of(attn, x, masks.layout), x, masks.layout
     if masks.layout is not None and masks.key_padding is not None:
         raise ArgumentError("pass a key padding mask or a layout, not both: nothing says which one counts.")
@@ -165,7 +165,7 @@ def pack_input(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Pac
         own, _ = static_layouts(x, own, x, None)
     facts = read_masks(x, padding, masks.attn, hint=masks.is_causal, compare=masks.compare or masks.is_causal or form != "packed")
     layout = facts.layout or own or full_layout(x)
-    rows = pack_rows(layout, x, name, form)
+    rows = pack_rows(layout, x, name, form, apart=True)
     if form not in ROWS:  # not the caller's own
         mark_unbacked(rows)
     causal = masks.is_causal if masks.attn is None else not facts.not_causal

@@ -59,6 +59,7 @@ class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
         super().__init__(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype)
         # A new class for the same object, so that the initial weights are those that torch draws with this seed.
         self.self_attn.__class__ = VarlenMultiheadAttention
+        self.__module__ = nn.TransformerEncoderLayer.__module__  # so that `torch.fx` makes a leaf of it, as it does of torch's
 
     def forward(
         self,
@@ -147,6 +148,7 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
         # torch warns where its nested tensors cannot serve a layer; they are not used here.
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
         self.enable_nested_tensor = enable_nested_tensor
+        self.__module__ = nn.TransformerEncoder.__module__
         for layer in self.layers:
             if type(layer) is nn.TransformerEncoderLayer and type(layer.self_attn) in _ATTENTIONS:
                 layer.__class__ = VarlenTransformerEncoderLayer
@@ -227,6 +229,7 @@ class VarlenTransformerDecoderLayer(nn.TransformerDecoderLayer):
     ) -> None:
         super().__init__(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype)
         self.self_attn.__class__ = self.multihead_attn.__class__ = VarlenMultiheadAttention
+        self.__module__ = nn.TransformerDecoderLayer.__module__
 
     def forward(
         self,
@@ -314,6 +317,7 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
 
     def __init__(self, decoder_layer: nn.TransformerDecoderLayer, num_layers: int, norm: nn.Module | None = None) -> None:
         super().__init__(decoder_layer, num_layers, norm)
+        self.__module__ = nn.TransformerDecoder.__module__
         for layer in self.layers:
             attns = (getattr(layer, "self_attn", None), getattr(layer, "multihead_attn", None))
             if type(layer) is nn.TransformerDecoderLayer and all(type(a) in _ATTENTIONS for a in attns):

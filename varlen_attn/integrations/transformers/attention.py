@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..._state import state
-from ..._torch import between_graphs, is_tracing
+from ..._torch import between_graphs, is_tracing, is_transformed
 from ...attention.call import Options as Asked
 from ...attention.call import attend
 from ...attention.dispatch import requested_backend
@@ -310,7 +311,7 @@ def _dense(
     if isinstance(mask, VarlenMask):
         meaning = mask.meaning
         mask, is_causal = (None, meaning.pattern.causal) if meaning.is_plain else (meaning.dense, False)
-    fused = options.softcap is None and options.sinks is None and not options.weights
+    fused = options.softcap is None and options.sinks is None and not options.weights and not is_transformed()
     if options.bias is not None and "position_bias" not in _sdpa().__code__.co_varnames:
         fused = False  # an earlier one would take it among its other keywords, and leave it out
     note: AbstractContextManager[object] = nullcontext()
@@ -319,10 +320,10 @@ def _dense(
             ("device_type", query.device.type),
             ("device_index", query.device.index),
             ("dtype", query.dtype),
-            ("num_heads", query.shape[1]),
-            ("num_kv_heads", key.shape[1]),
-            ("head_dim", query.shape[3]),
-            ("value_head_dim", value.shape[3]),
+            ("num_heads", index(query.shape[1])),
+            ("num_kv_heads", index(key.shape[1])),
+            ("head_dim", index(query.shape[3])),
+            ("value_head_dim", index(value.shape[3])),
         )
         note_static(problem, (), None, None, _ONE_GRAPH)
     elif state.records:

@@ -25,8 +25,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..._state import state
 from ..._switch import Alive, Use, in_use, uses
-from ..._torch import between_graphs, is_tracing
+from ..._torch import between_graphs, is_tracing, is_unreadable
 from ...attention.dispatch import requested_backend
+from ...attention.export import static_graph
 from ...data.host_lengths import HostLengths
 from ...errors import ArgumentError
 from ...layout.seq_layout import SeqLayout
@@ -353,9 +354,12 @@ def meaning_of_numbers(mask: Tensor) -> Meaning | None:
     known, forward = of_numbers.get(mask), _thread.forwards[-1] if _thread.forwards else None
     if forward is None or (known is not None and known.forwards[-1:] == [forward]):
         return known
-    padding = mask.clone() if mask.dim() == 2 else forward.given().get("attention_mask")
+    given = forward.given()
+    padding = mask.clone() if mask.dim() == 2 else given.get("attention_mask")
     if not isinstance(padding, Tensor) or padding.dim() != 2 or padding.is_floating_point() or padding.device != mask.device:
         return None
+    if any(isinstance(x := given.get(name), Tensor) and x.shape[:2] != padding.shape for name in ("input_ids", "inputs_embeds")):
+        return None  # keys are cached
     columns = padding.shape[1]
     made = of_numbers[mask] = Meaning((len(padding), 1, columns, columns), mask.device, Pattern(False), padding, 0, padding.clone)
     return made
@@ -488,34 +492,37 @@ def varlen_mask(
     _refuse_own_attention(kwargs.get("config"))
     device = torch.device(kwargs.get("device", "cpu"))
     pattern = None if kwargs.get("use_vmap") else classify(mask_function)
+    make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    if static_graph() or (attention_mask is not None and is_unreadable(attention_mask)):
+        return make()  # type: ignore[no-any-return]
     order = requested_backend("auto")
     plain = isinstance(q_offset, int) and (q_length > 1 or order != "auto") and device.type != "meta"
-    traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if pattern is None:
         for forward in _under_way()[-1:]:
             forward.padded_because = "a kind of layers whose mask has a pattern that is not known"
-    if pattern is None or not plain or traced or (attention_mask is not None and attention_mask.dim() != 2):
+    if pattern is None or not plain or (attention_mask is not None and attention_mask.dim() != 2):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]
     assert isinstance(q_offset, int)
     padding = _padding_of_columns(attention_mask, kv_length, kv_offset)
-    if order == "auto" and not state.records and _says_it_all(pattern, padding, q_length == kv_length and q_offset == kv_offset):
+    square = (q_length, q_offset) == (kv_length, kv_offset)
+    if order == "auto" and not state.records and _says_it_all(kwargs.get("config"), pattern, padding, square):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]
     pattern = pattern._replace(window=_effective(pattern.window, q_length, kv_length))
     if padding is not None and tuple(padding.shape) != (batch_size, kv_length):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]  # transformers' error, or its broadcasting
-    make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     if _thread.seen is not None and padding is not None:
         _thread.seen.append(padding)
     shape, known = (batch_size, 1, q_length, kv_length), {"config": kwargs.get("config"), "dtype": kwargs.get("dtype", torch.float32)}
     return VarlenMask(Meaning(shape, device, pattern, padding, q_offset - kv_offset, make, **known))
 
 
-def _says_it_all(pattern: Pattern, padding: Tensor | None, square: bool) -> bool:
+def _says_it_all(config: Any, pattern: Pattern, padding: Tensor | None, square: bool) -> bool:
     """Whether nothing is packed, because nothing is padded, and layers know themselves whether they are causal: of a model that is enabled,
     and that transformers lets attend by ``sdpa`` with no more than that."""
     if pattern.window is not None or pattern.documents is not None or not (square or not pattern.causal) or not _thread.forwards:
         return False
-    if not getattr(_thread.forwards[-1].model, "_supports_sdpa", False):
+    # One that came with ``eager`` may be told so again while its forward is under way.
+    if not getattr(_thread.forwards[-1].model, "_supports_sdpa", False) or getattr(config, "__dict__", {}).get(INTERNAL) == "eager":
         return False
     return padding is None or (padding.device.type == "cpu" and bool(padding.all()))
 

@@ -155,7 +155,7 @@ class LayerHook:
         if meaning is None or not self.last:  # pickles of earlier versions have this after every layer
             return None
         hidden = result if isinstance(result, Tensor) else result[0]
-        in_rows = meaning.rows is not None or (self.islands and hidden.shape[:2] != meaning.shape[::2])
+        in_rows = meaning.rows is not None or (self.islands and meaning.shape[::2] != hidden.shape[:2] == (1, meaning.keys.num_rows))
         if in_rows:
             meaning.hands_on(rows=False)
             end_rows()
@@ -174,6 +174,13 @@ class LayerHook:
                 states[i] = put_back(x)
         return put_back(result) if isinstance(result, Tensor) else (put_back(result[0]), *result[1:])
 
+    def before_islands(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """`before`, and in graphs nothing, which goes on in them."""
+        return None if torch.compiler.is_compiling() else self.before(module, args, kwargs)
+
+    def after_islands(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
+        return None if torch.compiler.is_compiling() else self.after(module, args, kwargs, result)
+
     def _meaning(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None:
         """Of the first mask that a layer is given. Attention code of its own has one of numbers, made of that which its model was given."""
         for x in (*args, *kwargs.values()):
@@ -185,7 +192,8 @@ class LayerHook:
 
 
 class Island:
-    """Around attention that needs columns, in a stack whose layers are computed on rows.
+    """Around attention that needs columns, in a stack whose layers are computed on rows. In graphs of `torch.compile`, which these hooks do
+    not end, the layers are not.
 
     Attributes:
         recorded: the attention itself says what it computes.
@@ -194,7 +202,6 @@ class Island:
     def __init__(self, recorded: bool) -> None:
         self.recorded = recorded
 
-    @between_graphs
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -215,7 +222,6 @@ class Island:
 
         return tuple(map(padded, args)), {name: padded(x) for name, x in kwargs.items()}
 
-    @between_graphs
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
         given = (*args, *kwargs.values()) if isinstance(kwargs, dict) else ()
         layout = next((x.of_rows for x in given if isinstance(x, Tensor) and hasattr(x, "of_rows")), None)
@@ -229,7 +235,6 @@ class Island:
 class Projection:
     """Around a linear layer of an island, which computes rows as well."""
 
-    @between_graphs
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -241,7 +246,6 @@ class Projection:
         rows.of_columns = meaning.keys
         return (rows, *args[1:]), kwargs
 
-    @between_graphs
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
         layout = getattr(args[0], "of_columns", None) if args and isinstance(kwargs, dict) else None
         return None if layout is None or result is None else layout.unpack(result[0])
@@ -661,9 +665,10 @@ def on_layers(tree: ModelId, layers: nn.ModuleList, islands: Sequence[nn.Module]
     for i, layer in enumerate(layers):
         hook = LayerHook(tree, layer, i == len(layers) - 1, len(islands) > 0)
         # Before hooks of others, which then see what the layer sees.
-        made.append(Hook(layer, hook.before, False, False, RemovableHandle(layer._forward_pre_hooks).id))
+        before, after = (hook.before_islands, hook.after_islands) if hook.islands else (hook.before, hook.after)
+        made.append(Hook(layer, before, False, False, RemovableHandle(layer._forward_pre_hooks).id))
         if hook.last:
-            made.append(Hook(layer, hook.after, True, False, RemovableHandle(layer._forward_hooks).id))
+            made.append(Hook(layer, after, True, False, RemovableHandle(layer._forward_hooks).id))
     return made
 
 

@@ -133,13 +133,13 @@ class Cpu(Backend):
     name = "cpu"
     custom_op = checks_offsets = True
     install = "use a torch that has it"
-    capabilities = Capabilities(devices=frozenset({"cpu"}), dtypes=FLOATS, batch_invariant=True)
+    capabilities = Capabilities(devices=frozenset({"cpu"}), dtypes=FLOATS, batch_invariant=True, transforms=True)
 
     def missing(self, problem: Problem) -> str | None:
         return None if _flash and _flash_backward else f"this torch has no aten::{_KERNEL} with a backward"
 
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
-        if problem.tracing and needs_eager(problem.semantics):
+        if problem.tracing and (needs_eager(problem.semantics) or problem.transformed):
             yield Refusal(
                 "does softcap, dropout, sinks and score biases one sequence at a time, by offsets that tracing cannot read",
                 "call it outside the compiled function",

@@ -131,8 +131,6 @@ class CpuNative(Backend):
             yield Refusal(str(_native.why_not()), "unset it", "machine")
         if 0 in (problem.head_dim, problem.value_head_dim):
             yield Refusal("needs head dimensions of at least 1", "order backend='cpu'")
-        if problem.transformed:
-            yield Refusal("has a backward only, and this is torch.func or forward-mode AD", "order backend='cpu'")
 
     def kernel(self, problem: Problem) -> str:
         return "compiled kernel" if _native.why_not() else f"compiled kernel ({_native.library()})"

@@ -129,9 +129,7 @@ class FlashOps(Backend):
     capabilities = replace(FLASH, min_capability=(9, 0), rocm=False, dropout=False, alibi=False)
 
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
-        if problem.transformed:
-            yield Refusal("has a backward only, and this is torch.func or forward-mode AD", "order backend='sdpa_padded'")
-        yield from scale_refusals(problem)
+        return scale_refusals(problem)
 
     @fitted(align=False)
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:

@@ -22,7 +22,7 @@ for the kernel, forward and backward:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..._torch import compile_error, mark_dynamic
 from ...errors import ArgumentError
-from ..base import HALF, Backend, Capabilities, Refusal, contiguous_grad, nothing, pad_head_dim
+from ..base import HALF, Backend, Capabilities, contiguous_grad, nothing, pad_head_dim
 from ..problem import Problem, installed_version
 from ..values import Call, Result, ScoreBias
 from .flex_blocks import BLOCK, Visible, visible_pairs
@@ -65,10 +65,6 @@ class Flex(Backend):
         if here and torch.cuda.is_available() and all(installed_version(name) is None for name in _TRITON):
             return f"Triton is not installed (none of {', '.join(_TRITON)}), and flex_attention is compiled with it"
         return None
-
-    def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
-        if problem.transformed:
-            yield Refusal("has no rules for torch.func and forward-mode AD", "call it outside of them")
 
     def kernel(self, problem: Problem) -> str:
         return "flex_attention (triton_tem_fused_flex_attention)"
