@@ -544,17 +544,17 @@ def outcome(transform: Transform, entry: Entry) -> str:
 # -------------------------------------------------------------------- the page
 
 PAGE = Path(__file__).parents[1] / "docs" / "transforms.md"
-_INTRODUCTION = """# What torch does to functions, and this package
+_INTRODUCTION = """# Transforms of torch
 
-Each row is something that torch does to functions or models, each column a way into this package, on a CPU, with torch {torch} and a padded
-batch. *right* means: the same numbers as plain PyTorch, or as one sample after another, which `tests/test_transforms.py` compares in
-float64. A number refers to the sentence below with which it is refused. Nothing else occurs: no wrong number, and nothing that is left out.
+Each row is a transform that torch applies to functions or models, and each column is a function or module of this package. All ran on a CPU,
+with torch {torch} and a padded batch. *right* means that the numbers are those of plain PyTorch, or of one sample after another;
+`tests/test_transforms.py` compares them in float64. A number refers to the error below. No other outcome occurs: no numbers are wrong.
 
-- Under `torch.func` and forward-mode AD attention is eager maths on the packed tokens, because kernels have a backward only.
-- Where `torch.vmap` maps the mask, each sample has its own, and packing is impossible: attention runs on padded tensors with a mask.
-  Results hold the same at padding.
-- A graph of `make_fx` holds padded attention with a mask, and serves all masks of its shape.
-- `torch.fx.symbolic_trace` makes a leaf of each module of this package, as it does of torch's.
+- Under `torch.func` and forward-mode AD, attention is eager math on the packed tokens, because kernels have only a backward.
+- Where `torch.vmap` maps the mask, each sample has its own mask, and packing is impossible. Attention runs on padded tensors with a mask.
+  Rows at padding of the results are the same.
+- A graph of `make_fx` contains padded attention with a mask, and serves all masks of its shape.
+- `torch.fx.symbolic_trace` makes each module of this package a leaf, as it does with torch's modules.
 
 `make docs-tables` writes this page from `tests/transforms.py`.
 """
