@@ -546,8 +546,8 @@ def outcome(transform: Transform, entry: Entry) -> str:
 PAGE = Path(__file__).parents[1] / "docs" / "transforms.md"
 _INTRODUCTION = """# Transforms of torch
 
-Each row is a transform that torch applies to functions or models, and each column is a function or module of this package. All ran on a CPU,
-with torch {torch} and a padded batch. *right* means that the numbers are those of plain PyTorch, or of one sample after another;
+Each row is a transform that torch applies to functions or models, and each column is a function or module of this package. They ran on a
+CPU, with torch {torch} and a padded batch. *right* means that the numbers are those of plain PyTorch, or of one sample after another;
 `tests/test_transforms.py` compares them in float64. A number refers to the error below. No other outcome occurs: no numbers are wrong.
 
 - Under `torch.func` and forward-mode AD, attention is eager math on the packed tokens, because kernels have only a backward.
