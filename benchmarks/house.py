@@ -27,12 +27,12 @@ from varlen_attn.kernels.cpu import build as _native
 HOME = Path(varlen_attn.__file__).parent
 TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 BOUNDS = {
-    "lines of code": 10_850,
+    "lines of code": 11_510,
     "calls of a layer of nn.TransformerEncoder": 26,
     "calls of a layer of BertModel": 22,
     "calls of varlen_mha": 60,
     "files at the top level": 8,
-    "floors": 27,
+    "floors": 28,
     "ranks": 9,
     "stands": 0,
     "whoever": 0,

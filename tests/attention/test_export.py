@@ -372,7 +372,7 @@ def test_an_order_is_an_order() -> None:
     for order in ("cpu", "reference"):
         with (
             use_backend(order),
-            pytest.raises(BackendRefused, match=rf"backend '{order}' was requested but cannot run this call: it is exported.*Fix: export"),
+            pytest.raises(BackendRefused, match=rf"backend '{order}' was requested .*: this call is exported.*Fix: export"),
         ):
             torch.export.export(model, EXAMPLE)
     with use_backend("sdpa_padded"):

@@ -97,7 +97,7 @@ def varlen_attention_forward(
     ):
         return _attend_rows(module, query, key, value, meaning.stack, Options(scaling, dropout, softcap, None, s_aux, False)), None
     as_sdpa = plain and meaning is None and softcap is None and s_aux is None and not (state.records or torch.compiler.is_compiling())
-    if as_sdpa and requested_backend("auto") == "auto" and "attentions" not in collected():
+    if as_sdpa and not is_transformed() and requested_backend("auto") == "auto" and "attentions" not in collected():
         return _sdpa()(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)  # type: ignore[no-any-return]
     options = Options(scaling, dropout, softcap, position_bias, s_aux, wants_weights)
     # In `torch.compile` layouts are made, and looked at, between graphs.
