@@ -158,12 +158,13 @@ trial = if command -v $(firstword $(2)) >/dev/null; then set -e; echo "$(2)"; $(
 
 dist:
 	@test -x $(DIST)/bin/python || $(PYTHON) -m venv $(DIST)
-	@$(DIST)/bin/python -m pip install --disable-pip-version-check -qq hatchling $(ZIG)
+	@$(DIST)/bin/python -m pip install --disable-pip-version-check -qq hatchling twine $(ZIG)
 	rm -rf dist
 	$(call for,x86_64-linux-gnu.2.28,manylinux_2_28_x86_64)
 	$(call for,aarch64-linux-gnu.2.28,manylinux_2_28_aarch64)
 	$(call for,aarch64-macos.11.0,macosx_11_0_arm64)
 	$(DIST)/bin/python -m hatchling build -t sdist
+	$(DIST)/bin/python -m twine check --strict dist/*
 	@$(call trial,x86_64,qemu-x86_64 -cpu Nehalem)
 	@$(call trial,x86_64,qemu-x86_64 -cpu Haswell)
 	@$(call trial,aarch64,qemu-aarch64 -L /usr/aarch64-linux-gnu)

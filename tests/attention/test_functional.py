@@ -324,7 +324,8 @@ def test_masks_say_what_layouts_say() -> None:  # R-26
         padded_attention(q, k, k, k_mask, query_padding_mask=False), padded_attention(q, k, k, layout=None, layout_kv=layout_k)
     )
     assert torch.equal(padded_attention(q, q, q, q_mask), padded_attention(q, q, q, layout=layout_q))
-    assert torch.equal(padded_attention(q, q, q), padded_attention(q, q, q, torch.zeros(2, 3, dtype=torch.bool)))
+    # So little that it may be computed on the padded batch, by another kernel.
+    torch.testing.assert_close(padded_attention(q, q, q), padded_attention(q, q, q, torch.zeros(2, 3, dtype=torch.bool)))
     assert torch.equal(
         padded_attention(q, k, k, query_padding_mask=False),
         padded_attention(q, k, k, torch.zeros(2, 5, dtype=torch.bool), query_padding_mask=False),
@@ -456,7 +457,7 @@ def test_mha_forms_agree() -> None:
     assert torch.equal(varlen_mha(layout.pack(x), layout=layout, num_heads=2, **weights), layout.pack(padded))
     bare = varlen_mha(x, mask, num_heads=2)
     heads = x.view(2, 4, 2, 3)
-    assert torch.equal(bare.view(2, 4, 2, 3), padded_attention(heads, heads, heads, mask))
+    torch.testing.assert_close(bare.view(2, 4, 2, 3), padded_attention(heads, heads, heads, mask))  # by another kernel, if so little
     qkv = torch.randn(2, 4, 3, 2, 5)
     stacked = varlen_mha(qkv, mask, causal=True)
     assert torch.equal(stacked, padded_attention(*qkv.unbind(2), mask, causal=True))
