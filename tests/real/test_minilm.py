@@ -155,7 +155,9 @@ def test_padding_is_not_read(model: Any) -> None:
         out, poisoned, wide = (inside(model)(**x).last_hidden_state for x in (inputs, others, wider))
     assert torch.equal(poisoned, out)
     assert torch.equal(wide[:, : real.shape[1]], out)
-    assert torch.equal(wide[:, real.shape[1] :], wide[torch.arange(len(real)), real.sum(1) - 1][:, None].expand_as(wide[:, real.shape[1] :]))
+    assert torch.equal(
+        wide[:, real.shape[1] :], wide[torch.arange(len(real)), real.sum(1) - 1][:, None].expand_as(wide[:, real.shape[1] :])
+    )
 
 
 # -------------------------------------------------------------------- encode
