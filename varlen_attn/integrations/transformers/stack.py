@@ -48,6 +48,7 @@ from .mask import (
     leave_forward,
     meaning_of_numbers,
     of_numbers,
+    take_over,
 )
 
 _SKIPPING_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
@@ -134,7 +135,8 @@ class LayerHook:
                     'varlen_attn.enable(model, level="attention").'
                 )
             if y is _REFUSED:
-                meaning.keep_padded(f"the layers are given `{name}`, which is not by token, or asked for it", filled)
+                kind = f", a {type(x).__name__}" if hasattr(x, "get_seq_length") else ""
+                meaning.keep_padded(f"the layers are given `{name}`{kind}, which is not by token, or asked for it", filled)
                 return None
             packed.append(y)
         if not is_rows:
@@ -253,12 +255,12 @@ class Projection:
 
 def _why_as_it_came(layer: nn.Module, hidden: Tensor, meaning: Meaning, islands: bool) -> str | None:
     """None for the padded tokens of a self-attention, where no reader of rows at padding is known."""
-    batch_size, _, len_q, len_k = meaning.shape
+    batch_size, _, len_q, _ = meaning.shape
     if meaning.numbers is not None and not islands:
         return LOOKED_AT
     if islands and is_compiled(layer):
         return "compiled layers, whose attention needs columns"
-    if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != len_k or meaning.first_query != 0:
+    if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != meaning.columns or meaning.first_query != 0:
         return "there are cached keys, or keys of others"
     # Compiled layers get rows in any case: the same graphs serve all batches, and none ends before attention.
     if meaning.pattern.documents is not None or (not is_compiled(layer) and (meaning.padding is None or meaning.keys.is_dense)):
@@ -322,8 +324,8 @@ def _packed(name: str, x: Any, meaning: Meaning, hidden: Tensor, rows: Tensor, i
         parts = tuple(_packed(name, z, meaning, hidden, rows, islands) for z in x)
         keep = isinstance(x, tuple) and all((name, id(z)) in meaning.packed_arguments for z in x)
         y = _REFUSED if any(z is _REFUSED for z in parts) else parts
-    elif type(x) is _cache_classes()[0]:
-        y = _cache_classes()[1](x, meaning.keys)
+    elif (view := _view_of(type(x))) is not None:  # type: ignore[arg-type]
+        y = view(x, meaning.keys)
     if keep and y is not _REFUSED:
         meaning.packed_arguments[name, id(x)] = x, y
     return y
@@ -337,24 +339,25 @@ def _is_foreign(name: str) -> bool:
 # -------------------------------------------------------------------- caches
 
 
+class _PackedCache:
+    """A view of an empty cache for layers that run packed: they go on with their rows, the cache gets padded ones, 0 at padding."""
+
+    def __init__(self, cache: Any, layout: SeqLayout) -> None:
+        self.__dict__.update(cache.__dict__)  # the same layers
+        self.layout = layout
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = (self.layout.unpack(x[0].transpose(0, 1)).transpose(1, 2) for x in (key_states, value_states))
+        super().update(keys, values, *args, **kwargs)  # type: ignore[misc]
+        return key_states, value_states
+
+
 @cache
-def _cache_classes() -> tuple[Any, Any]:
-    """The caches that grow with their tokens, and a view of them for layers that run packed."""
-    from transformers.cache_utils import DynamicCache
+def _view_of(kind: type) -> Any:
+    """Of a cache that holds keys by column: one that grows with its tokens, or has its length from the beginning; None for all others."""
+    from transformers.cache_utils import DynamicCache, StaticCache
 
-    class PackedCache(DynamicCache):  # type: ignore[misc]
-        """A view of an empty cache for layers that run packed: they go on with their rows, the cache gets padded ones, 0 at padding."""
-
-        def __init__(self, cache: Any, layout: SeqLayout) -> None:
-            self.__dict__.update(cache.__dict__)  # the same layers
-            self.layout = layout
-
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            keys, values = (self.layout.unpack(x[0].transpose(0, 1)).transpose(1, 2) for x in (key_states, value_states))
-            super().update(keys, values, *args, **kwargs)
-            return key_states, value_states
-
-    return DynamicCache, PackedCache
+    return type(f"Packed{kind.__name__}", (_PackedCache, kind), {}) if kind in (DynamicCache, StaticCache) else None
 
 
 # -------------------------------------------------------------------- models
@@ -387,8 +390,10 @@ class ModelHook:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Called by the model's forward, and as a hook in pickles of earlier versions, like `after`."""
         if kwargs is not None and not torch.compiler.is_compiling():
+            given = partial(self._given, args, kwargs)
             why_not = partial(self._why_not, module, args, kwargs, inspect.currentframe())
-            enter_forward(Forward(self.tree, module, why_not, partial(self._given, args, kwargs)))
+            enter_forward(Forward(self.tree, module, why_not, given))
+            take_over(_masks_of(given()))
             if self.tree.left:
                 leave_forward(module)
 
@@ -431,7 +436,8 @@ class ModelHook:
         (reason, around_it), given = _around(module, frame), self._given(args, kwargs)
         if (reason := self._changed(module) or reason) is not None:
             return reason
-        mask, ids = given.get("attention_mask"), given.get("input_ids")
+        mask, ids = next(iter(_masks_of(given)), None), given.get("input_ids")
+        mask = mask.meaning.padding if isinstance(mask, VarlenMask) else mask
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
             return None
         ids = ids.to(mask.device) if isinstance(ids, Tensor) and ids.shape == mask.shape else None
@@ -466,6 +472,12 @@ class ModelHook:
                     found.append((reason, _counts(x, padding)))
         said = torch.stack([x for _, x in found]).tolist() if found else []
         return next((reason for (reason, _), x in zip(found, said, strict=True) if x), None)
+
+
+def _masks_of(given: Mapping[str, Any]) -> list[Any]:
+    """One, or one for each kind of layers."""
+    mask = given.get("attention_mask")
+    return [*mask.values()] if isinstance(mask, Mapping) else [mask]
 
 
 def _around(module: nn.Module, frame: FrameType | None) -> tuple[str | None, dict[str, Any]]:
