@@ -1241,7 +1241,7 @@ def test_masks_of_every_form(name: str, form: str) -> None:
 
 
 def test_bidirectional_attention_of_a_causal_model() -> None:
-    """Whoever makes an embedding model of a language model says so in the call; padding on the left is then an encoder's."""
+    """Whoever makes an embedding model of a language model says so in the call."""
     model = build("Llama")
     for side in ("right", "left"):
         inputs = batch(side, is_causal=False)
@@ -1250,7 +1250,7 @@ def test_bidirectional_attention_of_a_causal_model() -> None:
         assert error(model(**batch(side))[0][valid], expected[valid]) > 0.1
         with enabled(model):
             assert_close(model(**inputs)[0][valid], expected[valid])
-            assert packed_calls(model, **inputs) == (2 if side == "right" else 0)
+            assert packed_calls(model, **inputs) == 2
 
 
 def test_inputs_that_are_embedded_already() -> None:

@@ -508,7 +508,7 @@ def test_every_row_is_that_of_sdpa(case: Asked, heads: Heads) -> None:
 def test_packed_rows_see_what_they_saw(case: Asked) -> None:
     """A stack that runs packed hands the same pattern on for its rows ``(1, T)``."""
     meaning = case.mask.meaning
-    layout = meaning.keys
+    layout = meaning.tokens
     packed_mask = meaning.packed
     assert packed_mask.shape == (1, 1, layout.num_rows, layout.num_rows)
     batch, columns = meaning.shape[0], meaning.shape[3]

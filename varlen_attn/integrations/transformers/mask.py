@@ -53,12 +53,17 @@ class Pattern(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """A call of packed attention that does the same: rows by ``layout_q``, keys by ``layout_kv``, which may cover fewer columns."""
+    """A call of packed attention that does the same: rows by ``layout_q``, keys by ``layout_kv``, which may cover fewer columns.
+
+    Attributes:
+        blind: ``(T,)`` True at rows that see nothing; None where each sees some.
+    """
 
     layout_q: SeqLayout
     layout_kv: SeqLayout
     causal: bool | str
     window: Window | None
+    blind: Tensor | None = None
 
 
 # -------------------------------------------------------------------- forwards
@@ -192,7 +197,7 @@ class Meaning:
         padding: ``(B, columns)``, True is a token; None for no padding.
         first_query: the key column of the first query.
         make: transformers' own mask.
-        rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows.
+        rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows; `blind`: those that see nothing.
         forwards: of the models in whose forwards the mask was made, the innermost last.
         config: of the model.
         dtype: of the scores.
@@ -212,9 +217,10 @@ class Meaning:
     forwards: list[Forward] = field(default_factory=_under_way)
     config: Any = None
     dtype: torch.dtype = torch.float32
+    blind: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.stack = None if self.rows is None else Packing(self.rows, self.rows, self.pattern.causal, self.pattern.window)
+        self.stack = None if self.rows is None else Packing(self.rows, self.rows, *self.pattern[:2], self.blind)
         self.packed_arguments: dict[tuple[str, int], tuple[Any, Any]] = {}
         self.made: Tensor | None = None
         self.numbers: Tensor | None = None
@@ -282,6 +288,13 @@ class Meaning:
             return SeqLayout.from_document_ids(self.pattern.documents + 1)
         return self._all(self.columns) if self.padding is None else _layout_of(self.padding)
 
+    @cached_property
+    def tokens(self) -> SeqLayout:
+        """Of what a packed stack computes: these columns, and all of a row that has none. They see nothing, and may be read."""
+        if not self.keys.lengths or 0 not in self.keys.lengths or self.padding is None:
+            return self.keys
+        return _layout_of(self.padding | ~self.padding.any(1, keepdim=True))
+
     def _all(self, columns: int) -> SeqLayout:
         return SeqLayout.from_lengths([columns] * self.shape[0], columns, device=self.device)
 
@@ -338,10 +351,11 @@ class Meaning:
     @cached_property
     def packed(self) -> VarlenMask:
         """The same for the packed rows ``(1, T)`` of a self-attention without cached keys."""
-        total = self.keys.num_rows
-        make = partial(_block_diagonal, self.keys, self.pattern)
-        shape = (1, 1, total, total)
-        return VarlenMask(Meaning(shape, self.device, self.pattern, None, 0, make, self.keys, self.forwards, self.config, self.dtype))
+        layout, total = self.tokens, self.tokens.num_rows
+        blind = None if layout is self.keys or self.padding is None else ~layout.pack(self.padding)
+        make = partial(_block_diagonal, layout, self.pattern, blind)
+        known = layout, self.forwards, self.config, self.dtype, blind
+        return VarlenMask(Meaning((1, 1, total, total), self.device, self.pattern, None, 0, make, *known))
 
     def is_of_columns_of(self, other: Meaning) -> bool:
         """Whether both are masks of one self-attention: the same columns, the same padding."""
@@ -359,7 +373,8 @@ class Meaning:
         padding = None if self.padding is None else self.padding.to(device)
         rows = None if self.rows is None else self.rows.to(device)
         dense = lambda: self.dense.to(device)  # noqa: E731
-        return Meaning(self.shape, device, pattern, padding, self.first_query, dense, rows, config=self.config, dtype=self.dtype)
+        known = dict(config=self.config, dtype=self.dtype, blind=None if self.blind is None else self.blind.to(device))
+        return Meaning(self.shape, device, pattern, padding, self.first_query, dense, rows, **known)
 
 
 # What masks of numbers mean, also to layers that are computed again when no forward is under way. Gone with them.
@@ -465,7 +480,7 @@ def _reaches_last_column(padding: Tensor | None, keys: SeqLayout, last: int) -> 
     return bool((padding[:, last - 1] | ~padding[:, :last].any(1)).all())
 
 
-def _block_diagonal(layout: SeqLayout, pattern: Pattern) -> Tensor:
+def _block_diagonal(layout: SeqLayout, pattern: Pattern, blind: Tensor | None = None) -> Tensor:
     """``(1, 1, T, T)``: what packed rows see, for code that wants numbers."""
     rows, columns = layout.seq_ids[:, None], layout.seq_ids
     distance = layout.positions - layout.positions[:, None]
@@ -476,7 +491,7 @@ def _block_diagonal(layout: SeqLayout, pattern: Pattern) -> Tensor:
         left, right = pattern.window
         visible = visible if left is None else visible & (distance >= -left)
         visible = visible if right is None else visible & (distance <= right)
-    return visible[None, None]
+    return visible[None, None] if blind is None else visible[None, None] & ~blind
 
 
 # -------------------------------------------------------------------- made by transformers' mask functions
