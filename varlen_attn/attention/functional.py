@@ -100,7 +100,7 @@ def varlen_attention(
             ``(head, q_position, k_position) -> tensor`` on broadcastable index tensors. With gradient.
         sinks: ``(N,)``: a logit for each head that joins the softmax's denominator only. With gradient.
         return_lse: also return the natural log of the sum of the exponentials, sinks not included.
-        backend: ``"auto"``, or an order: a name or a `Backend`. It runs, or `BackendRefused` says why not.
+        backend: ``"auto"``, or a request: a name or a `Backend`. It runs, or `BackendRefused` says why not.
         deterministic: bitwise reproducible gradients; ``torch.are_deterministic_algorithms_enabled()`` if None.
         batch_invariant: a sequence's result is bitwise the same whatever its batch-mates.
 
@@ -111,7 +111,7 @@ def varlen_attention(
     Raises:
         ArgumentError, LayoutError: shapes, devices or values do not fit together.
         DtypeError: mixed dtypes outside autocast, float64 inside it, or no floating dtype.
-        BackendRefused: the ordered backend cannot run this.
+        BackendRefused: the requested backend cannot run this.
 
     The same in plain PyTorch, for one sequence ``q, k, v`` of ``(N, L, H)``::
 

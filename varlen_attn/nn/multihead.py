@@ -93,7 +93,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as torch's.
-        backend: ``"auto"``, or an order for `varlen_attention`.
+        backend: ``"auto"``, or a request for one, as in `varlen_attention`.
         window: ``(left, right)``, how many other tokens are visible on each side; None is unlimited.
         padding_rows: see above.
         zero_padding_rows: False is ``padding_rows="exact"``.
@@ -175,7 +175,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         Raises:
             AssertionError, RuntimeError: what torch raises for shapes and masks, with our fix appended.
             ArgumentError, LayoutError: layouts that do not fit.
-            BackendRefused: the ordered backend cannot run the call.
+            BackendRefused: the requested backend cannot run the call.
         """
         prepared: Any = layout
         if type(prepared) is Prepared:  # packed rows of a stack, which has checked everything and zeroes slack rows at its ends
@@ -291,7 +291,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
 
     def _refuse_dense(self, order: str | Backend, layouts: tuple[SeqLayout, SeqLayout], why: str) -> None:
         """The dense way is for the padded backend only, and knows one sequence a row."""
-        refuse_order(order, f"this call can only be computed the dense way: {why}", "drop that option, or order 'sdpa_padded'")
+        refuse_order(order, f"this call can only be computed the dense way: {why}", "drop that option, or use backend='sdpa_padded'")
         if any(x.row_ids is not None for x in layouts):
             raise LayoutError(
                 f"`layout` has several documents a row, but this call can only be computed the dense way, which knows one: {why}. "
