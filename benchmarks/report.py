@@ -12,7 +12,7 @@ from . import bench_compile, bench_host, plots, sections, what_ran
 from . import bench_transformers as hf
 from .bench_attention import GOALS
 from .bench_encoder import AGAIN, MASKED, OFF, ON, OURS
-from .markdown import DISTURBED, NEAR, setting, table, threads_of, widest
+from .markdown import DISTURBED, NEAR, machine, setting, table, threads_of, widest
 from .measure import RESULTS
 from .workloads import WORKLOADS
 
@@ -305,12 +305,18 @@ def _libraries(rows: list[dict[str, Any]]) -> str:
     return "; ".join(dict.fromkeys(row["libraries"] for row in rows))
 
 
-NAMES = ("encoder", "memory", "transformers", "attention", "mha", "layout", "length", "minitest", "host", "compile")
+NAMES = ("encoder", "memory", "transformers", "attention", "mha", "layout", "length", "minitest", "host", "compile", "curves", "acceptance")
 
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """What has been measured, by benchmark."""
     return {name: json.loads(path.read_text()) for name in NAMES if (path := folder / f"{name}.json").exists()}
+
+
+def others(folder: Path = RESULTS) -> dict[str, dict[str, dict[str, Any]]]:
+    """What has been measured on further machines, each in a folder of its own."""
+    found = {path.name: load(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+    return {name: results for name, results in found.items() if results}
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:
@@ -352,6 +358,7 @@ _SECTIONS = (
     ("attention", sections.roof),
     ("mha", sections.mha),
     ("length", sections.length),
+    ("curves", lambda rows: ["## A training, padded and packed", sections.curves(rows)]),
     ("layout", sections.layout),
 )
 _MINITEST = (
@@ -376,23 +383,36 @@ _SUMMARIES = {
 }
 
 
-def block(results: dict[str, dict[str, Any]]) -> str:
-    """What is between the markers of docs/performance.md."""
+def block(results: dict[str, dict[str, Any]], further: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """What is between the markers of docs/performance.md: tables of the first machine, and pictures of all."""
     parts = []
     for name, (caption, short) in _SUMMARIES.items():
         if name in results:
             rows, where = results[name]["rows"], setting(results[name]["environment"])
             parts += [f"{caption} {where}, {threads_of(max(r['threads'] for r in rows))}.", short(rows)]
-    if "length" in results:
-        says = "Time and memory of one layer against length, padded and packed, up to 16384 columns"
-        parts.append(f"![{says}]({PICTURES.name}/{plots.LENGTH})")
     notes = "A question mark: other processes disturbed the measurement. A dash: not measured."
-    return "\n\n".join([*parts, sections.losses(results), notes])
+    parts += [sections.losses(results), notes]
+    for heading, picture in (("## Length and memory", plots.LENGTH), ("## The same training", plots.CURVES)):
+        if picture in plots.files(results):
+            parts += [
+                heading,
+                *([sections.curves(results["curves"]["rows"])] if picture == plots.CURVES else []),
+                _picture(picture, results),
+            ]
+    parts += ["## Other machines"] if further else []
+    for folder, found in further.items():
+        name = machine(next(iter(found.values()))["environment"])
+        parts += [f"### {name}", *(_picture(picture, found, folder) for picture in plots.files(found, folder))]
+    return "\n\n".join(parts)
 
 
-def page(text: str, results: dict[str, dict[str, Any]]) -> str:
+def _picture(picture: str, results: dict[str, dict[str, Any]], folder: str = "") -> str:
+    return f"![{plots.SAYS[picture]}]({PICTURES.name}/{plots.files(results, folder)[picture]})"
+
+
+def page(text: str, results: dict[str, dict[str, Any]], further: dict[str, dict[str, dict[str, Any]]]) -> str:
     """docs/performance.md with its block written anew."""
-    return _between(text, BEGIN, END, block(results))
+    return _between(text, BEGIN, END, block(results, further))
 
 
 def gpu_page(text: str, on_gpus: Sequence[dict[str, Any]]) -> str:
@@ -412,11 +432,13 @@ def main() -> None:
     results = load(options.results)
     (options.results / "tables.md").write_text(tables(results))
     if options.results == RESULTS:
-        PAGE.write_text(page(PAGE.read_text(), results))
+        PAGE.write_text(page(PAGE.read_text(), results, others()))
         GPU_PAGE.write_text(gpu_page(GPU_PAGE.read_text(), what_ran.load()))
     drawn = ["no pictures: matplotlib is not installed (`make bench` does)"]
     if plots.available():
         drawn = plots.draw(results, PICTURES if options.results == RESULTS else options.results)
+        for folder, found in others().items() if options.results == RESULTS else ():
+            drawn += plots.draw(found, PICTURES, folder)
     print("written:", options.results / "tables.md", *drawn)
 
 
