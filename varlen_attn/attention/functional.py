@@ -94,7 +94,7 @@ def varlen_attention(
         window: ``(left, right)``: how many other tokens are visible on each side, inclusive; None is unlimited.
         scale: factor of the scores; ``H ** -0.5`` if left out.
         softcap: ``c`` of ``c * tanh(score / c)``.
-        dropout_p: probability of dropping an attention weight. It is what it says: pass 0 when evaluating.
+        dropout_p: probability of dropping an attention weight. It is always applied: pass 0 in evaluation.
         alibi_slopes: ``(N,)``; subtracts ``slope * |i + Lk - Lq - j|``, as flash-attn does. No gradient.
         score_bias: added to the scaled (and capped) scores: a tensor ``(N, Sq, Sk)`` indexed by positions, or a callable
             ``(head, q_position, k_position) -> tensor`` on broadcastable index tensors. With gradient.

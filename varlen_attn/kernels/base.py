@@ -180,7 +180,7 @@ class Backend(ABC):
     def refusals(self, problem: Problem, *, all_reasons: bool = True) -> tuple[Refusal, ...]:
         """All reasons against running ``problem``; none means that it runs.
 
-        Not all_reasons: whether a package is in order (which may import it) is asked only where nothing else speaks against it.
+        Without ``all_reasons`` a package is checked, which may import it, only where there is no other reason.
         """
         reasons = [*_capability_refusals(self.capabilities, problem), *self.extra_refusals(problem)]
         if self.capabilities.explicit_only and problem.requested != self.name:
