@@ -256,8 +256,8 @@ def _encoder_parts(rows: list[dict[str, Any]]) -> list[str]:
 def _memory_parts(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "## Memory",
-        "Peak of resident memory during one call on w4 beyond what stood before (model, inputs, gradients of the step before), each in a "
-        'process of its own. "Masked" is, for one layer, linear, `F.scaled_dot_product_attention` with a bool mask, linear; for the '
+        "Peak of resident memory during one call on w4 beyond what was there before it (model, inputs, gradients of the step before), each "
+        'in a process of its own. "Masked" is, for one layer, linear, `F.scaled_dot_product_attention` with a bool mask, linear; for the '
         "encoder, torch's with its fast path off. Ours is the backend `cpu` here.",
         memory(rows),
     ]
@@ -362,22 +362,24 @@ _SECTIONS = (
     ("layout", sections.layout),
 )
 _MINITEST = (
-    "The mini test, training of one attention layer (batch 32, 500 tokens, width 128, 4 heads): time of 100 steps, how many times that is "
-    'of the same layer with no option, and the kernel by `torch.profiler`; "scores" are written out, no fused kernel runs. '
+    "The mini test, training of one attention layer (batch 32, 500 tokens, width 128, 4 heads): time of 100 steps, the same relative to "
+    'that layer without options, and the kernel that `torch.profiler` saw. "Scores" means that no fused kernel ran and all scores were stored. '
     "With a mask a third of the positions is padding, which ours leaves out."
 )
-_WHOLE = "A whole encoder of 6 layers, padded in and out: times of `nn.TransformerEncoder`, its fast path off / ours."
+_WHOLE = (
+    "A whole encoder of 6 layers with padded input and output: how many times faster than `nn.TransformerEncoder` without its fast path."
+)
 _MODELS = (
-    "Models of transformers: times before, with attention by `sdpa` / after `enable`; beside it what that would be if all work were "
-    "by token."
+    "Models of transformers: how many times faster after `enable`. Before it, attention was `sdpa`. The last column is what that would be "
+    "if all work were done for each token alone."
 )
 _SUMMARIES = {
     "minitest": (_MINITEST, sections.minitest_summary),
     "encoder": (_WHOLE, encoder_summary),
     "transformers": (_MODELS, transformers_summary),
     "attention": (
-        "Attention only: times of masked SDPA / ours. Of two numbers the first is the compiled kernel's and the second of `cpu`, which "
-        "needs no compiler.",
+        "Attention only: how many times faster than SDPA with a mask. The first number is that of the compiled kernel, the second that of "
+        "`cpu`, which needs no compiler.",
         summary,
     ),
 }
