@@ -363,8 +363,8 @@ _SECTIONS = (
 )
 _MINITEST = (
     "The mini test, training of one attention layer (batch 32, 500 tokens, width 128, 4 heads): time of 100 steps, the same relative to "
-    'that layer without options, and the kernel that `torch.profiler` saw. "Scores" means that no fused kernel ran and all scores were stored. '
-    "With a mask a third of the positions is padding, which ours leaves out."
+    'that layer without options, and the kernel that `torch.profiler` saw. "Scores" means that no fused kernel ran and all scores were '
+    "stored. With a mask a third of the positions is padding, which ours leaves out."
 )
 _WHOLE = (
     "A whole encoder of 6 layers with padded input and output: how many times faster than `nn.TransformerEncoder` without its fast path."
