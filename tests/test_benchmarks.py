@@ -349,10 +349,10 @@ def test_rows_that_were_not_measured_again_stay(tmp_path: Path, monkeypatch: pyt
     path = measure.save("some", [{"a": 2, "x": "new"}], ("a",))
     assert [(row["a"], row["x"]) for row in json.loads(path.read_text())["rows"]] == [(1, "old"), (2, "new")]
     here = measure.environment()
-    monkeypatch.setattr(measure, "environment", lambda device: {**here, "torch": "newer"})
+    monkeypatch.setattr(measure, "environment", lambda device="cpu": {**here, "torch": "newer"})
     measure.save("some", [{"a": 2, "x": "newer"}], ("a",))
     assert [row["x"] for row in json.loads(path.read_text())["rows"]] == ["newer"]
-    monkeypatch.setattr(measure, "environment", lambda device: {**here, "cpu": "Another (R)", "cpu_capability": "AVX2"})
+    monkeypatch.setattr(measure, "environment", lambda device="cpu": {**here, "cpu": "Another (R)", "cpu_capability": "AVX2"})
     for x in ("first", "second"):
         other = measure.save("some", [{"a": x, "x": x}], ("a",))
     assert other == tmp_path / "another-r-avx2" / "some.json"
