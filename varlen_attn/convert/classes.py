@@ -16,6 +16,7 @@ from ..attention.dispatch import requested_backend
 from ..attention.records import recorded_padded
 from ..nn.masks import read_masks
 from ..nn.multihead import VarlenMultiheadAttention
+from ..nn.prepacked import PREPACKED
 from ..nn.stream import Prepared, filled
 from ..nn.transformer import (
     VarlenTransformerDecoder,
@@ -96,10 +97,11 @@ class _Enabled:
         return NOTHING_PADDED if self._requests_nothing(kwargs, self._attns()) else None
 
     def _requests_nothing(self, kwargs: dict[str, Any], attns: list[Any]) -> bool:
-        """No backend, and nothing that torch's modules do not know."""
+        """No backend, no weights in another format, and nothing that torch's modules do not know."""
         if not _OURS.isdisjoint(kwargs) or requested_backend("auto") != "auto":
             return False
-        return all(getattr(x, "backend", "auto") == "auto" and getattr(x, "window", None) is None for x in attns)
+        plain = (getattr(x, "backend", "auto") == "auto" and getattr(x, "window", None) is None for x in attns)
+        return all(plain) and not any(PREPACKED in vars(x) for x in attns)
 
 
 NOTHING_PADDED = "nothing is padded, and torch's own is as quick"

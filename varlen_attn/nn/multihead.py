@@ -45,6 +45,7 @@ from ..kernels.values import NO_EXTRAS
 from ..layout.seq_layout import SeqLayout
 from .checks import check_inputs, mha_shape_check
 from .masks import additive_mask, read_masks
+from .prepacked import linear
 from .stream import Prepared
 
 R = TypeVar("R")
@@ -305,8 +306,9 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         bias, size = self.in_proj_bias, self.embed_dim
         if query is key and key is value and self._qkv_same_embed_dim:
             weight = self.in_proj_weight
-            linear = F.linear if bias is None or bias.dtype == weight.dtype else _linear
-            return linear(query, weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
+            same_dtype = bias is None or bias.dtype == weight.dtype
+            projected = linear(self, query, weight, bias) if same_dtype else _linear(query, weight, bias)
+            return projected.view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
         if key is value and self._qkv_same_embed_dim:
             w_q, w_kv = self.in_proj_weight.split([size, 2 * size])
             b_q, b_kv = (None, None) if bias is None else bias.split([size, 2 * size])
@@ -323,8 +325,8 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         if type(self.out_proj) is NonDynamicallyQuantizableLinear:
             weight, bias = self.out_proj.weight, self.out_proj.bias
             return F.linear(x, weight, bias) if bias is None or bias.dtype == weight.dtype else _linear(x, weight, bias)
-        projected: Tensor = self.out_proj(x)
-        return projected
+        out: Tensor = self.out_proj(x)
+        return out
 
     def extra_repr(self) -> str:
         options = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
