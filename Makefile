@@ -238,6 +238,7 @@ bench: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS) --part text encode enable --budget 10
 	$(BENCH) benchmarks.bench_host
 	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
+	$(BENCH) benchmarks.bench_curves
 	$(BENCH) benchmarks.report
 
 bench-full: $(TEXT) $(PICTURES)
@@ -250,6 +251,7 @@ bench-full: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS)
 	$(BENCH) benchmarks.bench_host
 	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
+	$(BENCH) benchmarks.bench_curves
 	$(BENCH) benchmarks.report
 
 bench-engines: $(TEXT) $(ENGINES)

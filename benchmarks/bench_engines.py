@@ -90,8 +90,8 @@ def engines(model: Any, folder: Path, threads: int) -> Iterator[tuple[str, Calla
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("eager")  # the pattern that ONNX Runtime's optimizer looks for
     torch.onnx.export(
-        _States(plain).eval(), kwargs=example, f=str(path), dynamo=True, dynamic_shapes=dict.fromkeys(example, sizes), input_names=list(example),
-        output_names=["states"], optimize=True, verbose=False,
+        _States(plain).eval(), kwargs=example, f=str(path), dynamo=True, dynamic_shapes=dict.fromkeys(example, sizes),
+        input_names=list(example), output_names=["states"], optimize=True, verbose=False,
     )  # fmt: skip
     yield ONNX, _onnx_runtime(model, path, threads)
     yield OPENVINO, _openvino(path, threads)

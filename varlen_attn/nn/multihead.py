@@ -45,7 +45,7 @@ from ..kernels.values import NO_EXTRAS
 from ..layout.seq_layout import SeqLayout
 from .checks import check_inputs, mha_shape_check
 from .masks import additive_mask, read_masks
-from .prepacked import linear
+from .prepacked import PREPACKED, linear
 from .stream import Prepared
 
 R = TypeVar("R")
@@ -84,7 +84,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
 
     Constructor, `state_dict`, forward arguments and results as torch's, with these differences:
 
-    - ``need_weights`` is **False** by default: asking for weights forces the dense computation.
+    - ``need_weights`` is **False** by default: asking for weights forces the padded computation.
     - If query and key are the same memory (``query.is_set_to(key)``: one object, or detached copies of one), or ``key`` is left out, the
       key padding mask holds for queries too: padded rows of the result, of the weights and of the gradients are exactly 0. With
       ``padding_rows="exact"`` they are torch's, with ``"edge"`` rows of the result are that of the nearest token. With another key every
@@ -94,7 +94,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as torch's.
-        backend: ``"auto"``, or an order for `varlen_attention`.
+        backend: ``"auto"``, or a request for one, as in `varlen_attention`.
         window: ``(left, right)``, how many other tokens are visible on each side; None is unlimited.
         padding_rows: see above.
         zero_padding_rows: False is ``padding_rows="exact"``.
@@ -162,9 +162,9 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
                 or a nested tensor.
             key, value: ``(B, S, kdim)`` and ``(B, S, vdim)`` likewise; ``query`` and ``key`` if left out.
             key_padding_mask: ``(B, S)``, or ``(S,)`` unbatched; True is padding. Floats are added to the scores, as torch does.
-            need_weights: also return the attention weights (computed the dense way).
-            attn_mask: ``(L, S)`` or ``(B*N, L, S)``; True hides. Served packed where it is exactly causal at all real keys (compared once,
-                where ``is_causal`` or a padding mask is given; while tracing the first is trusted, as torch documents), else the dense way.
+            need_weights: also return the attention weights (computed the padded way).
+            attn_mask: ``(L, S)`` or ``(B*N, L, S)``; True hides. Packed where it is exactly causal at all real keys (compared once, where
+                ``is_causal`` or a padding mask is given; while tracing the first is trusted, as torch documents), else the padded way.
             average_attn_weights: average the weights over heads.
             is_causal: query i sees keys up to i.
             layout, layout_kv: of queries and of keys, (B, S) whatever ``batch_first``, in place of the mask.
@@ -176,7 +176,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         Raises:
             AssertionError, RuntimeError: what torch raises for shapes and masks, with our fix appended.
             ArgumentError, LayoutError: layouts that do not fit.
-            BackendRefused: the ordered backend cannot run the call.
+            BackendRefused: the requested backend cannot run the call.
         """
         prepared: Any = layout
         if type(prepared) is Prepared:  # packed rows of a stack, which has checked everything and zeroes slack rows at its ends
@@ -258,10 +258,10 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         apart = layouts[0] is not layouts[1]
         shifted = causal and apart and not all(x.right_padded for x in layouts)
         reasons = (
-            (need_weights, "need_weights=True: weights exist only in the dense computation, flash was bypassed for them alone"),
-            (facts.not_causal, "attn_mask is not causal, or only is_causal=True could say so (no padding mask, or traced)"),
+            (need_weights, "need_weights=True: attention weights exist only in the padded computation"),
+            (facts.not_causal, "attn_mask is not causal, or only is_causal=True can say so (without a padding mask, or while tracing)"),
             (facts.additive, "key_padding_mask is additive: it has values other than 0 and -inf, or wants a gradient"),
-            (shifted, "causal with unlike padding of queries and keys: columns, which torch compares, differ from packed positions"),
+            (shifted, "causal and queries and keys have different padding: torch compares columns, which differ from packed positions"),
             (windowed and apart and inputs.self_attention, "a window over padded rows, which padding_rows='exact' keeps"),
             (self.bias_k is not None, "add_bias_kv"),
             (self.add_zero_attn, "add_zero_attn"),
@@ -292,10 +292,10 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
 
     def _refuse_dense(self, order: str | Backend, layouts: tuple[SeqLayout, SeqLayout], why: str) -> None:
         """The dense way is for the padded backend only, and knows one sequence a row."""
-        refuse_order(order, f"this call can only be computed the dense way: {why}", "drop that option, or order 'sdpa_padded'")
+        refuse_order(order, f"this call can only be computed the padded way: {why}", "drop that option, or use backend='sdpa_padded'")
         if any(x.row_ids is not None for x in layouts):
             raise LayoutError(
-                f"`layout` has several documents a row, but this call can only be computed the dense way, which knows one: {why}. "
+                f"`layout` has several documents a row, but this call can only be computed the padded way, which has one: {why}. "
                 "Drop that option, or give every document a row."
             )
 
@@ -306,9 +306,10 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         bias, size = self.in_proj_bias, self.embed_dim
         if query is key and key is value and self._qkv_same_embed_dim:
             weight = self.in_proj_weight
-            same_dtype = bias is None or bias.dtype == weight.dtype
-            projected = linear(self, query, weight, bias) if same_dtype else _linear(query, weight, bias)
-            return projected.view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
+            product = _linear
+            if bias is None or bias.dtype == weight.dtype:
+                product = partial(linear, self) if PREPACKED in vars(self) else F.linear
+            return product(query, weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
         if key is value and self._qkv_same_embed_dim:
             w_q, w_kv = self.in_proj_weight.split([size, 2 * size])
             b_q, b_kv = (None, None) if bias is None else bias.split([size, 2 * size])
