@@ -306,7 +306,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         bias, size = self.in_proj_bias, self.embed_dim
         if query is key and key is value and self._qkv_same_embed_dim:
             weight = self.in_proj_weight
-            product = _linear
+            product: Callable[..., Tensor] = _linear
             if bias is None or bias.dtype == weight.dtype:
                 product = partial(linear, self) if PREPACKED in vars(self) else F.linear
             return product(query, weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
