@@ -12,13 +12,14 @@
 namespace varlen::VARLEN_LEVEL {
 namespace {
 
-// kRows queries meet kKeys keys at a time, and one task is kChunk queries, for which keys are packed once.
+// kRows queries meet kKeys keys at a time, and one task is at most kChunk queries, for which keys are packed once.
 constexpr int64_t kRows = 64, kKeys = 256, kChunk = 512;
 
 template <class In, class T>
 struct Forward {
   const Args& a;
   const Products product;
+  const int64_t chunk = kChunk;
   const float* sinks = a.sinks;
 
   struct State {
@@ -35,7 +36,7 @@ struct Forward {
     int64_t rows = 1, keys = 16;
     for (int64_t i = 0; i < a.num_seqs; i++) {
       const Span span(a, i);
-      rows = std::max(rows, std::min(kChunk, span.len_q)), keys = std::max(keys, std::min(kKeys, round_up(span.len_k, 16)));
+      rows = std::max(rows, std::min(chunk, span.len_q)), keys = std::max(keys, std::min(kKeys, round_up(span.len_k, 16)));
     }
     rows = round_up(rows, kRows);
     for (int pass = 0; pass < 2; pass++) {
@@ -68,7 +69,7 @@ struct Forward {
   }
 
   void one_head(State& s, const Span& span, int64_t seq, int64_t head, int64_t first) const {
-    const int64_t kv_head = head / (a.heads / a.kv_heads), last = std::min(first + kChunk, span.len_q);
+    const int64_t kv_head = head / (a.heads / a.kv_heads), last = std::min(first + chunk, span.len_q);
     const In* q = static_cast<const In*>(a.q) + (span.q0 + first) * a.q_row + head * a.q_head;
     const In* k = static_cast<const In*>(a.k) + span.k0 * a.k_row + kv_head * a.k_head;
     const In* v = static_cast<const In*>(a.v) + span.k0 * a.v_row + kv_head * a.v_head;
