@@ -144,7 +144,7 @@ def _row(case: Case, dtype: str, direction: str, timings: dict[str, Timing], att
 # -------------------------------------------------------------------- the compiled kernel against torch's
 
 GRID_LENGTHS, GRID_DIMS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), (16, 32, 64, 96, 128)
-PLAIN = "self-attention"
+PLAIN, SHARE = "self-attention", "share of a matrix product"
 # More than lengths and dimensions: query heads, key/value heads, and options, at GRID_OPTION_LENGTHS and head dimension 64.
 GRID_OPTIONS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "causal": (8, 8, {"causal": True}),
@@ -157,6 +157,7 @@ GRID_OPTIONS: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 GRID_OPTION_LENGTHS = (16, 64, 256, 512, 2048)
 GRID_NOISE, GRID_TRIES = 1.03, 4  # a ratio below is measured again, so many times in all
+GRID_SLOWER = 0.97  # and below this the compiled kernel counts as the slower one
 GRID_KEYS = ("threads", "what", "direction", "head_dim", "length")
 
 
@@ -164,9 +165,10 @@ def grid_rows(threads: int, budget: float, options: Sequence[str]) -> list[dict[
     """One row for each cell: the least time of each kernel, and the ratio of them."""
     cells: list[tuple[str, int, int, int, int, int, dict[str, Any]]] = []
     for what in options:
-        if what == PLAIN:  # fewer heads and tokens where rows are long, for the time
-            sizes = [(n, 8 if n <= 512 else 4 if n <= 1024 else 2, max(1, 4096 // n)) for n in GRID_LENGTHS]
-            cells += [(what, n, batch, heads, heads, dim, {}) for dim in GRID_DIMS for n, heads, batch in sizes]
+        if what in (PLAIN, SHARE):  # fewer heads and tokens where rows are long, for the time
+            lengths, dims = (GRID_LENGTHS, GRID_DIMS) if what == PLAIN else (GRID_LENGTHS[6:], (HEAD_DIM,))
+            sizes = [(n, 8 if n <= 512 else 4 if n <= 1024 else 2, max(1, 4096 // n)) for n in lengths]
+            cells += [(what, n, batch, heads, heads, dim, {}) for dim in dims for n, heads, batch in sizes]
         else:
             heads, kv_heads, rest = GRID_OPTIONS[what]
             batches = [(n, 1 if heads == 1 else max(1, 4096 // n)) for n in GRID_OPTION_LENGTHS]
@@ -183,6 +185,9 @@ def _cell(
     attend = {name: partial(varlen_attention, layout=layout, backend=name, **rest) for name in ("cpu", "cpu_native")}
     made = {name: Contestant((q, k, v), call, lambda x: x, grad) for name, call in attend.items()}
     calls = {name: c.forward if direction == DIRECTIONS[0] else c.both for name, c in made.items()}
+    if what == SHARE:
+        a, b = (torch.randn(ROOF_GEMM["cpu"], ROOF_GEMM["cpu"]) for _ in range(2))
+        calls["gemm"] = lambda: a @ b
     least: dict[str, float] = {}
     for _ in range(GRID_TRIES):
         timings = interleave(calls, rounds=9, least=0.01, warm_up=1, budget=budget, fewest=3)
@@ -192,6 +197,9 @@ def _cell(
     row = {"threads": threads, "what": what, "direction": direction, "head_dim": dim, "length": length, "batch": batch, "heads": heads}
     times = {name: round(seconds * 1e3, 3) for name, seconds in least.items()}
     found = {**row, "milliseconds": times, "ratio": round(least["cpu"] / least["cpu_native"], 3)}
+    if what == SHARE:
+        work = 4 * heads * dim * batch * length**2 * (1 if direction == DIRECTIONS[0] else BACKWARD)
+        found["share"] = round(work / least["cpu_native"] / (2 * ROOF_GEMM["cpu"] ** 3 / least["gemm"]), 3)
     print(found, flush=True)
     return found
 
@@ -206,7 +214,7 @@ def main() -> None:
     parser.add_argument("--workload", nargs="+", choices=names, default=names)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
-    parser.add_argument("--grid", nargs="+", choices=[PLAIN, *GRID_OPTIONS], help="the compiled kernel against torch's")
+    parser.add_argument("--grid", nargs="+", choices=[PLAIN, SHARE, *GRID_OPTIONS], help="the compiled kernel against torch's")
     parser.add_argument("--everything", action="store_true", help="also what takes minutes on a CPU: nested tensors, flex_attention")
     add_machine(parser, budget=6.0)
     options = parser.parse_args()
