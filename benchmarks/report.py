@@ -324,9 +324,10 @@ def _libraries(rows: list[dict[str, Any]]) -> str:
     return "; ".join(dict.fromkeys(row["libraries"] for row in rows))
 
 
+GRIDS = ("grid_avx2", "grid_avx512")
 NAMES = (
     "encoder", "memory", "transformers", "attention", "mha", "layout", "length", "minitest", "host", "compile", "engines", "curves",
-    "acceptance",
+    "acceptance", *GRIDS,
 )  # fmt: skip
 
 
@@ -357,6 +358,8 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     for name, section in _SECTIONS:
         if name in rows:
             parts += section(rows[name])
+    for name in GRIDS:
+        parts += sections.grid(results[name]) if name in results else []
     if "host" in results:
         parts += ["## What a call takes of the host", host(results["host"])]
     if "compile" in results:
