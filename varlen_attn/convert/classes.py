@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, TypeGuard
@@ -14,8 +15,9 @@ from .._switch import run_as_it_came, switchable
 from .._torch import is_observed, is_plain, is_tracing
 from ..attention.dispatch import requested_backend
 from ..attention.records import recorded_padded
-from ..nn.masks import read_masks
-from ..nn.multihead import VarlenMultiheadAttention
+from ..kernels.dense import is_nan
+from ..nn.masks import pattern_of, read_masks
+from ..nn.multihead import ADDITIVE, NO_PATTERN, VarlenMultiheadAttention
 from ..nn.stream import Prepared, filled
 from ..nn.transformer import (
     VarlenTransformerDecoder,
@@ -138,46 +140,77 @@ class _EnabledAttention(_Enabled):
     gives_weights: ClassVar[bool] = False  # unless told otherwise
 
     def _why_torchs(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Or weights are wanted, or little is padded, and torch's own has the meaning that is wanted: every query sees a key. On a GPU that
-        is not known without a transfer."""
+        """Or weights are wanted, or little is padded or hidden, and torch's own has the meaning that is wanted: every query sees a key.
+        On a GPU that is not known without a transfer."""
         query, key, value, padding, weights, mask, _, causal, ours = _attention(*args, **kwargs)
-        if mask is not None or causal or not _is_seen(query) or not self._requests_nothing(ours, [self]):
+        if not _is_seen(query) or not self._requests_nothing(ours, [self]):
             return None
         weights = self.gives_weights if weights is None else weights
         nothing = _WEIGHTS if weights and query.is_cpu else None if query.is_cpu and query.numel() > _LITTLE else NOTHING_PADDED
-        if padding is None:
-            return nothing
-        if not (is_plain(padding) and padding.is_cpu):
+        if padding is mask is None:
+            return None if causal else nothing
+        if not all(x is None or (is_plain(x) and x.is_cpu) for x in (padding, mask)) or (causal and (mask is None or not weights)):
             return None
-        if not padding.any():
+        if mask is None and not padding.any():
             return nothing and NOTHING_PADDED
-        columns = padding.shape[-1]
-        hidden = [row.count(True) for row in padding.reshape(-1, columns).tolist()]
-        if not query.is_cpu or padding.dtype != torch.bool or self.padding_rows == "edge" or columns in hidden:
+        if not all(isinstance(x, Tensor) and x.dim() == query.dim() in (2, 3) for x in (key, value)):
+            return None  # ours says what is wrong
+        shapes = [(x if self.batch_first or x.dim() == 2 else x.transpose(0, 1)).shape[:-1] for x in (query, key, value)]
+        *batch, columns = shapes[1]
+        slots, size = query.shape[:-1].numel(), math.prod(batch)
+        of_mask = ((shapes[0][-1], columns), (size * self.num_heads, shapes[0][-1], columns))
+        if not query.is_cpu or self.padding_rows == "edge" or shapes[1] != shapes[2] or (mask is not None and mask.shape not in of_mask):
             return None
-        for x in (key, value):
-            if not isinstance(x, Tensor) or padding.shape != (x if self.batch_first or x.dim() == 2 else x.transpose(0, 1)).shape[:-1]:
-                return None  # ours says what is wrong
-        saved = sum(hidden) * self.embed_dim * (self.embed_dim + 4 * columns)
-        return _WEIGHTS if weights else _LITTLE_PADDED if saved < _PAYS and not why_replaced(self.original_class) else None
+        hidden = [0]
+        if padding is not None:
+            if padding.shape != shapes[1] or not (padding.dtype == torch.bool or padding.is_floating_point()):
+                return None
+            at = _padding_at(padding)
+            hidden = [row.count(True) for row in at.reshape(-1, columns).tolist()]
+        if columns in hidden:
+            return None  # ours gives 0
+        if weights:
+            return _WEIGHTS
+        if why_replaced(self.original_class):
+            return None
+        if padding is not None and padding.dtype != torch.bool and (padding.requires_grad or ((padding != 0) & ~at).any()):
+            return ADDITIVE
+        saved = (sum(hidden) if mask is None else slots) * self.embed_dim * (self.embed_dim + 4 * columns)
+        if mask is not None and saved >= _PAYS:
+            own = padding is not None and self.padding_rows == "zero" and query.is_set_to(key)
+            adds = self.bias_k is not None or self.add_zero_attn
+            pattern = None if adds else pattern_of(mask, padding, size, query.device, own=own, eager=False)
+            if pattern is None:
+                return NO_PATTERN
+            saved -= self.embed_dim * (self.embed_dim * pattern.layout_q.num_rows + 4 * pattern.pairs)
+        return _LITTLE_PADDED if saved < _PAYS else None
 
     def as_it_came(self: Any, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         query, key, value, padding, weights, mask, average, causal, ours = _attention(*args, **kwargs)
         weights, zeros, at = self.gives_weights if weights is None else weights, False, None
-        if why in (_WEIGHTS, _LITTLE_PADDED) and padding is not None:
-            at = (padding if self.batch_first or padding.dim() == 1 else padding.T).unsqueeze(-1)
+        if why in (_WEIGHTS, _LITTLE_PADDED, NO_PATTERN, ADDITIVE) and padding is not None:
+            at = _padding_at(padding)
+            at = (at if self.batch_first or at.dim() == 1 else at.T).unsqueeze(-1)
             zeros = self.padding_rows == "zero" and query.is_set_to(key)  # else padded queries are computed as they are
             clean = key.masked_fill(at, 0)  # NaN at padding reaches no token
             value = clean if value is key else value.masked_fill(at, 0)
             query, key = clean if zeros else query, clean
         with self._noted(why, query):
             out, given = self.original_class.forward(self, query, key, value, padding, weights, mask, average, causal, **ours)
+        if mask is not None and is_nan(out):  # a query that sees no key
+            query, key, value = _attention(*args, **kwargs)[:3]
+            return VarlenMultiheadAttention.forward(self, query, key, value, padding, weights, mask, average, causal)
         if zeros:
             out = out.masked_fill_(at, 0)
         if zeros and given is not None:
             per_head = given.dim() > padding.dim() + 1
-            given = given.masked_fill((padding.unsqueeze(-2) if per_head else padding).unsqueeze(-1), 0)
+            hidden = _padding_at(padding)
+            given = given.masked_fill((hidden.unsqueeze(-2) if per_head else hidden).unsqueeze(-1), 0)
         return out, given
+
+
+def _padding_at(mask: Tensor) -> Tensor:
+    return torch.isneginf(mask) if mask.is_floating_point() else mask
 
 
 def _attention(
@@ -199,9 +232,11 @@ class EnabledMultiheadAttention(_EnabledAttention, VarlenMultiheadAttention):
 
     def forward(
         self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, key_padding_mask: Tensor | None = None,
-        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
+        need_weights: bool | None = None, attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        if need_weights is None:  # what torch gives, to callers that know torch's arguments only
+            need_weights = options.get("layout") is None and options.get("layout_kv") is None
         return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, **options)
 
     forward.takes_prepared = forward  # type: ignore[attr-defined]
