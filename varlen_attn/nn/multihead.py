@@ -184,6 +184,9 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             BackendRefused: the ordered backend cannot run the call.
         """
         prepared: Any = layout
+        known: Pattern | None = None
+        if type(prepared) is Pattern:  # of an enabled module, which had to know
+            known, layout = prepared, None
         if type(prepared) is Prepared:  # packed rows of a stack, which has checked everything and zeroes slack rows at its ends
             key = query if key is None else key
             layout, layout_kv, is_causal, attn_mask = prepared.layout, prepared.layout_kv, prepared.causal, prepared.mask
@@ -216,7 +219,9 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         if form == "unbatched" and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
         masks = key_padding_mask, attn_mask
-        layouts, causal, why_dense, pattern = self._plan(inputs, masks, need_weights, is_causal, window is not None, layout, layout_kv)
+        layouts, causal, why_dense, pattern = self._plan(
+            inputs, masks, need_weights, is_causal, window is not None, layout, layout_kv, known
+        )
         if pattern is not None:
             return unpack_rows(layouts[0], self._attend_by(pattern, inputs, order), form, given, self.padding_rows), None
         if why_dense is None:
@@ -252,6 +257,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         windowed: bool,
         layout: SeqLayout | None,
         layout_kv: SeqLayout | None,
+        known: Pattern | None = None,
     ) -> tuple[tuple[SeqLayout, SeqLayout], bool, str | None, Pattern | None]:
         """Layouts of queries and keys, whether the call is causal, and the reason for the dense way or None; or a pattern, which says more.
 
@@ -260,7 +266,8 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         """
         mask, attn_mask = masks
         looks = attn_mask is not None and layout is layout_kv is None and all(x is None or is_plain(x) for x in (inputs.query, *masks))
-        facts = read_masks(inputs.key, mask, attn_mask, hint=is_causal, compare=not looks and (is_causal or mask is not None))
+        compare = (is_causal or mask is not None) and not known and not (looks and attn_mask.dim() == 3)  # type: ignore[union-attr]
+        facts = read_masks(inputs.key, mask, attn_mask, hint=is_causal, compare=compare)
         causal = is_causal if attn_mask is None else not facts.not_causal
         layouts = self._layouts(inputs, facts.layout, layout, layout_kv)
         apart = layouts[0] is not layouts[1]
@@ -274,8 +281,8 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             (self.bias_k is not None, "add_bias_kv"),
             (self.add_zero_attn, "add_zero_attn"),
         )
-        whys, pattern = [text for holds, text in reasons if holds], None
-        if looks and not windowed and whys in ([NO_PATTERN], [_SHIFTED]):
+        whys, pattern = [text for holds, text in reasons if holds], known
+        if pattern is None and looks and not windowed and whys in ([NO_PATTERN], [_SHIFTED]):
             query, own = inputs.query, layouts[0] is facts.layout
             pattern = pattern_of(attn_mask, mask, len(query), query.device, own=own)  # type: ignore[arg-type]
         return layouts, causal, next(iter(whys), None), pattern
