@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bench_compile, bench_host, plots, sections, what_ran
+from . import bench_compile, bench_engines, bench_host, plots, sections, what_ran
 from . import bench_transformers as hf
 from .bench_attention import GOALS
 from .bench_encoder import AGAIN, MASKED, OFF, ON, OURS
@@ -212,6 +212,25 @@ def compiled(result: dict[str, Any]) -> str:
     return "\n\n".join([f"{setting(result['environment'])}.", says, table(header, lines)])
 
 
+def engines(result: dict[str, Any]) -> str:
+    """Measured by itself, as the host's."""
+    names, order = (*bench_engines.OURS, *bench_engines.ENGINES), list(bench_engines.GOALS)
+    lines = []
+    for row in sorted(result["rows"], key=lambda row: (row["threads"], order.index(row["what"]))):
+        shown = [row["ratio"].get(name) for name in names]
+        best = max(filter(None, shown))
+        cells = ["-" if x is None else f"**{x:.2f}**" if x == best else f"{x:.2f}" for x in shown]
+        goal = "-" if row["goal"] is None else f"{row['goal']:.2f}"
+        lines.append([row["what"], row["batch"], str(row["threads"]), f"{row['milliseconds'][hf.BEFORE]:.1f}", *cells, goal])
+    versions = "; ".join(dict.fromkeys(", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in result["rows"]))
+    says = (
+        "MiniLM in float32 on docstrings cut at 256 tokens: times of the model as it came, with attention by `sdpa` / those of each "
+        f"contestant, in turns in one process. {versions}. The last column is what prepacked weights aim at on two threads."
+    )
+    header = ["", "batch", "threads", "as it came, ms", *names, "goal"]
+    return "\n\n".join([f"{setting(result['environment'])}.", says, table(header, lines)])
+
+
 def batches() -> str:
     return "\n".join(f"- {workload}" for workload in WORKLOADS)
 
@@ -305,7 +324,11 @@ def _libraries(rows: list[dict[str, Any]]) -> str:
     return "; ".join(dict.fromkeys(row["libraries"] for row in rows))
 
 
-NAMES = ("encoder", "memory", "transformers", "attention", "mha", "layout", "length", "minitest", "host", "compile", "curves", "acceptance")
+GRIDS = ("grid_avx2", "grid_avx512")
+NAMES = (
+    "encoder", "memory", "transformers", "attention", "mha", "layout", "length", "minitest", "host", "compile", "engines", "curves",
+    "acceptance", *GRIDS,
+)  # fmt: skip
 
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -335,10 +358,14 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     for name, section in _SECTIONS:
         if name in rows:
             parts += section(rows[name])
+    for name in GRIDS:
+        parts += sections.grid(results[name]) if name in results else []
     if "host" in results:
         parts += ["## What a call takes of the host", host(results["host"])]
     if "compile" in results:
         parts += ["## `torch.compile`", compiled(results["compile"])]
+    if "engines" in results:
+        parts += ["## Beside inference engines", engines(results["engines"])]
     return "\n\n".join(parts) + "\n"
 
 

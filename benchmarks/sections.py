@@ -7,14 +7,14 @@ from typing import Any
 
 from . import bench_curves as training
 from . import bench_minitest as mini
-from .bench_attention import BACKWARD, DIRECTIONS, useful_flops
+from .bench_attention import BACKWARD, DIRECTIONS, GRID_SLOWER, PLAIN, SHARE, useful_flops
 from .bench_layout import BASE, OURS
 from .bench_length import PACKED, PADDED, SCORES
 from .contestants import AUTO, MASKED, WITH_PACKING
-from .markdown import DISTURBED, table, threads_of, widest
+from .markdown import DISTURBED, setting, table, threads_of, widest
 from .workloads import WORKLOADS
 
-__all__ = ["contestants", "curves", "layout", "length", "losses", "mha", "minitest", "minitest_summary", "roof"]
+__all__ = ["contestants", "curves", "grid", "layout", "length", "losses", "mha", "minitest", "minitest_summary", "roof"]
 
 Rows = list[dict[str, Any]]
 _ORDER = {w.name: (i, w) for i, w in enumerate(WORKLOADS)}
@@ -122,6 +122,33 @@ def roof(rows: Rows) -> list[str]:
         '"flash" is torch\'s own kernel forward on one sequence of 4096 tokens without a mask, "gemm" a product of large square matrices.',
         table(header, lines),
     ]
+
+
+def grid(result: dict[str, Any]) -> list[str]:
+    """The compiled kernel against torch's, on one CPU and with one instruction set."""
+    parts = [
+        f"## The compiled kernel against torch's: {setting(result['environment'])}",
+        "Times of torch's kernel (the backend `cpu`) / times of `cpu_native`, forward / forward + backward, in float32: the least of "
+        "several rounds, and of up to four times as many where a ratio is below 1.03. Batches of equal lengths, at most 8192 tokens and "
+        f"8 heads. Bold is a ratio below {GRID_SLOWER}. Shares are of the rate of a product of large square matrices.",
+    ]
+    kinds = {PLAIN: ("length", "head_dim"), SHARE: ("what", "length"), "more kinds": ("what", "length")}
+    rows = [{**row, "kind": row["what"] if row["what"] in kinds else "more kinds"} for row in result["rows"]]
+    by_kind = _groups(rows, "threads", "kind")
+    for threads, kind in sorted(by_kind, key=lambda key: (key[0], list(kinds).index(key[1]))):
+        group, (down, across) = by_kind[threads, kind], kinds[kind]
+        places = {(row[down], row[across], row["direction"]): row for row in group}
+        downs, acrosses = (sorted({row[key] for row in group}) for key in (down, across))
+        lines = [[x, *[" / ".join(_grid_cell(places.get((x, y, d))) for d in DIRECTIONS) for y in acrosses]] for x in downs]
+        first = "tokens of a sequence, by head dimension" if kind == PLAIN else "head dimension 64, by tokens of a sequence"
+        parts += [f"### {kind.capitalize()}, {threads_of(threads)}", table([first, *acrosses], lines)]
+    return parts
+
+
+def _grid_cell(row: dict[str, Any] | None) -> str:
+    if row is None or "share" in row:
+        return "-" if row is None else f"{row['share']:.0%}"
+    return f"{row['ratio']:.2f}" if row["ratio"] >= GRID_SLOWER else f"**{row['ratio']:.2f}**"
 
 
 def mha(rows: Rows) -> list[str]:

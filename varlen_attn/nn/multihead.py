@@ -44,11 +44,18 @@ from ..kernels.problem import Semantics
 from ..kernels.values import NO_EXTRAS
 from ..layout.seq_layout import SeqLayout
 from .checks import check_inputs, mha_shape_check
-from .masks import additive_mask, read_masks
+from .masks import Pattern, additive_mask, pattern_of, read_masks
+from .prepacked import PREPACKED, linear
 from .stream import Prepared
 
 R = TypeVar("R")
 T = TypeVar("T")
+ADDITIVE = "key_padding_mask is additive: it has values other than 0 and -inf, or wants a gradient"
+_SHIFTED = "causal with unlike padding of queries and keys: columns, which torch compares, differ from packed positions"
+NO_PATTERN = (
+    "attn_mask is not causal, nor another kind that packs, exactly and for all heads: padding, a sliding window, documents, or these "
+    "merged (with a layout, and while tracing, only is_causal=True says so)"
+)
 
 
 def _block_fast_path(module: nn.Module, args: Any) -> None:
@@ -178,6 +185,9 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             BackendRefused: the requested backend cannot run the call.
         """
         prepared: Any = layout
+        known: Pattern | None = None
+        if type(prepared) is Pattern:  # of an enabled module, which had to know
+            known, layout = prepared, None
         if type(prepared) is Prepared:  # packed rows of a stack, which has checked everything and zeroes slack rows at its ends
             key = query if key is None else key
             layout, layout_kv, is_causal, attn_mask = prepared.layout, prepared.layout_kv, prepared.causal, prepared.mask
@@ -210,7 +220,11 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         if form == "unbatched" and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
         masks = key_padding_mask, attn_mask
-        layouts, causal, why_dense = self._plan(inputs, masks, need_weights, is_causal, window is not None, layout, layout_kv)
+        layouts, causal, why_dense, pattern = self._plan(
+            inputs, masks, need_weights, is_causal, window is not None, layout, layout_kv, known
+        )
+        if pattern is not None:
+            return unpack_rows(layouts[0], self._attend_by(pattern, inputs, order), form, given, self.padding_rows), None
         if why_dense is None:
             rows = inputs.each(*layouts, partial(pack_rows, form=form, apart=True))
             return unpack_rows(layouts[0], self._attend(*rows, *layouts, causal, window, order), form, given, self.padding_rows), None
@@ -244,28 +258,35 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         windowed: bool,
         layout: SeqLayout | None,
         layout_kv: SeqLayout | None,
-    ) -> tuple[tuple[SeqLayout, SeqLayout], bool, str | None]:
-        """Layouts of queries and keys, whether the call is causal, and the reason for the dense way or None.
+        known: Pattern | None = None,
+    ) -> tuple[tuple[SeqLayout, SeqLayout], bool, str | None, Pattern | None]:
+        """Layouts of queries and keys, whether the call is causal, and the reason for the dense way or None; or a pattern, which says more.
 
-        Reads a device mask once: lengths, where padding is, whether a float mask is padding only, whether ``attn_mask`` is causal.
+        Reads a device mask once: lengths, where padding is, whether a float mask is padding only, whether ``attn_mask`` is causal. Once
+        more where it is something else, unless that is known.
         """
         mask, attn_mask = masks
-        # Without a padding mask nothing is read anyway, and without padding nothing is to be won.
-        facts = read_masks(inputs.key, mask, attn_mask, hint=is_causal, compare=is_causal or mask is not None)
+        looks = attn_mask is not None and layout is layout_kv is None and all(x is None or is_plain(x) for x in (inputs.query, *masks))
+        compare = (is_causal or mask is not None) and not known and not (looks and attn_mask.dim() == 3)  # type: ignore[union-attr]
+        facts = read_masks(inputs.key, mask, attn_mask, hint=is_causal, compare=compare)
         causal = is_causal if attn_mask is None else not facts.not_causal
         layouts = self._layouts(inputs, facts.layout, layout, layout_kv)
         apart = layouts[0] is not layouts[1]
         shifted = causal and apart and not all(x.right_padded for x in layouts)
         reasons = (
             (need_weights, "need_weights=True: attention weights exist only in the padded computation"),
-            (facts.not_causal, "attn_mask is not causal, or only is_causal=True can say so (without a padding mask, or while tracing)"),
-            (facts.additive, "key_padding_mask is additive: it has values other than 0 and -inf, or wants a gradient"),
-            (shifted, "causal and queries and keys have different padding: torch compares columns, which differ from packed positions"),
+            (facts.not_causal, NO_PATTERN),
+            (facts.additive, ADDITIVE),
+            (shifted, _SHIFTED),
             (windowed and apart and inputs.self_attention, "a window over padded rows, which padding_rows='exact' keeps"),
             (self.bias_k is not None, "add_bias_kv"),
             (self.add_zero_attn, "add_zero_attn"),
         )
-        return layouts, causal, next((text for holds, text in reasons if holds), None)
+        whys, pattern = [text for holds, text in reasons if holds], known
+        if pattern is None and looks and not windowed and whys in ([NO_PATTERN], [_SHIFTED]):
+            query, own = inputs.query, layouts[0] is facts.layout
+            pattern = pattern_of(attn_mask, mask, len(query), query.device, own=own)  # type: ignore[arg-type]
+        return layouts, causal, next(iter(whys), None), pattern
 
     def _layouts(
         self, inputs: _Inputs, masked: SeqLayout | None, layout: SeqLayout | None, layout_kv: SeqLayout | None
@@ -305,8 +326,10 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         bias, size = self.in_proj_bias, self.embed_dim
         if query is key and key is value and self._qkv_same_embed_dim:
             weight = self.in_proj_weight
-            linear = F.linear if bias is None or bias.dtype == weight.dtype else _linear
-            return linear(query, weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
+            product: Callable[..., Tensor] = _linear
+            if bias is None or bias.dtype == weight.dtype:
+                product = partial(linear, self) if PREPACKED in vars(self) else F.linear
+            return product(query, weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
         if key is value and self._qkv_same_embed_dim:
             w_q, w_kv = self.in_proj_weight.split([size, 2 * size])
             b_q, b_kv = (None, None) if bias is None else bias.split([size, 2 * size])
@@ -323,8 +346,8 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         if type(self.out_proj) is NonDynamicallyQuantizableLinear:
             weight, bias = self.out_proj.weight, self.out_proj.bias
             return F.linear(x, weight, bias) if bias is None or bias.dtype == weight.dtype else _linear(x, weight, bias)
-        projected: Tensor = self.out_proj(x)
-        return projected
+        out: Tensor = self.out_proj(x)
+        return out
 
     def extra_repr(self) -> str:
         options = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
@@ -340,13 +363,31 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         causal: bool,
         window: tuple[int | None, int | None] | None,
         order: str | Backend,
+        project: bool = True,
     ) -> Tensor:
-        """``(T, E)``, ``(Tk, kdim)``, ``(Tk, vdim)`` -> ``(T, E)``: projections, attention, output projection."""
+        """``(T, E)``, ``(Tk, kdim)``, ``(Tk, vdim)`` -> ``(T, E)``: projections, attention, and unless told otherwise output projection."""
         q, k, v = self._project(query, key, value)
         options = Options("top_left" if causal else False, window, None, None, self.dropout if self.training else 0.0)
         out = attend(q, k, v, layout, layout_kv, options, NO_EXTRAS, order, self)
         del q, k, v  # in evaluation nobody else holds them, and the padded output is large
-        return self._project_out(out.flatten(1))
+        return self._project_out(out.flatten(1)) if project else out.flatten(1)
+
+    def _attend_by(self, pattern: Pattern, inputs: _Inputs, order: str | Backend) -> Tensor:
+        """Every row that is wanted, ``(T, E)``: those of sequences, those that see themselves and so have their own value, and those that
+        see nothing."""
+        layout_q, layout_kv, causal, window, _, alone, where = pattern
+        rows = inputs.each(layout_q, layout_kv, partial(pack_rows, apart=True))
+        if where is None:
+            return self._attend(*rows, layout_q, layout_kv, causal, window, order)
+        out = self._attend(*rows, layout_q, layout_kv, causal, window, order, project=False)
+        parts = [out.new_zeros(1, self.embed_dim), out]
+        if alone is not None:
+            weight = self.in_proj_weight[-self.embed_dim :] if self._qkv_same_embed_dim else self.v_proj_weight
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[-self.embed_dim :]
+            value = _linear(inputs.value.flatten(0, 1).index_select(0, alone), weight, bias).unflatten(1, (self.num_heads, -1))
+            dropped = F.dropout(value.new_ones(*value.shape[:2], 1), self.dropout, self.training)
+            parts.append((value * dropped).flatten(1).to(out.dtype))
+        return self._project_out(torch.cat(parts)).index_select(0, where)
 
     def _bias(
         self,
