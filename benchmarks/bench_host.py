@@ -412,7 +412,7 @@ def main() -> int:
     judged = sum(found["met"] is not None for found in rows)
     print(f"{len(missed)} of {judged} goals are missed" + "".join(f"\n- {what}" for what in missed))
     if options.check:
-        path = home() / "host.json"
+        path = home("host")
         worse = fell(rows, json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": []})
         print(f"{len(worse)} are worse than committed" + "".join(f"\n- {what}" for what in worse))
         return int(bool(worse))

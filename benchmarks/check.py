@@ -101,7 +101,7 @@ def main() -> int:
     add_machine(parser, budget=4.0)
     options = parser.parse_args()
     use_machine(options.device, options.threads)
-    path = home(options.device) / "attention.json"
+    path = home("attention", options.device)
     committed = json.loads((path if path.exists() else RESULTS / path.name).read_text())
     loose = not same_setting(committed["environment"], environment(options.device))
     found = []

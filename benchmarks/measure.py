@@ -107,20 +107,21 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def home(device: str = "cpu") -> Path:
-    """The folder of what this machine measures: ``results/`` is of one kind of CPU, and other machines have folders of their own in it."""
+def home(name: str, device: str = "cpu") -> Path:
+    """The file for what this machine measures: ``results/`` is of one kind of CPU, and other machines have folders of their own in it."""
+    main = RESULTS / f"{name}.json"
     if device == "cuda":
-        return RESULTS / "cuda"
+        return RESULTS / "cuda" / main.name
     here = environment()
-    first = next(iter(sorted(RESULTS.glob("*.json"))), None)
+    first = next((path for path in (main, *sorted(RESULTS.glob("*.json"))) if path.exists()), None)
     known = here if first is None else json.loads(first.read_text())["environment"]
-    kind, main = ([of[key] for key in ("cpu", "cpu_capability")] for of in (here, known))
-    return RESULTS if kind == main else RESULTS / "-".join(re.findall("[a-z0-9]+", " ".join(kind).lower()))
+    kind, its = ([of[key] for key in ("cpu", "cpu_capability")] for of in (here, known))
+    return main if kind == its else RESULTS / "-".join(re.findall("[a-z0-9]+", " ".join(kind).lower())) / main.name
 
 
 def save(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...], device: str = "cpu") -> Path:
-    """Write rows to ``name.json`` in `home`. Rows of an earlier run that this one did not measure again stay, if they are of this torch."""
-    path = home(device) / f"{name}.json"
+    """Write rows to `home`. Rows of an earlier run that this one did not measure again stay, if they are of this torch."""
+    path = home(name, device)
     earlier = json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": []}
     here, today = environment(device), time.strftime("%Y-%m-%d", time.gmtime())
     rows = [{**row, "measured": today} for row in rows]
