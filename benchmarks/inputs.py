@@ -20,8 +20,8 @@ from varlen_attn.cli.demo import BATCH_SIZE, docstrings_in
 from .lengths import SPEECH_MILLISECONDS
 
 __all__ = [
-    "RATE", "SPEECH", "Batch", "equal_lengths", "library", "minilm", "minilm_tokenizer", "natural_order", "sentence_transformer", "speech",
-    "waves",
+    "RATE", "SPEECH", "Batch", "equal_lengths", "library", "minilm", "minilm_tokenizer", "natural_order", "of_texts",
+    "sentence_transformer", "speech", "waves",
 ]  # fmt: skip
 
 MAX_TOKENS = 256  # where sentence-transformers cuts text for this model
@@ -84,6 +84,10 @@ def equal_lengths(documents: Sequence[str]) -> Batch:
     ids = tokenizer(list(documents), truncation=True, max_length=EQUAL_TOKENS).input_ids
     long = [text for text, found in zip(documents, ids, strict=True) if len(found) == EQUAL_TOKENS]
     return _batch(tokenizer, long[:BATCH_SIZE], EQUAL_TOKENS)
+
+
+def of_texts(documents: Sequence[str]) -> Batch:
+    return _batch(minilm_tokenizer(), documents, MAX_TOKENS)
 
 
 def _batch(tokenizer: Any, documents: Sequence[str], cut: int) -> Batch:

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import platform
+import re
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 RESULTS = Path(__file__).parent / "results"
+CPU = ("cpu", "cpu_capability")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -107,11 +109,15 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 def save(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...], device: str = "cpu") -> Path:
-    """Write rows to ``results/name.json``, those of a GPU to ``results/cuda/name.json``. Rows of an earlier run that this one did not
-    measure again stay, if they are of this machine and this torch."""
+    """Write rows to ``results/name.json``, those of a GPU to ``results/cuda/name.json``. Where that file is of another kind of CPU, they
+    go to ``results/<this CPU>/name.json``. Rows of an earlier run that this one did not measure again stay, if they are of this torch.
+    """
     path = (RESULTS / "cuda" if device == "cuda" else RESULTS) / f"{name}.json"
-    earlier = json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": []}
     here, today = environment(device), time.strftime("%Y-%m-%d", time.gmtime())
+    earlier = _read(path)
+    if device == "cpu" and any(earlier["environment"].get(key, here.get(key)) != here.get(key) for key in CPU):
+        path = RESULTS / "-".join(re.findall("[a-z0-9]+", " ".join(here.get(key, "") for key in CPU).lower())) / path.name
+        earlier = _read(path)
     rows = [{**row, "measured": today} for row in rows]
     old = earlier["rows"] if same_setting(earlier["environment"], here) else []
     path.parent.mkdir(exist_ok=True, parents=True)
@@ -119,9 +125,14 @@ def save(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...], device: s
     return path
 
 
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": []}
+    return found
+
+
 def same_setting(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether rows measured in these environments may stand in one table; threads are a column of their own."""
-    return all(one.get(key) == other.get(key) for key in ("cpu", "cpu_capability", "torch", "gpu"))
+    return all(one.get(key) == other.get(key) for key in (*CPU, "torch", "gpu"))
 
 
 def merged(earlier: list[dict[str, Any]], rows: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, TypeGuard
@@ -14,8 +15,9 @@ from .._switch import run_as_it_came, switchable
 from .._torch import is_observed, is_plain, is_tracing
 from ..attention.dispatch import requested_backend
 from ..attention.records import recorded_padded
-from ..nn.masks import read_masks
-from ..nn.multihead import VarlenMultiheadAttention
+from ..nn.masks import pattern_of, read_masks
+from ..nn.multihead import ADDITIVE, NO_PATTERN, VarlenMultiheadAttention
+from ..nn.prepacked import PREPACKED
 from ..nn.stream import Prepared, filled
 from ..nn.transformer import (
     VarlenTransformerDecoder,
@@ -96,16 +98,19 @@ class _Enabled:
         return NOTHING_PADDED if self._requests_nothing(kwargs, self._attns()) else None
 
     def _requests_nothing(self, kwargs: dict[str, Any], attns: list[Any]) -> bool:
-        """No backend, and nothing that torch's modules do not know."""
+        """No backend, no weights in another format, and nothing that torch's modules do not know."""
         if not _OURS.isdisjoint(kwargs) or requested_backend("auto") != "auto":
             return False
-        return all(getattr(x, "backend", "auto") == "auto" and getattr(x, "window", None) is None for x in attns)
+        plain = (getattr(x, "backend", "auto") == "auto" and getattr(x, "window", None) is None for x in attns)
+        return all(plain) and not any(PREPACKED in vars(x) for x in attns)
 
 
 NOTHING_PADDED = "nothing is padded, and torch's own is as quick"
 _WEIGHTS = "attention weights exist in the padded computation only"
 _LITTLE_PADDED = "to pack so little takes more time than it saves"
 _PAYS = 4_000_000  # multiplications that padding takes, of which one with a key takes as long as four by a weight: more saves time (alike)
+_LOOKS = 16  # times as much it must be for a mask to be looked at, a quarter of that for one to be packed by
+_FEW = 1024  # numbers of a mask that Python counts in less time than torch
 _LITTLE = 1 << 18  # numbers of an input: below, a forward of torch's encoder took less time than ours on packed rows (Zen 4, one thread)
 _OURS = frozenset({"layout", "layout_kv", "window", "backend"})  # keywords that torch's modules do not know
 
@@ -138,45 +143,98 @@ class _EnabledAttention(_Enabled):
     gives_weights: ClassVar[bool] = False  # unless told otherwise
 
     def _why_torchs(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Or weights are wanted, or little is padded, and torch's own has the meaning that is wanted: every query sees a key. On a GPU that
-        is not known without a transfer."""
+        """Or weights are wanted, or little is padded or hidden, and torch's own has the meaning that is wanted: every query sees a key.
+        On a GPU that is not known without a transfer."""
         query, key, value, padding, weights, mask, _, causal, ours = _attention(*args, **kwargs)
-        if mask is not None or causal or not _is_seen(query) or not self._requests_nothing(ours, [self]):
+        if not _is_seen(query) or not self._requests_nothing(ours, [self]) or (causal and mask is None):
             return None
         weights = self.gives_weights if weights is None else weights
         nothing = _WEIGHTS if weights and query.is_cpu else None if query.is_cpu and query.numel() > _LITTLE else NOTHING_PADDED
-        if padding is None:
+        if padding is None and query.is_cpu:
+            columns = key.shape[-2 if self.batch_first or key.dim() == 2 else 0] if isinstance(key, Tensor) and key.dim() > 1 else 0
+            little = query.numel() * (self.embed_dim + 4 * columns) < _LOOKS * _PAYS
+            if mask is not None and (weights or little):  # torch says what is wrong
+                return _WEIGHTS if weights else _LITTLE_PADDED
+        if padding is mask is None:
             return nothing
-        if not (is_plain(padding) and padding.is_cpu):
-            return None
-        if not padding.any():
+        for x in (padding, mask):
+            if x is not None and not (isinstance(x, Tensor) and is_plain(x) and x.is_cpu):
+                return None
+        hidden, at = [0], padding
+        if padding is not None:
+            if padding.dtype != torch.bool:
+                if not padding.is_floating_point():
+                    return None  # ours says what is wrong
+                at = torch.isneginf(padding)
+            rows = at.view(1, -1) if at.dim() == 1 else at
+            hidden = [row.count(True) for row in rows.tolist()] if at.numel() <= _FEW else rows.sum(-1).tolist()
+        if mask is None and not any(hidden) and at is padding:
             return nothing and NOTHING_PADDED
-        columns = padding.shape[-1]
-        hidden = [row.count(True) for row in padding.reshape(-1, columns).tolist()]
-        if not query.is_cpu or padding.dtype != torch.bool or self.padding_rows == "edge" or columns in hidden:
+        if not query.is_cpu or self.padding_rows == "edge":
             return None
+        of_keys: Any = None
         for x in (key, value):
-            if not isinstance(x, Tensor) or padding.shape != (x if self.batch_first or x.dim() == 2 else x.transpose(0, 1)).shape[:-1]:
-                return None  # ours says what is wrong
-        saved = sum(hidden) * self.embed_dim * (self.embed_dim + 4 * columns)
-        return _WEIGHTS if weights else _LITTLE_PADDED if saved < _PAYS and not why_replaced(self.original_class) else None
+            if not isinstance(x, Tensor) or x.dim() != query.dim():
+                return None
+            its = x.shape[:-1] if self.batch_first or x.dim() == 2 else x.shape[1::-1]
+            if of_keys not in (None, its) or (padding is not None and padding.shape != its):
+                return None
+            of_keys = its
+        *batch, columns = of_keys
+        length = query.shape[-2 if self.batch_first or query.dim() == 2 else 0]
+        slots, size = query.shape[:-1].numel(), math.prod(batch)
+        if mask is None and columns in hidden:
+            return None  # ours gives 0
+        if mask is not None and mask.shape not in ((length, columns), (size * self.num_heads, length, columns)):
+            return None
+        if weights:
+            return _WEIGHTS
+        if why_replaced(self.original_class):
+            return None
+        if at is not padding and (padding.requires_grad or ((padding != 0) & ~at).any()):
+            return ADDITIVE
+        saved = (sum(hidden) if mask is None else slots) * self.embed_dim * (self.embed_dim + 4 * columns)
+        if mask is None:
+            return _LITTLE_PADDED if saved < _PAYS else None
+        if saved < _LOOKS * _PAYS:
+            return _LITTLE_PADDED
+        own = padding is not None and self.padding_rows == "zero" and query.is_set_to(key)
+        packs = self.bias_k is None and not self.add_zero_attn
+        pattern = pattern_of(mask, padding, size, query.device, own=own, eager=False) if packs else None
+        if pattern is None:
+            return NO_PATTERN
+        saved -= self.embed_dim * (self.embed_dim * pattern.layout_q.num_rows + 4 * pattern.pairs)
+        if saved < _LOOKS // 4 * _PAYS:
+            return _LITTLE_PADDED
+        kwargs["layout"] = pattern  # so that it is not looked for again
+        return None
 
     def as_it_came(self: Any, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         query, key, value, padding, weights, mask, average, causal, ours = _attention(*args, **kwargs)
-        weights, zeros, at = self.gives_weights if weights is None else weights, False, None
-        if why in (_WEIGHTS, _LITTLE_PADDED) and padding is not None:
-            at = (padding if self.batch_first or padding.dim() == 1 else padding.T).unsqueeze(-1)
+        weights, zeros, hidden = self.gives_weights if weights is None else weights, False, None
+        meant = why in (_WEIGHTS, _LITTLE_PADDED, NO_PATTERN, ADDITIVE)
+        if meant and padding is not None:
+            hidden = torch.isneginf(padding) if padding.is_floating_point() else padding
+            if hidden is not padding and not hidden.any():
+                hidden = None
+        if hidden is not None:
+            at = (hidden if self.batch_first or hidden.dim() == 1 else hidden.T).unsqueeze(-1)
             zeros = self.padding_rows == "zero" and query.is_set_to(key)  # else padded queries are computed as they are
             clean = key.masked_fill(at, 0)  # NaN at padding reaches no token
             value = clean if value is key else value.masked_fill(at, 0)
             query, key = clean if zeros else query, clean
         with self._noted(why, query):
-            out, given = self.original_class.forward(self, query, key, value, padding, weights, mask, average, causal, **ours)
-        if zeros:
+            hint = causal and not meant  # of a mask, which says so itself
+            out, given = self.original_class.forward(self, query, key, value, padding, weights, mask, average, hint, **ours)
+        if mask is not None and meant and (weights or query is key) and math.isnan(out.sum().item()):
+            query, key, value = _attention(*args, **kwargs)[:3]
+            return VarlenMultiheadAttention.forward(self, query, key, value, padding, weights, mask, average, causal)
+        if zeros and hidden is not None:
             out = out.masked_fill_(at, 0)
-        if zeros and given is not None:
-            per_head = given.dim() > padding.dim() + 1
-            given = given.masked_fill((padding.unsqueeze(-2) if per_head else padding).unsqueeze(-1), 0)
+            if given is not None:
+                rows = (hidden.unsqueeze(-2) if given.dim() > hidden.dim() + 1 else hidden).unsqueeze(-1)
+                keep = rows.logical_not().to(given.dtype)
+                given = given * keep if given.requires_grad else given.mul_(keep)
         return out, given
 
 
@@ -199,9 +257,11 @@ class EnabledMultiheadAttention(_EnabledAttention, VarlenMultiheadAttention):
 
     def forward(
         self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, key_padding_mask: Tensor | None = None,
-        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
+        need_weights: bool | None = None, attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        if need_weights is None:  # what torch gives, to callers that know torch's arguments only
+            need_weights = options.get("layout") is None and options.get("layout_kv") is None
         return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, **options)
 
     forward.takes_prepared = forward  # type: ignore[attr-defined]

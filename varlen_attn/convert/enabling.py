@@ -36,6 +36,7 @@ from .classes import (
     EnabledTransformerEncoderLayer,
 )
 from .equality import Part, settled
+from .prepacking import found_prepacked, is_prepacked, plan_prepacked
 from .report import Action, ModuleReport, Report
 from .watch import LAYERS
 
@@ -52,6 +53,7 @@ def enable(
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
     example: Any = None,
+    prepack: bool = False,
 ) -> Report:
     """Make a model skip padding, in place: torch's attention modules, layers and stacks, and models of transformers. `disable` undoes it.
 
@@ -72,12 +74,16 @@ def enable(
             model is called with it in evaluation, as it came and converted. Where a result, such as a loss, differs by more than rounding
             explains, what makes it differ stays as it came, or changes in attention only, and the report says what differed. Rows of
             padding in results may differ. Buffers, gradients and random states are put back.
+        prepack: for inference on a CPU: linear layers keep their weights (float32, and bfloat16 where the CPU multiplies it) in oneDNN's
+            blocked format as well, from their first call without gradients on, so that no call reorders them. This takes the memory of the
+            weights once more, which the report says. A weight that was written to is reordered again, except after a write through
+            ``weight.data``. In training such layers raise `VarlenError`; with gradients in evaluation they compute as they came.
 
     Returns:
         What happened to each module, and why not: ``print(enable(model))``.
 
     Raises:
-        ArgumentError: ``model`` is no module, an option has no such value, or the model does not take ``example``.
+        ArgumentError: ``model`` is no module, an option has no such value, the model does not take ``example``, or has nothing to prepack.
         VarlenError: the model is enabled already, and this is called inside of one of its forwards.
 
     Weights, `state_dict` and training mode stay. What changes: rows at padding, as ``padding_rows`` says. Only exactly torch's classes are
@@ -104,7 +110,7 @@ def enable(
         False
     """
     _check(model)
-    _check_options(level, need_weights, hooks, padding_rows)
+    _check_options(level, need_weights, hooks, padding_rows, prepack)
     levels = ("attention",) if level == "attention" else ("model", "attention")
     plans = (apart(partial(_plan, model, name, need_weights, hooks, padding_rows)) for name in levels)
     before = _found(model)
@@ -113,8 +119,12 @@ def enable(
             parts = next(plans)
         else:
             parts = settled(model, inputs_of(example, "example"), plans, partial(_go, model))
-        _go(model, [step for part in parts.values() for step in part.steps])
-        report = Report(tuple(row for part in parts.values() for row in part.rows), _problem(model))
+        steps, rows = ([x for part in parts.values() for x in getattr(part, kind)] for kind in ("steps", "rows"))
+        if prepack:
+            row, more = plan_prepacked(model, {x.module for x in steps if isinstance(x, Class)})
+            rows, steps = [*rows, row], [*steps, *more]
+        _go(model, steps)
+        report = Report(tuple(rows), _problem(model))
         if not any(m.action in ("converted", "built so") for m in report.modules):
             warn(f"nothing was converted, the model computes padding as before: {report}.", VarlenWarning)
         return report
@@ -166,7 +176,7 @@ def _found(model: nn.Module) -> list[Step]:
     hf = _transformers(model)
     enabled = [(m, original) for m in model.modules() if (original := original_class(m)) is not type(m)]
     classes = [Class(m, type(m), original, tuple((x, vars(m)[x]) for x in OPTIONS if x in vars(m))) for m, original in enabled]
-    return [*classes, *(hf.found(model) if hf else [])]
+    return [*classes, *found_prepacked(model), *(hf.found(model) if hf else [])]
 
 
 def disable(model: nn.Module) -> Report:
@@ -194,7 +204,7 @@ def disable(model: nn.Module) -> Report:
     restored = [ModuleReport(*row) for row in hf.enabled_models(model)] if hf else []
     for name, module in model.named_modules():
         original = original_class(module)
-        if original is not type(module) and (hf is None or not isinstance(module, hf.Watched)):
+        if original is not type(module) and not is_prepacked(module) and (hf is None or not isinstance(module, hf.Watched)):
             restored.append(ModuleReport(name, original.__name__, "restored", ""))
         elif hasattr(original, "original_class") and is_varlen(module):
             reason = "its class was derived from the enabled one, as parametrisations do: remove them first"
@@ -213,6 +223,7 @@ def enabled(
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
     example: Any = None,
+    prepack: bool = False,
 ) -> Iterator[Report]:
     """``with enabled(model) as report``: `enable` for the length of a block; afterwards every module is what it was before.
 
@@ -229,7 +240,7 @@ def enabled(
     _check(model)
     before = _found(model)
     with undone(partial(_go, model, before)):
-        yield enable(model, level, need_weights=need_weights, hooks=hooks, padding_rows=padding_rows, example=example)
+        yield enable(model, level, need_weights=need_weights, hooks=hooks, padding_rows=padding_rows, example=example, prepack=prepack)
 
 
 def _transformers(model: nn.Module) -> Any:
@@ -253,7 +264,7 @@ def _check(model: nn.Module) -> None:
         raise ArgumentError(f"`model` must be a torch.nn.Module, but is {type(model).__name__}: pass the model itself.")
 
 
-def _check_options(level: Any, need_weights: Any, hooks: Any, padding_rows: Any) -> None:
+def _check_options(level: Any, need_weights: Any, hooks: Any, padding_rows: Any, prepack: Any) -> None:
     if level not in get_args(Level):
         raise ArgumentError(
             f"`level` must be 'auto', 'attention' or 'model', but is {level!r}: 'model' packs whole stacks, 'attention' calls of attention."
@@ -265,6 +276,10 @@ def _check_options(level: Any, need_weights: Any, hooks: Any, padding_rows: Any)
     if hooks not in ("leave", "packed"):
         raise ArgumentError(
             f"`hooks` must be 'leave' or 'packed', but is {hooks!r}: 'leave' leaves modules with hooks alone, 'packed' converts them too."
+        )
+    if not isinstance(prepack, bool):
+        raise ArgumentError(
+            f"`prepack` must be True or False, but is {prepack!r}: True keeps weights in oneDNN's blocked format as well, for inference."
         )
     if padding_rows not in (None, *get_args(PaddingRows)):
         raise ArgumentError(

@@ -73,7 +73,7 @@ class VarlenCollator:
         pad_to_multiple_of: S is the next multiple of it, for few different shapes.
         max_length: longer examples are cut to it: text by the tokenizer, which keeps its special tokens, the rest after so many positions.
         label_pad: the label at padding, which losses ignore.
-        aligned_labels: whether integer ``labels`` of ``input_ids`` stand one at each token. False, and always for sound: sequences
+        aligned_labels: whether integer ``labels`` of ``input_ids`` have one for each token. False, and always for sound: sequences
             of their own length, padded on the right to the longest.
         labels_from_input_ids: where examples have no labels, the tokens are the labels (causal language models).
         position_ids_start: in packed batches, the position of the first token of a document: 0, but ``padding_idx + 1`` for RoBERTa

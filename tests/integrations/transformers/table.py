@@ -8,8 +8,10 @@ from pathlib import Path
 import transformers
 
 from .architectures import ARCHITECTURES, Outcome, outcome
+from .calls import lines
 
 PAGE = Path(__file__).parents[3] / "docs" / "transformers.md"
+CALLS_BEGIN, CALLS_END = "<!-- calls: begin (make docs-tables writes this block) -->", "<!-- calls: end -->"
 BEGIN, END = "<!-- outcomes: begin (make docs-tables writes this block) -->", "<!-- outcomes: end -->"
 
 
@@ -29,9 +31,13 @@ def main() -> None:
     counts = ", ".join(f"{sum(f'| {level} |' in r for r in rows)} {level}" for level in ("packed once", "attention", "dense", "left alone"))
     table = ["| model | kind | outcome | why not more |", "|---|---|---|---|", *rows]
     summary = f"transformers {transformers.__version__}, {len(rows)} models: {counts}."
-    text = PAGE.read_text()
-    before, rest = text.split(BEGIN)
-    PAGE.write_text("\n".join([before + BEGIN, summary, "", *table, END + rest.split(END)[1]]))
+    write(BEGIN, [summary, "", *table], END)
+    write(CALLS_BEGIN, lines(), CALLS_END)
+
+
+def write(begin: str, block: list[str], end: str) -> None:
+    before, rest = PAGE.read_text().split(begin)
+    PAGE.write_text("\n".join([before + begin, *block, end + rest.split(end)[1]]))
 
 
 if __name__ == "__main__":

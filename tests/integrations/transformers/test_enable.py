@@ -16,14 +16,17 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import prune
 from transformers import StaticCache
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 import varlen_attn
 from varlen_attn import ArgumentError, VarlenError, VarlenWarning, record
@@ -1238,7 +1241,7 @@ def test_masks_of_every_form(name: str, form: str) -> None:
 
 
 def test_bidirectional_attention_of_a_causal_model() -> None:
-    """Whoever makes an embedding model of a language model says so in the call; padding on the left is then an encoder's."""
+    """Whoever makes an embedding model of a language model says so in the call."""
     model = build("Llama")
     for side in ("right", "left"):
         inputs = batch(side, is_causal=False)
@@ -1247,7 +1250,7 @@ def test_bidirectional_attention_of_a_causal_model() -> None:
         assert error(model(**batch(side))[0][valid], expected[valid]) > 0.1
         with enabled(model):
             assert_close(model(**inputs)[0][valid], expected[valid])
-            assert packed_calls(model, **inputs) == (2 if side == "right" else 0)
+            assert packed_calls(model, **inputs) == 2
 
 
 def test_inputs_that_are_embedded_already() -> None:
@@ -1363,20 +1366,125 @@ def test_generated_tokens_are_the_same(name: str, how: str) -> None:
     assert torch.equal(tokens(), expected)
 
 
-def test_a_static_cache_by_hand() -> None:
-    model = build("Llama", "ForCausalLM")
-    mask = attention_mask("left")
+def contents(cache: Any, mask: Tensor) -> list[Tensor]:
+    """Keys and values at tokens, layer by layer; a layer with a window has forgotten the first columns."""
+    found = []
+    for layer in cache.layers:
+        padding = F.pad(mask.bool(), (0, max(0, layer.keys.shape[2] - mask.shape[1])))[:, -layer.keys.shape[2] :]
+        found += [x.transpose(1, 2)[padding] for x in (layer.keys, layer.values)]
+    return found
 
-    def steps() -> Tensor:
-        cache = StaticCache(config=model.config, max_cache_len=12)
-        first = model(**batch("left"), past_key_values=cache, use_cache=True)
-        more = torch.cat([mask, torch.ones(4, 1, dtype=torch.long)], 1)
-        second = model(input_ids=torch.full((4, 1), 7), attention_mask=more, past_key_values=cache, use_cache=True)
-        return torch.cat([first.logits[mask.bool()], second.logits[:, 0]])
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2"])
+def test_a_static_cache_by_hand(name: str) -> None:
+    """Layers with a window hold fewer columns than the prompt has."""
+    tolerance = 1e-10 if name != "Gemma2" else 1e-4
+    model = build(name, "ForCausalLM", dtype=torch.float64 if name != "Gemma2" else torch.float32)
+    mask = attention_mask("left")
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    following = {
+        "input_ids": torch.full((4, 1), 7),
+        "attention_mask": torch.cat([mask, torch.ones(4, 1, dtype=torch.long)], 1),
+        "position_ids": mask.sum(1, keepdim=True),
+    }
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def steps() -> list[Tensor]:
+        first = model(**batch("left"), position_ids=positions, past_key_values=cache, use_cache=True)
+        kept = [x.clone() for x in contents(cache, mask)]
+        second = model(**following, past_key_values=cache, use_cache=True)
+        cache.reset()
+        return [first.logits[mask.bool()], second.logits, *kept]
 
     expected = steps()
     enable(model)
-    assert_close(steps(), expected)
+    for _ in range(2):  # reset, it says where it is by a tensor
+        with record(model) as log:
+            got = steps()
+        assert [call.reason for call in log.calls] == [None, None, *["a decoding step"] * 2]
+        assert [call.rows for call in log.calls[:2]] == [int(mask.sum())] * 2
+        assert all(error(x, y) < tolerance for x, y in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2", "GptOss"])
+def test_generation_with_a_static_cache_packs_the_prompt(name: str) -> None:
+    """Whose masks are made before the model's forward begins."""
+    half = name in ("Gemma2", "GptOss")
+    model = build(name, "ForCausalLM", dtype=torch.float32 if half else torch.float64)
+    mask = attention_mask("left")
+    options: dict[str, Any] = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, cache_implementation="static", disable_compile=True)
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        out = model.generate(**batch("left"), **options, return_dict_in_generate=True)
+        return out.sequences, [x.clone() for x in contents(out.past_key_values, F.pad(mask, (0, 5), value=1))]
+
+    expected = run()
+    enable(model)
+    for _ in range(2):  # with the cache of the call before
+        with record(model) as log:
+            got = run()
+        assert [call.reason for call in log.calls[:4]] == [None, None, *["a decoding step"] * 2]
+        assert [call.rows for call in log.calls[:2]] == [int(mask.sum())] * 2
+        assert torch.equal(got[0], expected[0])
+        assert all(error(x, y) < (1e-4 if half else 1e-10) for x, y in zip(got[1], expected[1], strict=True))
+
+
+def test_masks_made_before_the_forward() -> None:
+    """They know what the forward is asked for. With one that says nothing, all layers run padded."""
+    model = build("Gemma2", dtype=torch.float32)
+    inputs = batch("left")
+    expected = model(**inputs).last_hidden_state
+    enable(model)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    known = dict(config=model.config, inputs_embeds=embeds, attention_mask=inputs["attention_mask"], past_key_values=None)
+    masks = {"full_attention": create_causal_mask(**known), "sliding_attention": create_sliding_window_causal_mask(**known)}
+    mask = inputs["attention_mask"].bool()
+    for _ in range(2):
+        with record(model) as log:
+            got = model(input_ids=inputs["input_ids"], attention_mask=masks).last_hidden_state
+        assert log.calls[0].reason is None
+        assert error(got[mask], expected[mask]) < 1e-5
+    with record(model) as log:
+        got = model(input_ids=inputs["input_ids"], attention_mask={**masks, "sliding_attention": masks["sliding_attention"] & True})
+    assert log.calls[1].reason == "a kind of layers whose mask has a pattern that is not known"
+    assert error(got.last_hidden_state[mask], expected[mask]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, lambda config: StaticCache(config, max_cache_len=12)], ids=["growing", "static"])
+def test_an_offloaded_cache(kind: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It moves what it was given, which is by column. Its streams are those of a device, which is not needed to see that."""
+    monkeypatch.setattr(torch.cuda, "default_stream", MagicMock())
+    model = build("Llama")
+    mask = attention_mask("left")
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        cache = kind(config=model.config)
+        cache.offloading, cache.only_non_sliding, cache.prefetch_stream = True, False, MagicMock()
+        if isinstance(cache, DynamicCache):
+            cache.prefetch = MagicMock()  # of layers that are not there yet
+        out = model(**batch("left"), past_key_values=cache, use_cache=True).last_hidden_state
+        return out[mask.bool()], contents(cache, mask)
+
+    expected = run()
+    enable(model)
+    with record(model) as log:
+        got = run()
+    assert [call.reason for call in log.calls] == [None, None]
+    assert error(got[0], expected[0]) < 1e-10
+    assert all(error(x, y) < 1e-10 for x, y in zip(got[1], expected[1], strict=True))
+
+
+def test_a_cache_of_another_kind_names_itself() -> None:
+    """What is quantised together with padding would not be the same."""
+    model = build("Llama", use_cache=False)
+    inputs, kind = batch("left"), type("QuantizedCache", (Cache,), {})
+    expected = model(**inputs).last_hidden_state
+    enable(model)
+    with record(model) as log:
+        got = model(**inputs, past_key_values=kind(layer_class_to_replicate=DynamicLayer), use_cache=True).last_hidden_state
+    assert "`past_key_values`, a QuantizedCache, which" in str(log.calls[0].reason)
+    mask = inputs["attention_mask"].bool()
+    assert_close(got[mask], expected[mask])
 
 
 # -------------------------------------------------------------------- what ran

@@ -424,7 +424,7 @@ MASK = attention_mask("left")[:2].bool()
 SDPA: dict[str, dict[str, Any]] = {
     "a decoding step": dict(q_length=1, kv_length=9, q_offset=8, attention_mask=MASK),
     "a decoding step without padding": dict(q_length=1, kv_length=9, q_offset=8),
-    "a static cache's offset": dict(q_length=3, kv_length=9, q_offset=torch.tensor(4), attention_mask=MASK),
+    "a decoding step of a static cache": dict(q_length=1, kv_length=9, q_offset=torch.tensor(4), attention_mask=MASK),
     "a user's and-function": dict(q_length=9, kv_length=9, use_vmap=True, attention_mask=MASK),
     "one mask for all rows": dict(q_length=9, kv_length=9, attention_mask=MASK[:1]),
     "a mask of too many columns": dict(q_length=5, kv_length=5, attention_mask=MASK),
@@ -508,7 +508,7 @@ def test_every_row_is_that_of_sdpa(case: Asked, heads: Heads) -> None:
 def test_packed_rows_see_what_they_saw(case: Asked) -> None:
     """A stack that runs packed hands the same pattern on for its rows ``(1, T)``."""
     meaning = case.mask.meaning
-    layout = meaning.keys
+    layout = meaning.tokens
     packed_mask = meaning.packed
     assert packed_mask.shape == (1, 1, layout.num_rows, layout.num_rows)
     batch, columns = meaning.shape[0], meaning.shape[3]
@@ -540,10 +540,11 @@ def test_which_batches_pack(case: Asked) -> None:
         assert meaning.packing.layout_kv.total == layout.total
 
 
-def test_a_static_cache_packs_without_its_future() -> None:
+@pytest.mark.parametrize("offset", [0, torch.tensor(0)], ids=["new", "used before"])
+def test_a_static_cache_packs_without_its_future(offset: Any) -> None:
     """Keys that nobody wrote yet are not attended to, and may hold anything."""
     real = F.pad(attention_mask("left"), (0, 3)).bool()
-    mask = varlen_mask(4, 9, 12, attention_mask=real)
+    mask = varlen_mask(4, 9, 12, offset, attention_mask=real)
     assert isinstance(mask, VarlenMask)
     way = mask.meaning.packing
     assert isinstance(way, Packing)

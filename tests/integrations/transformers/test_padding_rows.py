@@ -13,11 +13,26 @@ pytest.importorskip("transformers", minversion="5.4", reason="needs transformers
 
 import transformers
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from transformers.masking_utils import bidirectional_mask_function
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from varlen_attn import SeqLayout, enable, record
+from varlen_attn.integrations.transformers.mask import ISLAND, varlen_mask
 
-from .tiny import assert_close, attention_mask, batch, build, error, gradients, reasons, shake
+from .tiny import (
+    COMMON,
+    OPTIONS,
+    assert_close,
+    assert_same_gradients,
+    attention_mask,
+    batch,
+    build,
+    error,
+    gradients,
+    reasons,
+    shake,
+    token_ids,
+)
 
 VALID = attention_mask().bool()
 
@@ -26,6 +41,21 @@ def packed(model: nn.Module, **inputs: Any) -> bool:
     with record() as log:
         model(**inputs)
     return any(call.rows is not None and call.slots is not None and call.rows < call.slots for call in log)
+
+
+def linear_rows(model: nn.Module, run: Callable[[], Any]) -> set[int]:
+    """How many rows linear layers compute."""
+    rows: set[int] = set()
+
+    def look(module: nn.Module, args: Any, result: Any) -> None:
+        if isinstance(module, nn.Linear) and module in inside and result.dim() > 2:
+            rows.add(result.numel() // result.shape[-1])
+
+    inside = set(model.modules())
+    handle = nn.modules.module.register_module_forward_hook(look)
+    run()
+    handle.remove()
+    return rows
 
 
 def assert_edges(x: Tensor, mask: Tensor, what: str = "result") -> None:
@@ -111,6 +141,139 @@ def test_a_cache_holds_zeros_at_padding() -> None:
     hidden = ~batch("left")["attention_mask"].bool()[:, None, :, None]
     assert not (cache.layers[0].keys * hidden).any()
     assert cache.layers[0].keys.any()
+
+
+# -------------------------------------------------------------------- rows without tokens, padding before tokens, one layer
+
+
+@pytest.mark.parametrize("wish", [{}, {"output_hidden_states": True}], ids=["", "hidden states"])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["Bert", "ModernBert", "Llama", "Mistral", "T5"])
+def test_a_row_without_tokens_is_computed(name: str, side: str, wish: dict[str, Any]) -> None:
+    """All of it, as it was, for a pooler reads it; and the others are packed."""
+    if name == "Bert" and side == "left":
+        pytest.skip("its pooler reads the first column")
+    model = build(name, "EncoderModel" if name == "T5" else "Model")
+    mask = attention_mask(side, (9, 4, 0, 3))
+    real = mask.bool() | ~mask.bool().any(1, keepdim=True)
+    inputs = {"input_ids": token_ids(mask), "attention_mask": mask}
+    weights = torch.randn(*mask.shape, 32, dtype=torch.float64) * real[..., None]
+
+    def run() -> tuple[list[Tensor], dict[str, Tensor]]:
+        out = model(**inputs, **wish)
+        states = [out.last_hidden_state, *(out.get("hidden_states") or ())]
+        pooled = [out.pooler_output] if name == "Bert" else []
+        return [*(x[real] for x in states), *pooled], gradients(
+            model, (out.last_hidden_state * weights).sum() + sum(x.sum() for x in pooled)
+        )
+
+    expected = run()
+    enable(model)
+    rows = linear_rows(model, lambda: model(**inputs, **wish))
+    assert rows == {int(real.sum())}
+    with record(model) as log:
+        got = run()
+    assert name == "T5" or ({call.reason for call in log}, log.calls[0].rows) == ({None}, int(real.sum()))
+    for x, want in zip(got[0], expected[0], strict=True):
+        assert_close(x, want)
+    assert_same_gradients(got[1], expected[1])
+
+
+def test_rows_without_tokens_in_numbers() -> None:
+    """Code that computes with the mask of packed rows sees that they see nothing; on another device too."""
+    mask = attention_mask(lengths=(3, 0, 2), columns=3)
+    made = varlen_mask(3, 3, 3, mask_function=bidirectional_mask_function, attention_mask=mask.bool())
+    packed_mask = made.meaning.packed
+    want = torch.block_diag(torch.ones(3, 3), torch.zeros(3, 3), torch.ones(2, 2)).bool()
+    assert torch.equal(packed_mask.meaning.dense[0, 0], want)
+    moved = packed_mask.meaning.to(torch.device("cpu"))
+    assert moved.stack.blind.tolist() == [False] * 3 + [True] * 3 + [False] * 2
+
+
+LEFT: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "a pooler": ("Bert", {}, False),
+    "no pooler": ("Bert", dict(add_pooling_layer=False), True),
+    "words": ("BertForMaskedLM", {}, True),
+    "a class of each token": ("BertForTokenClassification", {}, True),
+    "the first token's class": ("BertForSequenceClassification", {}, False),
+    "the mean": ("ModernBertForSequenceClassification", dict(classifier_pooling="mean"), True),
+    "the first": ("ModernBertForSequenceClassification", dict(classifier_pooling="cls"), False),
+}
+
+
+@pytest.mark.parametrize("what", LEFT)
+def test_padding_before_the_tokens_of_an_encoder(what: str) -> None:
+    """The trial sees who reads the first column."""
+    name, options, packs = LEFT[what]
+    family, head = (name.split("For")[0], "For" + name.split("For")[1]) if "For" in name else (name, "Model")
+    config = getattr(transformers, family + "Config")(
+        **{**COMMON, **OPTIONS[family], **{k: x for k, x in options.items() if "add" not in k}}
+    )
+    model = shake(getattr(transformers, family + head)(config, **{k: x for k, x in options.items() if "add" in k}).double()).eval()
+    inputs = batch("left")
+    real = inputs["attention_mask"].bool()
+
+    def run() -> tuple[Tensor, dict[str, Tensor]]:
+        out = model(**inputs)
+        x = out[0] if out[0].dim() == 2 else out[0][real]
+        return torch.cat([x.flatten(), *(y.flatten() for k, y in out.items() if k == "pooler_output")]), gradients(model, x.square().sum())
+
+    expected = run()
+    enable(model)
+    with record(model) as log:
+        got = run()
+    assert [call.rows == int(real.sum()) for call in log] == [packs] * 2
+    assert packs or "an encoder with padding before its tokens" in str(log.calls[0].reason)
+    assert_close(got[0], expected[0])
+    assert_same_gradients(got[1], expected[1])
+
+
+def test_who_reads_the_first_column_around_a_model_is_not_known() -> None:
+    wrapper = nn.ModuleDict({"text": build("DistilBert")})
+    enable(wrapper)
+    assert not packed(wrapper["text"], **batch("left"))
+    assert packed(wrapper["text"], **batch())
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+@pytest.mark.parametrize("name", ["Bert", "Llama", "T5"])
+def test_one_layer(name: str, asked_before: bool) -> None:
+    """Its input is one of the hidden states, and collected after it was computed."""
+    head, inputs = "EncoderModel" if name == "T5" else "Model", batch()
+    model, other = (build(name, head, num_hidden_layers=1) for _ in range(2))
+    plain, expected = model(**inputs).last_hidden_state, other(**inputs, output_hidden_states=True).hidden_states
+    if asked_before:
+        model(**inputs, output_hidden_states=True)
+    enable(model)
+    with record(model) as log:
+        assert_close(model(**inputs).last_hidden_state[VALID], plain[VALID])
+        got = model(**inputs, output_hidden_states=True).hidden_states
+    assert {call.reason for call in log} <= {None, ISLAND}
+    assert len(got) == len(expected) == 2
+    for x, want in zip(got, expected, strict=True):
+        assert_close(x[VALID], want[VALID])
+        assert_edges(x, inputs["attention_mask"])
+
+
+def test_one_layer_of_which_some_states_are_asked_for() -> None:
+    model, inputs = build("Llama", num_hidden_layers=1), batch()
+    expected = model(**inputs, output_hidden_states=[1]).hidden_states
+    enable(model)
+    got = model(**inputs, output_hidden_states=[1]).hidden_states
+    assert [x is None for x in got] == [x is None for x in expected]
+    assert all(error(x[VALID], want[VALID]) < 1e-10 for x, want in zip(got, expected, strict=True) if want is not None)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_classifier_of_sequences_given_embeddings(side: str) -> None:
+    """It knows no padding then, and reads the last column, which is a token where padding is on the left."""
+    model, inputs = build("Llama", "ForSequenceClassification"), batch(side)
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    expected = model(**inputs).logits
+    enable(model)
+    with record(model) as log:
+        assert_close(model(**inputs).logits, expected)
+    assert (log.calls[0].reason is None) == (side == "left")
 
 
 # -------------------------------------------------------------------- readers that arguments tell of

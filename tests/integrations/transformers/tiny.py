@@ -46,6 +46,7 @@ BART: dict[str, Any] = dict(
 )
 OPTIONS: dict[str, dict[str, Any]] = {
     "Bert": NO_DROPOUT,
+    "DistilBert": dict(dim=32, hidden_dim=48, n_layers=2, n_heads=4, dropout=0.0, attention_dropout=0.0),
     "Llama": dict(num_key_value_heads=2),
     "Mistral": dict(num_key_value_heads=2, head_dim=8, sliding_window=4),
     "ModernBert": dict(local_attention=4, global_attn_every_n_layers=2, cls_token_id=2, sep_token_id=3),

@@ -150,7 +150,8 @@ _attend_columns_between_graphs = between_graphs(_attend_columns)
 
 
 def _attend_rows(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, way: Packing, options: Options) -> Tensor:
-    """For columns that are packed rows already."""
+    """For columns that are packed rows already. Those that see nothing get 0, as from all kernels."""
+    value = value if way.blind is None else value.masked_fill(way.blind[:, None], 0)
     q_TNH, k_TKH, v_TKH = query.squeeze(0).transpose(0, 1), key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1)
     return _attend(module, q_TNH, k_TKH, v_TKH, way, options, None).unsqueeze(0)
 
@@ -182,6 +183,8 @@ def _by_mask(meaning: Meaning, query: Tensor, key: Tensor, options: Options, ord
         return way
     if options.bias.shape[0] != 1 or options.bias.shape[2:] != (len_q, len_k) or not way.layout_kv.right_padded or len_q != len_k:
         return "a position bias by columns, which are not positions in this batch"
+    if 0 in (way.layout_kv.lengths or ()):
+        return "a row without tokens, where a position bias is all that counts"
     if way.layout_q.padded_len != len_q or meaning.first_query != 0:
         return "a position bias of cached keys"
     if meaning.keys.fill is not None and meaning.keys.fill > _BIAS_FILL and order == "auto":

@@ -111,7 +111,7 @@ def plan(model: nn.Module, level: str, hooks: str, padding_rows: PaddingRows = N
             _check_whole(whole, parts)
         rows += [row for part in parts for row in part.rows(name)]
         packed = {part.model: (tuple(part.packed), part.guarded) for part in parts if part.packed}
-        tree = stack_hooks.ModelId(hooks, padding_rows)
+        tree = stack_hooks.ModelId(hooks, padding_rows, root is not model or any(part.reads_first for part in parts))
         tree.left = True
         if packed:
             steps += stack_hooks.on_models(tree, root, packed if whole is None else {root: ((), True), **packed})
@@ -173,7 +173,7 @@ def _check_whole(whole: _Part, parts: list[_Part]) -> None:
     clone, trials = whole.clone, [(trial._replace(full=True), expected) for trial, expected in whole.trials]
     steps: list[Step] = []
     packed: dict[nn.Module, tuple[tuple[str, ...], bool]] = {clone: ((), True)}
-    tree = stack_hooks.ModelId(whole.options.hooks, whole.options.padding_rows or "edge")
+    tree = stack_hooks.ModelId(whole.options.hooks, whole.options.padding_rows or "edge", any(part.reads_first for part in parts))
     for part in parts if clone is not None else ():
         its_clone = clone.get_submodule(part.name)
         packed[its_clone] = (tuple(part.packed), part.guarded)
@@ -182,6 +182,9 @@ def _check_whole(whole: _Part, parts: list[_Part]) -> None:
     steps += stack_hooks.on_models(tree, clone, packed) if clone is not None else []
     with made(steps):
         reason = whole.compare(trials)
+        if reason is not None and not tree.reads_first:
+            tree.reads_first = parts[0].reads_first = True
+            reason = whole.compare(trials)
     for part in parts if reason is not None else ():
         part.why_not_packed |= dict.fromkeys(part.packed, str(reason))
         part.packed, part.guarded = [], False
@@ -402,6 +405,7 @@ class _Part:
         reason: why its attention is left alone.
         packed: names of its stacks that run packed, and of those of them whose attention computes the padded batch.
         guarded: whether ids at padding are looked at first.
+        reads_first: whether a head or pooler reads the first column.
         clone, memo: what is tried in its place, and the clone of everything in it, by identity; None where it cannot be tried.
         trials: with what the model gives.
         random: whether it draws random numbers in evaluation.
@@ -419,7 +423,7 @@ class _Part:
         self.why_not_packed: dict[str, str] = {}
         self.packed: list[str] = []
         self.islands: set[str] = set()
-        self.guarded = self.random = False
+        self.guarded = self.random = self.reads_first = False
 
     def state(self) -> State:
         return State(tuple(self.configurations))
@@ -565,8 +569,14 @@ class _Part:
         trials = [(trial._replace(full=True), expected) for trial, expected in others]
         odd = [(trial, expected) for trial, expected in trials if trial.odd_ids]
         if reason is None and stacks:
+            usual = [(trial, expected) for trial, expected in trials if not trial.odd_ids]
             with self._running(stacks, islands):
-                reason = self.compare([(trial, expected) for trial, expected in trials if not trial.odd_ids])
+                reason = self.compare(usual)
+            if reason is not None and not self.reads_first:
+                self.reads_first = True
+                with self._running(stacks, islands):
+                    reason = self.compare(usual)
+            with self._running(stacks, islands):
                 looks_at_ids = reason is None and self.compare(odd) is not None
             self.guarded |= looks_at_ids
             if looks_at_ids:
@@ -584,7 +594,7 @@ class _Part:
         """The clone with these stacks packed, beside those that are already; the layers that are given rows first."""
         packed = (*self.packed, *stacks)
         # Without rules, so that it runs packed whatever it is given.
-        tree = stack_hooks.ModelId(self.options.hooks, self.options.padding_rows or "edge")
+        tree = stack_hooks.ModelId(self.options.hooks, self.options.padding_rows or "edge", self.reads_first)
         hooks = self.on_layers(tree, self.clone)
         hooks += [hook for name in stacks for hook in self._hooks(tree, self.clone.get_submodule(name), islands)]
         with made([*hooks, *stack_hooks.on_models(tree, self.clone, {self.clone: (packed, self.guarded)})]):

@@ -53,12 +53,17 @@ class Pattern(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """A call of packed attention that does the same: rows by ``layout_q``, keys by ``layout_kv``, which may cover fewer columns."""
+    """A call of packed attention that does the same: rows by ``layout_q``, keys by ``layout_kv``, which may cover fewer columns.
+
+    Attributes:
+        blind: ``(T,)`` True at rows that see nothing; None where each sees some.
+    """
 
     layout_q: SeqLayout
     layout_kv: SeqLayout
     causal: bool | str
     window: Window | None
+    blind: Tensor | None = None
 
 
 # -------------------------------------------------------------------- forwards
@@ -163,8 +168,21 @@ def paddings() -> Iterator[list[Tensor]]:
         _thread.seen = before
 
 
+def take_over(masks: Sequence[Any]) -> None:
+    """The masks that the innermost model is given are of its forward. `generate` makes those for a static cache before."""
+    meanings = [x.meaning for x in masks if isinstance(x, VarlenMask)]
+    if meanings and len(meanings) < len(masks):
+        _thread.forwards[-1].padded_because = _UNKNOWN
+    for meaning in meanings:
+        if not any(forward.in_rows for forward in meaning.forwards):
+            meaning.forwards = _under_way()
+            vars(meaning).pop("packed", None)  # and what was packed is of a forward before
+            meaning.packed_arguments.clear()
+
+
 # -------------------------------------------------------------------- masks
 
+_UNKNOWN = "a kind of layers whose mask has a pattern that is not known"
 masks: Alive[Meaning] = Alive()
 leaving: set[int] = set()  # identities of the configurations that are about to say ``eager``
 
@@ -176,10 +194,10 @@ class Meaning:
     Attributes:
         shape: ``(B, 1, Q, K)``.
         pattern: of the columns.
-        padding: ``(B, K)``, True is a token; None for no padding.
+        padding: ``(B, columns)``, True is a token; None for no padding.
         first_query: the key column of the first query.
         make: transformers' own mask.
-        rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows.
+        rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows; `blind`: those that see nothing.
         forwards: of the models in whose forwards the mask was made, the innermost last.
         config: of the model.
         dtype: of the scores.
@@ -199,9 +217,10 @@ class Meaning:
     forwards: list[Forward] = field(default_factory=_under_way)
     config: Any = None
     dtype: torch.dtype = torch.float32
+    blind: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.stack = None if self.rows is None else Packing(self.rows, self.rows, self.pattern.causal, self.pattern.window)
+        self.stack = None if self.rows is None else Packing(self.rows, self.rows, *self.pattern[:2], self.blind)
         self.packed_arguments: dict[tuple[str, int], tuple[Any, Any]] = {}
         self.made: Tensor | None = None
         self.numbers: Tensor | None = None
@@ -257,12 +276,24 @@ class Meaning:
             return self.numbers
         return torch.zeros_like(self.numbers, dtype=self.dtype).masked_fill_(~self.numbers, torch.finfo(self.dtype).min)
 
+    @property
+    def columns(self) -> int:
+        """How many of the key columns queries see: not those of a static cache's future."""
+        return _columns(self.pattern, self.first_query, *self.shape[2:])
+
     @cached_property
     def keys(self) -> SeqLayout:
-        """Of the key columns. One transfer, unless the host knows the lengths."""
+        """Of these columns. One transfer, unless the host knows the lengths."""
         if self.pattern.documents is not None:
             return SeqLayout.from_document_ids(self.pattern.documents + 1)
-        return self._all(self.shape[3]) if self.padding is None else _layout_of(self.padding)
+        return self._all(self.columns) if self.padding is None else _layout_of(self.padding)
+
+    @cached_property
+    def tokens(self) -> SeqLayout:
+        """Of what a packed stack computes: these columns, and all of a row that has none. They see nothing, and may be read."""
+        if not self.keys.lengths or 0 not in self.keys.lengths or self.padding is None:
+            return self.keys
+        return _layout_of(self.padding | ~self.padding.any(1, keepdim=True))
 
     def _all(self, columns: int) -> SeqLayout:
         return SeqLayout.from_lengths([columns] * self.shape[0], columns, device=self.device)
@@ -291,11 +322,10 @@ class Meaning:
 
     def _causal(self) -> Packing | str:
         _, _, len_q, len_k = self.shape
-        last = self.first_query + len_q  # no query sees the columns from here on: a static cache's future
+        last = self.first_query + len_q
         if last > len_k or self.first_query < 0:
             return f"queries stand at columns {self.first_query} to {last} of {len_k} keys"
-        keys = self.keys if last == len_k else self._all(last) if self.padding is None else _layout_of(self.padding[:, :last])
-        window = self.pattern.window
+        keys, window = self.keys, self.pattern.window
         if keys.lengths is None:
             return "only the device knows the lengths"
         if self.first_query == 0 and keys.is_dense:
@@ -321,14 +351,16 @@ class Meaning:
     @cached_property
     def packed(self) -> VarlenMask:
         """The same for the packed rows ``(1, T)`` of a self-attention without cached keys."""
-        total = self.keys.num_rows
-        make = partial(_block_diagonal, self.keys, self.pattern)
-        shape = (1, 1, total, total)
-        return VarlenMask(Meaning(shape, self.device, self.pattern, None, 0, make, self.keys, self.forwards, self.config, self.dtype))
+        layout, total = self.tokens, self.tokens.num_rows
+        blind = None if layout is self.keys or self.padding is None else ~layout.pack(self.padding)
+        make = partial(_block_diagonal, layout, self.pattern, blind)
+        known = layout, self.forwards, self.config, self.dtype, blind
+        return VarlenMask(Meaning((1, 1, total, total), self.device, self.pattern, None, 0, make, *known))
 
     def is_of_columns_of(self, other: Meaning) -> bool:
         """Whether both are masks of one self-attention: the same columns, the same padding."""
-        if self.shape != other.shape or self.first_query != other.first_query or self.pattern.documents is not None:
+        same = (self.columns, self.first_query, self.shape[2]) == (other.columns, other.first_query, other.shape[2])
+        if not same or self.pattern.documents is not None:
             return False
         if self.keys is other.keys:
             return True
@@ -341,7 +373,8 @@ class Meaning:
         padding = None if self.padding is None else self.padding.to(device)
         rows = None if self.rows is None else self.rows.to(device)
         dense = lambda: self.dense.to(device)  # noqa: E731
-        return Meaning(self.shape, device, pattern, padding, self.first_query, dense, rows, config=self.config, dtype=self.dtype)
+        known = dict(config=self.config, dtype=self.dtype, blind=None if self.blind is None else self.blind.to(device))
+        return Meaning(self.shape, device, pattern, padding, self.first_query, dense, rows, **known)
 
 
 # What masks of numbers mean, also to layers that are computed again when no forward is under way. Gone with them.
@@ -447,7 +480,7 @@ def _reaches_last_column(padding: Tensor | None, keys: SeqLayout, last: int) -> 
     return bool((padding[:, last - 1] | ~padding[:, :last].any(1)).all())
 
 
-def _block_diagonal(layout: SeqLayout, pattern: Pattern) -> Tensor:
+def _block_diagonal(layout: SeqLayout, pattern: Pattern, blind: Tensor | None = None) -> Tensor:
     """``(1, 1, T, T)``: what packed rows see, for code that wants numbers."""
     rows, columns = layout.seq_ids[:, None], layout.seq_ids
     distance = layout.positions - layout.positions[:, None]
@@ -458,7 +491,7 @@ def _block_diagonal(layout: SeqLayout, pattern: Pattern) -> Tensor:
         left, right = pattern.window
         visible = visible if left is None else visible & (distance >= -left)
         visible = visible if right is None else visible & (distance <= right)
-    return visible[None, None]
+    return visible[None, None] if blind is None else visible[None, None] & ~blind
 
 
 # -------------------------------------------------------------------- made by transformers' mask functions
@@ -496,19 +529,22 @@ def varlen_mask(
     if static_graph() or (attention_mask is not None and is_unreadable(attention_mask)):
         return make()  # type: ignore[no-any-return]
     order = requested_backend("auto")
+    if isinstance(q_offset, Tensor) and q_length > 1 and pattern is not None and not is_unreadable(q_offset):
+        q_offset = int(q_offset)  # of a static cache that was used before; `sdpa_mask` reads it too
     plain = isinstance(q_offset, int) and (q_length > 1 or order != "auto") and device.type != "meta"
     if pattern is None:
         for forward in _under_way()[-1:]:
-            forward.padded_because = "a kind of layers whose mask has a pattern that is not known"
+            forward.padded_because = _UNKNOWN
     if pattern is None or not plain or (attention_mask is not None and attention_mask.dim() != 2):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]
     assert isinstance(q_offset, int)
-    padding = _padding_of_columns(attention_mask, kv_length, kv_offset)
+    columns = _columns(pattern, q_offset - kv_offset, q_length, kv_length)
+    padding = _padding_of_columns(attention_mask, columns, kv_offset)
     square = (q_length, q_offset) == (kv_length, kv_offset)
     if order == "auto" and not state.records and _says_it_all(kwargs.get("config"), pattern, padding, square):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]
     pattern = pattern._replace(window=_effective(pattern.window, q_length, kv_length))
-    if padding is not None and tuple(padding.shape) != (batch_size, kv_length):
+    if padding is not None and tuple(padding.shape) != (batch_size, columns):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]  # transformers' error, or its broadcasting
     if _thread.seen is not None and padding is not None:
         _thread.seen.append(padding)
@@ -549,16 +585,20 @@ def _has_interface(configuration_module: str) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in source or re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE) is None
 
 
-def _padding_of_columns(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
-    """``(B, kv_length)``: the columns that the keys have; those beyond the mask hold nothing yet."""
+def _columns(pattern: Pattern, first_query: int, q_length: int, kv_length: int) -> int:
+    return min(first_query + q_length, kv_length) if pattern.causal else kv_length
+
+
+def _padding_of_columns(attention_mask: Tensor | None, columns: int, kv_offset: int) -> Tensor | None:
+    """``(B, columns)``: those that the keys have; those beyond the mask hold nothing yet."""
     if attention_mask is None:
         return None
-    missing = kv_length + kv_offset - attention_mask.shape[1]
+    missing = columns + kv_offset - attention_mask.shape[1]
     if missing > 0:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
-    if kv_offset == 0 and attention_mask.shape[1] == kv_length:
+    if kv_offset == 0 and attention_mask.shape[1] == columns:
         return attention_mask
-    return attention_mask[:, kv_offset : kv_offset + kv_length]
+    return attention_mask[:, kv_offset : kv_offset + columns]
 
 
 def _effective(window: Window | None, q_length: int, kv_length: int) -> Window | None:

@@ -48,6 +48,7 @@ from .mask import (
     leave_forward,
     meaning_of_numbers,
     of_numbers,
+    take_over,
 )
 
 _SKIPPING_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
@@ -65,14 +66,16 @@ class ModelId:
         hooks: which hooks of others may see rows, as `varlen_attn.enable` takes it.
         padding_rows: what rows at padding hold after a packed stack, as the caller of `enable` said; None for edge rows, and for stacks
             that run as they came where a reader is known.
+        reads_first: encoders may be pooled by their first column, which must be what it was.
     """
 
     left = False
-    hooks = "leave"  # these two also of pickles of earlier versions
+    hooks = "leave"  # these three also of pickles of earlier versions
     padding_rows: str | None = None
+    reads_first = True
 
-    def __init__(self, hooks: str = "leave", padding_rows: str | None = None) -> None:
-        self.hooks, self.padding_rows = hooks, padding_rows
+    def __init__(self, hooks: str = "leave", padding_rows: str | None = None, reads_first: bool = True) -> None:
+        self.hooks, self.padding_rows, self.reads_first = hooks, padding_rows, reads_first
         self.begun: set[int] = set()
 
 
@@ -112,9 +115,9 @@ class LayerHook:
         if meaning is None or meaning.rows is not None:
             return None
         # Only a batch with padding is packed, so the shape of rows is another.
-        is_rows = hidden.shape[:2] != meaning.shape[::2] and hidden.shape[:2] == (1, meaning.keys.num_rows)
+        is_rows = hidden.shape[:2] != meaning.shape[::2] and hidden.shape[:2] == (1, meaning.tokens.num_rows)
         if not is_rows:
-            reason = meaning.padded_because or _why_as_it_came(module, hidden, meaning, self.islands)
+            reason = meaning.padded_because or _why_as_it_came(module, hidden, meaning, self.islands, self.tree)
             if reason is None and not meaning.forwards:
                 reason = "no forward of its model is under way, or it began before that was enabled"
             filled = reason is None
@@ -123,7 +126,7 @@ class LayerHook:
                 meaning.keep_padded(reason, filled)
                 return None
         # No view: in `torch.compile` that would be another graph than for what a layer gives.
-        rows = hidden if is_rows else with_first_dimension(meaning.keys.pack(hidden))
+        rows = hidden if is_rows else with_first_dimension(meaning.tokens.pack(hidden))
         packed: list[Any] = []
         for name, x in (*zip(self.names, args, strict=False), *kwargs.items()):
             known = meaning.packed_arguments.get((name, id(x)))
@@ -134,7 +137,8 @@ class LayerHook:
                     'varlen_attn.enable(model, level="attention").'
                 )
             if y is _REFUSED:
-                meaning.keep_padded(f"the layers are given `{name}`, which is not by token, or asked for it", filled)
+                kind = f", a {type(x).__name__}" if hasattr(x, "get_seq_length") else ""
+                meaning.keep_padded(f"the layers are given `{name}`{kind}, which is not by token, or asked for it", filled)
                 return None
             packed.append(y)
         if not is_rows:
@@ -155,13 +159,13 @@ class LayerHook:
         if meaning is None or not self.last:  # pickles of earlier versions have this after every layer
             return None
         hidden = result if isinstance(result, Tensor) else result[0]
-        in_rows = meaning.rows is not None or (self.islands and meaning.shape[::2] != hidden.shape[:2] == (1, meaning.keys.num_rows))
+        in_rows = meaning.rows is not None or (self.islands and meaning.shape[::2] != hidden.shape[:2] == (1, meaning.tokens.num_rows))
         if in_rows:
             meaning.hands_on(rows=False)
             end_rows()
         elif not meaning.filled:
             return None
-        layout, shape = meaning.rows or meaning.keys, hidden.shape[:2] if in_rows else meaning.shape[::2]
+        layout, shape = meaning.rows or meaning.tokens, hidden.shape[:2] if in_rows else meaning.shape[::2]
 
         def put_back(x: Tensor) -> Tensor:
             """Rows at padding hold the same, whether the stack ran packed or padded."""
@@ -169,6 +173,9 @@ class LayerHook:
             return layout.unpack(rows, 0 if self.tree.padding_rows == "zero" else "edge")
 
         states = collected().get("hidden_states", [])
+        if not states and "hidden_states" in collected() and args:  # of one layer, whose input is collected after this
+            chosen = collected().get("_hidden_states_layers")
+            states.append(args[0] if chosen is None or 0 in chosen else None)
         for i, x in enumerate(states):  # of the layers before; this one's is collected after it was unpacked
             if x is not None and x.shape[:2] == shape:
                 states[i] = put_back(x)
@@ -208,7 +215,7 @@ class Island:
         meaning = None if torch.compiler.is_compiling() else island_of()
         if kwargs is None or meaning is None:
             return None
-        rows, given = (1, meaning.keys.num_rows), {id(y): x for x, y in meaning.packed_arguments.values()}
+        rows, given = (1, meaning.tokens.num_rows), {id(y): x for x, y in meaning.packed_arguments.values()}
         if not self.recorded:
             slots = meaning.shape[0] * meaning.shape[2]
             write(Call("dense", "its own code", rows=slots, slots=slots, reason=ISLAND), module)
@@ -216,8 +223,8 @@ class Island:
         def padded(x: Any) -> Any:
             if id(x) in given or not isinstance(x, Tensor) or x.dim() < 2 or x.shape[:2] != rows:
                 return given.get(id(x), x)
-            columns: Any = meaning.keys.unpack(x[0])
-            columns.of_rows, columns.rows = meaning.keys, x
+            columns: Any = meaning.tokens.unpack(x[0])
+            columns.of_rows, columns.rows = meaning.tokens, x
             return columns
 
         return tuple(map(padded, args)), {name: padded(x) for name, x in kwargs.items()}
@@ -242,8 +249,8 @@ class Projection:
         if not args or kwargs is None or meaning is None or args[0].dim() != 3 or args[0].shape[:2] != meaning.shape[::2]:
             return None
         rows: Any = getattr(args[0], "rows", None)
-        rows = with_first_dimension(meaning.keys.pack(args[0])) if rows is None else rows.view_as(rows)
-        rows.of_columns = meaning.keys
+        rows = with_first_dimension(meaning.tokens.pack(args[0])) if rows is None else rows.view_as(rows)
+        rows.of_columns = meaning.tokens
         return (rows, *args[1:]), kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
@@ -251,24 +258,22 @@ class Projection:
         return None if layout is None or result is None else layout.unpack(result[0])
 
 
-def _why_as_it_came(layer: nn.Module, hidden: Tensor, meaning: Meaning, islands: bool) -> str | None:
+def _why_as_it_came(layer: nn.Module, hidden: Tensor, meaning: Meaning, islands: bool, tree: ModelId) -> str | None:
     """None for the padded tokens of a self-attention, where no reader of rows at padding is known."""
-    batch_size, _, len_q, len_k = meaning.shape
+    batch_size, _, len_q, _ = meaning.shape
     if meaning.numbers is not None and not islands:
         return LOOKED_AT
     if islands and is_compiled(layer):
         return "compiled layers, whose attention needs columns"
-    if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != len_k or meaning.first_query != 0:
+    if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != meaning.columns or meaning.first_query != 0:
         return "there are cached keys, or keys of others"
     # Compiled layers get rows in any case: the same graphs serve all batches, and none ends before attention.
-    if meaning.pattern.documents is not None or (not is_compiled(layer) and (meaning.padding is None or meaning.keys.is_dense)):
+    if meaning.pattern.documents is not None or (not is_compiled(layer) and (meaning.padding is None or meaning.tokens.is_dense)):
         return "nothing is padded"
     keys = meaning.keys
     if keys.lengths is None or not keys.total:
         return "only the device knows the lengths" if keys.lengths is None else "no row has a token"
-    if 0 in keys.lengths:
-        return "a row without tokens, which a pooler may read"
-    if not meaning.pattern.causal and not keys.right_padded:  # encoders pool their first column, which must be what it was
+    if not meaning.pattern.causal and not meaning.tokens.right_padded and (tree.reads_first or keys.has_holes):
         return f"an encoder with padding {'between' if keys.has_holes else 'before'} its tokens, which a pooler may read"
     return meaning.read_by()
 
@@ -315,15 +320,15 @@ def _packed(name: str, x: Any, meaning: Meaning, hidden: Tensor, rows: Tensor, i
         keep = not x.requires_grad  # a layer that is computed again for its gradients packs again
         by_token = x.dim() >= 2 and x.shape[0] in (1, meaning.shape[0]) and x.shape[1] == meaning.shape[2]
         if by_token or x.dim() == 0 or name == "cache_position":
-            y = meaning.keys.pack(x.expand(meaning.shape[0], *x.shape[1:]))[None] if x.dim() >= 2 else x
+            y = meaning.tokens.pack(x.expand(meaning.shape[0], *x.shape[1:]))[None] if x.dim() >= 2 else x
         elif islands:
             return x
     elif isinstance(x, tuple | list):
         parts = tuple(_packed(name, z, meaning, hidden, rows, islands) for z in x)
         keep = isinstance(x, tuple) and all((name, id(z)) in meaning.packed_arguments for z in x)
         y = _REFUSED if any(z is _REFUSED for z in parts) else parts
-    elif type(x) is _cache_classes()[0]:
-        y = _cache_classes()[1](x, meaning.keys)
+    elif (view := _view_of(type(x))) is not None:  # type: ignore[arg-type]
+        y = view(x, meaning.tokens)
     if keep and y is not _REFUSED:
         meaning.packed_arguments[name, id(x)] = x, y
     return y
@@ -337,24 +342,25 @@ def _is_foreign(name: str) -> bool:
 # -------------------------------------------------------------------- caches
 
 
+class _PackedCache:
+    """A view of an empty cache for layers that run packed: they go on with their rows, the cache gets padded ones, 0 at padding."""
+
+    def __init__(self, cache: Any, layout: SeqLayout) -> None:
+        self.__dict__.update(cache.__dict__)  # the same layers
+        self.layout = layout
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = (self.layout.unpack(x[0].transpose(0, 1)).transpose(1, 2) for x in (key_states, value_states))
+        super().update(keys, values, *args, **kwargs)  # type: ignore[misc]
+        return key_states, value_states
+
+
 @cache
-def _cache_classes() -> tuple[Any, Any]:
-    """The caches that grow with their tokens, and a view of them for layers that run packed."""
-    from transformers.cache_utils import DynamicCache
+def _view_of(kind: type) -> Any:
+    """Of a cache that holds keys by column: one that grows with its tokens, or has its length from the beginning; None for all others."""
+    from transformers.cache_utils import DynamicCache, StaticCache
 
-    class PackedCache(DynamicCache):  # type: ignore[misc]
-        """A view of an empty cache for layers that run packed: they go on with their rows, the cache gets padded ones, 0 at padding."""
-
-        def __init__(self, cache: Any, layout: SeqLayout) -> None:
-            self.__dict__.update(cache.__dict__)  # the same layers
-            self.layout = layout
-
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            keys, values = (self.layout.unpack(x[0].transpose(0, 1)).transpose(1, 2) for x in (key_states, value_states))
-            super().update(keys, values, *args, **kwargs)
-            return key_states, value_states
-
-    return DynamicCache, PackedCache
+    return type(f"Packed{kind.__name__}", (_PackedCache, kind), {}) if kind in (DynamicCache, StaticCache) else None
 
 
 # -------------------------------------------------------------------- models
@@ -387,8 +393,10 @@ class ModelHook:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Called by the model's forward, and as a hook in pickles of earlier versions, like `after`."""
         if kwargs is not None and not torch.compiler.is_compiling():
+            given = partial(self._given, args, kwargs)
             why_not = partial(self._why_not, module, args, kwargs, inspect.currentframe())
-            enter_forward(Forward(self.tree, module, why_not, partial(self._given, args, kwargs)))
+            enter_forward(Forward(self.tree, module, why_not, given))
+            take_over(_masks_of(given()))
             if self.tree.left:
                 leave_forward(module)
 
@@ -431,7 +439,8 @@ class ModelHook:
         (reason, around_it), given = _around(module, frame), self._given(args, kwargs)
         if (reason := self._changed(module) or reason) is not None:
             return reason
-        mask, ids = given.get("attention_mask"), given.get("input_ids")
+        mask, ids = next(iter(_masks_of(given)), None), given.get("input_ids")
+        mask = mask.meaning.padding if isinstance(mask, VarlenMask) else mask
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
             return None
         ids = ids.to(mask.device) if isinstance(ids, Tensor) and ids.shape == mask.shape else None
@@ -444,9 +453,10 @@ class ModelHook:
         if self.looks_at_ids:
             reason = "other ids than pad_token_id at padding, which the head looks at"
             pad = getattr(self.config.get_text_config(), "pad_token_id", None)
-            if ids is None or pad is None:
+            if pad is None:
                 return reason
-            found.append((reason, ((ids != pad) & padding).any()))
+            # Without ids a head knows no other column than the last.
+            found.append((reason, padding[:, -1].any() if ids is None else ((ids != pad) & padding).any()))
         if self.tree.padding_rows is None:
             odd = "an id at padding that is not that of padding, so that its rows may be read"
             # One id was chosen, such as [MASK]. Several are random numbers, whose rows mean nothing.
@@ -466,6 +476,12 @@ class ModelHook:
                     found.append((reason, _counts(x, padding)))
         said = torch.stack([x for _, x in found]).tolist() if found else []
         return next((reason for (reason, _), x in zip(found, said, strict=True) if x), None)
+
+
+def _masks_of(given: Mapping[str, Any]) -> list[Any]:
+    """One, or one for each kind of layers."""
+    mask = given.get("attention_mask")
+    return [*mask.values()] if isinstance(mask, Mapping) else [mask]
 
 
 def _around(module: nn.Module, frame: FrameType | None) -> tuple[str | None, dict[str, Any]]:
@@ -658,7 +674,7 @@ def on_layers(tree: ModelId, layers: nn.ModuleList, islands: Sequence[nn.Module]
     """Let a stack run packed, but for the attention modules in it that are ``islands``, which say themselves what they compute if
     ``recorded``."""
     made: list[Hook] = []
-    linear: list[tuple[nn.Module, Any]] = [(m, Projection()) for x in islands for m in x.modules() if type(m) is nn.Linear]
+    linear: list[tuple[nn.Module, Any]] = [(m, Projection()) for x in islands for m in x.modules() if original_class(m) is nn.Linear]
     for module, hooks in [*((x, Island(recorded)) for x in islands), *linear]:
         made.append(Hook(module, hooks.before, False, False, RemovableHandle(module._forward_pre_hooks).id))
         made.append(Hook(module, hooks.after, True, False, RemovableHandle(module._forward_hooks).id))
