@@ -273,11 +273,12 @@ def _encoder_parts(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _memory_parts(rows: list[dict[str, Any]]) -> list[str]:
+    ran = " or ".join(sorted({f"`{row.get('backend', 'cpu')}`" for row in rows}))
     return [
         "## Memory",
         "Peak of resident memory during one call on w4 beyond what was there before it (model, inputs, gradients of the step before), each "
         'in a process of its own. "Masked" is, for one layer, linear, `F.scaled_dot_product_attention` with a bool mask, linear; for the '
-        "encoder, torch's with its fast path off. Ours is the backend `cpu` here.",
+        f"encoder, torch's with its fast path off. Ours is the backend {ran} here.",
         memory(rows),
     ]
 
