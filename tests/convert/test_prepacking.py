@@ -108,7 +108,9 @@ def test_a_weight_that_was_written_to_is_packed_again() -> None:
         model.layers[0].linear1.weight.mul_(2)
         other.layers[0].linear1.weight.mul_(2)
         same(model, other)
-        model.layers[0].linear1.weight = other.layers[0].linear1.weight = nn.Parameter(torch.ones(32, D))
+        for value in (1.0, 2.0, 3.0):  # whose memory may be that of one before
+            model.layers[0].linear1.weight = other.layers[0].linear1.weight = nn.Parameter(torch.full((32, D), value))
+            other.layers[0].linear1.weight.data = model.layers[0].linear1.weight.data = torch.full((D, 32), -value).T
         same(model, other)
 
 
