@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .._state import state
-from .._switch import run_as_it_came, switchable
-from .._torch import is_observed, is_plain, is_tracing
+from .._switch import around, run_as_it_came, switchable
+from .._torch import is_observed, is_plain, is_tracing, pytree, without_subclass
 from ..attention.dispatch import requested_backend
 from ..attention.records import recorded_padded
+from ..errors import VarlenWarning, warn
 from ..nn.masks import pattern_of, read_masks
 from ..nn.multihead import ADDITIVE, NO_PATTERN, VarlenMultiheadAttention
 from ..nn.prepacked import PREPACKED
@@ -32,7 +35,7 @@ _switchable = partial(switchable, inside=Prepared)
 
 
 # What `enable` sets on objects beside their class.
-OPTIONS = ("hooks_packed", "padding_rows", "__module__")
+OPTIONS = ("hooks_packed", "padding_rows", "unread", "__module__")
 
 
 class _Enabled:
@@ -44,6 +47,7 @@ class _Enabled:
         hiding: and of what hides keys otherwise.
         packs: parts are called on packed rows, which hooks would see.
         hooks_packed: and may see.
+        unread: an example has shown that nothing reads the weights of attention.
     """
 
     original_class: ClassVar[type[nn.Module]]
@@ -52,6 +56,7 @@ class _Enabled:
     hiding: ClassVar[tuple[tuple[int, str], ...]]
     packs: ClassVar[bool] = True
     hooks_packed: bool = False
+    unread: bool = False
 
     def why_as_it_came(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         why: str | None = self._why_torchs(args, kwargs)
@@ -142,13 +147,16 @@ class _EnabledAttention(_Enabled):
     packs = False
     gives_weights: ClassVar[bool] = False  # unless told otherwise
 
+    def _wants(self, weights: bool | None) -> bool:
+        return self.gives_weights if weights is None else weights
+
     def _why_torchs(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Or weights are wanted, or little is padded or hidden, and torch's own has the meaning that is wanted: every query sees a key.
         On a GPU that is not known without a transfer."""
         query, key, value, padding, weights, mask, _, causal, ours = _attention(*args, **kwargs)
         if not _is_seen(query) or not self._requests_nothing(ours, [self]) or (causal and mask is None):
             return None
-        weights = self.gives_weights if weights is None else weights
+        weights = self._wants(weights)
         nothing = _WEIGHTS if weights and query.is_cpu else None if query.is_cpu and query.numel() > _LITTLE else NOTHING_PADDED
         if padding is None and query.is_cpu:
             columns = key.shape[-2 if self.batch_first or key.dim() == 2 else 0] if isinstance(key, Tensor) and key.dim() > 1 else 0
@@ -211,7 +219,7 @@ class _EnabledAttention(_Enabled):
 
     def as_it_came(self: Any, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         query, key, value, padding, weights, mask, average, causal, ours = _attention(*args, **kwargs)
-        weights, zeros, hidden = self.gives_weights if weights is None else weights, False, None
+        weights, zeros, hidden = self._wants(weights), False, None
         meant = why in (_WEIGHTS, _LITTLE_PADDED, NO_PATTERN, ADDITIVE)
         if meant and padding is not None:
             hidden = torch.isneginf(padding) if padding.is_floating_point() else padding
@@ -266,6 +274,71 @@ class EnabledMultiheadAttention(_EnabledAttention, VarlenMultiheadAttention):
 
     forward.takes_prepared = forward  # type: ignore[attr-defined]
     forward.inside = VarlenMultiheadAttention.forward  # type: ignore[attr-defined]  # a stack says that it wants no weights
+
+
+class Weights(Tensor):
+    """Attention weights of a forward that shows whether anything reads them: an operation, or a result of the model."""
+
+    reader: weakref.ref[Any]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = [x for x in pytree.tree_leaves((args, kwargs)) if type(x) is Weights]
+        for module in [x.reader() for x in found if x.reader() is not None]:
+            if _unread.get(module) is None:
+                _settle(module, False)
+        return without_subclass(func, args, kwargs)
+
+
+_unread: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def _settle(module: Any, unread: bool) -> None:
+    _unread[module] = unread
+    if not unread:
+        warn('attention weights are read, so that need_weights="never" does not hold here: they are computed as before.', VarlenWarning)
+
+
+def _watched(module: Any, weights: Tensor) -> Tensor:
+    """Nothing reads weights that are gone, untouched, before the outermost module returns."""
+    if _unread.get(module) is not None or not is_plain(weights):
+        return weights
+    watched: Any = weights.as_subclass(Weights)
+    outermost, watched.reader = weakref.ref([m for m, _ in around()][-1]), weakref.ref(module)
+
+    def gone() -> None:
+        its, model = watched_by(), outermost()
+        if its is not None and _unread.get(its) is None:
+            _settle(its, any(m is model for m, _ in around()))
+
+    watched_by = watched.reader
+    weakref.finalize(watched, gone).atexit = False
+    return watched  # type: ignore[no-any-return]
+
+
+@_switchable
+class EnabledMultiheadAttentionNever(_EnabledAttention, VarlenMultiheadAttention):
+    """Enabled with ``need_weights="never"``: None for weights, also where they are asked for, once it is known that nothing reads them."""
+
+    original_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
+    gives_weights = True
+
+    def _wants(self, weights: bool | None) -> bool:
+        return weights is not False and not self.unread and not _unread.get(self)
+
+    def as_it_came(self, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out, weights = super().as_it_came(why, args, kwargs)
+        return out, weights if weights is None else _watched(self, weights)
+
+    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        *tensors, wants, mask, average, causal, ours = _attention(*args, **options)
+        wants = self._wants(wants) and ours.get("layout") is None
+        forward: Any = super().forward
+        out, weights = forward(*tensors, wants, mask, average, causal, **ours)
+        return out, weights if weights is None else _watched(self, weights)
+
+    forward.takes_prepared = forward  # type: ignore[attr-defined]
+    forward.inside = VarlenMultiheadAttention.forward  # type: ignore[attr-defined]
 
 
 @_switchable

@@ -29,6 +29,7 @@ from .classes import (
     AttentionOnlyTransformerEncoder,
     AttentionOnlyTransformerEncoderLayer,
     EnabledMultiheadAttention,
+    EnabledMultiheadAttentionNever,
     EnabledMultiheadAttentionWithoutWeights,
     EnabledTransformerDecoder,
     EnabledTransformerDecoderLayer,
@@ -49,7 +50,7 @@ def enable(
     model: nn.Module,
     level: Level = "auto",
     *,
-    need_weights: bool = True,
+    need_weights: bool | Literal["never"] = True,
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
     example: Any = None,
@@ -63,7 +64,9 @@ def enable(
         level: ``"model"`` packs once around whole stacks of layers, and around layers that are used alone; ``"attention"`` changes
             calls of attention only, everything else stays padded. ``"auto"`` is ``"model"``.
         need_weights: an `nn.MultiheadAttention` outside of torch's layers returns attention weights unless told otherwise, which costs
-            the padded computation; the report names each module that pays. False makes them return None instead.
+            the padded computation; the report names each module that pays. False makes them return None instead, unless a call asks for
+            weights by name. ``"never"`` makes these calls return None too, where nothing reads the weights: ``example`` shows that, or
+            without one the first forward, in which they are computed; a `VarlenWarning` says where they are read, and they stay.
         hooks: modules with hooks of yours are left alone, because inside a stack these would see packed rows ``(T, D)``; where hooks come
             later, the stack runs as it came as long as they are there. ``"packed"`` lets them see packed rows.
         padding_rows: what rows at padding hold: ``"zero"``; ``"edge"``, the row of the nearest token before them, else after them, without
@@ -112,7 +115,9 @@ def enable(
     _check(model)
     _check_options(level, need_weights, hooks, padding_rows, prepack)
     levels = ("attention",) if level == "attention" else ("model", "attention")
-    plans = (apart(partial(_plan, model, name, need_weights, hooks, padding_rows)) for name in levels)
+    tried = [(name, need_weights) for name in levels] + [(levels[0], True)] * (need_weights == "never")
+    unread = example is not None
+    plans = (apart(partial(_plan, model, name, wants, hooks, padding_rows, unread)) for name, wants in tried)
     before = _found(model)
     try:
         if example is None:
@@ -143,7 +148,7 @@ def _go(model: nn.Module, steps: Sequence[Step]) -> None:
         raise
 
 
-def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str, padding_rows: PaddingRows | None) -> dict[Any, Part]:
+def _plan(model: nn.Module, level: str, need_weights: Any, hooks: str, padding_rows: PaddingRows | None, unread: bool) -> dict[Any, Part]:
     """What is to be done to a model, of which nothing is changed yet: to its models of transformers, and to each module of torch's with all
     inside of it."""
     hf = _transformers(model)
@@ -164,6 +169,7 @@ def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str, padding_
             wanted = {
                 "hooks_packed": hooks == "packed",
                 "padding_rows": padding_rows or decision.padding_rows,
+                "unread": new_class is EnabledMultiheadAttentionNever and (unread or c.module is model),
                 "__module__": original.__module__,
             }
             changed = ((name, value) for name, value in wanted.items() if value != getattr(new_class, name))
@@ -219,7 +225,7 @@ def enabled(
     model: nn.Module,
     level: Level = "auto",
     *,
-    need_weights: bool = True,
+    need_weights: bool | Literal["never"] = True,
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
     example: Any = None,
@@ -269,9 +275,10 @@ def _check_options(level: Any, need_weights: Any, hooks: Any, padding_rows: Any,
         raise ArgumentError(
             f"`level` must be 'auto', 'attention' or 'model', but is {level!r}: 'model' packs whole stacks, 'attention' calls of attention."
         )
-    if not isinstance(need_weights, bool):
+    if not (isinstance(need_weights, bool) or need_weights == "never"):
         raise ArgumentError(
-            f"`need_weights` must be True or False, but is {need_weights!r}: False makes attention return None in place of its weights."
+            f"`need_weights` must be True, False or 'never', but is {need_weights!r}: False makes attention return None in place of its "
+            "weights, 'never' also where a call asks for them and nothing reads them."
         )
     if hooks not in ("leave", "packed"):
         raise ArgumentError(
@@ -311,7 +318,7 @@ class _Decision(NamedTuple):
         return cls(None, "left alone", reason)
 
 
-def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: bool, mixer: str | None) -> _Decision:
+def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: Any, mixer: str | None) -> _Decision:
     """What becomes of one candidate, given all of them."""
     if is_varlen(c.module):
         return _Decision(None, "built so", f"a {type(c.module).__name__}: it packs already")
@@ -330,13 +337,15 @@ def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: bool
     return _Decision(new_class, "converted", read if level == "model" else _ATTENTION_ONLY)
 
 
-def _decide_attention(c: Candidate, need_weights: bool, mixer: str | None) -> _Decision:
+def _decide_attention(c: Candidate, need_weights: Any, mixer: str | None) -> _Decision:
     layer = c.parent if c.parent is not None and c.parent.host in LAYERS else None
     if layer is not None and layer.host is nn.TransformerEncoderLayer and layer.why_not is not None:
         return _Decision.alone("part of a layer that is left alone, which in evaluation reads its weights and does not call it")
     new: type[nn.Module] = EnabledMultiheadAttentionWithoutWeights
     why = ["returns no attention weights unless asked"]
-    if need_weights:
+    if need_weights == "never":
+        new, why = EnabledMultiheadAttentionNever, ["returns no attention weights, once it is known that nothing reads them"]
+    elif need_weights:
         pays = "pays for attention weights with the padded computation, unless called or enabled with need_weights=False"
         new, why = EnabledMultiheadAttention, [] if layer is not None else [pays]
     if mixer is None or (layer is not None and layer.why_not is None):
