@@ -14,6 +14,7 @@ dimension. To see what a CPU without AVX-512 would give, set ``ATEN_CPU_CAPABILI
 from __future__ import annotations
 
 import argparse
+import ctypes
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -161,6 +162,14 @@ GRID_SLOWER = 0.97  # and below this the compiled kernel counts as the slower on
 GRID_KEYS = ("threads", "what", "direction", "head_dim", "length")
 
 
+def keep_memory() -> None:
+    """Let glibc keep what is freed. Else each call of one of the kernels may get its results page by page from the system, and not of the
+    other, by chance; short sequences take a quarter longer then."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-1, 1 << 30), mallopt(-3, 1 << 25)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+
+
 def grid_rows(threads: int, budget: float, options: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each cell: the least time of each kernel, and the ratio of them."""
     cells: list[tuple[str, int, int, int, int, int, dict[str, Any]]] = []
@@ -220,6 +229,7 @@ def main() -> None:
     options = parser.parse_args()
     use_machine(options.device, options.threads)
     if options.grid:
+        keep_memory()
         name = f"grid_{torch.backends.cpu.get_cpu_capability().lower()}"
         for what in options.grid:
             print("written:", save(name, grid_rows(options.threads, options.budget, [what]), GRID_KEYS))
