@@ -205,10 +205,11 @@ def _differs(heads: Tensor, of_queries: Tensor, of_keys: Tensor, near: Tensor, c
     least = torch.ones((), dtype=torch.uint8, device=heads.device)
     if heads.dtype != torch.bool:
         lowest = heads[:, 0].amin()  # of keys that are all hidden by a finite number some are seen
+        lowest = torch.where(lowest >= 0, -torch.inf, lowest)
         number, least = float(lowest), lowest.view(words)
-        if not (number in (0, -torch.inf) or (number <= _NEVER and not blind)):
+        if not (number == -torch.inf or (number <= _NEVER and not blind)):
             return True
-        heads = heads if number == -torch.inf else heads + 0.0  # without negative zeros
+        heads = heads + 0.0 if number > -torch.inf else heads  # without negative zeros
     part = max(1, _PART // heads[0].numel()) if heads.is_cpu else len(heads)
     pairs = [None] * len(heads) if counts is None else counts[:, None].split(part)
     for given, q, k, count in zip(heads.view(words).split(part), of_queries.split(part), of_keys.split(part), pairs, strict=False):
