@@ -10,6 +10,7 @@
 #   make examples        two classifiers, each trained padded and packed: same losses, times and memory beside each other
 #   make bench           the benchmarks of benchmarks/, written to benchmarks/results/ and docs/ (about half an hour)
 #   make bench-full      the same with every workload, 100 steps of the mini test, and memory of whole encoders (hours)
+#   make bench-engines   MiniLM beside ONNX Runtime, OpenVINO and CTranslate2, which are installed in a folder of their own (minutes)
 #   make bench-check     have ratios fallen since the committed results? (a few minutes)
 #   make sanitize        the compiled CPU kernel under the address and undefined-behaviour sanitizers (needs g++)
 #   make test-thorough   many more property-test examples
@@ -30,6 +31,7 @@ REAL := $(VENV)/.real
 TEXT := $(VENV)/.text
 PICTURES := $(VENV)/.pictures
 SITE := $(VENV)/.site
+ENGINES := $(VENV)/engines
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
 # flash-attn's Triton kernels and that of benchmarks/fused_rows.py, run by Triton's interpreter without a GPU. Both variables, in a
@@ -62,7 +64,7 @@ NOT_BUILT := { ! command -v $${CXX:-g++} && echo 'the tests of the compiled kern
 SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)"
 
-.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-check test-thorough sanitize dist docs docs-tables gpu gpu-again \
+.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-engines bench-check test-thorough sanitize dist docs docs-tables gpu gpu-again \
   gpu-tests real clean
 .DEFAULT_GOAL := help
 
@@ -105,6 +107,11 @@ $(TEXT): $(STAMP)
 # What draws the pictures of the results; tables, tests and CI do without.
 $(PICTURES): $(STAMP)
 	@$(PIP) -e '.[bench]'
+	@touch $@
+
+# In a folder of their own, so that nothing else sees their packages. torch is not among them.
+$(ENGINES): $(STAMP)
+	@$(PIP) --no-deps --target $@ onnxruntime openvino openvino-telemetry ctranslate2 onnx onnxscript onnx-ir ml_dtypes flatbuffers protobuf
 	@touch $@
 
 # What builds the site.
@@ -228,9 +235,10 @@ bench: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_layout --threads $(THREADS)
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction eval --workload w1 w3 w5 w6 text --budget 10
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction training --dtype bfloat16 --workload w3 w6 --budget 10
-	$(BENCH) benchmarks.bench_transformers --threads $(THREADS) --part text encode enable --budget 10
+	$(BENCH) benchmarks.bench_transformers --threads $(THREADS) --part text encode shapes enable --budget 10
 	$(BENCH) benchmarks.bench_host
 	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
+	$(BENCH) benchmarks.bench_curves
 	$(BENCH) benchmarks.report
 
 bench-full: $(TEXT) $(PICTURES)
@@ -243,6 +251,11 @@ bench-full: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_transformers --threads $(THREADS)
 	$(BENCH) benchmarks.bench_host
 	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
+	$(BENCH) benchmarks.bench_curves
+	$(BENCH) benchmarks.report
+
+bench-engines: $(TEXT) $(ENGINES)
+	PYTHONPATH=$(ENGINES) $(BENCH) benchmarks.bench_engines
 	$(BENCH) benchmarks.report
 
 bench-check: $(STAMP)

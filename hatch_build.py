@@ -1,12 +1,14 @@
-"""The build hook of pyproject.toml: compiles the CPU kernel into a wheel, or into the source tree for an editable installation.
+"""The hooks of pyproject.toml. The build hook compiles the CPU kernel into a wheel, or into the source tree for an editable installation.
 
 Where there is no compiler, or one that fails, the package is installed all the same, with a note for `varlen_attn` to show.
 ``VARLEN_ATTN_PLATFORM`` is the tag of a wheel for another platform, whose compiler is then ``CXX``, and which must succeed.
+The metadata hook writes the README and the addresses of the project, where `repository` in pyproject.toml says where that is.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import sys
 import sysconfig
@@ -16,6 +18,19 @@ from types import SimpleNamespace
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.metadata.plugin.interface import MetadataHookInterface
+
+
+class CustomMetadataHook(MetadataHookInterface):
+    def update(self, metadata: dict[str, Any]) -> None:
+        text, repository = Path(self.root, "README.md").read_text(), self.config["repository"].rstrip("/")
+        if repository:
+            release = f"v{metadata['version']}"
+            for link, kind in ((r"(!\[[^]]*\]\()", "raw"), (r"(?<!!)(\[[^]]*\]\()", "blob")):
+                text = re.sub(rf"{link}(?!https?:|#)", rf"\1{repository}/{kind}/{release}/", text)
+            places = {"Source": "", "Documentation": f"/blob/{release}/docs/index.md", "Changelog": f"/blob/{release}/CHANGELOG.md"}
+            metadata["urls"] = {name: f"{repository}{place}" for name, place in places.items()}
+        metadata["readme"] = {"content-type": "text/markdown", "text": text}
 
 
 class CustomBuildHook(BuildHookInterface):

@@ -6,19 +6,24 @@ turns, and marked so; one that cannot run stands there with the reason.
 
 Beside every batch stands what the machine can do, measured in the same run: the rate of a large matrix product, and that of torch's flash
 kernel on one sequence of 4096 tokens. Useful work of a batch is ``4 * N * H * sum(L^2)`` forward, 3.5 times that with the backward.
+
+With ``--grid`` the compiled kernel meets torch's (the backend `cpu`) instead, in float32, on batches of equal lengths by length and head
+dimension. To see what a CPU without AVX-512 would give, set ``ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2``.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varlen_attn import SeqLayout, explain
+from varlen_attn import SeqLayout, explain, varlen_attention
 from varlen_attn.testing import assert_within_budget, reference_attention
 
 from .contestants import AUTO, MASKED, UNMASKED, WITH_PACKING, Case, Contestant, contestants, reasons_without_backward
@@ -137,6 +142,77 @@ def _row(case: Case, dtype: str, direction: str, timings: dict[str, Timing], att
     }
 
 
+# -------------------------------------------------------------------- the compiled kernel against torch's
+
+GRID_LENGTHS, GRID_DIMS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), (16, 32, 64, 96, 128)
+PLAIN, SHARE = "self-attention", "share of a matrix product"
+# More than lengths and dimensions: query heads, key/value heads, and options, at GRID_OPTION_LENGTHS and head dimension 64.
+GRID_OPTIONS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "causal": (8, 8, {"causal": True}),
+    "window 64": (8, 8, {"window": (64, 64)}),
+    "causal, window 256": (8, 8, {"causal": True, "window": (256, 0)}),
+    "8 heads over 2": (8, 2, {}),
+    "8 heads over 1": (8, 1, {}),
+    "16 heads": (16, 16, {}),
+    "1 sequence, 1 head": (1, 1, {}),
+}
+GRID_OPTION_LENGTHS = (16, 64, 256, 512, 2048)
+GRID_NOISE, GRID_TRIES = 1.03, 4  # a ratio below is measured again, so many times in all
+GRID_SLOWER = 0.97  # and below this the compiled kernel counts as the slower one
+GRID_KEYS = ("threads", "what", "direction", "head_dim", "length")
+
+
+def keep_memory() -> None:
+    """Let glibc keep what is freed. Else each call of one of the kernels may get its results page by page from the system, and not of the
+    other, by chance; short sequences take a quarter longer then."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-1, 1 << 30), mallopt(-3, 1 << 25)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+
+
+def grid_rows(threads: int, budget: float, options: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each cell: the least time of each kernel, and the ratio of them."""
+    cells: list[tuple[str, int, int, int, int, int, dict[str, Any]]] = []
+    for what in options:
+        if what in (PLAIN, SHARE):  # fewer heads and tokens where rows are long, for the time
+            lengths, dims = (GRID_LENGTHS, GRID_DIMS) if what == PLAIN else (GRID_LENGTHS[6:], (HEAD_DIM,))
+            sizes = [(n, 8 if n <= 512 else 4 if n <= 1024 else 2, max(1, 4096 // n)) for n in lengths]
+            cells += [(what, n, batch, heads, heads, dim, {}) for dim in dims for n, heads, batch in sizes]
+        else:
+            heads, kv_heads, rest = GRID_OPTIONS[what]
+            batches = [(n, 1 if heads == 1 else max(1, 4096 // n)) for n in GRID_OPTION_LENGTHS]
+            cells += [(what, n, batch, heads, kv_heads, HEAD_DIM, rest) for n, batch in batches]
+    return [_cell(threads, budget, direction, *cell) for cell in cells for direction in DIRECTIONS]
+
+
+def _cell(
+    threads: int, budget: float, direction: str, what: str, length: int, batch: int, heads: int, kv_heads: int, dim: int,
+    rest: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    layout = SeqLayout.from_lengths([length] * batch)
+    q, k, v, grad = (torch.randn(layout.num_rows, n, dim) for n in (heads, kv_heads, kv_heads, heads))
+    attend = {name: partial(varlen_attention, layout=layout, backend=name, **rest) for name in ("cpu", "cpu_native")}
+    made = {name: Contestant((q, k, v), call, lambda x: x, grad) for name, call in attend.items()}
+    calls = {name: c.forward if direction == DIRECTIONS[0] else c.both for name, c in made.items()}
+    if what == SHARE:
+        a, b = (torch.randn(ROOF_GEMM["cpu"], ROOF_GEMM["cpu"]) for _ in range(2))
+        calls["gemm"] = lambda: a @ b
+    least: dict[str, float] = {}
+    for _ in range(GRID_TRIES):
+        timings = interleave(calls, rounds=9, least=0.01, warm_up=1, budget=budget, fewest=3)
+        least = {name: min(*t.rounds, least.get(name, float("inf"))) for name, t in timings.items()}
+        if least["cpu"] >= GRID_NOISE * least["cpu_native"]:
+            break
+    row = {"threads": threads, "what": what, "direction": direction, "head_dim": dim, "length": length, "batch": batch, "heads": heads}
+    times = {name: round(seconds * 1e3, 3) for name, seconds in least.items()}
+    found = {**row, "milliseconds": times, "ratio": round(least["cpu"] / least["cpu_native"], 3)}
+    if what == SHARE:
+        work = 4 * heads * dim * batch * length**2 * (1 if direction == DIRECTIONS[0] else BACKWARD)
+        found["share"] = round(work / least["cpu_native"] / (2 * ROOF_GEMM["cpu"] ** 3 / least["gemm"]), 3)
+    print(found, flush=True)
+    return found
+
+
 def chosen(names: Sequence[str]) -> list[Workload]:
     return [w for w in WORKLOADS if w.name in names]
 
@@ -147,10 +223,17 @@ def main() -> None:
     parser.add_argument("--workload", nargs="+", choices=names, default=names)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
+    parser.add_argument("--grid", nargs="+", choices=[PLAIN, SHARE, *GRID_OPTIONS], help="the compiled kernel against torch's")
     parser.add_argument("--everything", action="store_true", help="also what takes minutes on a CPU: nested tensors, flex_attention")
     add_machine(parser, budget=6.0)
     options = parser.parse_args()
     use_machine(options.device, options.threads)
+    if options.grid:
+        keep_memory()
+        name = f"grid_{torch.backends.cpu.get_cpu_capability().lower()}"
+        for what in options.grid:
+            print("written:", save(name, grid_rows(options.threads, options.budget, [what]), GRID_KEYS))
+        return
     for dtype in options.dtype:
         attainable = roof(DTYPES[dtype], options.device)
         print(f"{dtype}: the machine does", attainable, "GFLOP/s", flush=True)

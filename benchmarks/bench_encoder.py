@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varlen_attn import VarlenMultiheadAttention, VarlenTransformerEncoder
+from varlen_attn import Problem, VarlenMultiheadAttention, VarlenTransformerEncoder, choose
 from varlen_attn.testing import assert_within_budget
 
 from .measure import DTYPES, add_machine, interleave, peak_extra, ratio, save, use_machine
@@ -234,7 +234,8 @@ def bench_memory(what: str, dtype: str, direction: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "benchmarks.bench_encoder", "--threads", str(threads), "--take", what, name, dtype, direction]
         found[name] = round(float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout), 1)
     share = round(found[OURS] / found[MASKED], 3)
-    return {"what": what, "dtype": dtype, "direction": direction, "megabytes": found, "ratio": share, "goal": MEMORY_GOAL}
+    ran = choose(Problem(device_type="cpu", dtype=DTYPES[dtype])).backend
+    return {"what": what, "dtype": dtype, "direction": direction, "megabytes": found, "ratio": share, "goal": MEMORY_GOAL, "backend": ran}
 
 
 # -------------------------------------------------------------------- command line

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import platform
+import re
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from varlen_attn.attention.profile import kernel_ran
 from varlen_attn.convert.timing import PATIENCE, QUIET, Timing, cpu_name, facts, interleave, ratio
 
 __all__ = [
-    "DTYPES", "PATIENCE", "QUIET", "RESULTS", "Absent", "Timing", "add_machine", "environment", "facts", "interleave", "kernel_ran",
+    "DTYPES", "PATIENCE", "QUIET", "RESULTS", "Absent", "Timing", "add_machine", "environment", "facts", "home", "interleave", "kernel_ran",
     "limit_memory", "ours", "peak_extra", "ratio", "save", "use_machine",
 ]  # fmt: skip
 
@@ -106,10 +107,21 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def home(name: str, device: str = "cpu") -> Path:
+    """The file for what this machine measures: ``results/`` is of one kind of CPU, and other machines have folders of their own in it."""
+    main = RESULTS / f"{name}.json"
+    if device == "cuda":
+        return RESULTS / "cuda" / main.name
+    here = environment()
+    first = next((path for path in (main, *sorted(RESULTS.glob("*.json"))) if path.exists()), None)
+    known = here if first is None else json.loads(first.read_text())["environment"]
+    kind, its = ([of[key] for key in ("cpu", "cpu_capability")] for of in (here, known))
+    return main if kind == its else RESULTS / "-".join(re.findall("[a-z0-9]+", " ".join(kind).lower())) / main.name
+
+
 def save(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...], device: str = "cpu") -> Path:
-    """Write rows to ``results/name.json``, those of a GPU to ``results/cuda/name.json``. Rows of an earlier run that this one did not
-    measure again stay, if they are of this machine and this torch."""
-    path = (RESULTS / "cuda" if device == "cuda" else RESULTS) / f"{name}.json"
+    """Write rows to `home`. Rows of an earlier run that this one did not measure again stay, if they are of this torch."""
+    path = home(name, device)
     earlier = json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": []}
     here, today = environment(device), time.strftime("%Y-%m-%d", time.gmtime())
     rows = [{**row, "measured": today} for row in rows]

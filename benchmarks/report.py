@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bench_compile, bench_host, plots, sections, what_ran
+from . import bench_compile, bench_engines, bench_host, plots, sections, what_ran
 from . import bench_transformers as hf
 from .bench_attention import GOALS
 from .bench_encoder import AGAIN, MASKED, OFF, ON, OURS
-from .markdown import DISTURBED, NEAR, setting, table, threads_of, widest
+from .markdown import DISTURBED, NEAR, machine, setting, table, threads_of, widest
 from .measure import RESULTS
 from .workloads import WORKLOADS
 
@@ -128,6 +128,7 @@ _TRANSFORMERS = {
     hf.ENCODE: "`SentenceTransformer.encode`, {}",
     hf.TRAINING: "MiniLM, training, {}",
     hf.AUDIO: "{}",
+    hf.SHAPES: "{}",
 }
 
 
@@ -212,6 +213,25 @@ def compiled(result: dict[str, Any]) -> str:
     return "\n\n".join([f"{setting(result['environment'])}.", says, table(header, lines)])
 
 
+def engines(result: dict[str, Any]) -> str:
+    """Measured by itself, as the host's."""
+    names, order = (*bench_engines.OURS, *bench_engines.ENGINES), list(bench_engines.GOALS)
+    lines = []
+    for row in sorted(result["rows"], key=lambda row: (row["threads"], order.index(row["what"]))):
+        shown = [row["ratio"].get(name) for name in names]
+        best = max(filter(None, shown))
+        cells = ["-" if x is None else f"**{x:.2f}**" if x == best else f"{x:.2f}" for x in shown]
+        goal = "-" if row["goal"] is None else f"{row['goal']:.2f}"
+        lines.append([row["what"], row["batch"], str(row["threads"]), f"{row['milliseconds'][hf.BEFORE]:.1f}", *cells, goal])
+    versions = "; ".join(dict.fromkeys(", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in result["rows"]))
+    says = (
+        "MiniLM in float32 on docstrings cut at 256 tokens: times of the model as it came, with attention by `sdpa` / those of each "
+        f"contestant, in turns in one process. {versions}. The last column is what prepacked weights aim at on two threads."
+    )
+    header = ["", "batch", "threads", "as it came, ms", *names, "goal"]
+    return "\n\n".join([f"{setting(result['environment'])}.", says, table(header, lines)])
+
+
 def batches() -> str:
     return "\n".join(f"- {workload}" for workload in WORKLOADS)
 
@@ -254,11 +274,12 @@ def _encoder_parts(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _memory_parts(rows: list[dict[str, Any]]) -> list[str]:
+    ran = " or ".join(sorted({f"`{row.get('backend', 'cpu')}`" for row in rows}))
     return [
         "## Memory",
-        "Peak of resident memory during one call on w4 beyond what stood before (model, inputs, gradients of the step before), each in a "
-        'process of its own. "Masked" is, for one layer, linear, `F.scaled_dot_product_attention` with a bool mask, linear; for the '
-        "encoder, torch's with its fast path off. Ours is the backend `cpu` here.",
+        "Peak of resident memory during one call on w4 beyond what was there before it (model, inputs, gradients of the step before), each "
+        'in a process of its own. "Masked" is, for one layer, linear, `F.scaled_dot_product_attention` with a bool mask, linear; for the '
+        f"encoder, torch's with its fast path off. Ours is the backend {ran} here.",
         memory(rows),
     ]
 
@@ -297,6 +318,7 @@ _PARTS = {
     hf.ENCODE: "`SentenceTransformer.encode`, tokenising included",
     hf.TRAINING: "MiniLM, forward and backward",
     hf.AUDIO: "Wav2Vec2 and HuBERT",
+    hf.SHAPES: "Other shapes, random weights",
     hf.ENABLE: "What `enable` itself takes",
 }
 
@@ -305,12 +327,21 @@ def _libraries(rows: list[dict[str, Any]]) -> str:
     return "; ".join(dict.fromkeys(row["libraries"] for row in rows))
 
 
-NAMES = ("encoder", "memory", "transformers", "attention", "mha", "layout", "length", "minitest", "host", "compile")
+NAMES = (
+    "encoder", "memory", "transformers", "attention", "mha", "layout", "length", "minitest", "host", "compile", "engines", "curves",
+    "acceptance", *plots.GRIDS,
+)  # fmt: skip
 
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """What has been measured, by benchmark."""
     return {name: json.loads(path.read_text()) for name in NAMES if (path := folder / f"{name}.json").exists()}
+
+
+def others(folder: Path = RESULTS) -> dict[str, dict[str, dict[str, Any]]]:
+    """What has been measured on further machines, each in a folder of its own."""
+    found = {path.name: load(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+    return {name: results for name, results in found.items() if results}
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:
@@ -329,10 +360,14 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     for name, section in _SECTIONS:
         if name in rows:
             parts += section(rows[name])
+    for name in plots.GRIDS:
+        parts += sections.grid(results[name]) if name in results else []
     if "host" in results:
         parts += ["## What a call takes of the host", host(results["host"])]
     if "compile" in results:
         parts += ["## `torch.compile`", compiled(results["compile"])]
+    if "engines" in results:
+        parts += ["## Beside inference engines", engines(results["engines"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -352,47 +387,64 @@ _SECTIONS = (
     ("attention", sections.roof),
     ("mha", sections.mha),
     ("length", sections.length),
+    ("curves", lambda rows: ["## A training, padded and packed", sections.curves(rows)]),
     ("layout", sections.layout),
 )
 _MINITEST = (
-    "The mini test, training of one attention layer (batch 32, 500 tokens, width 128, 4 heads): time of 100 steps, how many times that is "
-    'of the same layer with no option, and the kernel by `torch.profiler`; "scores" are written out, no fused kernel runs. '
-    "With a mask a third of the positions is padding, which ours leaves out."
+    "The mini test, training of one attention layer (batch 32, 500 tokens, width 128, 4 heads): time of 100 steps, the same relative to "
+    'that layer without options, and the kernel that `torch.profiler` saw. "Scores" means that no fused kernel ran and all scores were '
+    "stored. With a mask a third of the positions is padding, which ours leaves out."
 )
-_WHOLE = "A whole encoder of 6 layers, padded in and out: times of `nn.TransformerEncoder`, its fast path off / ours."
+_WHOLE = (
+    "A whole encoder of 6 layers with padded input and output: how many times faster than `nn.TransformerEncoder` without its fast path."
+)
 _MODELS = (
-    "Models of transformers: times before, with attention by `sdpa` / after `enable`; beside it what that would be if all work were "
-    "by token."
+    "Models of transformers: how many times faster after `enable`. Before it, attention was `sdpa`. The last column is what that would be "
+    "if all work were done for each token alone."
 )
 _SUMMARIES = {
     "minitest": (_MINITEST, sections.minitest_summary),
     "encoder": (_WHOLE, encoder_summary),
     "transformers": (_MODELS, transformers_summary),
     "attention": (
-        "Attention only: times of masked SDPA / ours. Of two numbers the first is the compiled kernel's and the second of `cpu`, which "
-        "needs no compiler.",
+        "Attention only: how many times faster than SDPA with a mask. The first number is that of the compiled kernel, the second that of "
+        "`cpu`, which needs no compiler.",
         summary,
     ),
 }
 
 
-def block(results: dict[str, dict[str, Any]]) -> str:
-    """What is between the markers of docs/performance.md."""
+def block(results: dict[str, dict[str, Any]], further: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """What is between the markers of docs/performance.md: tables of the first machine, and pictures of all."""
     parts = []
     for name, (caption, short) in _SUMMARIES.items():
         if name in results:
             rows, where = results[name]["rows"], setting(results[name]["environment"])
             parts += [f"{caption} {where}, {threads_of(max(r['threads'] for r in rows))}.", short(rows)]
-    if "length" in results:
-        says = "Time and memory of one layer against length, padded and packed, up to 16384 columns"
-        parts.append(f"![{says}]({PICTURES.name}/{plots.LENGTH})")
     notes = "A question mark: other processes disturbed the measurement. A dash: not measured."
-    return "\n\n".join([*parts, sections.losses(results), notes])
+    parts += [sections.losses(results), notes]
+    drawn = plots.files(results)
+    if plots.LENGTH in drawn:
+        parts += ["## Length and memory", _picture(plots.LENGTH, results)]
+    if plots.CURVES in drawn:
+        parts += ["## The same training", sections.curves(results["curves"]["rows"]), _picture(plots.CURVES, results)]
+    grids = [_picture(picture, results) for picture in plots.GRIDS if picture in drawn]
+    parts += ["## The compiled kernel, by instruction set", *grids] if grids else []
+    further = {folder: found for folder, found in further.items() if plots.files(found)}
+    parts += ["## Other machines"] if further else []
+    for folder, found in further.items():
+        name = machine(next(iter(found.values()))["environment"])
+        parts += [f"### {name}", *(_picture(picture, found, folder) for picture in plots.files(found, folder))]
+    return "\n\n".join(parts)
 
 
-def page(text: str, results: dict[str, dict[str, Any]]) -> str:
+def _picture(picture: str, results: dict[str, dict[str, Any]], folder: str = "") -> str:
+    return f"![{plots.SAYS[picture]}]({PICTURES.name}/{plots.files(results, folder)[picture]})"
+
+
+def page(text: str, results: dict[str, dict[str, Any]], further: dict[str, dict[str, dict[str, Any]]]) -> str:
     """docs/performance.md with its block written anew."""
-    return _between(text, BEGIN, END, block(results))
+    return _between(text, BEGIN, END, block(results, further))
 
 
 def gpu_page(text: str, on_gpus: Sequence[dict[str, Any]]) -> str:
@@ -412,11 +464,13 @@ def main() -> None:
     results = load(options.results)
     (options.results / "tables.md").write_text(tables(results))
     if options.results == RESULTS:
-        PAGE.write_text(page(PAGE.read_text(), results))
+        PAGE.write_text(page(PAGE.read_text(), results, others()))
         GPU_PAGE.write_text(gpu_page(GPU_PAGE.read_text(), what_ran.load()))
     drawn = ["no pictures: matplotlib is not installed (`make bench` does)"]
     if plots.available():
         drawn = plots.draw(results, PICTURES if options.results == RESULTS else options.results)
+        for folder, found in others().items() if options.results == RESULTS else ():
+            drawn += plots.draw(found, PICTURES, folder)
     print("written:", options.results / "tables.md", *drawn)
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from . import bench_curves as training
 from . import bench_minitest as mini
-from .bench_attention import BACKWARD, DIRECTIONS, useful_flops
+from .bench_attention import BACKWARD, DIRECTIONS, GRID_SLOWER, PLAIN, SHARE, useful_flops
 from .bench_layout import BASE, OURS
 from .bench_length import PACKED, PADDED, SCORES
 from .contestants import AUTO, MASKED, WITH_PACKING
-from .markdown import DISTURBED, table, threads_of, widest
+from .markdown import DISTURBED, setting, table, threads_of, widest
 from .workloads import WORKLOADS
 
-__all__ = ["contestants", "layout", "length", "losses", "mha", "minitest", "minitest_summary", "roof"]
+__all__ = ["contestants", "curves", "grid", "layout", "length", "losses", "mha", "minitest", "minitest_summary", "roof"]
 
 Rows = list[dict[str, Any]]
 _ORDER = {w.name: (i, w) for i, w in enumerate(WORKLOADS)}
@@ -73,7 +74,7 @@ def _reasons(rows: Rows) -> list[str]:
     for (name, reason), where in found.items():
         places = "" if where == everywhere else f" ({', '.join(sorted(where, key=lambda w: _ORDER[w][0]))})"
         lines.append(f"- {name.replace(f'{AUTO}, ', 'ours, ')}{places}: {reason}")
-    return ["Not there:", "\n".join(lines)]
+    return ["Not measured:", "\n".join(lines)]
 
 
 def contestants(rows: Rows) -> list[str]:
@@ -82,7 +83,7 @@ def contestants(rows: Rows) -> list[str]:
     if not rows:
         return []
     return [
-        "## Attention, by everything that there is",
+        "## Attention, by everything that runs here",
         f'Times of the masked call / times of each. "~": timed once, because it is too slow for the turns; "?": other processes disturbed '
         f'the row; "masked again" is the noise. "{MASKED}" and "dense" are `F.scaled_dot_product_attention` with and without a bool mask.',
         *_matrix(rows, MASKED, "masked / ..."),
@@ -116,11 +117,38 @@ def roof(rows: Rows) -> list[str]:
         "ours / gemm",
     ]
     return [
-        "## How near to what the machine can do",
-        "Useful work (`4 * N * H * sum(L^2)`, with the backward 3.5 times that) by time, and its share of two rates of the same run: "
+        "## How close to the limits of the machine",
+        "Useful work (`4 * N * H * sum(L^2)`, with the backward 3.5 times that) per time, and its share of two rates of the same run: "
         '"flash" is torch\'s own kernel forward on one sequence of 4096 tokens without a mask, "gemm" a product of large square matrices.',
         table(header, lines),
     ]
+
+
+def grid(result: dict[str, Any]) -> list[str]:
+    """The compiled kernel against torch's, on one CPU and with one instruction set."""
+    parts = [
+        f"## The compiled kernel against torch's: {setting(result['environment'])}",
+        "Times of torch's kernel (the backend `cpu`) / times of `cpu_native`, forward / forward + backward, in float32: the least of "
+        "several rounds, and of up to four times as many where a ratio is below 1.03. Batches of equal lengths, at most 8192 tokens and "
+        f"8 heads. Bold is a ratio below {GRID_SLOWER}. Shares are of the rate of a product of large square matrices.",
+    ]
+    kinds = {PLAIN: ("length", "head_dim"), SHARE: ("what", "length"), "more kinds": ("what", "length")}
+    rows = [{**row, "kind": row["what"] if row["what"] in kinds else "more kinds"} for row in result["rows"]]
+    by_kind = _groups(rows, "threads", "kind")
+    for threads, kind in sorted(by_kind, key=lambda key: (key[0], list(kinds).index(key[1]))):
+        group, (down, across) = by_kind[threads, kind], kinds[kind]
+        places = {(row[down], row[across], row["direction"]): row for row in group}
+        downs, acrosses = (sorted({row[key] for row in group}) for key in (down, across))
+        lines = [[x, *[" / ".join(_grid_cell(places.get((x, y, d))) for d in DIRECTIONS) for y in acrosses]] for x in downs]
+        first = "tokens of a sequence, by head dimension" if kind == PLAIN else "head dimension 64, by tokens of a sequence"
+        parts += [f"### {kind.capitalize()}, {threads_of(threads)}", table([first, *acrosses], lines)]
+    return parts
+
+
+def _grid_cell(row: dict[str, Any] | None) -> str:
+    if row is None or "share" in row:
+        return "-" if row is None else f"{row['share']:.0%}"
+    return f"{row['ratio']:.2f}" if row["ratio"] >= GRID_SLOWER else f"**{row['ratio']:.2f}**"
 
 
 def mha(rows: Rows) -> list[str]:
@@ -165,6 +193,20 @@ def length(rows: Rows) -> list[str]:
         f" {rows[0]['limit_gb']:g} GB beyond model and input: what needs more does not fit.",
         table(header, lines),
     ]
+
+
+def curves(rows: Rows) -> str:
+    """How far the losses of a packed training are from the padded one's, and its time."""
+    found = {row["what"]: row for row in widest(rows)}
+    padded, packed, other = (found[name] for name in (training.PADDED, training.PACKED, training.OTHER))
+    apart, usual = (max(abs(x - y) for x, y in zip(padded["losses"], row["losses"], strict=True)) for row in (packed, other))
+    times = [sum(row["seconds"]) for row in (padded, packed)]
+    return (
+        f"The text classifier of `examples/`, {len(padded['losses'])} steps on docstrings ({packed['batch']}, fill {packed['fill']}, "
+        f"float32), trained padded and packed from the same weights. The losses differ by {apart:.0e} at most. Other initial weights "
+        f"change them by up to {usual:.2g}. The padded training took {times[0]:.0f} s, the packed one {times[1]:.0f} s, on "
+        f"{threads_of(padded['threads'])}: {times[0] / times[1]:.1f} times faster."
+    )
 
 
 # -------------------------------------------------------------------- the mini test
@@ -213,11 +255,11 @@ def minitest(rows: Rows) -> list[str]:
     return [
         "## The mini test: what do a mask, causal attention and dropout cost?",
         f"Training of one attention layer: batch 32, 500 tokens, width 128, 4 heads; time of 100 steps ({steps} timed), how many times "
-        "that is of the first column, and the kernel by `torch.profiler`. Columns without dropout were compared with float64.",
+        "that is of the first column, and the kernel that `torch.profiler` saw. Columns without dropout were compared with float64.",
         minitest_summary(rows),
         "The kernels in full:",
         "\n".join(f"- {row} ({', '.join(columns)}): `{kernel}`" for (row, kernel), columns in kernels.items()),
-        "Not there:",
+        "Not measured:",
         "\n".join(f"- {row}: {reason}" for row, reason in reasons),
     ]
 

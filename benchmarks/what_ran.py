@@ -37,8 +37,8 @@ def block(results: Sequence[Result]) -> str:
 
 def _stages(found: Mapping[str, Result]) -> str:
     """A line for each stage, those that have not run too."""
-    rows: dict[str, Result] = {stage.name: {"says": stage.says, "status": NOT_RUN} for stage in STAGES}
-    rows.update(found)
+    stages = {stage.name: {"status": NOT_RUN, **found.get(stage.name, {}), "says": stage.says} for stage in STAGES}
+    rows: dict[str, Result] = {**found, **stages}
     return table(["stage", "shows", "result"], [[name, row.get("says", ""), _told(row)] for name, row in rows.items()])
 
 
@@ -96,7 +96,7 @@ def _backends(result: Result) -> list[str]:
         "cases",
         "kernel",
         "as float64",
-        "nobody waits",
+        "no waiting",
         "one CUDA graph",
         "same bits",
         "memory by tokens",

@@ -80,6 +80,15 @@ def compare(script: str, args: argparse.Namespace, padded: Training, packed: Tra
     _print_costs(script, args, {name: t.seconds for name, t in trainers.items()})
 
 
+def step_by_step(trainings: dict[str, Training], batches: Sequence[Batch], lr: float) -> dict[str, list[tuple[float, float]]]:
+    """Train all of them in turns; of each the loss and the seconds of every step."""
+    trainers = {name: _Trainer(training, lr) for name, training in trainings.items()}
+    for step, batch in enumerate(batches):
+        for name in reversed(trainers) if step % 2 else trainers:
+            trainers[name].step(batch)
+    return {name: list(zip(t.losses, t.seconds, strict=True)) for name, t in trainers.items()}
+
+
 class _Trainer:
     def __init__(self, training: Training, lr: float) -> None:
         # One thread: its own time, which other processes hardly touch. More threads wait for each other: time of the clock.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -25,12 +26,14 @@ report = pytest.importorskip("benchmarks.report", reason="benchmarks are not in 
 from benchmarks import (  # noqa: E402
     bench_attention,
     bench_compile,
+    bench_curves,
     bench_host,
     bench_layout,
     bench_length,
     bench_minitest,
     check,
     contestants,
+    drawings,
     lengths,
     measure,
     plots,
@@ -48,7 +51,7 @@ COMMITTED = report.load()
 
 def test_the_page_is_what_the_results_say() -> None:
     text = report.PAGE.read_text()
-    assert report.page(text, COMMITTED) == text, "run `python -m benchmarks.report`"
+    assert report.page(text, COMMITTED, report.others()) == text, "run `python -m benchmarks.report`"
 
 
 def test_the_tables_are_what_the_results_say() -> None:
@@ -56,8 +59,26 @@ def test_the_tables_are_what_the_results_say() -> None:
 
 
 def test_every_picture_is_there() -> None:
-    for name, sources in plots.NEEDS.items():
-        assert (report.PICTURES / name).exists() == (sources <= set(COMMITTED)), "run `make bench`, which draws them"
+    drawn = {file for folder, results in {"": COMMITTED, **report.others()}.items() for file in plots.files(results, folder).values()}
+    assert drawn == {path.name for path in report.PICTURES.glob("*.svg")} - set(drawings.DRAWINGS), "run `make bench`, which draws them"
+    assert drawn >= {"fill.svg", "length.svg", "curves.svg", "gpu-h200.svg"}
+
+
+def test_drawings_are_what_their_script_draws() -> None:
+    for name, draw in drawings.DRAWINGS.items():
+        text = draw()
+        assert (report.PICTURES / name).read_text() == text, "run `python -m benchmarks.drawings`"
+        families = re.findall(r"font(?:-family)?: (?:\d+px )?([\w -]+)", text)
+        assert set(families) == {"sans-serif ", "monospace "}, "generic ones only"
+
+
+def test_the_packed_training_is_the_padded_one() -> None:
+    """On the committed results: far nearer than a training with other initial weights."""
+    losses = {row["what"]: row["losses"] for row in COMMITTED["curves"]["rows"]}
+    padded = losses.pop("padded")
+    apart = {what: max(abs(x - y) for x, y in zip(padded, found, strict=True)) for what, found in losses.items()}
+    assert apart["packed"] < 1e-3 * apart["packed, other weights"]
+    assert padded[-1] < padded[0]
 
 
 def test_auto_is_within_a_tenth_of_the_best_way() -> None:
@@ -90,6 +111,15 @@ def test_real_lengths_are_those_of_the_tables() -> None:
     for workload in WORKLOADS:
         assert max(workload.lengths) == workload.padded_len
         assert min(workload.lengths) >= 1
+
+
+def test_a_wrong_training_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {row["what"]: row for row in bench_curves.bench(bench_curves.QUICK, 3)}
+    assert rows["packed"]["losses"] == pytest.approx(rows["padded"]["losses"], rel=1e-5)
+    assert rows["packed, other weights"]["losses"] != pytest.approx(rows["padded"]["losses"], rel=1e-3)
+    monkeypatch.setattr(bench_curves, "enable", lambda model: model.encoder.layers[0].norm1.weight.data.mul_(1.001))
+    with pytest.raises(AssertionError, match="losses: error"):
+        bench_curves.bench(bench_curves.QUICK, 3)
 
 
 def test_tables_of_lengths_say_how_they_were_made() -> None:
@@ -318,9 +348,15 @@ def test_rows_that_were_not_measured_again_stay(tmp_path: Path, monkeypatch: pyt
     measure.save("some", [{"a": 1, "x": "old"}, {"a": 2, "x": "old"}], ("a",))
     path = measure.save("some", [{"a": 2, "x": "new"}], ("a",))
     assert [(row["a"], row["x"]) for row in json.loads(path.read_text())["rows"]] == [(1, "old"), (2, "new")]
-    monkeypatch.setattr(measure, "environment", lambda device: {"cpu": "another"})
+    here = measure.environment()
+    monkeypatch.setattr(measure, "environment", lambda device="cpu": {**here, "torch": "newer"})
     measure.save("some", [{"a": 2, "x": "newer"}], ("a",))
     assert [row["x"] for row in json.loads(path.read_text())["rows"]] == ["newer"]
+    monkeypatch.setattr(measure, "environment", lambda device="cpu": {**here, "cpu": "Another (R)", "cpu_capability": "AVX2"})
+    for x in ("first", "second"):
+        other = measure.save("some", [{"a": x, "x": x}], ("a",))
+    assert other == tmp_path / "another-r-avx2" / "some.json"
+    assert [len(json.loads(file.read_text())["rows"]) for file in (path, other)] == [1, 2]
     assert measure.save("some", [], ("a",), "cuda").parent.name == "cuda"
 
 
@@ -371,13 +407,36 @@ def test_pictures_are_the_same_every_time(tmp_path: Path) -> None:
          "megabytes": {"scores": None, "padded": s / 10, "packed": s / 20}}
         for s in (512, 1024)
     ]  # fmt: skip
-    results = {"length": {"rows": lengths_rows}}
-    assert plots.draw(results, tmp_path) == [plots.LENGTH]
-    first = (tmp_path / plots.LENGTH).read_bytes()
-    plots.draw(results, tmp_path)
-    assert first == (tmp_path / plots.LENGTH).read_bytes()
-    assert len(first) < 100_000
+    steps = {"threads": 1, "fill": 0.5, "losses": [2.0, 1.0], "seconds": [0.1, 0.2]}
+    here = {"cpu": "some", "cpu_capability": "AVX2"}
+    grid = {"threads": 1, "what": "self-attention", "head_dim": 64, "length": 16, "ratio": 1.3}
+    results = {
+        "length": {"rows": lengths_rows, "environment": here},
+        "grid_avx2": {"rows": [{**grid, "direction": way} for way in ("forward", "forward+backward")], "environment": here},
+        "curves": {"rows": [{**steps, "what": what} for what in ("padded", "packed", "packed, other weights")], "environment": here},
+        "acceptance": json.loads((report.RESULTS / "h200/acceptance.json").read_text()),
+    }
+    assert plots.draw(results, tmp_path, "some") == ["length-some.svg", "curves-some.svg", "gpu-some.svg", "grid_avx2-some.svg"]
+    first = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    plots.draw(results, tmp_path, "some")
+    assert first == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert all(len(text) < 100_000 for text in first.values())
+    assert b"some (AVX2)" in first[tmp_path / "length-some.svg"]
     assert plots.draw({}, tmp_path) == []
+
+
+def test_every_machine_has_its_pictures(tmp_path: Path) -> None:
+    """A folder in ``results/`` is a further machine: its pictures are on the page, under its name."""
+    for folder, cpu in ((".", "one"), ("other", "another")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "length.json").write_text(json.dumps({"environment": {"cpu": cpu, "cpu_capability": "AVX2"}, "rows": []}))
+    further = report.others(tmp_path)
+    assert list(further) == ["other"]
+    text = report.block(report.load(tmp_path), further)
+    assert "pictures/length.svg" in text
+    assert "### another (AVX2)\n\n![" in text
+    assert "pictures/length-other.svg" in text
+    assert "Other machines" not in report.block(report.load(tmp_path), {"none": {"host": further["other"]["length"]}})
 
 
 def test_every_script_says_what_it_does() -> None:

@@ -1024,8 +1024,8 @@ def test_the_page_says_what_has_run_where() -> None:
     text = what_ran.block([recorded()])
     assert text.startswith("**NVIDIA H100 80GB HBM3** (compute capability 9.0), torch 2.11.0, CUDA 13.0, cuDNN 91900, varlen_attn 0.1.0, ")
     assert "2026-01-01: accepted." in text
-    assert "| env | the machine | passed, 1 of 1, 0 of 1 goals |" in text
-    assert "| nosync |  | **failed**, 0 of 1 |" in text
+    assert "| env | the machine, its speed, and which backends accept it | passed, 1 of 1, 0 of 1 goals |" in text
+    assert "| nosync | no call waits for the device | **failed**, 0 of 1 |" in text
     assert "| 6 layers | 100 | evaluation | 8.00 | 4.00 | 2.00 | - |" in text
     assert "- nosync, torch_varlen, capacity: a \\| b" in text
     assert "| torch_varlen | 60 | flash_fwd\\<T> | yes | **no** | - | - | - | - |" in text

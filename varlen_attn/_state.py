@@ -76,7 +76,7 @@ def visible(blocks: list[T]) -> list[T]:
 
 
 def __getattr__(name: str) -> Any:
-    """``order``: what the innermost `use_backend` around the caller orders, or None. An attribute of a module is read by Python while
+    """``order``: what the innermost `use_backend` around the caller requests, or None. An attribute of a module is read by Python while
     tracing, and again each time before compiled code runs: so it may be another for each coroutine."""
     if name == "order":
         orders = visible(state.orders)

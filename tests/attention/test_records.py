@@ -346,5 +346,5 @@ def test_a_faster_kernel_is_named_once(native: str, monkeypatch: pytest.MonkeyPa
         assert text.count("python -m varlen_attn build-native") == (native == "missing")
     assert ("cpu_native: is not compiled yet" in str(log).splitlines()[-1]) == (native == "missing")
     h100 = choose(Problem(device_type="cuda", capability=(9, 0), dtype=torch.bfloat16, packages=()))
-    assert h100.faster.startswith("A faster kernel could be had. flash3: no package with flash-attn 3")
+    assert h100.faster.startswith("A faster kernel exists. flash3: no package with flash-attn 3")
     assert not choose(Problem(device_type="cuda", capability=(8, 0), dtype=torch.bfloat16, packages=())).faster

@@ -53,3 +53,60 @@ def transformer_options(draw: st.DrawFn) -> dict[str, Any]:
         "norm_first": draw(st.booleans()),
         "bias": draw(st.sampled_from((True, True, False))),
     }
+
+
+@dataclass(frozen=True)
+class WrittenMask:
+    """``attn_mask`` as people write it, and ``key_padding_mask`` beside it; where ``spoiled``, one number is another."""
+
+    mask: Tensor
+    padding: Tensor | None
+    spoiled: bool
+    packs: bool
+
+
+@st.composite
+def written_masks(draw: st.DrawFn, heads: int, max_batch: int = 3, max_len: int = 9) -> WrittenMask:
+    """Causal, all, a window, documents, alone or merged with padding of either side, the diagonal open or not; every kind of number."""
+    lengths = torch.tensor(draw(st.lists(st.integers(0, max_len), min_size=1, max_size=max_batch)))
+    batch, size = len(lengths), max(1, int(lengths.max())) + draw(st.integers(0, 1))
+    left, holes = draw(st.booleans()), draw(st.integers(0, 3)) == 0
+    column = torch.arange(size)
+    real = column >= size - lengths[:, None] if left else column < lengths[:, None]
+    if holes:
+        real &= torch.tensor(draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+    distance = column - column[:, None]
+    kind = draw(st.sampled_from(("causal", "all", "window", "causal window")))
+    near = draw(st.integers(1, 4))
+    relation = {"causal": distance <= 0, "all": distance > -size, "window": distance.abs() <= near}.get(
+        kind, (distance <= 0) & (distance >= -near)
+    )
+    merged, beside, opened = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    seen = relation.expand(batch, -1, -1)
+    documents = draw(st.integers(0, 2)) == 0
+    if documents:
+        starts = torch.tensor(draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+        numbers = starts.cumsum(0)
+        seen = seen & (numbers == numbers[:, None])
+    if merged:
+        seen = seen & real[:, None]
+    if merged and opened:
+        seen = seen | torch.eye(size, dtype=torch.bool)
+    hidden = ~seen
+    if not merged and draw(st.booleans()):
+        hidden = hidden[0]
+    else:
+        hidden = hidden.repeat_interleave(heads, 0)
+    form = draw(st.sampled_from(("bool", "float64", "float32", "least")))
+    mask = hidden.clone()
+    if form != "bool":
+        dtype = torch.float32 if form == "float32" else torch.float64
+        least = torch.finfo(torch.float32).min if form == "least" else -torch.inf
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, least)
+    spoiled = draw(st.integers(0, 2)) == 0
+    if spoiled:
+        spot = tuple(draw(st.integers(0, n - 1)) for n in mask.shape)
+        value = draw(st.sampled_from((0.0, -torch.inf, 1e-3, -1e4)))
+        mask[spot] = ~mask[spot] if form == "bool" else value
+    packs = not (spoiled or documents or opened or holes or "window" in kind or form == "least" or (left and not beside))
+    return WrittenMask(mask, ~real if beside else None, spoiled, packs)

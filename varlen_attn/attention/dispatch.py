@@ -123,7 +123,7 @@ class Plan(Shown):
         """Which kernel would be chosen if it were installed, and how to install it; empty if there is none."""
         before = itertools.takewhile(lambda d: d.backend != self.backend, self.decisions if self.route == "packed" else ())
         lacks = (d for d in before if {r.kind for r in d.reasons} == {"missing"})
-        return next((f"A faster kernel could be had. {d}." for d in lacks), "")
+        return next((f"A faster kernel exists. {d}." for d in lacks), "")
 
     def __str__(self) -> str:
         """What runs, and why, in two lines; `details` has every reason and fix."""
@@ -143,7 +143,7 @@ class Plan(Shown):
         if decision.accepted:
             dense = f"would run, but {self.route_reason}"
             return "backends", dense if self.backend == "dense" else "would run too, but comes later in the order"
-        worst = min(decision.reasons, key=lambda r: ("machine", "order", "missing", "unsupported").index(r.kind))
+        worst = min(decision.reasons, key=lambda r: ("machine", "request", "missing", "unsupported").index(r.kind))
         elsewhere = re.match("runs on (cpu|cuda) only, and (.*)", worst.reason)
         return (f"{elsewhere[1].upper()} backends", elsewhere[2]) if elsewhere else ("backends", worst.reason)
 
@@ -187,8 +187,8 @@ def choose(problem: Problem, backends: Sequence[Backend] = BACKENDS, *, all_reas
             That may import them; `explain` and errors do it.
 
     Raises:
-        ArgumentError: the name ordered is not one of ``backends``.
-        BackendRefused: the backend ordered by name cannot run the problem.
+        ArgumentError: the requested name is not one of ``backends``.
+        BackendRefused: the requested backend cannot run the problem.
         NoBackend: none of ``backends`` can.
 
     Examples:
@@ -217,8 +217,8 @@ def _choose(problem: Problem, candidates: tuple[Backend, ...], all_reasons: bool
         raise ArgumentError(f"`backend` must be 'auto' or one of {names}, but is {order!r}.")
     refusals = [b.refusals(problem, all_reasons=all_reasons) for b in candidates]
     if order == "auto" and all(refusals):
-        # Auto does not fail for lack of a kernel: what else runs by order only (the specification) then runs unasked.
-        refusals = [() if all(x.kind == "order" for x in r) else r for r in refusals]
+        # Auto does not fail for lack of a kernel: what else runs on request only (the specification) then runs unasked.
+        refusals = [() if all(x.kind == "request" for x in r) else r for r in refusals]
     chosen = next((b for b, r in zip(candidates, refusals, strict=True) if not r and order in ("auto", b.name)), None)
     decisions = tuple(Decision(b.name, not r, r) for b, r in zip(candidates, refusals, strict=True))
     if chosen is None and not all_reasons:
@@ -271,7 +271,7 @@ def route(layout: SeqLayout, problem: Problem) -> Route:
 
 
 def requested_backend(backend: str | Backend) -> str | Backend:
-    """Which backend is ordered: argument > `use_backend` > environment > auto."""
+    """Which backend is requested: argument > `use_backend` > environment > auto."""
     if backend != "auto":
         if not isinstance(backend, str | Backend):
             raise ArgumentError(f"`backend` must be 'auto', a name or a Backend, but is {backend!r}.")

@@ -107,7 +107,7 @@ def static_attention(
 
 
 def refuse_order(order: str | Backend, why: str, fix: str) -> None:
-    """An order is an order: only the padded backend may compute a call on padded tensors."""
+    """A request is kept: only the padded backend may compute a call on padded tensors."""
     name = order if isinstance(order, str) else order.name
     if name not in ("auto", "sdpa_padded"):
         raise BackendRefused(f"backend {name!r} was requested but cannot run this call: {why}. Fix: {fix}.")

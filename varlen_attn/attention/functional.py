@@ -94,13 +94,13 @@ def varlen_attention(
         window: ``(left, right)``: how many other tokens are visible on each side, inclusive; None is unlimited.
         scale: factor of the scores; ``H ** -0.5`` if left out.
         softcap: ``c`` of ``c * tanh(score / c)``.
-        dropout_p: probability of dropping an attention weight. It is what it says: pass 0 when evaluating.
+        dropout_p: probability of dropping an attention weight. It is always applied: pass 0 in evaluation.
         alibi_slopes: ``(N,)``; subtracts ``slope * |i + Lk - Lq - j|``, as flash-attn does. No gradient.
         score_bias: added to the scaled (and capped) scores: a tensor ``(N, Sq, Sk)`` indexed by positions, or a callable
             ``(head, q_position, k_position) -> tensor`` on broadcastable index tensors. With gradient.
         sinks: ``(N,)``: a logit for each head that joins the softmax's denominator only. With gradient.
         return_lse: also return the natural log of the sum of the exponentials, sinks not included.
-        backend: ``"auto"``, or an order: a name or a `Backend`. It runs, or `BackendRefused` says why not.
+        backend: ``"auto"``, or a request: a name or a `Backend`. It runs, or `BackendRefused` says why not.
         deterministic: bitwise reproducible gradients; ``torch.are_deterministic_algorithms_enabled()`` if None.
         batch_invariant: a sequence's result is bitwise the same whatever its batch-mates.
 
@@ -111,7 +111,7 @@ def varlen_attention(
     Raises:
         ArgumentError, LayoutError: shapes, devices or values do not fit together.
         DtypeError: mixed dtypes outside autocast, float64 inside it, or no floating dtype.
-        BackendRefused: the ordered backend cannot run this.
+        BackendRefused: the requested backend cannot run this.
 
     The same in plain PyTorch, for one sequence ``q, k, v`` of ``(N, L, H)``::
 

@@ -32,10 +32,10 @@ class Call(Shown):
         module: its name in the model that `record` was given, else its class.
         rows: T.  slots: B*S.
         traced: seen once while tracing, and not at each run.
-        reason: why a module went the dense way, or why a stack of layers did not run packed.
+        reason: why a module computed the padded batch, or why a stack of layers did not run packed.
         kernels: what the profiler saw this call launch, forward only (`record(kernels=True)`): names of device kernels, or without a
-            device of torch's and our attention ops. None where nobody looked, or compiled code launched it.
-        confirmed: whether the kernel that the backend claims is among them; None where nobody looked, or nothing is claimed.
+            device of torch's and our attention ops. None without a profiler, or where compiled code launched it.
+        confirmed: whether the kernel that the backend claims is among them; None without a profiler, or where nothing is claimed.
         layout: of the queries; None where they were not packed.
 
     Examples:
@@ -198,8 +198,8 @@ def record(model: torch.nn.Module | None = None, *, kernels: bool = False) -> It
 
     Args:
         model: calls by its modules are recorded under their qualified names, others under their class.
-        kernels: run `torch.profiler` meanwhile, and write down which kernels each call launched: then ``call.confirmed`` is seen and not
-            believed. For looking, not for timing: a profiler slows everything down, and at the end it waits for the GPU.
+        kernels: run `torch.profiler` meanwhile, and write down which kernels each call launched: then ``call.confirmed`` is an
+            observation. Not for timing: a profiler slows everything down, and at the end it waits for the GPU.
 
     Compiled code is seen where it runs if the backend launches an op of ours (`cpu`), else once, when it is traced.
 

@@ -20,7 +20,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 where an ordered backend refuses or a build fails, 2 where a value is wrong,
+    """Run the command line; returns the exit status: 0, 1 where a requested backend refuses or a build fails, 2 where a value is wrong,
     3 where there is no compiler."""
     options = _parser().parse_args(arguments)
     if getattr(options, "threads", None):

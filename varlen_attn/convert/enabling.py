@@ -29,13 +29,13 @@ from .classes import (
     AttentionOnlyTransformerEncoder,
     AttentionOnlyTransformerEncoderLayer,
     EnabledMultiheadAttention,
-    EnabledMultiheadAttentionWithoutWeights,
     EnabledTransformerDecoder,
     EnabledTransformerDecoderLayer,
     EnabledTransformerEncoder,
     EnabledTransformerEncoderLayer,
 )
 from .equality import Part, settled
+from .prepacking import found_prepacked, is_prepacked, plan_prepacked
 from .report import Action, ModuleReport, Report
 from .watch import LAYERS
 
@@ -48,10 +48,11 @@ def enable(
     model: nn.Module,
     level: Level = "auto",
     *,
-    need_weights: bool = True,
+    need_weights: bool | Literal["never"] = True,
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
     example: Any = None,
+    prepack: bool = False,
 ) -> Report:
     """Make a model skip padding, in place: torch's attention modules, layers and stacks, and models of transformers. `disable` undoes it.
 
@@ -61,7 +62,9 @@ def enable(
         level: ``"model"`` packs once around whole stacks of layers, and around layers that are used alone; ``"attention"`` changes
             calls of attention only, everything else stays padded. ``"auto"`` is ``"model"``.
         need_weights: an `nn.MultiheadAttention` outside of torch's layers returns attention weights unless told otherwise, which costs
-            the padded computation; the report names each module that pays. False makes them return None instead.
+            the padded computation; the report names each module that pays. False makes them return None instead, unless a call asks for
+            weights by name. ``"never"`` makes these calls return None too, where nothing reads the weights: ``example`` shows that, or
+            without one the first forward, in which they are computed; a `VarlenWarning` says where they are read, and they stay.
         hooks: modules with hooks of yours are left alone, because inside a stack these would see packed rows ``(T, D)``; where hooks come
             later, the stack runs as it came as long as they are there. ``"packed"`` lets them see packed rows.
         padding_rows: what rows at padding hold: ``"zero"``; ``"edge"``, the row of the nearest token before them, else after them, without
@@ -72,12 +75,16 @@ def enable(
             model is called with it in evaluation, as it came and converted. Where a result, such as a loss, differs by more than rounding
             explains, what makes it differ stays as it came, or changes in attention only, and the report says what differed. Rows of
             padding in results may differ. Buffers, gradients and random states are put back.
+        prepack: for inference on a CPU: linear layers keep their weights (float32, and bfloat16 where the CPU multiplies it) in oneDNN's
+            blocked format as well, from their first call without gradients on, so that no call reorders them. This takes the memory of the
+            weights once more, which the report says. A weight that was written to is reordered again, except after a write through
+            ``weight.data``. In training such layers raise `VarlenError`; with gradients in evaluation they compute as they came.
 
     Returns:
         What happened to each module, and why not: ``print(enable(model))``.
 
     Raises:
-        ArgumentError: ``model`` is no module, an option has no such value, or the model does not take ``example``.
+        ArgumentError: ``model`` is no module, an option has no such value, the model does not take ``example``, or has nothing to prepack.
         VarlenError: the model is enabled already, and this is called inside of one of its forwards.
 
     Weights, `state_dict` and training mode stay. What changes: rows at padding, as ``padding_rows`` says. Only exactly torch's classes are
@@ -104,17 +111,23 @@ def enable(
         False
     """
     _check(model)
-    _check_options(level, need_weights, hooks, padding_rows)
+    _check_options(level, need_weights, hooks, padding_rows, prepack)
     levels = ("attention",) if level == "attention" else ("model", "attention")
-    plans = (apart(partial(_plan, model, name, need_weights, hooks, padding_rows)) for name in levels)
+    weights = {True: "given", False: "asked", "never": "unread" if example is None else "none"}[need_weights]
+    tried = [(name, weights) for name in levels] + [(levels[0], "given")] * (weights == "none")
+    plans = (apart(partial(_plan, model, *each, hooks, padding_rows)) for each in tried)
     before = _found(model)
     try:
         if example is None:
             parts = next(plans)
         else:
             parts = settled(model, inputs_of(example, "example"), plans, partial(_go, model))
-        _go(model, [step for part in parts.values() for step in part.steps])
-        report = Report(tuple(row for part in parts.values() for row in part.rows), _problem(model))
+        steps, rows = ([x for part in parts.values() for x in getattr(part, kind)] for kind in ("steps", "rows"))
+        if prepack:
+            row, more = plan_prepacked(model, {x.module for x in steps if isinstance(x, Class)})
+            rows, steps = [*rows, row], [*steps, *more]
+        _go(model, steps)
+        report = Report(tuple(rows), _problem(model))
         if not any(m.action in ("converted", "built so") for m in report.modules):
             warn(f"nothing was converted, the model computes padding as before: {report}.", VarlenWarning)
         return report
@@ -133,7 +146,7 @@ def _go(model: nn.Module, steps: Sequence[Step]) -> None:
         raise
 
 
-def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str, padding_rows: PaddingRows | None) -> dict[Any, Part]:
+def _plan(model: nn.Module, level: str, weights: str, hooks: str, padding_rows: PaddingRows | None) -> dict[Any, Part]:
     """What is to be done to a model, of which nothing is changed yet: to its models of transformers, and to each module of torch's with all
     inside of it."""
     hf = _transformers(model)
@@ -141,7 +154,7 @@ def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str, padding_
     found, mixer = candidates(model, hooks), None if padding_rows else mixing(model)
     parts: dict[Any, Part] = {None: Part([ModuleReport(*row) for row in rows], list(steps))}
     for c in found:
-        decision, original = _decide(c, found, level, need_weights, mixer), original_class(c.module)
+        decision, original = _decide(c, found, level, weights, mixer), original_class(c.module)
         new_class = decision.new_class or original
         restored = decision.new_class is None and type(c.module) is not original
         outermost = c
@@ -154,6 +167,7 @@ def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str, padding_
             wanted = {
                 "hooks_packed": hooks == "packed",
                 "padding_rows": padding_rows or decision.padding_rows,
+                "weights": decision.weights,
                 "__module__": original.__module__,
             }
             changed = ((name, value) for name, value in wanted.items() if value != getattr(new_class, name))
@@ -166,7 +180,7 @@ def _found(model: nn.Module) -> list[Step]:
     hf = _transformers(model)
     enabled = [(m, original) for m in model.modules() if (original := original_class(m)) is not type(m)]
     classes = [Class(m, type(m), original, tuple((x, vars(m)[x]) for x in OPTIONS if x in vars(m))) for m, original in enabled]
-    return [*classes, *(hf.found(model) if hf else [])]
+    return [*classes, *found_prepacked(model), *(hf.found(model) if hf else [])]
 
 
 def disable(model: nn.Module) -> Report:
@@ -194,7 +208,7 @@ def disable(model: nn.Module) -> Report:
     restored = [ModuleReport(*row) for row in hf.enabled_models(model)] if hf else []
     for name, module in model.named_modules():
         original = original_class(module)
-        if original is not type(module) and (hf is None or not isinstance(module, hf.Watched)):
+        if original is not type(module) and not is_prepacked(module) and (hf is None or not isinstance(module, hf.Watched)):
             restored.append(ModuleReport(name, original.__name__, "restored", ""))
         elif hasattr(original, "original_class") and is_varlen(module):
             reason = "its class was derived from the enabled one, as parametrisations do: remove them first"
@@ -209,10 +223,11 @@ def enabled(
     model: nn.Module,
     level: Level = "auto",
     *,
-    need_weights: bool = True,
+    need_weights: bool | Literal["never"] = True,
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
     example: Any = None,
+    prepack: bool = False,
 ) -> Iterator[Report]:
     """``with enabled(model) as report``: `enable` for the length of a block; afterwards every module is what it was before.
 
@@ -229,7 +244,7 @@ def enabled(
     _check(model)
     before = _found(model)
     with undone(partial(_go, model, before)):
-        yield enable(model, level, need_weights=need_weights, hooks=hooks, padding_rows=padding_rows, example=example)
+        yield enable(model, level, need_weights=need_weights, hooks=hooks, padding_rows=padding_rows, example=example, prepack=prepack)
 
 
 def _transformers(model: nn.Module) -> Any:
@@ -253,18 +268,23 @@ def _check(model: nn.Module) -> None:
         raise ArgumentError(f"`model` must be a torch.nn.Module, but is {type(model).__name__}: pass the model itself.")
 
 
-def _check_options(level: Any, need_weights: Any, hooks: Any, padding_rows: Any) -> None:
+def _check_options(level: Any, need_weights: Any, hooks: Any, padding_rows: Any, prepack: Any) -> None:
     if level not in get_args(Level):
         raise ArgumentError(
             f"`level` must be 'auto', 'attention' or 'model', but is {level!r}: 'model' packs whole stacks, 'attention' calls of attention."
         )
-    if not isinstance(need_weights, bool):
+    if not (isinstance(need_weights, bool) or need_weights == "never"):
         raise ArgumentError(
-            f"`need_weights` must be True or False, but is {need_weights!r}: False makes attention return None in place of its weights."
+            f"`need_weights` must be True, False or 'never', but is {need_weights!r}: False makes attention return None in place of its "
+            "weights, 'never' also where a call asks for them and nothing reads them."
         )
     if hooks not in ("leave", "packed"):
         raise ArgumentError(
             f"`hooks` must be 'leave' or 'packed', but is {hooks!r}: 'leave' leaves modules with hooks alone, 'packed' converts them too."
+        )
+    if not isinstance(prepack, bool):
+        raise ArgumentError(
+            f"`prepack` must be True or False, but is {prepack!r}: True keeps weights in oneDNN's blocked format as well, for inference."
         )
     if padding_rows not in (None, *get_args(PaddingRows)):
         raise ArgumentError(
@@ -282,6 +302,12 @@ _NEW_CLASSES: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {
     ("attention", nn.TransformerEncoder): AttentionOnlyTransformerEncoder,
     ("attention", nn.TransformerEncoderLayer): AttentionOnlyTransformerEncoderLayer,
 }
+_SAYS = {
+    "given": "pays for attention weights with the padded computation, unless called or enabled with need_weights=False",
+    "asked": "returns no attention weights unless asked",
+    "unread": "returns no attention weights, once a forward has shown that nothing reads them",
+    "none": "returns no attention weights",
+}
 _ATTENTION_ONLY = 'level="attention" changes calls of attention only'
 
 
@@ -290,20 +316,21 @@ class _Decision(NamedTuple):
     action: Action
     reason: str
     padding_rows: PaddingRows = "zero"
+    weights: str = "given"
 
     @classmethod
     def alone(cls, reason: str) -> _Decision:
         return cls(None, "left alone", reason)
 
 
-def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: bool, mixer: str | None) -> _Decision:
+def _decide(c: Candidate, found: list[Candidate], level: str, weights: str, mixer: str | None) -> _Decision:
     """What becomes of one candidate, given all of them."""
     if is_varlen(c.module):
         return _Decision(None, "built so", f"a {type(c.module).__name__}: it packs already")
     if c.why_not is not None:
         return _Decision.alone(c.why_not)
     if c.host is nn.MultiheadAttention:
-        return _decide_attention(c, need_weights, mixer)
+        return _decide_attention(c, weights, mixer)
     new_class = _NEW_CLASSES.get((level, c.host))
     if new_class is None:
         return _Decision.alone(_ATTENTION_ONLY)
@@ -315,16 +342,13 @@ def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: bool
     return _Decision(new_class, "converted", read if level == "model" else _ATTENTION_ONLY)
 
 
-def _decide_attention(c: Candidate, need_weights: bool, mixer: str | None) -> _Decision:
+def _decide_attention(c: Candidate, weights: str, mixer: str | None) -> _Decision:
     layer = c.parent if c.parent is not None and c.parent.host in LAYERS else None
     if layer is not None and layer.host is nn.TransformerEncoderLayer and layer.why_not is not None:
         return _Decision.alone("part of a layer that is left alone, which in evaluation reads its weights and does not call it")
-    new: type[nn.Module] = EnabledMultiheadAttentionWithoutWeights
-    why = ["returns no attention weights unless asked"]
-    if need_weights:
-        pays = "pays for attention weights with the padded computation, unless called or enabled with need_weights=False"
-        new, why = EnabledMultiheadAttention, [] if layer is not None else [pays]
+    weights = "none" if weights == "unread" and not c.name else weights  # its caller knows what it gives
+    why = [] if weights == "given" and layer is not None else [_SAYS[weights]]
     if mixer is None or (layer is not None and layer.why_not is None):
-        return _Decision(new, "converted", "; ".join(why))
+        return _Decision(EnabledMultiheadAttention, "converted", "; ".join(why), weights=weights)
     why.append(f'keeps torch\'s rows at padding, which {mixer} may read: padding_rows="zero" leaves them out')
-    return _Decision(new, "converted", "; ".join(why), "exact")
+    return _Decision(EnabledMultiheadAttention, "converted", "; ".join(why), "exact", weights)

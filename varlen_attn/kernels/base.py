@@ -49,7 +49,7 @@ class Refusal:
 
     reason: str
     fix: str
-    kind: Literal["missing", "machine", "unsupported", "order"] = "unsupported"  # a package, the device, this call, by order only
+    kind: Literal["missing", "machine", "unsupported", "request"] = "unsupported"  # a package, the device, this call, on request only
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.fix})"
@@ -112,7 +112,7 @@ class Capabilities:
     empty_sequences: bool = True  # False: removed before the call where lengths are on the host, else refused
     slack_rows: bool = True  # False: rows beyond cu_seqlens[-1] are left unwritten, and the caller zeroes them
     reads_slack: bool = True  # False: such rows of query, key and value are not read either, and may hold anything
-    explicit_only: str = ""  # why it runs by order only, or where nothing else does
+    explicit_only: str = ""  # why it runs on request only, or where nothing else does
 
 
 class Backend(ABC):
@@ -180,12 +180,12 @@ class Backend(ABC):
     def refusals(self, problem: Problem, *, all_reasons: bool = True) -> tuple[Refusal, ...]:
         """All reasons against running ``problem``; none means that it runs.
 
-        Not all_reasons: whether a package is in order (which may import it) is asked only where nothing else speaks against it.
+        Without ``all_reasons`` a package is checked, which may import it, only where there is no other reason.
         """
         reasons = [*_capability_refusals(self.capabilities, problem), *self.extra_refusals(problem)]
         if self.capabilities.explicit_only and problem.requested != self.name:
-            text = f"runs by order, or where nothing else does: {self.capabilities.explicit_only}"
-            reasons.append(Refusal(text, f"order it with backend={self.name!r}", "order"))
+            text = f"runs on request, or where nothing else does: {self.capabilities.explicit_only}"
+            reasons.append(Refusal(text, f"request it with backend={self.name!r}", "request"))
         if all_reasons or not reasons:
             sentence = self.missing(problem)
             if sentence is not None:
@@ -215,7 +215,7 @@ def _capability_refusals(can: Capabilities, problem: Problem) -> Iterator[Refusa
         (want.batch_invariant, can.batch_invariant, "results that are bitwise independent of batch-mates", "drop `batch_invariant`"),
         (problem.needs_grad, can.grad, "a backward pass", "call it under torch.no_grad()"),
         (problem.tracing, can.tracing, "torch.compile and fake tensors", "call it outside the compiled function"),
-        (problem.transformed, can.transforms, "torch.func and forward-mode AD", "order backend='sdpa_padded', or call it outside of them"),
+        (problem.transformed, can.transforms, "torch.func and forward-mode AD", "use backend='sdpa_padded', or call it outside of them"),
         (not problem.host_lengths, can.empty_sequences, "empty sequences, and only the device knows whether there are any",
          "build the layout from lengths or without `capacity`"),
     )  # fmt: skip

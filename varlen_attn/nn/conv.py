@@ -36,8 +36,8 @@ def varlen_conv1d(conv: Callable[[Tensor], Tensor], rows: Tensor, layout: SeqLay
     or on batch-mates. Between two convolutions the zeros have to be restored, because a bias fills them: call this once for each.
 
     A convolution that keeps lengths (stride 1, ``padding="same"`` or the number that amounts to it) takes any layout and returns the
-    same object. Documents of one row are convolved apart. Where a row has padding between tokens, zeros stand in the hole; what
-    closes it is ``layout.compact()``, which has the same packed rows. Any other convolution needs padding on the right, and returns
+    same object. Documents of one row are convolved separately. Where a row has padding between tokens, zeros are convolved there;
+    ``layout.compact()`` has the same packed rows without that padding. Any other convolution needs padding on the right, and returns
     ``layout.downsample(...)``.
 
     Args:

@@ -1,16 +1,41 @@
-"""What the masks of torch's modules say: where padding is, and whether an attention mask is causal, read from a device at most once."""
+"""What the masks of torch's modules say: where padding is, and whether an attention mask is causal, read from a device at most once; and
+which packed call computes what an attention mask hides."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import weakref
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .._torch import is_tracing, is_unreadable
+from .._torch import is_tracing, is_unreadable, num_writes
 from ..attention.export import here, static_graph
 from ..layout.padded import PaddedRows
 from ..layout.seq_layout import SeqLayout, layout_and_flags, moved
+
+
+class Pattern(NamedTuple):
+    """A call of packed attention in which each query sees exactly the keys that an attention mask leaves it.
+
+    Attributes:
+        layout_q, layout_kv: of queries and keys, as sequences that do not see each other.
+        causal, window: as `varlen_attention`; causal is top-left.
+        alone: positions in ``B*S`` of tokens that see only themselves, where these are no sequences of the layouts.
+        pairs: of a query and a key that are computed, about.
+        where: of each row that is wanted, its place among the results, which are 0, those of ``layout_q``, and those ``alone``; None where
+            these are the rows of ``layout_q``. A query that sees nothing has the first, which is 0.
+    """
+
+    layout_q: SeqLayout
+    layout_kv: SeqLayout
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    pairs: float
+    alone: Tensor | None
+    where: Tensor | None
 
 
 class MaskFacts(NamedTuple):
@@ -80,3 +105,159 @@ def _is_not_causal(mask: Tensor, padding: Tensor | None) -> Tensor:
         heads = len(mask) // max(len(padding), 1)
         wrong &= ~(padding.repeat_interleave(heads, 0)[:, None] if mask.dim() == 3 else padding.all(0))
     return wrong.any()
+
+
+# -------------------------------------------------------------------- masks as people write them
+
+_NEVER = torch.finfo(torch.float32).min / 2  # added to a score, it leaves a weight of 0 beside any score that computes with numbers
+_MOST = 254  # sequences of a row, which are compared as bytes
+_PART = 1 << 18  # numbers that are compared at once
+_TRUST = 4  # how many masks of a shape in turn may be nothing that is known
+_misses: dict[Any, int] = {}
+_patterns: MutableMapping[Tensor, tuple[Any, Any, Pattern | None]] = WeakIdKeyDictionary()
+
+
+def pattern_of(mask: Tensor, padding: Tensor | None, batch: int, device: torch.device, *, own: bool, eager: bool = True) -> Pattern | None:
+    """The packed call that does what a bool or float ``attn_mask`` says, or None: causal masks, padding, sliding windows, documents, and
+    what is merged from these, with or without the diagonal of padded queries; for all heads alike, and for every pair that counts.
+
+    Kept for the mask as long as it is not written to: all layers of a model are given the same.
+
+    Args:
+        mask: ``(L, S)`` or ``(B*N, L, S)``, True (or -inf) hides.
+        padding: ``(B, S)``, True (or -inf) at keys that nothing sees, whatever ``mask`` says.
+        batch: B.
+        device: of the layouts.
+        own: padding is left out of the queries too.
+        eager: look at each new mask, also where those of this shape have been nothing that is known. Else only at some.
+    """
+    its = [x for x in (mask, padding) if x is not None]
+    kept = not any(x.is_inference() for x in its)  # which do not count how often they are written to
+    key = (batch, device, own, eager, *map(num_writes, its)) if kept else None
+    known, kind = _patterns.get(mask) if kept else None, (mask.shape, mask.dtype)
+    if known is not None and known[0] == key and known[1]() is its[-1]:
+        return known[2]
+    misses = _misses.get(kind, 0)
+    if wants_grad(mask) or not mask.numel() or (not eager and misses > _TRUST and misses % _TRUST**2):
+        _misses[kind] = misses + 1
+        return None
+    with torch.inference_mode(False), torch.no_grad():  # it may be kept for training
+        pattern = _find(mask, padding, batch, device, own, eager)
+    _misses[kind] = misses + 1 if pattern is None else 0
+    if kept:
+        _patterns[mask] = key, weakref.ref(its[-1]), pattern
+    return pattern
+
+
+def _find(mask: Tensor, padding: Tensor | None, batch: int, device: torch.device, own: bool, eager: bool) -> Pattern | None:
+    """What the mask may be is seen from a few of its rows. Then all of it is compared with that."""
+    len_q, len_k = mask.shape[-2:]
+    if padding is not None:
+        padding = (torch.isneginf(padding) if padding.is_floating_point() else padding).to(mask.device)
+    hidden = padding if padding is None or mask.dim() == 3 else padding.all(0, keepdim=True)
+    if mask.dim() == 2 and len_q == len_k and not _is_not_causal(mask, hidden):
+        seqs = torch.ones(1, len_k, dtype=torch.int64, device="cpu")
+        return _packing(seqs, seqs != 1, (len_k, 0), batch, padding, own, device)
+    heads = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (batch, -1))
+    one = heads[:, 0]
+    see = torch.logical_not if mask.dtype == torch.bool else lambda x: x == 0
+    columns = torch.arange(len_k, device=mask.device)
+    left = right = len_k
+    # Of each row the keys, by the diagonal if there is one.
+    keys = see(one.diagonal(dim1=1, dim2=2) if len_q == len_k else one[:, 0])
+    keys = keys if hidden is None else keys & ~hidden
+    some = keys.any(1, keepdim=True)
+    seqs, attached = keys.long(), some.new_ones(len(one), len_q)
+    if len_q == len_k:
+        # Sequences of those that see the one before them. How far the last and the first token of the longest one see.
+        last = torch.where(keys, columns, -1).cummax(1).values.roll(1, 1)
+        last[:, 0] = -1
+        joined = keys & (last >= 0) & see(one.gather(2, last.clamp(min=0)[..., None])[..., 0])
+        seqs, counted = (keys & ~joined).cumsum(1) * keys, keys.cumsum(1)
+        rank = torch.where(keys, counted - torch.where(keys & ~joined, counted, 0).cummax(1).values, -1)
+        row, at = divmod(int(rank.argmax()), len_k)
+        alike, longest = seqs[row] == seqs[row, at], int(rank[row, at])
+        first = int(alike.to(torch.uint8).argmax())
+        sees = [int((see(one[row, i]) & alike)[part].sum()) - 1 for i, part in ((at, slice(at + 1)), (first, slice(first, None)))]
+        left, right = (len_k if n >= longest else max(n, 0) for n in sees)
+        attached = ~keys & some
+        if attached.any():
+            start = keys.to(torch.uint8).argmax(1, keepdim=True)
+            attached &= see(one.gather(2, start[..., None].expand(-1, len_q, 1))[..., 0])
+    of_queries = torch.where(attached, 1, seqs) if len_q == len_k else attached.long()
+    if int(seqs.max()) > _MOST or (not eager and left == right == len_k and bool((seqs == 1).all())):
+        return None  # too many to count, or nothing is hidden
+    blind = ((of_queries == 0) | ~some).any() if padding is None or own else some.new_ones(())
+    near = torch.ones(len_q, len_k, dtype=torch.bool, device=mask.device).triu(-left).tril(right)
+    of_queries, of_keys = of_queries.masked_fill(of_queries == 0, _MOST + 1).to(torch.uint8), seqs.to(torch.uint8)
+    counts = None if hidden is None else ~hidden[:, None] & ~hidden[..., None] if own else ~hidden[:, None]
+    if _differs(heads, of_queries, of_keys, near, counts, bool(blind)):
+        return None
+    return _packing(seqs.cpu(), attached.cpu(), (left, right), batch, padding, own, device)
+
+
+def _differs(heads: Tensor, of_queries: Tensor, of_keys: Tensor, near: Tensor, counts: Tensor | None, blind: bool) -> bool:
+    """Whether a mask ``(G, N, L, S)`` shows anything else than what is ``near`` ``(L, S)`` and of one sequence, ``(G, L)`` and ``(G, S)``,
+    for every head, at the pairs that count (None: at all).
+
+    By its bits, a part at a time, because this is done for each new mask: on a CPU it takes a tenth of the attention."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[heads.dtype.itemsize]
+    least = torch.ones((), dtype=torch.uint8, device=heads.device)
+    if heads.dtype != torch.bool:
+        lowest = heads[:, 0].amin()  # of keys that are all hidden by a finite number some are seen
+        lowest = torch.where(lowest >= 0, -torch.inf, lowest)
+        number, least = float(lowest), lowest.view(words)
+        if not (number == -torch.inf or (number <= _NEVER and not blind)):
+            return True
+        heads = heads + 0.0 if number > -torch.inf else heads  # without negative zeros
+    part = max(1, _PART // heads[0].numel()) if heads.is_cpu else len(heads)
+    pairs = [None] * len(heads) if counts is None else counts[:, None].split(part)
+    for given, q, k, count in zip(heads.view(words).split(part), of_queries.split(part), of_keys.split(part), pairs, strict=False):
+        seen = (q[..., None].expand(-1, -1, len(k[0])).contiguous() == k[:, None]).logical_and_(near)[:, None]
+        differs = given ^ seen.to(words).sub_(1).bitwise_and_(least)
+        differs = differs if count is None else differs.bitwise_and_(count.to(words).neg_())
+        if differs.contiguous().view(torch.uint8).amax():
+            return True
+    return False
+
+
+def _packing(seqs: Tensor, attached: Tensor, near: Any, batch: int, padding: Tensor | None, own: bool, device: Any) -> Pattern | None:
+    """The call, on the host, from the numbers of the sequences ``(G, S)`` and ``(G, L)``, which queries see the keys of their row without
+    being one."""
+    len_q, len_k, (left, right) = attached.shape[1], seqs.shape[1], near
+    seqs, attached, alone = seqs.expand(batch, -1), attached.expand(batch, -1), None
+    wanted = attached.new_ones(batch, len_q)
+    if padding is not None:
+        padding = padding.cpu()
+        if own:
+            wanted = ~padding
+        elif len_q == len_k:  # queries that were sequences, and see what is left of these
+            attached = attached | ((seqs > 0) & padding & ((right > 0) | ((seqs > 0) & ~padding).cumsum(1).bool()))
+        attached, seqs = attached & wanted, seqs.masked_fill(padding, 0)
+    several, attaches = bool(((seqs != seqs.amax(1, keepdim=True)) & (seqs > 0)).any()), bool(attached.any())
+    if several:
+        number = seqs + torch.arange(batch, device="cpu")[:, None] * (len_k + 1)
+        single = (seqs > 0) & (number.flatten().bincount()[number] == 1)
+        if single.any():
+            alone, seqs = single.flatten().nonzero()[:, 0], seqs.masked_fill(single, 0)
+            several = bool(((seqs != seqs.amax(1, keepdim=True)) & (seqs > 0)).any())
+    real, causal, where = seqs > 0, right == 0, None
+    keys = queries = SeqLayout.from_document_ids(seqs) if several else SeqLayout.from_attention_mask(real, validate=False)
+    if attaches:
+        queries = SeqLayout.from_attention_mask(attached | real if len_q == len_k else attached, validate=False)
+    window = (left if left < len_k else None, right if 0 < right < len_k else None)
+    limited, shifted = window != (None, None), not (queries.right_padded and keys.right_padded)
+    if (limited and (attaches or keys.has_holes)) or (attaches and (several or alone is not None or (causal and shifted))):
+        return None
+    if several and keys.num_seqs != len(number[real].unique()):
+        return None  # holes
+    if alone is not None or queries.num_rows != int(wanted.sum()):
+        place = torch.zeros(batch * len_q, dtype=torch.int64, device="cpu")
+        order = queries.token_indices if alone is None else torch.cat([queries.token_indices, alone])
+        place[order] = torch.arange(1, len(order) + 1, device="cpu")
+        where = place[wanted.flatten()].to(device)
+    reach = 1 + sum(len_k if side is None else side for side in window[: 2 - causal]) if limited else len_k
+    pairs = sum(q * min(k / 2 if causal else k, reach) for q, k in zip(queries.lengths or (), keys.lengths or (), strict=True))
+    layout_kv = moved(keys, device)
+    layout_q = layout_kv if queries is keys else moved(queries, device)
+    return Pattern(layout_q, layout_kv, causal, window if limited else None, pairs, alone if alone is None else alone.to(device), where)

@@ -44,11 +44,18 @@ from ..kernels.problem import Semantics
 from ..kernels.values import NO_EXTRAS
 from ..layout.seq_layout import SeqLayout
 from .checks import check_inputs, mha_shape_check
-from .masks import additive_mask, read_masks
+from .masks import Pattern, additive_mask, pattern_of, read_masks
+from .prepacked import PREPACKED, linear
 from .stream import Prepared
 
 R = TypeVar("R")
 T = TypeVar("T")
+ADDITIVE = "key_padding_mask is additive: it has values other than 0 and -inf, or wants a gradient"
+_SHIFTED = "causal with unlike padding of queries and keys: columns, which torch compares, differ from packed positions"
+NO_PATTERN = (
+    "attn_mask is not causal, nor another kind that packs, exactly and for all heads: padding, a sliding window, documents, or these "
+    "merged (with a layout, and while tracing, only is_causal=True says so)"
+)
 
 
 def _block_fast_path(module: nn.Module, args: Any) -> None:
@@ -83,7 +90,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
 
     Constructor, `state_dict`, forward arguments and results as torch's, with these differences:
 
-    - ``need_weights`` is **False** by default: asking for weights forces the dense computation.
+    - ``need_weights`` is **False** by default: asking for weights forces the padded computation.
     - If query and key are the same memory (``query.is_set_to(key)``: one object, or detached copies of one), or ``key`` is left out, the
       key padding mask holds for queries too: padded rows of the result, of the weights and of the gradients are exactly 0. With
       ``padding_rows="exact"`` they are torch's, with ``"edge"`` rows of the result are that of the nearest token. With another key every
@@ -93,7 +100,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as torch's.
-        backend: ``"auto"``, or an order for `varlen_attention`.
+        backend: ``"auto"``, or a request for one, as in `varlen_attention`.
         window: ``(left, right)``, how many other tokens are visible on each side; None is unlimited.
         padding_rows: see above.
         zero_padding_rows: False is ``padding_rows="exact"``.
@@ -161,9 +168,9 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
                 or a nested tensor.
             key, value: ``(B, S, kdim)`` and ``(B, S, vdim)`` likewise; ``query`` and ``key`` if left out.
             key_padding_mask: ``(B, S)``, or ``(S,)`` unbatched; True is padding. Floats are added to the scores, as torch does.
-            need_weights: also return the attention weights (computed the dense way).
-            attn_mask: ``(L, S)`` or ``(B*N, L, S)``; True hides. Served packed where it is exactly causal at all real keys (compared once,
-                where ``is_causal`` or a padding mask is given; while tracing the first is trusted, as torch documents), else the dense way.
+            need_weights: also return the attention weights (computed the padded way).
+            attn_mask: ``(L, S)`` or ``(B*N, L, S)``; True hides. Packed where it is exactly causal at all real keys (compared once, where
+                ``is_causal`` or a padding mask is given; while tracing the first is trusted, as torch documents), else the padded way.
             average_attn_weights: average the weights over heads.
             is_causal: query i sees keys up to i.
             layout, layout_kv: of queries and of keys, (B, S) whatever ``batch_first``, in place of the mask.
@@ -175,9 +182,12 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         Raises:
             AssertionError, RuntimeError: what torch raises for shapes and masks, with our fix appended.
             ArgumentError, LayoutError: layouts that do not fit.
-            BackendRefused: the ordered backend cannot run the call.
+            BackendRefused: the requested backend cannot run the call.
         """
         prepared: Any = layout
+        known: Pattern | None = None
+        if type(prepared) is Pattern:  # of an enabled module, which had to know
+            known, layout = prepared, None
         if type(prepared) is Prepared:  # packed rows of a stack, which has checked everything and zeroes slack rows at its ends
             key = query if key is None else key
             layout, layout_kv, is_causal, attn_mask = prepared.layout, prepared.layout_kv, prepared.causal, prepared.mask
@@ -210,7 +220,11 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         if form == "unbatched" and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
         masks = key_padding_mask, attn_mask
-        layouts, causal, why_dense = self._plan(inputs, masks, need_weights, is_causal, window is not None, layout, layout_kv)
+        layouts, causal, why_dense, pattern = self._plan(
+            inputs, masks, need_weights, is_causal, window is not None, layout, layout_kv, known
+        )
+        if pattern is not None:
+            return unpack_rows(layouts[0], self._attend_by(pattern, inputs, order), form, given, self.padding_rows), None
         if why_dense is None:
             rows = inputs.each(*layouts, partial(pack_rows, form=form, apart=True))
             return unpack_rows(layouts[0], self._attend(*rows, *layouts, causal, window, order), form, given, self.padding_rows), None
@@ -244,28 +258,35 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         windowed: bool,
         layout: SeqLayout | None,
         layout_kv: SeqLayout | None,
-    ) -> tuple[tuple[SeqLayout, SeqLayout], bool, str | None]:
-        """Layouts of queries and keys, whether the call is causal, and the reason for the dense way or None.
+        known: Pattern | None = None,
+    ) -> tuple[tuple[SeqLayout, SeqLayout], bool, str | None, Pattern | None]:
+        """Layouts of queries and keys, whether the call is causal, and the reason for the dense way or None; or a pattern, which says more.
 
-        Reads a device mask once: lengths, where padding is, whether a float mask is padding only, whether ``attn_mask`` is causal.
+        Reads a device mask once: lengths, where padding is, whether a float mask is padding only, whether ``attn_mask`` is causal. Once
+        more where it is something else, unless that is known.
         """
         mask, attn_mask = masks
-        # Without a padding mask nothing is read anyway, and without padding nothing is to be won.
-        facts = read_masks(inputs.key, mask, attn_mask, hint=is_causal, compare=is_causal or mask is not None)
+        looks = attn_mask is not None and layout is layout_kv is None and all(x is None or is_plain(x) for x in (inputs.query, *masks))
+        compare = (is_causal or mask is not None) and not known and not (looks and attn_mask.dim() == 3)  # type: ignore[union-attr]
+        facts = read_masks(inputs.key, mask, attn_mask, hint=is_causal, compare=compare)
         causal = is_causal if attn_mask is None else not facts.not_causal
         layouts = self._layouts(inputs, facts.layout, layout, layout_kv)
         apart = layouts[0] is not layouts[1]
         shifted = causal and apart and not all(x.right_padded for x in layouts)
         reasons = (
-            (need_weights, "need_weights=True: weights exist only in the dense computation, flash was bypassed for them alone"),
-            (facts.not_causal, "attn_mask is not causal, or only is_causal=True could say so (no padding mask, or traced)"),
-            (facts.additive, "key_padding_mask is additive: it has values other than 0 and -inf, or wants a gradient"),
-            (shifted, "causal with unlike padding of queries and keys: columns, which torch compares, differ from packed positions"),
+            (need_weights, "need_weights=True: attention weights exist only in the padded computation"),
+            (facts.not_causal, NO_PATTERN),
+            (facts.additive, ADDITIVE),
+            (shifted, _SHIFTED),
             (windowed and apart and inputs.self_attention, "a window over padded rows, which padding_rows='exact' keeps"),
             (self.bias_k is not None, "add_bias_kv"),
             (self.add_zero_attn, "add_zero_attn"),
         )
-        return layouts, causal, next((text for holds, text in reasons if holds), None)
+        whys, pattern = [text for holds, text in reasons if holds], known
+        if pattern is None and looks and not windowed and whys in ([NO_PATTERN], [_SHIFTED]):
+            query, own = inputs.query, layouts[0] is facts.layout
+            pattern = pattern_of(attn_mask, mask, len(query), query.device, own=own)  # type: ignore[arg-type]
+        return layouts, causal, next(iter(whys), None), pattern
 
     def _layouts(
         self, inputs: _Inputs, masked: SeqLayout | None, layout: SeqLayout | None, layout_kv: SeqLayout | None
@@ -291,10 +312,10 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
 
     def _refuse_dense(self, order: str | Backend, layouts: tuple[SeqLayout, SeqLayout], why: str) -> None:
         """The dense way is for the padded backend only, and knows one sequence a row."""
-        refuse_order(order, f"this call can only be computed the dense way: {why}", "drop that option, or order 'sdpa_padded'")
+        refuse_order(order, f"this call can only be computed the padded way: {why}", "drop that option, or use backend='sdpa_padded'")
         if any(x.row_ids is not None for x in layouts):
             raise LayoutError(
-                f"`layout` has several documents a row, but this call can only be computed the dense way, which knows one: {why}. "
+                f"`layout` has several documents a row, but this call can only be computed the padded way, which has one: {why}. "
                 "Drop that option, or give every document a row."
             )
 
@@ -305,8 +326,10 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         bias, size = self.in_proj_bias, self.embed_dim
         if query is key and key is value and self._qkv_same_embed_dim:
             weight = self.in_proj_weight
-            linear = F.linear if bias is None or bias.dtype == weight.dtype else _linear
-            return linear(query, weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
+            product: Callable[..., Tensor] = _linear
+            if bias is None or bias.dtype == weight.dtype:
+                product = partial(linear, self) if PREPACKED in vars(self) else F.linear
+            return product(query, weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
         if key is value and self._qkv_same_embed_dim:
             w_q, w_kv = self.in_proj_weight.split([size, 2 * size])
             b_q, b_kv = (None, None) if bias is None else bias.split([size, 2 * size])
@@ -323,8 +346,8 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         if type(self.out_proj) is NonDynamicallyQuantizableLinear:
             weight, bias = self.out_proj.weight, self.out_proj.bias
             return F.linear(x, weight, bias) if bias is None or bias.dtype == weight.dtype else _linear(x, weight, bias)
-        projected: Tensor = self.out_proj(x)
-        return projected
+        out: Tensor = self.out_proj(x)
+        return out
 
     def extra_repr(self) -> str:
         options = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
@@ -340,13 +363,31 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         causal: bool,
         window: tuple[int | None, int | None] | None,
         order: str | Backend,
+        project: bool = True,
     ) -> Tensor:
-        """``(T, E)``, ``(Tk, kdim)``, ``(Tk, vdim)`` -> ``(T, E)``: projections, attention, output projection."""
+        """``(T, E)``, ``(Tk, kdim)``, ``(Tk, vdim)`` -> ``(T, E)``: projections, attention, and unless told otherwise output projection."""
         q, k, v = self._project(query, key, value)
         options = Options("top_left" if causal else False, window, None, None, self.dropout if self.training else 0.0)
         out = attend(q, k, v, layout, layout_kv, options, NO_EXTRAS, order, self)
         del q, k, v  # in evaluation nobody else holds them, and the padded output is large
-        return self._project_out(out.flatten(1))
+        return self._project_out(out.flatten(1)) if project else out.flatten(1)
+
+    def _attend_by(self, pattern: Pattern, inputs: _Inputs, order: str | Backend) -> Tensor:
+        """Every row that is wanted, ``(T, E)``: those of sequences, those that see themselves and so have their own value, and those that
+        see nothing."""
+        layout_q, layout_kv, causal, window, _, alone, where = pattern
+        rows = inputs.each(layout_q, layout_kv, partial(pack_rows, apart=True))
+        if where is None:
+            return self._attend(*rows, layout_q, layout_kv, causal, window, order)
+        out = self._attend(*rows, layout_q, layout_kv, causal, window, order, project=False)
+        parts = [out.new_zeros(1, self.embed_dim), out]
+        if alone is not None:
+            weight = self.in_proj_weight[-self.embed_dim :] if self._qkv_same_embed_dim else self.v_proj_weight
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[-self.embed_dim :]
+            value = _linear(inputs.value.flatten(0, 1).index_select(0, alone), weight, bias).unflatten(1, (self.num_heads, -1))
+            dropped = F.dropout(value.new_ones(*value.shape[:2], 1), self.dropout, self.training)
+            parts.append((value * dropped).flatten(1).to(out.dtype))
+        return self._project_out(torch.cat(parts)).index_select(0, where)
 
     def _bias(
         self,

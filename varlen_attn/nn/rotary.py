@@ -29,13 +29,14 @@ def apply_rotary(
     - ``layout.columns`` are the columns of the padded row: what a padded model without position ids uses, ``arange(S)``.
 
     With padding on the right they are equal. With padding on the left they differ by a constant in each sequence, which changes queries
-    and keys but no score between them (in exact arithmetic). With padding between tokens they differ for real, and scores do too:
-    take what the model was trained with. Never number the packed rows themselves (``arange(T)``) where keys are kept for later.
+    and keys but no score between them (in exact arithmetic). With padding between tokens the difference varies within
+    a sequence, and scores differ too: take what the model was trained with. Never number the packed rows themselves (``arange(T)``)
+    where keys are kept for later.
 
     Args:
-        x: ``(..., N, H)``: packed ``(T, N, H)`` or padded ``(B, S, N, H)``; heads stand next to last.
+        x: ``(..., N, H)``: packed ``(T, N, H)`` or padded ``(B, S, N, H)``; the heads are the last dimension but one.
         positions: of an integer dtype: ``(T,)``, ``(S,)`` or ``(B, S)`` (``(1, S)`` too), the dimensions of ``x`` before the heads,
-            leading ones left out as one likes.
+            leading ones may be left out.
         base: the longest wavelength is about ``2 * pi * base``.
         rotary_dim: only the first so many features are turned, the others stay; all H if left out.
         interleaved: pairs are neighbours ``(0, 1), (2, 3), ...`` (RoFormer, GPT-J), not ``(0, R/2), (1, R/2 + 1), ...`` (GPT-NeoX, Llama).

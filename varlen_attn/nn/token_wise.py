@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._switch import original_class
+
 POSITION_WISE = (
     nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.Dropout,
     nn.ReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.LeakyReLU, nn.Hardswish, nn.Tanh, nn.Sigmoid,
@@ -25,7 +27,7 @@ _LEAST = 256  # rows of a piece
 
 def is_known(part: Any) -> bool:
     """A module or function that is token-wise by its type."""
-    return type(part) in POSITION_WISE or part in ACTIVATIONS
+    return (original_class(part) if isinstance(part, nn.Module) else part) in (*POSITION_WISE, *ACTIVATIONS)
 
 
 def has_hooks(module: nn.Module) -> bool:

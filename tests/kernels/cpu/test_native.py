@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -197,12 +198,14 @@ def two_threads() -> Iterator[None]:
 
 
 @each_dtype
-def test_threads_change_nothing(two_threads: None, dtype: torch.dtype) -> None:
-    layout = SeqLayout.from_lengths(LENGTHS)
+@each_option
+@pytest.mark.parametrize("lengths", [LENGTHS, [300]], ids=["many tasks", "few tasks"])  # which are made smaller for two threads
+def test_threads_change_nothing(two_threads: None, dtype: torch.dtype, options: dict[str, Any], lengths: list[int]) -> None:
+    layout = SeqLayout.from_lengths(lengths)
     qkvg = tensors(layout.num_rows, dtype)
-    many = run(qkvg, layout)
+    many = run(qkvg, layout, **options)
     torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for a, b in zip(many, run(qkvg, layout), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(many, run(qkvg, layout, **options), strict=True))
 
 
 def test_rows_and_heads_may_stand_anywhere() -> None:
@@ -213,7 +216,10 @@ def test_rows_and_heads_may_stand_anywhere() -> None:
         fused = torch.randn(77, 3, 2, 16, generator=generator).to(dtype)
         turned = torch.randn(2, 77, 33, generator=generator).to(dtype)[..., 1:17].transpose(0, 1)
         apart = torch.randn(77, 2, 32, generator=generator).to(dtype)[..., ::2]
-        for views in (fused.unbind(1), (turned, turned, turned), (apart, apart, turned), (turned[:1].expand(77, 2, 16), apart, apart)):
+        crowded = torch.randn(77, 128, 16, generator=generator).to(dtype)[:, :2]  # rows 4096 bytes apart or less, which are copied
+        for views in (
+            fused.unbind(1), (turned, turned, turned), (apart, apart, turned), (turned[:1].expand(77, 2, 16), apart, apart), (crowded,) * 3
+        ):  # fmt: skip
             want = varlen_attention(*(x.contiguous() for x in views), layout, backend="cpu_native")
             assert torch.equal(varlen_attention(*views, layout, backend="cpu_native"), want)
 
@@ -300,6 +306,12 @@ def test_products_of_libtorch_are_found_where_it_has_them() -> None:
 def test_it_is_bound_to_no_torch_and_no_openmp() -> None:
     needed = _native.library().path.read_bytes()
     assert not [name for name in (b"libtorch_cpu", b"libc10", b"libgomp", b"libomp", b"libstdc++", b"libc++") if name in needed]
+
+
+def test_what_holds_torch_to_fewer_instructions_holds_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    says = "from varlen_attn.kernels.cpu import build; print(build.library().level)"
+    assert subprocess.run([sys.executable, "-c", says], capture_output=True, text=True, check=True).stdout == "baseline\n"
 
 
 def test_a_torch_without_its_functions_is_served_by_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_threads: None) -> None:

@@ -751,7 +751,7 @@ def on_layers(
     """Let a stack run packed, but for the attention modules in it that are ``islands``, which say themselves what they compute if
     ``recorded``; with rows of a source if it ``crosses``."""
     made: list[Hook] = []
-    linear: list[tuple[nn.Module, Any]] = [(m, Projection()) for x in islands for m in x.modules() if type(m) is nn.Linear]
+    linear: list[tuple[nn.Module, Any]] = [(m, Projection()) for x in islands for m in x.modules() if original_class(m) is nn.Linear]
     for module, hooks in [*((x, Island(recorded, x)) for x in islands), *linear]:
         made.append(Hook(module, hooks.before, False, False, RemovableHandle(module._forward_pre_hooks).id))
         made.append(Hook(module, hooks.after, True, False, RemovableHandle(module._forward_hooks).id))

@@ -186,7 +186,7 @@ def _device_refusals(problem: Problem) -> Iterable[Refusal]:
     if on_cpu and not (triton and os.environ.get("TRITON_INTERPRET") == "1"):
         yield Refusal("runs on a GPU; on a CPU only its Triton build does, in Triton's interpreter", "move them to 'cuda'", "machine")
     elif on_cpu and problem.requested != "flash2":
-        yield Refusal("is never chosen by itself on a CPU: Triton's interpreter is for tests", "order it with backend='flash2'")
+        yield Refusal("is never chosen by itself on a CPU: Triton's interpreter is for tests", "request it with backend='flash2'")
     if on_cpu and problem.dtype == torch.bfloat16:
         yield Refusal("is wrong for bfloat16 in Triton's interpreter", "use float16")
     if not on_cpu and problem.dtype == torch.float32:

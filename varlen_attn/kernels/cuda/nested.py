@@ -7,7 +7,7 @@ Read in torch's ``nested/_internal/sdpa.py`` (2.11 to 2.13); run with torch 2.11
 - On a GPU dropout is refused: torch may pick the memory-efficient kernel, whose backward drops other weights (see `mem_efficient`).
 - The fused kernels want one head dimension, a multiple of 8; they get zero columns and the scale of the true one.
 - It reads the shortest and longest length from the device unless told: they are host facts here, and are passed.
-- Nested tensors do not survive recomputation by ``checkpoint(use_reentrant=False)``: order another backend there.
+- Nested tensors do not survive recomputation by ``checkpoint(use_reentrant=False)``: request another backend there.
 - The eager path (CPU) copies every sequence and is several times slower than `cpu`, so it is never chosen there by itself.
 """
 
@@ -58,7 +58,7 @@ class Nested(Backend):
     def extra_refusals(self, problem: Problem) -> Iterable[Refusal]:
         on_cpu = problem.device_type == "cpu"
         if on_cpu and problem.requested != self.name:
-            yield Refusal("is never chosen by itself on a CPU: it is slower than `cpu` there", f"order it with backend={self.name!r}")
+            yield Refusal("is never chosen by itself on a CPU: it is slower than `cpu` there", f"request it with backend={self.name!r}")
         if not on_cpu and problem.dtype == torch.float64:
             yield Refusal("has no fused kernel for float64 on a GPU", "convert the tensors to float32")
         if not on_cpu and problem.dtype == torch.bfloat16 and (problem.capability or (8, 0)) < (8, 0):

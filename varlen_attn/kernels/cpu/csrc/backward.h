@@ -110,8 +110,9 @@ struct Backward {
           // The queries of the block that see some of the keys, in whole vectors.
           const int64_t left = clamp(from - i, 0, rows) / 16 * 16, width = round_up(clamp(to - i, 0, rows), 16) - left;
           const typename State::Block& block = s.blocks[i / kRowsBack];
-          product(padded, width, a.dim, left_k.ld, rows, width, false, left_k.data, s.queries_t + i * a.dim + left * kColumn<T>, s.scores);
-          product(padded, width, a.value_dim, left_v.ld, rows, width, false, left_v.data, s.grads_t + i * a.value_dim + left * kColumn<T>, s.dweights);
+          const int64_t written = round_up(keys, 8);  // beyond, `derive` writes zeros
+          product(written, width, a.dim, left_k.ld, rows, width, false, left_k.data, s.queries_t + i * a.dim + left * kColumn<T>, s.scores);
+          product(written, width, a.value_dim, left_v.ld, rows, width, false, left_v.data, s.grads_t + i * a.value_dim + left * kColumn<T>, s.dweights);
           derive(s, span, head, dropout, i + left, width, j, keys, padded);
           const T *weights, *dscores, *pairs;
           if constexpr (kInPlace) weights = s.scores, dscores = s.dweights, pairs = s.dweights;
@@ -134,11 +135,10 @@ struct Backward {
     const In* grad = static_cast<const In*>(a.grad) + span.q0 * a.grad_row + head * a.grad_head;
     const In* out = static_cast<const In*>(a.out) + (span.q0 * a.heads + head) * a.value_dim;
     for (int64_t r = 0; r < span.len_q; r++) {
-      float sum = 0.0f;
       const In *g = grad + r * a.grad_row, *o = out + r * a.heads * a.value_dim;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < a.value_dim; c++) sum += widen(g[c]) * widen(o[c]);
-      s.delta[r] = sum;
+      float* __restrict products = s.room;
+      for (int64_t c = 0, end = a.value_dim; c < end; c++) products[c] = widen(g[c]) * widen(o[c]);
+      s.delta[r] = sum_of(products, a.value_dim);
       const float lse = a.lse[head * a.rows_q + span.q0 + r];
       s.lse[r] = a.sinks && lse != kMinusInf ? log_add(lse, a.sinks[head]) : lse;
     }
@@ -187,10 +187,10 @@ struct Backward {
           (this->*changed)(s, span, head, dropout, i, columns, key, low, high, x, dx, scale, cap);
         } else {
           for (int32_t c = 0; c < columns; c++) {
-            const float e = exp_of(std::min(x[c] * scale - lse[c], 0.0f)), d = e * (dx[c] - delta[c]) * scale;
-            x[c] = c >= low && c < high ? e : 0.0f;
-            dx[c] = c >= low && c < high ? d : 0.0f;
+            x[c] = exp_of_negative(std::min(x[c] * scale - lse[c], 0.0f));
+            dx[c] = x[c] * (dx[c] - delta[c]) * scale;
           }
+          for (float* all : {x, dx}) std::fill(all, all + low, 0.0f), std::fill(all + high, all + width, 0.0f);
         }
       }
       if constexpr (!kInPlace)
@@ -231,9 +231,8 @@ struct Backward {
   void write_keys(const Span& span, int64_t kv_head, int64_t j, int64_t keys, const float* dk, const float* dv) const {
     for (int64_t r = 0; r < keys; r++) {
       const int64_t row = (span.k0 + j + r) * a.kv_heads + kv_head;
-      In *to_k = static_cast<In*>(a.dk) + row * a.dim, *to_v = static_cast<In*>(a.dv) + row * a.value_dim;
-      for (int64_t c = 0; c < a.dim; c++) to_k[c] = narrow<In>(dk[r * a.dim + c]);
-      for (int64_t c = 0; c < a.value_dim; c++) to_v[c] = narrow<In>(dv[r * a.value_dim + c]);
+      narrow_row(dk + r * a.dim, a.dim, static_cast<In*>(a.dk) + row * a.dim);
+      narrow_row(dv + r * a.value_dim, a.value_dim, static_cast<In*>(a.dv) + row * a.value_dim);
     }
   }
 
@@ -244,10 +243,8 @@ struct Backward {
         const int64_t count = std::min<int64_t>(16, rows - r0);
         float* turned = s.room;
         transpose32(reinterpret_cast<const uint32_t*>(s.dq_t + i * a.dim + r0), width, a.dim, count, reinterpret_cast<uint32_t*>(turned), a.dim, a.dim);
-        for (int64_t r = 0; r < count; r++) {
-          In* to = static_cast<In*>(a.dq) + ((span.q0 + i + r0 + r) * a.heads + head) * a.dim;
-          for (int64_t c = 0; c < a.dim; c++) to[c] = narrow<In>(turned[r * a.dim + c]);
-        }
+        for (int64_t r = 0; r < count; r++)
+          narrow_row(turned + r * a.dim, a.dim, static_cast<In*>(a.dq) + ((span.q0 + i + r0 + r) * a.heads + head) * a.dim);
       }
     }
   }

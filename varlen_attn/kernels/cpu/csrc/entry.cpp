@@ -1,5 +1,7 @@
 // The functions that Python calls, and the choice of instruction set and of matrix products when the library is loaded.
 
+#include <cstring>
+
 #include "attention.h"
 
 #if defined(__x86_64__)
@@ -23,6 +25,7 @@ namespace {
 const Level* const kLevels[] = {VARLEN_LEVELS(VARLEN_LIST)};
 
 // What this CPU and its system can do. Asked of the CPU itself, because not every compiler brings the functions of `__builtin_cpu_supports`.
+// ATEN_CPU_CAPABILITY, by which a user holds torch to less, holds for the kernel too.
 struct Cpu {
   int64_t level = 0;  // the best of kLevels
   bool bf16 = false;  // products of bfloat16
@@ -38,7 +41,11 @@ struct Cpu {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
     constexpr uint32_t bmi1 = 1u << 3, avx2 = 1u << 5, bmi2 = 1u << 8;
     if (~b & (bmi1 | avx2 | bmi2)) return;
+    const char* given = std::getenv("ATEN_CPU_CAPABILITY");
+    const auto is = [given](const char* name) { return given && std::strcmp(given, name) == 0; };
+    if (is("default")) return;
     level = 1;
+    if (is("avx2")) return;
     constexpr uint32_t f = 1u << 16, dq = 1u << 17, cd = 1u << 28, bw = 1u << 30, vl = 1u << 31;
     if (~saved & 0xe6 || ~b & (f | dq | cd | bw | vl)) return;
     level = 2;

@@ -12,13 +12,14 @@
 namespace varlen::VARLEN_LEVEL {
 namespace {
 
-// kRows queries meet kKeys keys at a time, and one task is kChunk queries, for which keys are packed once.
+// kRows queries meet kKeys keys at a time, and one task is at most kChunk queries, for which keys are packed once.
 constexpr int64_t kRows = 64, kKeys = 256, kChunk = 512;
 
 template <class In, class T>
 struct Forward {
   const Args& a;
   const Products product;
+  const int64_t chunk = kChunk;
   const float* sinks = a.sinks;
 
   struct State {
@@ -35,7 +36,7 @@ struct Forward {
     int64_t rows = 1, keys = 16;
     for (int64_t i = 0; i < a.num_seqs; i++) {
       const Span span(a, i);
-      rows = std::max(rows, std::min(kChunk, span.len_q)), keys = std::max(keys, std::min(kKeys, round_up(span.len_k, 16)));
+      rows = std::max(rows, std::min(chunk, span.len_q)), keys = std::max(keys, std::min(kKeys, round_up(span.len_k, 16)));
     }
     rows = round_up(rows, kRows);
     for (int pass = 0; pass < 2; pass++) {
@@ -68,7 +69,7 @@ struct Forward {
   }
 
   void one_head(State& s, const Span& span, int64_t seq, int64_t head, int64_t first) const {
-    const int64_t kv_head = head / (a.heads / a.kv_heads), last = std::min(first + kChunk, span.len_q);
+    const int64_t kv_head = head / (a.heads / a.kv_heads), last = std::min(first + chunk, span.len_q);
     const In* q = static_cast<const In*>(a.q) + (span.q0 + first) * a.q_row + head * a.q_head;
     const In* k = static_cast<const In*>(a.k) + span.k0 * a.k_row + kv_head * a.k_head;
     const In* v = static_cast<const In*>(a.v) + span.k0 * a.v_row + kv_head * a.v_head;
@@ -121,9 +122,9 @@ struct Forward {
       const int32_t high = static_cast<int32_t>(clamp(row + a.high + span.shift + 1 - n, low, keys));
       float* x = s.scores + r * padded;
       if (changed) change(x, padded, slope, static_cast<int32_t>(row + span.len_k - span.len_q - n));
-      const bool all = low == 0 && high == padded;
-      const float most = all ? most_of(padded, [x](int32_t c) { return x[c]; })
-                             : most_of(padded, [x, low, high](int32_t c) { return c >= low && c < high ? x[c] : kMinusInf; });
+      // What is hidden is at both ends: loops over all columns, and the ends put right before and after, take less than masks.
+      std::fill(x, x + low, kMinusInf), std::fill(x + high, x + padded, kMinusInf);
+      const float most = most_of(x, padded);
       float &most_so_far = s.most[i + r], &total = s.total[i + r];
       const float before = most_so_far;
       if (most > before) most_so_far = most;
@@ -132,18 +133,14 @@ struct Forward {
         std::fill(x, x + padded, 0.0f);
       } else {
         const float base = most_so_far;
-        float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (int32_t c = 0; c < static_cast<int32_t>(padded); c++) {
-          const float e = exp_of((x[c] - base) * scale);  // the largest is exactly exp(0), however large it is
-          x[c] = c >= low && c < high ? e : 0.0f;
-          sum += x[c];
-        }
+        // The largest is exactly exp(0), however large it is.
+        for (int32_t c = 0; c < static_cast<int32_t>(padded); c++) x[c] = exp_of_negative((x[c] - base) * scale);
+        std::fill(x, x + low, 0.0f), std::fill(x + high, x + padded, 0.0f);
         const float fade = before == kMinusInf ? 0.0f : std::exp((before - base) * scale);
-        total = total * fade + sum;
+        total = total * fade + sum_of(x, padded);
         if (rescale && fade != 1.0f) {
           float* sums = s.sums + (i + r) * a.value_dim;
-          for (int64_t c = 0; c < a.value_dim; c++) sums[c] *= fade;
+          for (int64_t c = 0, end = a.value_dim; c < end; c++) sums[c] *= fade;
         }
       }
       if (drops) {
@@ -158,25 +155,6 @@ struct Forward {
       std::fill(s.scores + r * padded, s.scores + (r + 1) * padded, 0.0f);
       if constexpr (!kInPlace) std::memset(static_cast<void*>(s.weights + r * padded), 0, padded * sizeof(T));
     }
-  }
-
-  // The largest of `count` numbers, a multiple of 16, but for NaN. GCC makes vector code of a maximum, Clang of sixteen beside each other.
-  template <class Number>
-  static float most_of(int64_t count, const Number& number) {
-#if defined(__clang__)
-    float most[16];
-    std::fill(most, most + 16, kMinusInf);
-    for (int32_t c = 0; c < static_cast<int32_t>(count); c += 16)
-      for (int32_t lane = 0; lane < 16; lane++) most[lane] = std::max(most[lane], number(c + lane));
-    for (int32_t half = 8; half; half /= 2)
-      for (int32_t lane = 0; lane < half; lane++) most[lane] = std::max(most[lane], most[lane + half]);
-    return most[0];
-#else
-    float most = kMinusInf;
-#pragma omp simd reduction(max : most)
-    for (int32_t c = 0; c < static_cast<int32_t>(count); c++) most = std::max(most, number(c));
-    return most;
-#endif
   }
 
   // Scale, softcap and ALiBi. `origin`: the column at distance 0.
@@ -202,8 +180,7 @@ struct Forward {
         continue;
       }
       const float factor = 1.0f / (sinks ? total + std::exp(sinks[head] - most) : total);
-      const float* sums = s.sums + r * a.value_dim;
-      for (int64_t c = 0; c < a.value_dim; c++) out[c] = narrow<In>(sums[c] * factor);
+      narrow_row(s.sums + r * a.value_dim, a.value_dim, out, factor);
     }
   }
 };

@@ -23,13 +23,27 @@ void clear_slack(void* data, int64_t from, int64_t to, int64_t width) {
   if (data && to > from) std::memset(static_cast<In*>(data) + from * width, 0, (to - from) * width * sizeof(In));
 }
 
+// Of how many queries a task is: fewer where there are not tasks enough for the threads. Rows and keys meet in the same blocks then, but for
+// a window, whose first key follows from the first query.
+int64_t chunk_of(const Args& a, int64_t threads) {
+  int64_t chunk = kChunk;
+  const auto tasks = [&a](int64_t step) {
+    int64_t count = 0;
+    for (int64_t s = 0; s < a.num_seqs; s++) count += (a.cu_q[s + 1] - a.cu_q[s] + step - 1) / step * a.heads;
+    return count;
+  };
+  if (threads > 1 && a.low == -kUnlimited)
+    while (chunk > kRows && tasks(chunk) < 2 * threads) chunk /= 2;
+  return chunk;
+}
+
 template <class In, class T>
 const char* forward_as(const Args& a, const Torch& torch, const Products& products) {
   const int64_t end = a.cu_q[a.num_seqs];
   clear_slack<In>(a.out, end, a.rows_q, a.heads * a.value_dim);
   for (int64_t h = 0; h < a.heads; h++) std::fill(a.lse + h * a.rows_q + end, a.lse + (h + 1) * a.rows_q, kMinusInf);
-  const int64_t count = threads(torch);
-  return run_tasks(Tasks(a, a.heads, kChunk, false, count), torch, count, std::is_same_v<T, BF16>, Forward<In, T>{a, products});
+  const int64_t count = threads(torch), chunk = chunk_of(a, count);
+  return run_tasks(Tasks(a, a.heads, chunk, false, count), torch, count, std::is_same_v<T, BF16>, Forward<In, T>{a, products, chunk});
 }
 
 template <class In, class T>

@@ -57,13 +57,13 @@ inline F16 narrow<F16>(float x) {  // to nearest, ties to even: a sum with a lar
   return {static_cast<uint16_t>(sign | (magnitude > 0x7f800000u ? 0x7e00u : finite))};
 }
 
-// exp to about one unit in the last place: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients).
-inline float exp_of(float x) {
+// exp of numbers up to 0, to about one unit in the last place: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients).
+inline float exp_of_negative(float x) {
+  constexpr float shift = 12582912.0f + 127.0f;  // adding 1.5 * 2^23 rounds to an integer, and leaves it in the low bits; 127 is the exponent of 1
   x = x < -87.3f ? -87.3f : x;
-  x = x > 88.0f ? 88.0f : x;
-  float n = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer, and leaves it in the low bits
+  float n = x * 1.44269504f + shift;
   const uint32_t power = std::bit_cast<uint32_t>(n);
-  n -= 12582912.0f;
+  n -= shift;
   float r = x - n * 0.693359375f;
   r += n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
@@ -73,8 +73,10 @@ inline float exp_of(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  return p * std::bit_cast<float>((power << 23) + 0x3f800000u);
+  return p * std::bit_cast<float>(power << 23);
 }
+
+inline float exp_of(float x) { return exp_of_negative(x > 88.0f ? 88.0f : x); }
 
 // tanh and its derivative, to 2 and 3 units in the last place for every float: a polynomial up to |x| = 0.625 (Cephes' coefficients),
 // and 1 - 2 / (e^2|x| + 1) beyond, where nothing cancels. 1 - tanh^2 would leave few bits of the derivative where tanh is close to 1.

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -24,6 +24,28 @@ typedef float Vec __attribute__((vector_size(32), aligned(4)));
 typedef float Vec __attribute__((vector_size(16), aligned(4)));
 #endif
 constexpr int64_t kWidth = sizeof(Vec) / sizeof(float);
+
+// One number of `count`, a multiple of 16, that are taken sixteen at a time, beside each other: compilers take them one by one.
+template <class Two>
+float fold(const float* x, int64_t count, float start, const Two& two) {
+  constexpr int64_t kVecs = 16 / kWidth;
+  typedef float Quad __attribute__((vector_size(16)));
+  Vec vecs[kVecs];
+  for (Vec& vec : vecs) vec = Vec{} + start;
+  for (int64_t c = 0; c < count; c += 16)
+    for (int64_t v = 0; v < kVecs; v++) vecs[v] = two(*reinterpret_cast<const Vec*>(x + c + v * kWidth), vecs[v]);
+  Quad quads[4];
+  std::memcpy(quads, vecs, sizeof(quads));
+  const Quad last = two(two(quads[0], quads[1]), two(quads[2], quads[3]));
+  return two(two(last[0], last[1]), two(last[2], last[3]));
+}
+inline float sum_of(const float* x, int64_t count) {
+  return fold(x, count, 0.0f, [](auto one, auto other) { return one + other; });
+}
+// But for NaN.
+inline float most_of(const float* x, int64_t count) {
+  return fold(x, count, kMinusInf, [](auto one, auto other) { return one > other ? one : other; });
+}
 
 template <int R, int C>
 void gemm_tile(int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* a, const float* b, float* c) {
@@ -103,10 +125,35 @@ void transpose32(const uint32_t* src, int64_t ld, int64_t rows, int64_t cols, ui
     }
   }
 #else
+  int64_t done = 0;  // columns
+#if defined(__AVX2__)
+  for (; done + 8 <= cols; done += 8)
+    for (int64_t r0 = 0; r0 < padded; r0 += 8) {
+      __m256 x[8], y[8];
+      for (int64_t r = 0; r < 8; r++)
+        x[r] = r0 + r < rows ? _mm256_loadu_ps(reinterpret_cast<const float*>(src + (r0 + r) * ld + done)) : _mm256_setzero_ps();
+      for (int i = 0; i < 8; i += 2) y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]), y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+      for (int i = 0; i < 8; i += 4)
+        for (int h = 0; h < 2; h++) {
+          x[i + 2 * h] = _mm256_shuffle_ps(y[i + h], y[i + 2 + h], 0x44);
+          x[i + 2 * h + 1] = _mm256_shuffle_ps(y[i + h], y[i + 2 + h], 0xee);
+        }
+      float* to = reinterpret_cast<float*>(dst + done * ldd + r0);
+      for (int h = 0; h < 4; h++) {
+        _mm256_storeu_ps(to + h * ldd, _mm256_permute2f128_ps(x[h], x[4 + h], 0x20));
+        _mm256_storeu_ps(to + (4 + h) * ldd, _mm256_permute2f128_ps(x[h], x[4 + h], 0x31));
+      }
+    }
+#endif
   for (int64_t r0 = 0; r0 < padded; r0 += 16)
-    for (int64_t c = 0; c < cols; c++)
+    for (int64_t c = done; c < cols; c++)
       for (int64_t r = r0; r < r0 + 16; r++) dst[c * ldd + r] = r < rows ? src[r * ld + c] : 0;
 #endif
+}
+
+template <class In>
+void narrow_row(const float* __restrict from, int64_t count, In* __restrict to, float factor = 1.0f) {
+  for (int64_t c = 0; c < count; c++) to[c] = narrow<In>(from[c] * factor);
 }
 
 template <class In>
@@ -128,6 +175,10 @@ void pack_transposed(const In* src, int64_t ld, int64_t rows, int64_t dim, float
   pack_transposed(room, dim, rows, dim, dst, padded, nullptr);
 }
 
+// Whether many rows, so many bytes apart, would share few places of a cache: those that a multiple of 4096 bytes lies between share one.
+// Products read rows often, so a copy pays. It has the same numbers, and so has the result.
+inline bool is_crowded(int64_t rows, int64_t bytes) { return rows * (bytes & -bytes) > 32 * 4096; }
+
 // The right operand (padded, dim) from (rows, dim), and its row stride; rows beyond are 0. Whole blocks of float32 are used in place.
 // `lse`, if there is one, tells rows that see no key: they are 0 too, because their weights are, and 0 times what is there may be NaN.
 struct Right {
@@ -148,8 +199,10 @@ Right copy_rows(const In* src, int64_t ld, int64_t rows, int64_t dim, float* dst
 }
 template <class In>
 Right pack_rows(const In* src, int64_t ld, int64_t rows, int64_t dim, float* dst, int64_t padded, const float* lse = nullptr) {
-  if constexpr (std::is_same_v<In, float>)
-    if (rows == padded && !(lse && std::any_of(lse, lse + rows, [](float x) { return x == kMinusInf; }))) return {src, ld};
+  if constexpr (std::is_same_v<In, float>) {
+    const bool whole = rows == padded && !(lse && std::any_of(lse, lse + rows, [](float x) { return x == kMinusInf; }));
+    if (whole && !is_crowded(rows, ld * 4)) return {src, ld};
+  }
   return copy_rows(src, ld, rows, dim, dst, padded, lse);
 }
 Right pack_rows(const BF16* src, int64_t ld, int64_t rows, int64_t dim, BF16* dst, int64_t padded, const float* lse = nullptr) {
@@ -173,7 +226,7 @@ struct Left {
   int64_t ld;
   Left(const In* src, int64_t stride, int64_t rows, int64_t dim, T* room, int64_t padded, int64_t readable) {
     if constexpr (std::is_same_v<In, T>) {
-      if (padded <= readable) {
+      if (padded <= readable && !is_crowded(rows, stride * static_cast<int64_t>(sizeof(T)))) {
         data = src, ld = stride;
         return;
       }

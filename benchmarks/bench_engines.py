@@ -1,0 +1,216 @@
+"""Sentence embeddings on a CPU: a model of transformers as it came, enabled, and in the inference engines that people move to.
+
+MiniLM in float32 with its published weights, on docstrings of the standard library cut at 256 tokens. Every contestant gives the hidden
+states of the last layer; those of real tokens are compared before anything is timed. One process, in turns, each engine with as many
+threads as torch. Engines sleep between turns, because their threads wait for work in loops for some time. What they are given is ready:
+arrays for ONNX Runtime and OpenVINO, lists of token ids for CTranslate2, which packs a batch itself.
+
+`make bench-engines` installs the engines in a folder of their own, and none of them is needed for anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import varlen_attn
+
+from .bench_transformers import BEFORE, evaluate
+from .inputs import Batch, equal_lengths, library, minilm, minilm_tokenizer, natural_order, of_texts
+from .measure import Timing, environment, interleave, ratio, save
+
+ENABLED, PREPACKED = "enable", "enable, prepack"
+ONNX, OPENVINO, CTRANSLATE = "ONNX Runtime", "OpenVINO", "CTranslate2"
+OURS, ENGINES = (ENABLED, PREPACKED), (ONNX, OPENVINO, CTRANSLATE)
+PACKAGES = {ONNX: "onnxruntime", OPENVINO: "openvino", CTRANSLATE: "ctranslate2"}
+KEYS = ("what", "threads")
+# Speedups over the model as it came that are aimed at.
+GOALS = {
+    "32, natural order": 2.0, "32, sorted": 1.40, "8, natural order": 1.85, "1 of 256 tokens": 1.45, "1 of 31 tokens": 2.3,
+    "32, nothing padded": 1.20, "32, very short": None,
+}  # fmt: skip
+TOLERANCE = 1e-4  # of hidden states, which are layer-normed: engines approximate some functions
+PAUSE = 0.02  # seconds
+
+Call = Callable[[], Tensor]  # the hidden states of all real tokens
+
+
+def batches(documents: list[str]) -> dict[str, Batch]:
+    tokenizer = minilm_tokenizer()
+    lengths = [len(ids) for ids in tokenizer(documents, truncation=True, max_length=256).input_ids]
+    by_length = [
+        text for _, text in sorted(zip(random.Random(0).sample(lengths, 1024), random.Random(0).sample(documents, 1024), strict=True))
+    ]
+    short = [text for text, n in zip(documents, lengths, strict=True) if n <= 24][:31]
+    long, single = (next(text for text, n in zip(documents, lengths, strict=True) if n == wanted) for wanted in (256, 31))
+    natural = natural_order(documents, 0.5)
+    eight = Batch({name: x[:8] for name, x in natural.inputs.items()}, natural.valid[:8])
+    columns = int(eight.valid.sum(1).max())
+    eight = Batch({name: x[:, :columns] for name, x in eight.inputs.items()}, eight.valid[:, :columns])
+    made = (
+        natural,
+        of_texts(by_length[640:672]),
+        eight,
+        of_texts([long]),
+        of_texts([single]),
+        equal_lengths(documents),
+        of_texts([*short, long]),
+    )
+    return dict(zip(GOALS, made, strict=True))
+
+
+# -------------------------------------------------------------------- contestants
+
+
+def ours(model: Any) -> dict[str, Callable[[Batch], Call]]:
+    """The model as it came, and enabled copies."""
+    found: dict[str, Any] = {BEFORE: model}
+    for name in OURS:
+        found[name] = copy.deepcopy(model)
+        varlen_attn.enable(found[name], prepack=name == PREPACKED)
+    return {name: lambda batch, m=m: lambda: evaluate(m, batch.inputs)[batch.valid] for name, m in found.items()}  # type: ignore[misc]
+
+
+def engines(model: Any, folder: Path, threads: int) -> Iterator[tuple[str, Callable[[Batch], Call]]]:
+    """Each engine with the same weights, by its own conversion."""
+    path = folder / "model.onnx"
+    example = {name: torch.ones(2, 8, dtype=torch.long) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("columns")}
+    plain = copy.deepcopy(model)
+    plain.set_attn_implementation("eager")  # the pattern that ONNX Runtime's optimizer looks for
+    torch.onnx.export(
+        _States(plain).eval(), kwargs=example, f=str(path), dynamo=True, dynamic_shapes=dict.fromkeys(example, sizes),
+        input_names=list(example), output_names=["states"], optimize=True, verbose=False,
+    )  # fmt: skip
+    yield ONNX, _onnx_runtime(model, path, threads)
+    yield OPENVINO, _openvino(path, threads)
+    yield CTRANSLATE, _ctranslate(model, folder, threads)
+
+
+class _States(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        out: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
+        return out
+
+
+def _arrays(batch: Batch) -> dict[str, Any]:
+    return {name: batch.inputs[name].numpy() for name in ("input_ids", "attention_mask", "token_type_ids")}
+
+
+def _onnx_runtime(model: Any, path: Path, threads: int) -> Callable[[Batch], Call]:
+    import onnxruntime
+    from onnxruntime.transformers import optimizer
+
+    config = model.config
+    fused = optimizer.optimize_model(
+        str(path), model_type="bert", num_heads=config.num_attention_heads, hidden_size=config.hidden_size, opt_level=1, use_gpu=False
+    )
+    fused.save_model_to_file(str(path.with_name("fused.onnx")))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path.with_name("fused.onnx")), options, providers=["CPUExecutionProvider"])
+    print(f"ONNX Runtime fused {sum(fused.get_fused_operator_statistics().values())} operators")
+    return lambda batch: partial(_run_session, session, _arrays(batch), batch.valid)
+
+
+def _run_session(session: Any, arrays: dict[str, Any], valid: Tensor) -> Tensor:
+    return torch.from_numpy(session.run(None, arrays)[0])[valid]
+
+
+def _openvino(path: Path, threads: int) -> Callable[[Batch], Call]:
+    import openvino
+
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(str(path), "CPU", options)
+    request = compiled.create_infer_request()
+
+    def run(arrays: dict[str, Any], valid: Tensor) -> Tensor:
+        return torch.from_numpy(request.infer(arrays)[0])[valid]
+
+    return lambda batch: partial(run, _arrays(batch), batch.valid)
+
+
+def _ctranslate(model: Any, folder: Path, threads: int) -> Callable[[Batch], Call]:
+    import ctranslate2
+    import numpy
+    from ctranslate2.converters import TransformersConverter
+
+    source = folder / "source"
+    model.save_pretrained(source)
+    minilm_tokenizer().save_pretrained(source)
+    TransformersConverter(str(source)).convert(str(folder / "converted"))
+    encoder = ctranslate2.Encoder(str(folder / "converted"), device="cpu", intra_threads=threads, compute_type="float32")
+
+    def run(ids: list[list[int]], valid: Tensor) -> Tensor:
+        states = encoder.forward_batch(ids).last_hidden_state
+        return torch.from_numpy(numpy.array(states))[valid]
+
+    return lambda batch: partial(
+        run, [row[real].tolist() for row, real in zip(batch.inputs["input_ids"], batch.valid, strict=True)], batch.valid
+    )
+
+
+# -------------------------------------------------------------------- one row
+
+
+def row(what: str, batch: Batch, calls: dict[str, Call], threads: int, rounds: int, budget: float) -> dict[str, Any]:
+    with torch.no_grad():
+        plain = calls[BEFORE]()
+        difference = {name: float(f"{float((call() - plain).abs().max()):.2g}") for name, call in calls.items() if name != BEFORE}
+        wrong = {name: x for name, x in difference.items() if not x <= TOLERANCE}
+        if wrong:
+            raise AssertionError(f"{what}: hidden states differ from those of the model as it came: {wrong}")
+        timings: dict[str, Timing] = interleave(calls, rounds=rounds, budget=budget, prepare=lambda _: time.sleep(PAUSE))
+    ratios = {name: round(ratio(timings[BEFORE], t), 3) for name, t in timings.items() if name != BEFORE}
+    return {
+        "what": what, "batch": str(batch), "threads": threads, "difference": difference, "ratio": ratios, "goal": GOALS[what],
+        "milliseconds": {name: round(t.seconds * 1e3, 3) for name, t in timings.items()},
+        "foreign": round(timings[BEFORE].foreign, 3),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds for one row; never fewer than 5 rounds")
+    parser.add_argument("--what", nargs="+", choices=list(GOALS), default=list(GOALS))
+    parser.add_argument("--without-engines", action="store_true", help="only the model as it came and enabled")
+    parser.add_argument("--no-save", action="store_true")
+    args = parser.parse_args()
+    model, inputs, rows = minilm(), batches(library()), []
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        with tempfile.TemporaryDirectory() as folder:
+            found = ours(model)
+            if not args.without_engines:
+                found |= dict(engines(model, Path(folder), threads))
+            for what in args.what:
+                batch = inputs[what]
+                one = row(what, batch, {name: make(batch) for name, make in found.items()}, threads, args.rounds, args.budget)
+                one["versions"] = {name: version(package) for name, package in PACKAGES.items() if name in found}
+                rows.append(one)
+                print(
+                    f"{what}, {batch}, {threads} threads: " + ", ".join(f"{name} {x:.2f}" for name, x in one["ratio"].items()), flush=True
+                )
+    if not args.no_save:
+        print(f"written to {save('engines', rows, KEYS).name}; {environment()['cpu']}")
+
+
+if __name__ == "__main__":
+    main()

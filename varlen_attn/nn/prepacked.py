@@ -1,0 +1,99 @@
+"""Linear layers on a CPU whose weights are kept in oneDNN's blocked format as well, so that no call has to reorder them: for inference.
+
+It is the same product, in another order of summation. A weight that was written to is reordered again, which is known by its version. Torch
+does not count writes through ``weight.data``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .._switch import original_class
+from .._torch import is_observed, is_plain, num_writes
+from ..errors import VarlenError
+
+PREPACKED = "_varlen_attn_prepacked"  # the attribute of a module that holds its `Prepacked`
+# Numbers of a weight, and multiplications of a call: oneDNN's product takes 15 microseconds at least, MKL's 3 (Zen 4, one thread).
+LEAST, _LEAST_WORK = 1 << 16, 1 << 19
+
+
+class Prepacked:
+    """A weight in the blocked format, made by the first call that uses it. Copies and pickles make their own.
+
+    Attributes:
+        made: the memory it was made of, which no other weight can have while this is here; its version; and the weight.
+    """
+
+    def __init__(self) -> None:
+        self.made: tuple[Tensor, int, Tensor] | None = None
+
+    def __deepcopy__(self, memo: Any) -> Prepacked:
+        return Prepacked()
+
+    def __reduce__(self) -> Any:
+        return Prepacked, ()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not _can(x, weight, bias):
+            return F.linear(x, weight, bias)
+        made = self.made
+        if made is None or not made[0].is_set_to(weight) or made[1] != num_writes(weight):
+            memory, version = weight.detach(), num_writes(weight)
+            made = self.made = memory, version, torch.ops.mkldnn._reorder_linear_weight(memory, None)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, made[2], bias, "none", [], "")
+        return out
+
+
+def linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` with a weight of ``module``, in the blocked format where that was asked for and can be used.
+
+    Raises:
+        VarlenError: it was asked for, and the module is in training and learns.
+    """
+    held: Prepacked | None = vars(module).get(PREPACKED)
+    if held is None or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if learns and module.training:
+        raise VarlenError(
+            f"the {original_class(module).__name__} must be in evaluation, because it was enabled with prepack=True, but is in training: "
+            "call model.eval(), or varlen_attn.enable(model) without prepack before training."
+        )
+    return F.linear(x, weight, bias) if learns else held.linear(x, weight, bias)
+
+
+def _can(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """A product on a CPU that takes some time, and that no mode counts or records."""
+    if x.numel() * weight.shape[0] < _LEAST_WORK or not (is_plain(x) and is_plain(weight)) or is_observed():
+        return False
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if x.dtype not in dtypes() or not all(t.is_cpu and t.dtype == x.dtype for t in tensors) or weight.is_inference():
+        return False
+    return bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu")
+
+
+@cache
+def dtypes() -> tuple[torch.dtype, ...]:
+    """What this build of torch has in the blocked format; others than float32 where the CPU has instructions for them."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return ()
+    half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if half else (torch.float32,)
+
+
+class PrepackedLinear(nn.Linear):
+    original_class: ClassVar[type[nn.Module]] = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(self, input, self.weight, self.bias)
+
+
+class PrepackedOutProjection(NonDynamicallyQuantizableLinear):
+    original_class: ClassVar[type[nn.Module]] = NonDynamicallyQuantizableLinear
+    forward = PrepackedLinear.forward
