@@ -113,6 +113,7 @@ _NEVER = torch.finfo(torch.float32).min / 2  # added to a score, it leaves a wei
 _MOST = 254  # sequences of a row, which are compared as bytes
 _PART = 1 << 18  # numbers that are compared at once
 _TRUST = 4  # how many masks of a shape in turn may be nothing that is known
+_MANY = 4096  # shapes that are remembered
 _misses: dict[Any, int] = {}
 _patterns: MutableMapping[Tensor, tuple[Any, Any, Pattern | None]] = WeakIdKeyDictionary()
 
@@ -137,15 +138,16 @@ def pattern_of(mask: Tensor, padding: Tensor | None, batch: int, device: torch.d
     known, kind = _patterns.get(mask) if kept else None, (mask.shape, mask.dtype)
     if known is not None and known[0] == key and known[1]() is its[-1]:
         return known[2]
-    misses = _misses.get(kind, 0)
-    if wants_grad(mask) or not mask.numel() or (not eager and misses > _TRUST and misses % _TRUST**2):
-        _misses[kind] = misses + 1
+    if wants_grad(mask) or not mask.numel():
         return None
-    with torch.inference_mode(False), torch.no_grad():  # it may be kept for training
-        pattern = _find(mask, padding, batch, device, own, eager)
-    _misses[kind] = misses + 1 if pattern is None else 0
-    if kept:
-        _patterns[mask] = key, weakref.ref(its[-1]), pattern
+    misses, pattern = _misses.pop(kind, 0), None
+    if eager or misses <= _TRUST or misses % _TRUST**2 == 0:
+        with torch.inference_mode(False), torch.no_grad():  # it may be kept for training
+            pattern = _find(mask, padding, batch, device, own, eager)
+        if kept:
+            _patterns[mask] = key, weakref.ref(its[-1]), pattern
+    if pattern is None and len(_misses) < _MANY:
+        _misses[kind] = misses + 1
     return pattern
 
 
