@@ -41,7 +41,7 @@ from varlen_attn import Problem, SeqLayout, choose, padded_attention, record, us
 from varlen_attn.kernels.cuda.torch_varlen import TorchVarlen
 from varlen_attn.testing import assert_within_budget, reference_attention
 
-from .measure import RESULTS, environment, ours, same_setting, save
+from .measure import environment, home, ours, same_setting, save
 
 KEYS = ("part", "what")
 PARTS = ("model", "attention", "padded", "layer", "import", "choose", "packed")
@@ -412,7 +412,7 @@ def main() -> int:
     judged = sum(found["met"] is not None for found in rows)
     print(f"{len(missed)} of {judged} goals are missed" + "".join(f"\n- {what}" for what in missed))
     if options.check:
-        path = RESULTS / "host.json"
+        path = home("host")
         worse = fell(rows, json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": []})
         print(f"{len(worse)} are worse than committed" + "".join(f"\n- {what}" for what in worse))
         return int(bool(worse))

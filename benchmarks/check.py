@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from .bench_attention import AGAIN, DIRECTIONS, HEAD_DIM, HEADS, KEYS, bench, chosen
 from .contestants import AUTO, MASKED, WITH_PACKING, Case
-from .measure import DTYPES, RESULTS, add_machine, environment, same_setting, use_machine
+from .measure import DTYPES, RESULTS, add_machine, environment, home, same_setting, use_machine
 
 LEAST = 0.05  # of a ratio: less is never called a fall
 LOOSE = 0.5  # where the committed results are of another kind of machine
@@ -101,8 +101,8 @@ def main() -> int:
     add_machine(parser, budget=4.0)
     options = parser.parse_args()
     use_machine(options.device, options.threads)
-    folder = RESULTS / "cuda" if options.device == "cuda" else RESULTS
-    committed = json.loads((folder / "attention.json").read_text())
+    path = home("attention", options.device)
+    committed = json.loads((path if path.exists() else RESULTS / path.name).read_text())
     loose = not same_setting(committed["environment"], environment(options.device))
     found = []
     for dtype in options.dtype:

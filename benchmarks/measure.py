@@ -20,12 +20,11 @@ from varlen_attn.attention.profile import kernel_ran
 from varlen_attn.convert.timing import PATIENCE, QUIET, Timing, cpu_name, facts, interleave, ratio
 
 __all__ = [
-    "DTYPES", "PATIENCE", "QUIET", "RESULTS", "Absent", "Timing", "add_machine", "environment", "facts", "interleave", "kernel_ran",
+    "DTYPES", "PATIENCE", "QUIET", "RESULTS", "Absent", "Timing", "add_machine", "environment", "facts", "home", "interleave", "kernel_ran",
     "limit_memory", "ours", "peak_extra", "ratio", "save", "use_machine",
 ]  # fmt: skip
 
 RESULTS = Path(__file__).parent / "results"
-CPU = ("cpu", "cpu_capability")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -108,16 +107,23 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def home(name: str, device: str = "cpu") -> Path:
+    """The file for what this machine measures: ``results/`` is of one kind of CPU, and other machines have folders of their own in it."""
+    main = RESULTS / f"{name}.json"
+    if device == "cuda":
+        return RESULTS / "cuda" / main.name
+    here = environment()
+    first = next((path for path in (main, *sorted(RESULTS.glob("*.json"))) if path.exists()), None)
+    known = here if first is None else json.loads(first.read_text())["environment"]
+    kind, its = ([of[key] for key in ("cpu", "cpu_capability")] for of in (here, known))
+    return main if kind == its else RESULTS / "-".join(re.findall("[a-z0-9]+", " ".join(kind).lower())) / main.name
+
+
 def save(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...], device: str = "cpu") -> Path:
-    """Write rows to ``results/name.json``, those of a GPU to ``results/cuda/name.json``. Where that file is of another kind of CPU, they
-    go to ``results/<this CPU>/name.json``. Rows of an earlier run that this one did not measure again stay, if they are of this torch.
-    """
-    path = (RESULTS / "cuda" if device == "cuda" else RESULTS) / f"{name}.json"
+    """Write rows to `home`. Rows of an earlier run that this one did not measure again stay, if they are of this torch."""
+    path = home(name, device)
+    earlier = json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": []}
     here, today = environment(device), time.strftime("%Y-%m-%d", time.gmtime())
-    earlier = _read(path)
-    if device == "cpu" and any(earlier["environment"].get(key, here.get(key)) != here.get(key) for key in CPU):
-        path = RESULTS / "-".join(re.findall("[a-z0-9]+", " ".join(here.get(key, "") for key in CPU).lower())) / path.name
-        earlier = _read(path)
     rows = [{**row, "measured": today} for row in rows]
     old = earlier["rows"] if same_setting(earlier["environment"], here) else []
     path.parent.mkdir(exist_ok=True, parents=True)
@@ -125,14 +131,9 @@ def save(name: str, rows: list[dict[str, Any]], keys: tuple[str, ...], device: s
     return path
 
 
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"environment": {}, "rows": []}
-    return found
-
-
 def same_setting(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether rows measured in these environments may stand in one table; threads are a column of their own."""
-    return all(one.get(key) == other.get(key) for key in (*CPU, "torch", "gpu"))
+    return all(one.get(key) == other.get(key) for key in ("cpu", "cpu_capability", "torch", "gpu"))
 
 
 def merged(earlier: list[dict[str, Any]], rows: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:

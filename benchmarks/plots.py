@@ -7,23 +7,28 @@ The file is the same for the same results: no dates, no random names.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import bench_curves as curves
+from .bench_attention import DIRECTIONS, PLAIN
 from .bench_length import PACKED, PADDED, SCORES
 from .markdown import machine, threads_of, widest
 
-__all__ = ["CURVES", "FILL", "GPU", "LENGTH", "SAYS", "available", "draw", "files"]
+__all__ = ["CURVES", "FILL", "GPU", "GRIDS", "LENGTH", "SAYS", "available", "draw", "files"]
 
 Results = dict[str, dict[str, Any]]
 FILL, LENGTH, CURVES, GPU = "fill", "length", "curves", "gpu"
-NEEDS = {FILL: {"encoder", "transformers"}, LENGTH: {"length"}, CURVES: {"curves"}, GPU: {"acceptance"}}  # results, by picture
+GRIDS = ("grid_avx2", "grid_avx512")
+NEEDS = {FILL: {"encoder", "transformers"}, LENGTH: {"length"}, CURVES: {"curves"}, GPU: {"acceptance"}, **{name: {name} for name in GRIDS}}
 SAYS = {
     FILL: "Speedup of whole models against the share of real tokens",
     LENGTH: "Time and memory of one layer against length, padded and packed, up to 16384 columns",
     CURVES: "Losses of a padded and a packed training: the same over steps, and earlier over time for the packed one",
     GPU: "Speedups of whole models and of one attention on a GPU",
+    **dict.fromkeys(GRIDS, "Speedup of the compiled kernel over torch's kernel, by tokens of a sequence and head dimension"),
 }
 _STYLE: Any = {"svg.hashsalt": "varlen_attn", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 _COLOURS = ("tab:blue", "tab:orange", "tab:green")
@@ -48,11 +53,12 @@ def draw(results: Results, into: Path, folder: str = "") -> list[str]:
     import matplotlib
 
     matplotlib.use("svg")
-    figures = {
+    figures: dict[str, Callable[[], Any]] = {
         FILL: lambda: _fill(results["encoder"], results["transformers"]["rows"]),
         LENGTH: lambda: _length(results["length"]),
         CURVES: lambda: _curves(results["curves"]),
         GPU: lambda: _gpu(results["acceptance"]),
+        **{name: partial(_grid, results.get(name)) for name in GRIDS},
     }
     drawn = files(results, folder)
     for picture, name in drawn.items():
@@ -140,6 +146,27 @@ def _gpu(result: dict[str, Any]) -> Any:
     panels[0].set_xlabel("times faster after enable(model)")
     panels[1].set_xlabel("times faster than torch with a mask")
     figure.suptitle(f"{machine(result['environment'])}, torch {result['environment']['torch']}, bfloat16", fontsize=9)
+    return figure
+
+
+def _grid(result: Any) -> Any:
+    """The compiled kernel against torch's, on sequences of equal lengths."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    rows = [row for row in widest(result["rows"]) if row["what"] == PLAIN]
+    for panel, way in zip(figure.subplots(1, 2, sharey=True), DIRECTIONS, strict=True):
+        for width in sorted({row["head_dim"] for row in rows}):
+            shown = sorted((row["length"], row["ratio"]) for row in rows if (row["head_dim"], row["direction"]) == (width, way))
+            panel.plot([x for x, _ in shown], [y for _, y in shown], "o-", markersize=3, label=f"head dimension {width}")
+        panel.axhline(1, color="black", linewidth=0.8)
+        panel.set(xscale="log", xlabel="tokens of a sequence", title=way)
+        panel.set_ylim(bottom=0)
+        panel.set_xticks(lengths := sorted({row["length"] for row in rows}), labels=[str(x) for x in lengths], fontsize=7)
+        panel.minorticks_off()
+    figure.axes[0].set_ylabel("times faster than torch's kernel")
+    figure.axes[0].legend(fontsize=7)
+    figure.suptitle(_where(result), fontsize=9)
     return figure
 
 

@@ -128,6 +128,7 @@ _TRANSFORMERS = {
     hf.ENCODE: "`SentenceTransformer.encode`, {}",
     hf.TRAINING: "MiniLM, training, {}",
     hf.AUDIO: "{}",
+    hf.SHAPES: "{}",
 }
 
 
@@ -317,6 +318,7 @@ _PARTS = {
     hf.ENCODE: "`SentenceTransformer.encode`, tokenising included",
     hf.TRAINING: "MiniLM, forward and backward",
     hf.AUDIO: "Wav2Vec2 and HuBERT",
+    hf.SHAPES: "Other shapes, random weights",
     hf.ENABLE: "What `enable` itself takes",
 }
 
@@ -325,10 +327,9 @@ def _libraries(rows: list[dict[str, Any]]) -> str:
     return "; ".join(dict.fromkeys(row["libraries"] for row in rows))
 
 
-GRIDS = ("grid_avx2", "grid_avx512")
 NAMES = (
     "encoder", "memory", "transformers", "attention", "mha", "layout", "length", "minitest", "host", "compile", "engines", "curves",
-    "acceptance", *GRIDS,
+    "acceptance", *plots.GRIDS,
 )  # fmt: skip
 
 
@@ -359,7 +360,7 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     for name, section in _SECTIONS:
         if name in rows:
             parts += section(rows[name])
-    for name in GRIDS:
+    for name in plots.GRIDS:
         parts += sections.grid(results[name]) if name in results else []
     if "host" in results:
         parts += ["## What a call takes of the host", host(results["host"])]
@@ -422,13 +423,14 @@ def block(results: dict[str, dict[str, Any]], further: dict[str, dict[str, dict[
             parts += [f"{caption} {where}, {threads_of(max(r['threads'] for r in rows))}.", short(rows)]
     notes = "A question mark: other processes disturbed the measurement. A dash: not measured."
     parts += [sections.losses(results), notes]
-    for heading, picture in (("## Length and memory", plots.LENGTH), ("## The same training", plots.CURVES)):
-        if picture in plots.files(results):
-            parts += [
-                heading,
-                *([sections.curves(results["curves"]["rows"])] if picture == plots.CURVES else []),
-                _picture(picture, results),
-            ]
+    drawn = plots.files(results)
+    if plots.LENGTH in drawn:
+        parts += ["## Length and memory", _picture(plots.LENGTH, results)]
+    if plots.CURVES in drawn:
+        parts += ["## The same training", sections.curves(results["curves"]["rows"]), _picture(plots.CURVES, results)]
+    grids = [_picture(picture, results) for picture in plots.GRIDS if picture in drawn]
+    parts += ["## The compiled kernel, by instruction set", *grids] if grids else []
+    further = {folder: found for folder, found in further.items() if plots.files(found)}
     parts += ["## Other machines"] if further else []
     for folder, found in further.items():
         name = machine(next(iter(found.values()))["environment"])

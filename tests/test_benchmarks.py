@@ -361,10 +361,10 @@ def test_rows_that_were_not_measured_again_stay(tmp_path: Path, monkeypatch: pyt
     path = measure.save("some", [{"a": 2, "x": "new"}], ("a",))
     assert [(row["a"], row["x"]) for row in json.loads(path.read_text())["rows"]] == [(1, "old"), (2, "new")]
     here = measure.environment()
-    monkeypatch.setattr(measure, "environment", lambda device: {**here, "torch": "newer"})
+    monkeypatch.setattr(measure, "environment", lambda device="cpu": {**here, "torch": "newer"})
     measure.save("some", [{"a": 2, "x": "newer"}], ("a",))
     assert [row["x"] for row in json.loads(path.read_text())["rows"]] == ["newer"]
-    monkeypatch.setattr(measure, "environment", lambda device: {**here, "cpu": "Another (R)", "cpu_capability": "AVX2"})
+    monkeypatch.setattr(measure, "environment", lambda device="cpu": {**here, "cpu": "Another (R)", "cpu_capability": "AVX2"})
     for x in ("first", "second"):
         other = measure.save("some", [{"a": x, "x": x}], ("a",))
     assert other == tmp_path / "another-r-avx2" / "some.json"
@@ -421,12 +421,14 @@ def test_pictures_are_the_same_every_time(tmp_path: Path) -> None:
     ]  # fmt: skip
     steps = {"threads": 1, "fill": 0.5, "losses": [2.0, 1.0], "seconds": [0.1, 0.2]}
     here = {"cpu": "some", "cpu_capability": "AVX2"}
+    grid = {"threads": 1, "what": "self-attention", "head_dim": 64, "length": 16, "ratio": 1.3}
     results = {
         "length": {"rows": lengths_rows, "environment": here},
+        "grid_avx2": {"rows": [{**grid, "direction": way} for way in ("forward", "forward+backward")], "environment": here},
         "curves": {"rows": [{**steps, "what": what} for what in ("padded", "packed", "packed, other weights")], "environment": here},
         "acceptance": json.loads((report.RESULTS / "h200/acceptance.json").read_text()),
     }
-    assert plots.draw(results, tmp_path, "some") == ["length-some.svg", "curves-some.svg", "gpu-some.svg"]
+    assert plots.draw(results, tmp_path, "some") == ["length-some.svg", "curves-some.svg", "gpu-some.svg", "grid_avx2-some.svg"]
     first = {path: path.read_bytes() for path in tmp_path.iterdir()}
     plots.draw(results, tmp_path, "some")
     assert first == {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -446,6 +448,7 @@ def test_every_machine_has_its_pictures(tmp_path: Path) -> None:
     assert "pictures/length.svg" in text
     assert "### another (AVX2)\n\n![" in text
     assert "pictures/length-other.svg" in text
+    assert "Other machines" not in report.block(report.load(tmp_path), {"none": {"host": further["other"]["length"]}})
 
 
 def test_every_script_says_what_it_does() -> None:

@@ -35,7 +35,7 @@ _LABEL_FIX = "targets of their own length need aligned_labels=False, and several
 class VarlenCollator:
     """``collate_fn`` of a `DataLoader`, ``data_collator`` of a `Trainer`: examples in, one padded or packed batch out.
 
-    Around another collator the batch is the one which that collator makes, and it brings its lengths along: every ``attention_mask``
+    Around another collator, the batch is what that collator makes, and brings its lengths along: every ``attention_mask``
     ``(B, S)``, also one with a prefix in its name, becomes a `HostLengths`, and so do ``cu_seq_lens_q`` and ``cu_seq_lens_k``::
 
         VarlenCollator(DataCollatorForLanguageModeling(tokenizer))
@@ -51,7 +51,7 @@ class VarlenCollator:
     - ``input_values``, n samples of sound, or ``input_features``, n frames of some features, with ``attention_mask`` if they have one; or
     - text, where ``processor`` is a tokenizer: strings, or dicts with ``text``.
 
-    ``label`` and ``label_ids`` become ``labels``. A number an example gives a vector; so do floats, several an example. Any other
+    ``label`` and ``label_ids`` become ``labels``. One number per example gives a vector, and so do several floats. Any other
     column is stacked, and has to have one shape in all examples.
 
     A padded batch is ``input_ids (B, S)`` and so on, with ``attention_mask (B, S)``, int64, 1 at tokens. The mask is a `HostLengths`,

@@ -396,7 +396,7 @@ class SeqLayout:
 
         Raises:
             LayoutError: ``x`` does not begin with ``(B, S)``, or is on another device.
-            DtypeError: it is quantised in a way that torch takes no rows of.
+            DtypeError: it is quantised in a way that torch cannot select rows of.
         """
         self._check(x, (self.batch_size, self.padded_len), "x")
         if x.dtype in STAND_INS:
@@ -419,7 +419,7 @@ class SeqLayout:
         Raises:
             LayoutError: ``x`` does not have T rows, or is on another device.
             ArgumentError: ``pad_value`` is no number of the dtype of ``x``.
-            DtypeError: ``x`` is quantised in a way that torch takes no rows of.
+            DtypeError: ``x`` is quantised in a way that torch cannot select rows of.
         """
         self._check(x, (self.token_indices.shape[0],), "x")
         edges = None
@@ -484,7 +484,7 @@ class SeqLayout:
     def pool(self, x: Tensor, how: Pooling) -> Tensor:
         """``(T, ...) -> (Q, ...)``: mean, max, sum, first or last token of each sequence; 0 for an empty one.
 
-        Of losses of tokens ``(T,)`` it makes one for each sequence: ``layout.pool(F.cross_entropy(logits, targets, reduction="none"),
+        Losses of tokens ``(T,)`` become one for each sequence: ``layout.pool(F.cross_entropy(logits, targets, reduction="none"),
         "mean").mean()`` lets every sequence count alike, whatever its length.
 
         Sums and means of half precision and less accumulate in float32. The mean in plain PyTorch:

@@ -29,8 +29,8 @@ _ATTENTIONS = (nn.MultiheadAttention, VarlenMultiheadAttention)
 class VarlenTransformerEncoderLayer(nn.TransformerEncoderLayer):
     """Drop-in for `torch.nn.TransformerEncoderLayer` that computes real tokens only.
 
-    Constructor, `state_dict`, initial weights and forward arguments are torch's. Different are: rows of padding come back as 0 (torch
-    has numbers there in training and zeros in evaluation); ``is_causal=True`` needs no mask; there is no separate fast path, so that
+    Constructor, `state_dict`, initial weights and forward arguments are torch's. The differences: rows at padding are 0 (in torch
+    they hold numbers in training and zeros in evaluation); ``is_causal=True`` needs no mask; there is no separate fast path, so that
     training and evaluation agree when dropout is 0. Every submodule is called, on packed rows ``(T, D)``, so that whatever replaces it
     (LoRA, another norm or activation) runs, and must be token-wise.
 

@@ -86,7 +86,7 @@ def check_padding_invariance(
     """Assert that a model gives every sample of a padded batch the same result as alone, whatever is at padding.
 
     It runs a copy of the model, in evaluation and in float64 (or its own dtype, where it cannot); the model, its mode and the random
-    state stay. Of its outputs every floating tensor is compared where it can be: ``(B, S, ...)`` with the axes in any order, pooled,
+    state stay. Every floating tensor of its outputs is compared where it can be: ``(B, S, ...)`` with the axes in any order, pooled,
     downsampled (with padding on the right), and packed. Samples without tokens are skipped. Alone, a sample has no padding between its
     tokens, so what counts columns there differs.
 
