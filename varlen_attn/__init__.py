@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .convert.comparing import Comparison, compare
     from .convert.enabling import disable, enable, enabled
     from .convert.report import ModuleReport, Report
+    from .data.sampler import Cost, TokenBudgetBatchSampler, global_token_mean
     from .nn.conv import varlen_conv1d
     from .nn.multihead import VarlenMultiheadAttention
     from .nn.rotary import apply_rotary
@@ -45,6 +46,7 @@ __all__ = [
     "Call",
     "Capabilities",
     "Comparison",
+    "Cost",
     "Decision",
     "DtypeError",
     "Extras",
@@ -60,6 +62,7 @@ __all__ = [
     "Route",
     "Semantics",
     "SeqLayout",
+    "TokenBudgetBatchSampler",
     "VarlenCollator",
     "VarlenError",
     "VarlenMultiheadAttention",
@@ -76,6 +79,7 @@ __all__ = [
     "enable",
     "enabled",
     "explain",
+    "global_token_mean",
     "padded_attention",
     "record",
     "route",
@@ -95,6 +99,7 @@ if not TYPE_CHECKING:
         **dict.fromkeys(("Comparison", "compare"), "convert.comparing"),
         **dict.fromkeys(("disable", "enable", "enabled"), "convert.enabling"),
         **dict.fromkeys(("ModuleReport", "Report"), "convert.report"),
+        **dict.fromkeys(("Cost", "TokenBudgetBatchSampler", "global_token_mean"), "data.sampler"),
         **dict.fromkeys((name for name in __all__ if name.startswith("VarlenTransformer")), "nn.transformer"),
         "VarlenMultiheadAttention": "nn.multihead",
         "apply_rotary": "nn.rotary",

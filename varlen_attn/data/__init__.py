@@ -1,4 +1,4 @@
-"""Batches that keep their lengths on the host: ``collator`` makes them, ``host_lengths`` are their masks."""
+"""Batches: ``sampler`` says what is in them, ``collator`` makes them, with masks that keep lengths on the host: ``host_lengths``."""
 
 from .collator import VarlenCollator
 
