@@ -224,7 +224,7 @@ class Island:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if kwargs is None or torch.compiler.is_compiling():
             return None
-        named = (*zip(self.names, args, strict=False), *kwargs.items())
+        named = (*zip((*self.names, *[""] * len(args)), args, strict=False), *kwargs.items())
         mask = next((x for _, x in named if isinstance(x, VarlenMask) or (isinstance(x, Tensor) and x in of_numbers)), None)
         own = None if mask is None else mask.meaning if isinstance(mask, VarlenMask) else of_numbers[mask]
         if own is not None and not any(_is_source(name, x) for name, x in named):
