@@ -235,7 +235,7 @@ bench: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_layout --threads $(THREADS)
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction eval --workload w1 w3 w5 w6 text --budget 10
 	$(BENCH) benchmarks.bench_encoder --threads $(THREADS) --part times --direction training --dtype bfloat16 --workload w3 w6 --budget 10
-	$(BENCH) benchmarks.bench_transformers --threads $(THREADS) --part text encode enable --budget 10
+	$(BENCH) benchmarks.bench_transformers --threads $(THREADS) --part text encode shapes enable --budget 10
 	$(BENCH) benchmarks.bench_host
 	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
 	$(BENCH) benchmarks.bench_curves

@@ -5,6 +5,8 @@
 - `SentenceTransformer.encode` of 256 docstrings. It sorts by length first, so there is less padding left, and it tokenises.
 - Wav2Vec2 and HuBERT, random weights of base width, on the durations of spoken prompts. Their convolutional front end computes padding
   before and after, and takes most of the time; so the transformer, with its positional convolution, is timed alone too.
+- Shapes of other models with random weights, half of each batch padding: MPNet and T5's encoder, whose attention needs columns, in
+  evaluation; BERT base, a step of training. (Whisper's encoder is given no mask: there is nothing to leave out.)
 - `enable` itself, beside one forward of 4 rows of 32 tokens: BERT as large as MiniLM and as BERT base, and a stack of torch's.
 
 Before anything is timed, all outputs at real tokens, and in training the gradients of all parameters, are compared with the model in
@@ -28,20 +30,34 @@ from torch import Tensor, nn
 import varlen_attn
 from varlen_attn.testing import assert_within_budget
 
-from .inputs import SPEECH, Batch, bert, equal_lengths, library, minilm, natural_order, sentence_transformer, speech, waves
+from .inputs import (
+    SPEECH,
+    Batch,
+    bert,
+    equal_lengths,
+    library,
+    minilm,
+    mpnet,
+    natural_order,
+    sentence_transformer,
+    speech,
+    t5_encoder,
+    waves,
+)
 from .measure import Timing, environment, interleave, ratio, save
 
 BEFORE, ATTENTION, MODEL, AGAIN, FRONT, ENABLING = "before", "attention", "model", "before again", "front end", "enable and disable"
 LEVELS = (ATTENTION, MODEL)
-TEXT, ENCODE, TRAINING, AUDIO, ENABLE = "text", "encode", "training", "audio", "enable"  # the parts
-PARTS = (TEXT, ENCODE, TRAINING, AUDIO, ENABLE)
+TEXT, ENCODE, TRAINING, AUDIO, SHAPES, ENABLE = "text", "encode", "training", "audio", "shapes", "enable"  # the parts
+PARTS = (TEXT, ENCODE, TRAINING, AUDIO, SHAPES, ENABLE)
 DOCUMENTS = 256  # for `encode`, in batches of 32
 CLIPS = 8
 OF_FILL = 0.85  # goal of a packed model: this share of B*S / tokens
-ENCODE_GOAL = 1.6
+ENCODE_GOAL, SHAPES_GOAL = 1.6, 1.4
 ENABLE_LIMIT = 0.15  # seconds that `enable` may take where one forward is faster
 FLOOR, FLOOR_EQUAL = 0.95, 0.97  # attention level; both levels where nothing is padded. Nothing is taken off these
 SAME_VECTORS = 1e-6
+DROPOUT = {"no dropout": "no dropout", "dropout 0.1": "dropout 0.1"}  # of training, and what its rows are called
 BUSY = 0.2  # share of the machine taken by others, above which two threads say little
 
 
@@ -186,15 +202,36 @@ def _outputs(call: Callable[[], Tensor], batch: Batch) -> dict[str, Tensor]:
     return {"output": call()[batch.valid]}
 
 
-def bench_training(model: Any, batch: Batch, limits: Limits) -> Iterator[dict[str, Any]]:
+def bench_shapes(limits: Limits) -> Iterator[dict[str, Any]]:
+    mask = (torch.arange(128) < torch.linspace(16, 112, 8).long()[:, None]).long()
+    mask[-1] = 1
+    for what, build in SHAPES_OF.items():
+        torch.manual_seed(0)
+        model = build()
+        batch = Batch({"input_ids": torch.randint(5, 1000, mask.shape) * mask, "attention_mask": mask}, mask.bool())
+        if what == BERT:
+            yield from bench_training(model, batch, limits, {"no dropout": what}, SHAPES)
+            continue
+        calls = {name: partial(evaluate, m, batch.inputs) for name, m in contestants(model, (MODEL,)).items()}
+        difference = verify({name: partial(_outputs, call, batch) for name, call in calls.items()}, truth(model, batch))
+        yield row(SHAPES, what, str(batch), 1 / batch.fill, contest(calls, limits), Judged({MODEL: SHAPES_GOAL}), difference)
+
+
+BERT = "BERT base, a training step"
+SHAPES_OF: dict[str, Callable[[], Any]] = {"MPNet base": mpnet, "T5 base, the encoder": t5_encoder, BERT: partial(bert, 12, 768)}
+
+
+def bench_training(
+    model: Any, batch: Batch, limits: Limits, titles: Mapping[str, str] = DROPOUT, part: str = TRAINING
+) -> Iterator[dict[str, Any]]:
     """Without dropout, verified, and with the dropout of the model's configuration."""
     grad = random_grad(batch, model.config.hidden_size)
-    for what in ("no dropout", "dropout 0.1"):
+    for what, title in titles.items():
         trained = copy.deepcopy(model).train()
         for module in trained.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0 if what == "no dropout" else 0.1
-        models = contestants(trained)
+        models = contestants(trained, LEVELS if part == TRAINING else (MODEL,))
         calls = {name: partial(train, m, batch.inputs, grad) for name, m in models.items()}
         difference = None
         if what == "no dropout":
@@ -203,7 +240,7 @@ def bench_training(model: Any, batch: Batch, limits: Limits) -> Iterator[dict[st
         else:
             for call in calls.values():
                 call()
-        yield row(TRAINING, what, str(batch), 1 / batch.fill, contest(calls, limits), Judged(), difference)
+        yield row(part, title, str(batch), 1 / batch.fill, contest(calls, limits), Judged(), difference)
 
 
 def _outputs_and_gradients(call: Callable[[], Tensor], model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -324,6 +361,8 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for kind in options.kind:
             for layers in options.layers:
                 yield from bench_audio(kind, layers, options.clips, limits)
+    if SHAPES in options.part:
+        yield from bench_shapes(limits)
     if ENABLE in options.part:
         yield from (bench_enable(what, limits) for what in ENABLED)
 

@@ -22,7 +22,7 @@ from varlen_attn import BackendRefused, SeqLayout, explain, padded_attention, va
 from .measure import Absent, ours
 from .workloads import Workload
 
-__all__ = ["AUTO", "MASKED", "UNMASKED", "WITH_PACKING", "Case", "Contestant", "contestants"]
+__all__ = ["AUTO", "MASKED", "UNMASKED", "WITH_PACKING", "Case", "Contestant", "contestants", "masked", "our_backend"]
 
 MASKED, UNMASKED, AUTO, WITH_PACKING = "masked", "dense", "packed", "pack+unpack"
 _SMALL = 3_000_000  # padded scores of one head: beyond, the slow ones take minutes

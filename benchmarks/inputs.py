@@ -20,8 +20,8 @@ from varlen_attn.cli.demo import BATCH_SIZE, docstrings_in
 from .lengths import SPEECH_MILLISECONDS
 
 __all__ = [
-    "RATE", "SPEECH", "Batch", "equal_lengths", "library", "minilm", "minilm_tokenizer", "natural_order", "of_texts",
-    "sentence_transformer", "speech", "waves",
+    "RATE", "SPEECH", "Batch", "equal_lengths", "library", "minilm", "minilm_tokenizer", "mpnet", "natural_order",
+    "of_texts", "sentence_transformer", "speech", "t5_encoder", "waves",
 ]  # fmt: skip
 
 MAX_TOKENS = 256  # where sentence-transformers cuts text for this model
@@ -113,6 +113,19 @@ def bert(layers: int, width: int) -> Any:
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width, attn_implementation="sdpa"
     )
     return transformers.BertModel(config).eval()
+
+
+def mpnet() -> Any:
+    """As large as all-mpnet-base-v2, with random weights, in evaluation mode."""
+    transformers = _quiet_transformers()
+    return transformers.MPNetModel(transformers.MPNetConfig()).eval()
+
+
+def t5_encoder() -> Any:
+    """The encoder of T5 base, with random weights, in evaluation mode."""
+    transformers = _quiet_transformers()
+    config = transformers.T5Config(d_model=768, d_ff=3072, d_kv=64, num_layers=12, num_heads=12, vocab_size=2000)
+    return transformers.T5EncoderModel(config).eval()
 
 
 def sentence_transformer() -> Any:

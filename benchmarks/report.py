@@ -128,6 +128,7 @@ _TRANSFORMERS = {
     hf.ENCODE: "`SentenceTransformer.encode`, {}",
     hf.TRAINING: "MiniLM, training, {}",
     hf.AUDIO: "{}",
+    hf.SHAPES: "{}",
 }
 
 
@@ -317,6 +318,7 @@ _PARTS = {
     hf.ENCODE: "`SentenceTransformer.encode`, tokenising included",
     hf.TRAINING: "MiniLM, forward and backward",
     hf.AUDIO: "Wav2Vec2 and HuBERT",
+    hf.SHAPES: "Other shapes, random weights",
     hf.ENABLE: "What `enable` itself takes",
 }
 

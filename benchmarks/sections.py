@@ -8,7 +8,7 @@ from typing import Any
 from . import bench_balance as balancing
 from . import bench_curves as training
 from . import bench_minitest as mini
-from .bench_attention import BACKWARD, DIRECTIONS, GRID_SLOWER, PLAIN, SHARE, useful_flops
+from .bench_attention import BACKWARD, DIRECTIONS, GRID_SLOWER, OVER_MASKED, PLAIN, SHARE, useful_flops
 from .bench_layout import BASE, OURS
 from .bench_length import PACKED, PADDED, SCORES
 from .contestants import AUTO, MASKED, WITH_PACKING
@@ -133,7 +133,9 @@ def grid(result: dict[str, Any]) -> list[str]:
         "several rounds, and of up to four times as many where a ratio is below 1.03. Batches of equal lengths, at most 8192 tokens and "
         f"8 heads. Bold is a ratio below {GRID_SLOWER}. Shares are of the rate of a product of large square matrices.",
     ]
-    kinds = {PLAIN: ("length", "head_dim"), SHARE: ("what", "length"), "more kinds": ("what", "length")}
+    kinds = {
+        PLAIN: ("length", "head_dim"), "more kinds": ("what", "length"), SHARE: ("what", "length"), OVER_MASKED: ("head_dim", "length")
+    }  # fmt: skip
     rows = [{**row, "kind": row["what"] if row["what"] in kinds else "more kinds"} for row in result["rows"]]
     by_kind = _groups(rows, "threads", "kind")
     for threads, kind in sorted(by_kind, key=lambda key: (key[0], list(kinds).index(key[1]))):
@@ -141,8 +143,9 @@ def grid(result: dict[str, Any]) -> list[str]:
         places = {(row[down], row[across], row["direction"]): row for row in group}
         downs, acrosses = (sorted({row[key] for row in group}) for key in (down, across))
         lines = [[x, *[" / ".join(_grid_cell(places.get((x, y, d))) for d in DIRECTIONS) for y in acrosses]] for x in downs]
-        first = "tokens of a sequence, by head dimension" if kind == PLAIN else "head dimension 64, by tokens of a sequence"
-        parts += [f"### {kind.capitalize()}, {threads_of(threads)}", table([first, *acrosses], lines)]
+        by = "batch" if kind == OVER_MASKED else "tokens of a sequence"
+        first = f"{by}, by head dimension" if kind == PLAIN else f"head dimension 64, by {by}"
+        parts += [f"### {kind[0].upper()}{kind[1:]}, {threads_of(threads)}", table([first, *acrosses], lines)]
     return parts
 
 

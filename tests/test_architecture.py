@@ -40,6 +40,7 @@ MUTABLE = {
     "integrations.transformers.attention._layouts",  # of offsets that a model is given, gone with them
     "layout.seq_layout._known",  # at which version of their offsets layouts were found to be right, gone with them
     "layout.seq_layout._edges",  # which rows padding repeats, gone with the layouts
+    "convert.classes._unread",  # whether anything reads the weights of a module, gone with it
     "nn.masks._misses",  # how many masks of a shape were no pattern
     "kernels.cpu.build._found",  # the compiled kernel or why there is none
     "kernels.kept._kept", "kernels.cuda.flex._kernels",  # what is derived from layouts, gone with them; one compiled kernel a kind of call

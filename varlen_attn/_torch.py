@@ -162,6 +162,12 @@ def ragged_dim(nested: Tensor) -> int:
     return getattr(nested, "_ragged_idx", 1)
 
 
+def without_subclass(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """``function`` for tensors of a subclass, whose ``__torch_function__`` is left out; results are plain."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **(kwargs or {}))
+
+
 def register_fake(library: torch.library.Library, op: str, fake: Callable[..., Any]) -> None:
     """`torch.library.register_fake`, which looks for the caller's module and source among all modules."""
     _registry.find(f"{library.ns}::{op}").fake_impl.register(fake, __name__, lib=library)

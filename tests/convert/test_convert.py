@@ -561,8 +561,8 @@ BAD: list[tuple[Callable[[Any], Any], str]] = [
     (lambda m: enable(m, "layers"), r"`level` must be 'auto', 'attention' or 'model', but is 'layers': "),
     (lambda m: enable(m, None), r"`level` must be .*, but is None"),
     (lambda m: enable(m, hooks=True), r"`hooks` must be 'leave' or 'packed', but is True: "),
-    (lambda m: enable(m, need_weights=None), r"`need_weights` must be True or False, but is None: "),
-    (lambda m: enable(m, need_weights="no"), r"`need_weights` must be True or False, but is 'no'"),
+    (lambda m: enable(m, need_weights=None), r"`need_weights` must be True, False or 'never', but is None: "),
+    (lambda m: enable(m, need_weights="no"), r"`need_weights` must be True, False or 'never', but is 'no'"),
     (lambda m: enabled(m, "all").__enter__(), r"`level` must be"),
     (lambda m: enabled(m, need_weights=2).__enter__(), r"`need_weights` must be"),
 ]

@@ -108,8 +108,18 @@ def test_a_weight_that_was_written_to_is_packed_again() -> None:
         model.layers[0].linear1.weight.mul_(2)
         other.layers[0].linear1.weight.mul_(2)
         same(model, other)
-        model.layers[0].linear1.weight = other.layers[0].linear1.weight = nn.Parameter(torch.ones(32, D))
+        model.layers[0].linear1.weight = other.layers[0].linear1.weight = nn.Parameter(torch.ones(D, 32).T)
         same(model, other)
+
+
+def test_a_new_weight_in_the_memory_of_an_old_one_is_packed() -> None:
+    linear = nn.Linear(512, 512, bias=False)
+    layer, x = nn.Sequential(linear).eval(), torch.randn(2, 512)
+    enable(layer, prepack=True)
+    for i in range(30):
+        linear.weight = nn.Parameter(torch.randn(512, 512), requires_grad=False)
+        if i % 3 == 2:
+            torch.testing.assert_close(layer(x), F.linear(x, linear.weight), atol=1e-3, rtol=0)
 
 
 def test_gradients_in_evaluation_are_those_of_the_model_as_it_came(used: list[Tensor]) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, Literal, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .._state import state
-from .._switch import run_as_it_came, switchable
-from .._torch import is_observed, is_plain, is_tracing
+from .._switch import around, run_as_it_came, switchable
+from .._torch import is_observed, is_plain, is_tracing, pytree, without_subclass
 from ..attention.dispatch import requested_backend
 from ..attention.records import recorded_padded
+from ..errors import VarlenWarning, warn
 from ..nn.masks import pattern_of, read_masks
 from ..nn.multihead import ADDITIVE, NO_PATTERN, VarlenMultiheadAttention
 from ..nn.prepacked import PREPACKED
@@ -32,7 +35,7 @@ _switchable = partial(switchable, inside=Prepared)
 
 
 # What `enable` sets on objects beside their class.
-OPTIONS = ("hooks_packed", "padding_rows", "__module__")
+OPTIONS = ("hooks_packed", "padding_rows", "weights", "__module__")
 
 
 class _Enabled:
@@ -44,6 +47,7 @@ class _Enabled:
         hiding: and of what hides keys otherwise.
         packs: parts are called on packed rows, which hooks would see.
         hooks_packed: and may see.
+        weights: attention gives them unless told otherwise, where they are asked for, until a forward shows that they are unread, or never.
     """
 
     original_class: ClassVar[type[nn.Module]]
@@ -52,6 +56,7 @@ class _Enabled:
     hiding: ClassVar[tuple[tuple[int, str], ...]]
     packs: ClassVar[bool] = True
     hooks_packed: bool = False
+    weights: Literal["given", "asked", "unread", "none"] = "given"
 
     def why_as_it_came(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         why: str | None = self._why_torchs(args, kwargs)
@@ -110,7 +115,6 @@ _WEIGHTS = "attention weights exist in the padded computation only"
 _LITTLE_PADDED = "to pack so little takes more time than it saves"
 _PAYS = 4_000_000  # multiplications that padding takes, of which one with a key takes as long as four by a weight: more saves time (alike)
 _LOOKS = 16  # times as much it must be for a mask to be looked at, a quarter of that for one to be packed by
-_FEW = 1024  # numbers of a mask that Python counts in less time than torch
 _LITTLE = 1 << 18  # numbers of an input: below, a forward of torch's encoder took less time than ours on packed rows (Zen 4, one thread)
 _OURS = frozenset({"layout", "layout_kv", "window", "backend"})  # keywords that torch's modules do not know
 
@@ -140,7 +144,11 @@ class _EnabledAttention(_Enabled):
     takes = ((0, "query"),)
     padding = ((3, "key_padding_mask"),)
     packs = False
-    gives_weights: ClassVar[bool] = False  # unless told otherwise
+
+    def _wants(self, weights: bool | None) -> bool:
+        if self.weights in ("unread", "none"):
+            return weights is not False and self.weights == "unread" and not _unread.get(self)
+        return self.weights == "given" if weights is None else weights
 
     def _why_torchs(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Or weights are wanted, or little is padded or hidden, and torch's own has the meaning that is wanted: every query sees a key.
@@ -148,56 +156,40 @@ class _EnabledAttention(_Enabled):
         query, key, value, padding, weights, mask, _, causal, ours = _attention(*args, **kwargs)
         if not _is_seen(query) or not self._requests_nothing(ours, [self]) or (causal and mask is None):
             return None
-        weights = self.gives_weights if weights is None else weights
+        weights, hidden, additive = self._wants(weights), [0], False
         nothing = _WEIGHTS if weights and query.is_cpu else None if query.is_cpu and query.numel() > _LITTLE else NOTHING_PADDED
-        if padding is None and query.is_cpu:
-            columns = key.shape[-2 if self.batch_first or key.dim() == 2 else 0] if isinstance(key, Tensor) and key.dim() > 1 else 0
-            little = query.numel() * (self.embed_dim + 4 * columns) < _LOOKS * _PAYS
-            if mask is not None and (weights or little):  # torch says what is wrong
-                return _WEIGHTS if weights else _LITTLE_PADDED
         if padding is mask is None:
             return nothing
-        for x in (padding, mask):
-            if x is not None and not (isinstance(x, Tensor) and is_plain(x) and x.is_cpu):
-                return None
-        hidden, at = [0], padding
+        bound = _LOOKS * _PAYS / (query.numel() + 1)
+        if padding is None and query.is_cpu and (weights or self.embed_dim + 4 * max(key.shape) < bound):  # torch says what is wrong
+            return _WEIGHTS if weights else _LITTLE_PADDED
+        if not all(x is None or (isinstance(x, Tensor) and is_plain(x) and x.is_cpu) for x in (padding, mask)):
+            return None
         if padding is not None:
-            if padding.dtype != torch.bool:
-                if not padding.is_floating_point():
-                    return None  # ours says what is wrong
+            if padding.is_floating_point():
                 at = torch.isneginf(padding)
-            rows = at.view(1, -1) if at.dim() == 1 else at
-            hidden = [row.count(True) for row in rows.tolist()] if at.numel() <= _FEW else rows.sum(-1).tolist()
-        if mask is None and not any(hidden) and at is padding:
-            return nothing and NOTHING_PADDED
-        if not query.is_cpu or self.padding_rows == "edge":
+                additive = padding.requires_grad or bool(((padding != 0) & ~at).any())
+            rows = at if padding.is_floating_point() else padding
+            hidden = [row.count(True) for row in rows.reshape(-1, padding.shape[-1]).tolist()]
+            if mask is None and not (additive or any(hidden)):
+                return nothing and NOTHING_PADDED
+        if not query.is_cpu or self.padding_rows == "edge" or not (_is_seen(key) and _is_seen(value)):
             return None
-        of_keys: Any = None
-        for x in (key, value):
-            if not isinstance(x, Tensor) or x.dim() != query.dim():
-                return None
-            its = x.shape[:-1] if self.batch_first or x.dim() == 2 else x.shape[1::-1]
-            if of_keys not in (None, its) or (padding is not None and padding.shape != its):
-                return None
-            of_keys = its
-        *batch, columns = of_keys
-        length = query.shape[-2 if self.batch_first or query.dim() == 2 else 0]
-        slots, size = query.shape[:-1].numel(), math.prod(batch)
-        if mask is None and columns in hidden:
-            return None  # ours gives 0
-        if mask is not None and mask.shape not in ((length, columns), (size * self.num_heads, length, columns)):
-            return None
-        if weights:
-            return _WEIGHTS
-        if why_replaced(self.original_class):
-            return None
-        if at is not padding and (padding.requires_grad or ((padding != 0) & ~at).any()):
+        first = self.batch_first or query.dim() == 2
+        shapes = {x.shape[:-1] if first else x.shape[1::-1] for x in (key, value)} | ({padding.shape} if padding is not None else set())
+        *batch, columns = shapes.pop()
+        length, size = query.shape[-2 if first else 0], math.prod(batch)
+        if shapes or (
+            columns in hidden if mask is None else mask.shape not in ((length, columns), (size * self.num_heads, length, columns))
+        ):
+            return None  # ours says what is wrong, or gives 0
+        if weights or why_replaced(self.original_class):
+            return _WEIGHTS if weights else None
+        if additive:
             return ADDITIVE
-        saved = (sum(hidden) if mask is None else slots) * self.embed_dim * (self.embed_dim + 4 * columns)
-        if mask is None:
-            return _LITTLE_PADDED if saved < _PAYS else None
-        if saved < _LOOKS * _PAYS:
-            return _LITTLE_PADDED
+        saved = (sum(hidden) if mask is None else size * length) * self.embed_dim * (self.embed_dim + 4 * columns)
+        if mask is None or saved < _LOOKS * _PAYS:
+            return _LITTLE_PADDED if mask is not None or saved < _PAYS else None
         own = padding is not None and self.padding_rows == "zero" and query.is_set_to(key)
         packs = self.bias_k is None and not self.add_zero_attn
         pattern = pattern_of(mask, padding, size, query.device, own=own, eager=False) if packs else None
@@ -211,13 +203,9 @@ class _EnabledAttention(_Enabled):
 
     def as_it_came(self: Any, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         query, key, value, padding, weights, mask, average, causal, ours = _attention(*args, **kwargs)
-        weights, zeros, hidden = self.gives_weights if weights is None else weights, False, None
-        meant = why in (_WEIGHTS, _LITTLE_PADDED, NO_PATTERN, ADDITIVE)
-        if meant and padding is not None:
-            hidden = torch.isneginf(padding) if padding.is_floating_point() else padding
-            if hidden is not padding and not hidden.any():
-                hidden = None
-        if hidden is not None:
+        weights, zeros, meant = self._wants(weights), False, why in (_WEIGHTS, _LITTLE_PADDED, NO_PATTERN, ADDITIVE)
+        hidden = padding if padding is None or not padding.is_floating_point() else torch.isneginf(padding)
+        if meant and hidden is not None and (hidden is padding or hidden.any()):
             at = (hidden if self.batch_first or hidden.dim() == 1 else hidden.T).unsqueeze(-1)
             zeros = self.padding_rows == "zero" and query.is_set_to(key)  # else padded queries are computed as they are
             clean = key.masked_fill(at, 0)  # NaN at padding reaches no token
@@ -228,14 +216,13 @@ class _EnabledAttention(_Enabled):
             out, given = self.original_class.forward(self, query, key, value, padding, weights, mask, average, hint, **ours)
         if mask is not None and meant and (weights or query is key) and math.isnan(out.sum().item()):
             query, key, value = _attention(*args, **kwargs)[:3]
-            return VarlenMultiheadAttention.forward(self, query, key, value, padding, weights, mask, average, causal)
-        if zeros and hidden is not None:
-            out = out.masked_fill_(at, 0)
+            out, given = VarlenMultiheadAttention.forward(self, query, key, value, padding, weights, mask, average, causal)
+        elif zeros:
+            out = out.mul_(~at)  # numbers, of queries that are 0: a tenth of the time of `masked_fill_`
             if given is not None:
-                rows = (hidden.unsqueeze(-2) if given.dim() > hidden.dim() + 1 else hidden).unsqueeze(-1)
-                keep = rows.logical_not().to(given.dtype)
+                keep = ~(hidden.unsqueeze(-2) if given.dim() > hidden.dim() + 1 else hidden).unsqueeze(-1)
                 given = given * keep if given.requires_grad else given.mul_(keep)
-        return out, given
+        return out, _watched(self, given)
 
 
 def _attention(
@@ -250,29 +237,57 @@ def _attention(
 
 @_switchable
 class EnabledMultiheadAttention(_EnabledAttention, VarlenMultiheadAttention):
-    """`VarlenMultiheadAttention` with torch's ``need_weights=True``, so that a model that reads the weights goes on doing so."""
+    """`VarlenMultiheadAttention` with torch's ``need_weights=True``, so that a model that reads the weights goes on doing so; unless
+    ``weights`` says otherwise."""
 
     original_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
-    gives_weights = True
 
     def forward(
         self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, key_padding_mask: Tensor | None = None,
         need_weights: bool | None = None, attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        if need_weights is None:  # what torch gives, to callers that know torch's arguments only
-            need_weights = options.get("layout") is None and options.get("layout_kv") is None
-        return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, **options)
+        # Who gives a layout knows more than torch's arguments, and asks for weights by name.
+        knows = options.get("layout") is not None or options.get("layout_kv") is not None
+        masks = key_padding_mask, self._wants(False if knows and need_weights is None else need_weights), attn_mask
+        out, weights = super().forward(query, key, value, *masks, average_attn_weights, is_causal, **options)
+        return out, _watched(self, weights)
 
     forward.takes_prepared = forward  # type: ignore[attr-defined]
     forward.inside = VarlenMultiheadAttention.forward  # type: ignore[attr-defined]  # a stack says that it wants no weights
 
 
-@_switchable
-class EnabledMultiheadAttentionWithoutWeights(_EnabledAttention, VarlenMultiheadAttention):
-    """Enabled with ``need_weights=False``."""
+_unread: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # whether forwards have shown that nothing reads the weights of a module
 
-    original_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
+
+class Weights(Tensor):
+    """Attention weights of a forward that shows whether anything reads them: an operation, or a result of the model."""
+
+    reader: weakref.ref[Any]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in pytree.tree_leaves((args, kwargs)):
+            if type(x) is Weights:
+                _settle(x.reader, False)
+        return without_subclass(func, args, kwargs)
+
+
+def _settle(reader: weakref.ref[Any], unread: bool) -> None:
+    module = reader()
+    if module is not None and _unread.setdefault(module, unread) is unread is False:
+        warn('attention weights are read, so that need_weights="never" does not hold here: they are computed as before.', VarlenWarning)
+
+
+def _watched(module: Any, weights: Tensor | None) -> Tensor | None:
+    """Weights that are gone, untouched, before the outermost module returns, are read by nothing."""
+    if module.weights != "unread" or module in _unread or weights is None or not is_plain(weights):
+        return weights
+    watched = weights.as_subclass(Weights)
+    outermost, reader = (weakref.ref(x) for x in ([m for m, _ in around()][-1], module))
+    watched.reader = reader
+    weakref.finalize(watched, lambda: _settle(reader, any(m is outermost() for m, _ in around()))).atexit = False
+    return watched
 
 
 @_switchable

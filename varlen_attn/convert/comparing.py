@@ -98,14 +98,14 @@ class Comparison(Shown):
         elsewhere = [str(x) for x in self.results if x.at_padding]
         farthest = max((x for x in self.results if not x.at_padding), key=lambda x: x.gap.share, default="nothing is returned")
         rows = [
-            ("padding", "unknown" if self.padding is None else f"{self.padding:.0%} of the batch"),
+            ("padding", "unknown: the batch has no mask" if self.padding is None else f"{self.padding:.0%} of the batch"),
             (
                 "time",
                 ", ".join(f"{x.seconds * 1e3:.1f} ms +- {x.spread:.0%} {name}" for name, x in self.times.items()),
             ),
             ("memory", ", ".join(f"{(log.peak or 0) / 1e6:.1f} MB {name}" for name, log in self.logs.items()) + " at its peak"),
             *(("kernels", f"{name}: {', '.join(log.kernels or ['none known'])}") for name, log in self.logs.items()),
-            ("equality", f"the farthest of {len(self.results) - len(elsewhere)} results: {farthest}"),
+            ("equality", f"{farthest}{' (of all results the farthest)' if len(self.results) - len(elsewhere) > 1 else ''}"),
             *(("elsewhere", text) for text in elsewhere),
             *((m.action, f"{m.module or '(the model)'}: {m.reason}") for m in self.report.modules if m.reason),
             *(("padded", reason) for reason in {c.reason: None for c in self.log if c.backend == "dense" and c.reason}),

@@ -29,7 +29,6 @@ from .classes import (
     AttentionOnlyTransformerEncoder,
     AttentionOnlyTransformerEncoderLayer,
     EnabledMultiheadAttention,
-    EnabledMultiheadAttentionWithoutWeights,
     EnabledTransformerDecoder,
     EnabledTransformerDecoderLayer,
     EnabledTransformerEncoder,
@@ -49,7 +48,7 @@ def enable(
     model: nn.Module,
     level: Level = "auto",
     *,
-    need_weights: bool = True,
+    need_weights: bool | Literal["never"] = True,
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
     example: Any = None,
@@ -63,7 +62,9 @@ def enable(
         level: ``"model"`` packs once around whole stacks of layers, and around layers that are used alone; ``"attention"`` changes
             calls of attention only, everything else stays padded. ``"auto"`` is ``"model"``.
         need_weights: an `nn.MultiheadAttention` outside of torch's layers returns attention weights unless told otherwise, which costs
-            the padded computation; the report names each module that pays. False makes them return None instead.
+            the padded computation; the report names each module that pays. False makes them return None instead, unless a call asks for
+            weights by name. ``"never"`` makes these calls return None too, where nothing reads the weights: ``example`` shows that, or
+            without one the first forward, in which they are computed; a `VarlenWarning` says where they are read, and they stay.
         hooks: modules with hooks of yours are left alone, because inside a stack these would see packed rows ``(T, D)``; where hooks come
             later, the stack runs as it came as long as they are there. ``"packed"`` lets them see packed rows.
         padding_rows: what rows at padding hold: ``"zero"``; ``"edge"``, the row of the nearest token before them, else after them, without
@@ -112,7 +113,9 @@ def enable(
     _check(model)
     _check_options(level, need_weights, hooks, padding_rows, prepack)
     levels = ("attention",) if level == "attention" else ("model", "attention")
-    plans = (apart(partial(_plan, model, name, need_weights, hooks, padding_rows)) for name in levels)
+    weights = {True: "given", False: "asked", "never": "unread" if example is None else "none"}[need_weights]
+    tried = [(name, weights) for name in levels] + [(levels[0], "given")] * (weights == "none")
+    plans = (apart(partial(_plan, model, *each, hooks, padding_rows)) for each in tried)
     before = _found(model)
     try:
         if example is None:
@@ -143,7 +146,7 @@ def _go(model: nn.Module, steps: Sequence[Step]) -> None:
         raise
 
 
-def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str, padding_rows: PaddingRows | None) -> dict[Any, Part]:
+def _plan(model: nn.Module, level: str, weights: str, hooks: str, padding_rows: PaddingRows | None) -> dict[Any, Part]:
     """What is to be done to a model, of which nothing is changed yet: to its models of transformers, and to each module of torch's with all
     inside of it."""
     hf = _transformers(model)
@@ -151,7 +154,7 @@ def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str, padding_
     found, mixer = candidates(model, hooks), None if padding_rows else mixing(model)
     parts: dict[Any, Part] = {None: Part([ModuleReport(*row) for row in rows], list(steps))}
     for c in found:
-        decision, original = _decide(c, found, level, need_weights, mixer), original_class(c.module)
+        decision, original = _decide(c, found, level, weights, mixer), original_class(c.module)
         new_class = decision.new_class or original
         restored = decision.new_class is None and type(c.module) is not original
         outermost = c
@@ -164,6 +167,7 @@ def _plan(model: nn.Module, level: str, need_weights: bool, hooks: str, padding_
             wanted = {
                 "hooks_packed": hooks == "packed",
                 "padding_rows": padding_rows or decision.padding_rows,
+                "weights": decision.weights,
                 "__module__": original.__module__,
             }
             changed = ((name, value) for name, value in wanted.items() if value != getattr(new_class, name))
@@ -219,7 +223,7 @@ def enabled(
     model: nn.Module,
     level: Level = "auto",
     *,
-    need_weights: bool = True,
+    need_weights: bool | Literal["never"] = True,
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
     example: Any = None,
@@ -269,9 +273,10 @@ def _check_options(level: Any, need_weights: Any, hooks: Any, padding_rows: Any,
         raise ArgumentError(
             f"`level` must be 'auto', 'attention' or 'model', but is {level!r}: 'model' packs whole stacks, 'attention' calls of attention."
         )
-    if not isinstance(need_weights, bool):
+    if not (isinstance(need_weights, bool) or need_weights == "never"):
         raise ArgumentError(
-            f"`need_weights` must be True or False, but is {need_weights!r}: False makes attention return None in place of its weights."
+            f"`need_weights` must be True, False or 'never', but is {need_weights!r}: False makes attention return None in place of its "
+            "weights, 'never' also where a call asks for them and nothing reads them."
         )
     if hooks not in ("leave", "packed"):
         raise ArgumentError(
@@ -297,6 +302,12 @@ _NEW_CLASSES: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {
     ("attention", nn.TransformerEncoder): AttentionOnlyTransformerEncoder,
     ("attention", nn.TransformerEncoderLayer): AttentionOnlyTransformerEncoderLayer,
 }
+_SAYS = {
+    "given": "pays for attention weights with the padded computation, unless called or enabled with need_weights=False",
+    "asked": "returns no attention weights unless asked",
+    "unread": "returns no attention weights, once a forward has shown that nothing reads them",
+    "none": "returns no attention weights",
+}
 _ATTENTION_ONLY = 'level="attention" changes calls of attention only'
 
 
@@ -305,20 +316,21 @@ class _Decision(NamedTuple):
     action: Action
     reason: str
     padding_rows: PaddingRows = "zero"
+    weights: str = "given"
 
     @classmethod
     def alone(cls, reason: str) -> _Decision:
         return cls(None, "left alone", reason)
 
 
-def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: bool, mixer: str | None) -> _Decision:
+def _decide(c: Candidate, found: list[Candidate], level: str, weights: str, mixer: str | None) -> _Decision:
     """What becomes of one candidate, given all of them."""
     if is_varlen(c.module):
         return _Decision(None, "built so", f"a {type(c.module).__name__}: it packs already")
     if c.why_not is not None:
         return _Decision.alone(c.why_not)
     if c.host is nn.MultiheadAttention:
-        return _decide_attention(c, need_weights, mixer)
+        return _decide_attention(c, weights, mixer)
     new_class = _NEW_CLASSES.get((level, c.host))
     if new_class is None:
         return _Decision.alone(_ATTENTION_ONLY)
@@ -330,16 +342,13 @@ def _decide(c: Candidate, found: list[Candidate], level: str, need_weights: bool
     return _Decision(new_class, "converted", read if level == "model" else _ATTENTION_ONLY)
 
 
-def _decide_attention(c: Candidate, need_weights: bool, mixer: str | None) -> _Decision:
+def _decide_attention(c: Candidate, weights: str, mixer: str | None) -> _Decision:
     layer = c.parent if c.parent is not None and c.parent.host in LAYERS else None
     if layer is not None and layer.host is nn.TransformerEncoderLayer and layer.why_not is not None:
         return _Decision.alone("part of a layer that is left alone, which in evaluation reads its weights and does not call it")
-    new: type[nn.Module] = EnabledMultiheadAttentionWithoutWeights
-    why = ["returns no attention weights unless asked"]
-    if need_weights:
-        pays = "pays for attention weights with the padded computation, unless called or enabled with need_weights=False"
-        new, why = EnabledMultiheadAttention, [] if layer is not None else [pays]
+    weights = "none" if weights == "unread" and not c.name else weights  # its caller knows what it gives
+    why = [] if weights == "given" and layer is not None else [_SAYS[weights]]
     if mixer is None or (layer is not None and layer.why_not is None):
-        return _Decision(new, "converted", "; ".join(why))
+        return _Decision(EnabledMultiheadAttention, "converted", "; ".join(why), weights=weights)
     why.append(f'keeps torch\'s rows at padding, which {mixer} may read: padding_rows="zero" leaves them out')
-    return _Decision(new, "converted", "; ".join(why), "exact")
+    return _Decision(EnabledMultiheadAttention, "converted", "; ".join(why), "exact", weights)

@@ -111,8 +111,9 @@ def _is_not_causal(mask: Tensor, padding: Tensor | None) -> Tensor:
 
 _NEVER = torch.finfo(torch.float32).min / 2  # added to a score, it leaves a weight of 0 beside any score that computes with numbers
 _MOST = 254  # sequences of a row, which are compared as bytes
-_PART = 1 << 17  # numbers that are compared at once
+_PART = 1 << 18  # numbers that are compared at once
 _TRUST = 4  # how many masks of a shape in turn may be nothing that is known
+_MANY = 4096  # shapes that are remembered
 _misses: dict[Any, int] = {}
 _patterns: MutableMapping[Tensor, tuple[Any, Any, Pattern | None]] = WeakIdKeyDictionary()
 
@@ -131,32 +132,28 @@ def pattern_of(mask: Tensor, padding: Tensor | None, batch: int, device: torch.d
         own: padding is left out of the queries too.
         eager: look at each new mask, also where those of this shape have been nothing that is known. Else only at some.
     """
-    its = (mask,) if padding is None else (mask, padding)
+    its = [x for x in (mask, padding) if x is not None]
     kept = not any(x.is_inference() for x in its)  # which do not count how often they are written to
     key = (batch, device, own, eager, *map(num_writes, its)) if kept else None
-    known = _patterns.get(mask)
-    if known is not None and kept and known[0] == key and (known[1] and known[1]()) is padding:
+    known, kind = _patterns.get(mask) if kept else None, (mask.shape, mask.dtype)
+    if known is not None and known[0] == key and known[1]() is its[-1]:
         return known[2]
-    kind = mask.shape, mask.dtype
-    misses = _misses.get(kind, 0)
-    if not eager and misses > _TRUST and misses % _TRUST**2:
+    if wants_grad(mask) or not mask.numel():
+        return None
+    misses, pattern = _misses.pop(kind, 0), None
+    if eager or misses <= _TRUST or misses % _TRUST**2 == 0:
+        with torch.inference_mode(False), torch.no_grad():  # it may be kept for training
+            pattern = _find(mask, padding, batch, device, own, eager)
+        if kept:
+            _patterns[mask] = key, weakref.ref(its[-1]), pattern
+    if pattern is None and len(_misses) < _MANY:
         _misses[kind] = misses + 1
-        return None
-    if wants_grad(mask):
-        return None
-    with torch.inference_mode(False), torch.no_grad():  # it may be kept for training
-        pattern = _find(mask, padding, batch, device, own, eager)
-    _misses[kind] = misses + 1 if pattern is None else 0
-    if kept:
-        _patterns[mask] = key, None if padding is None else weakref.ref(padding), pattern
     return pattern
 
 
 def _find(mask: Tensor, padding: Tensor | None, batch: int, device: torch.device, own: bool, eager: bool) -> Pattern | None:
     """What the mask may be is seen from a few of its rows. Then all of it is compared with that."""
     len_q, len_k = mask.shape[-2:]
-    if 0 in mask.shape:
-        return None
     if padding is not None:
         padding = (torch.isneginf(padding) if padding.is_floating_point() else padding).to(mask.device)
     hidden = padding if padding is None or mask.dim() == 3 else padding.all(0, keepdim=True)
@@ -172,6 +169,7 @@ def _find(mask: Tensor, padding: Tensor | None, batch: int, device: torch.device
     keys = see(one.diagonal(dim1=1, dim2=2) if len_q == len_k else one[:, 0])
     keys = keys if hidden is None else keys & ~hidden
     some = keys.any(1, keepdim=True)
+    seqs, attached = keys.long(), some.new_ones(len(one), len_q)
     if len_q == len_k:
         # Sequences of those that see the one before them. How far the last and the first token of the longest one see.
         last = torch.where(keys, columns, -1).cummax(1).values.roll(1, 1)
@@ -188,39 +186,36 @@ def _find(mask: Tensor, padding: Tensor | None, batch: int, device: torch.device
         if attached.any():
             start = keys.to(torch.uint8).argmax(1, keepdim=True)
             attached &= see(one.gather(2, start[..., None].expand(-1, len_q, 1))[..., 0])
-        of_queries = torch.where(attached, 1, seqs)
-        if not eager and left == right == len_k and bool((seqs == 1).all()):
-            return None  # nothing is hidden
-    else:
-        seqs, attached = keys.long(), some.new_ones(len(one), len_q)
-        of_queries = attached.long()
-    if int(seqs.max()) > _MOST:
-        return None
+    of_queries = torch.where(attached, 1, seqs) if len_q == len_k else attached.long()
+    if int(seqs.max()) > _MOST or (not eager and left == right == len_k and bool((seqs == 1).all())):
+        return None  # too many to count, or nothing is hidden
     blind = ((of_queries == 0) | ~some).any() if padding is None or own else some.new_ones(())
-    of_pairs = of_queries.masked_fill(of_queries == 0, _MOST + 1).to(torch.uint8)[..., None].expand(-1, -1, len_k)
-    distance = columns - torch.arange(len_q, device=mask.device)[:, None]
-    visible = (of_pairs.contiguous() == seqs.to(torch.uint8)[:, None]) & ((distance >= -left) & (distance <= right))
+    near = torch.ones(len_q, len_k, dtype=torch.bool, device=mask.device).triu(-left).tril(right)
+    of_queries, of_keys = of_queries.masked_fill(of_queries == 0, _MOST + 1).to(torch.uint8), seqs.to(torch.uint8)
     counts = None if hidden is None else ~hidden[:, None] & ~hidden[..., None] if own else ~hidden[:, None]
-    if _differs(heads, visible, counts, bool(blind)):
+    if _differs(heads, of_queries, of_keys, near, counts, bool(blind)):
         return None
     return _packing(seqs.cpu(), attached.cpu(), (left, right), batch, padding, own, device)
 
 
-def _differs(heads: Tensor, visible: Tensor, counts: Tensor | None, blind: bool) -> bool:
-    """Whether a mask ``(G, N, L, S)`` is not that of ``visible (G, L, S)`` for every head, at the pairs that count (None: at all).
+def _differs(heads: Tensor, of_queries: Tensor, of_keys: Tensor, near: Tensor, counts: Tensor | None, blind: bool) -> bool:
+    """Whether a mask ``(G, N, L, S)`` shows anything else than what is ``near`` ``(L, S)`` and of one sequence, ``(G, L)`` and ``(G, S)``,
+    for every head, at the pairs that count (None: at all).
 
     By its bits, a part at a time, because this is done for each new mask: on a CPU it takes a tenth of the attention."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[heads.dtype.itemsize]
     least = torch.ones((), dtype=torch.uint8, device=heads.device)
     if heads.dtype != torch.bool:
         lowest = heads[:, 0].amin()  # of keys that are all hidden by a finite number some are seen
+        lowest = torch.where(lowest >= 0, -torch.inf, lowest)
         number, least = float(lowest), lowest.view(words)
-        if not (number in (0, -torch.inf) or (number <= _NEVER and not blind)):
+        if not (number == -torch.inf or (number <= _NEVER and not blind)):
             return True
-        heads = heads if number == -torch.inf else heads + 0.0  # without negative zeros
+        heads = heads + 0.0 if number > -torch.inf else heads  # without negative zeros
     part = max(1, _PART // heads[0].numel()) if heads.is_cpu else len(heads)
     pairs = [None] * len(heads) if counts is None else counts[:, None].split(part)
-    for given, seen, count in zip(heads.view(words).split(part), visible[:, None].split(part), pairs, strict=False):
+    for given, q, k, count in zip(heads.view(words).split(part), of_queries.split(part), of_keys.split(part), pairs, strict=False):
+        seen = (q[..., None].expand(-1, -1, len(k[0])).contiguous() == k[:, None]).logical_and_(near)[:, None]
         differs = given ^ seen.to(words).sub_(1).bitwise_and_(least)
         differs = differs if count is None else differs.bitwise_and_(count.to(words).neg_())
         if differs.contiguous().view(torch.uint8).amax():
@@ -228,9 +223,7 @@ def _differs(heads: Tensor, visible: Tensor, counts: Tensor | None, blind: bool)
     return False
 
 
-def _packing(
-    seqs: Tensor, attached: Tensor, near: tuple[int, int], batch: int, padding: Tensor | None, own: bool, device: torch.device
-) -> Pattern | None:
+def _packing(seqs: Tensor, attached: Tensor, near: Any, batch: int, padding: Tensor | None, own: bool, device: Any) -> Pattern | None:
     """The call, on the host, from the numbers of the sequences ``(G, S)`` and ``(G, L)``, which queries see the keys of their row without
     being one."""
     len_q, len_k, (left, right) = attached.shape[1], seqs.shape[1], near
@@ -243,26 +236,23 @@ def _packing(
         elif len_q == len_k:  # queries that were sequences, and see what is left of these
             attached = attached | ((seqs > 0) & padding & ((right > 0) | ((seqs > 0) & ~padding).cumsum(1).bool()))
         attached, seqs = attached & wanted, seqs.masked_fill(padding, 0)
-    several, attaches = _several(seqs), bool(attached.any())
+    several, attaches = bool(((seqs != seqs.amax(1, keepdim=True)) & (seqs > 0)).any()), bool(attached.any())
     if several:
         number = seqs + torch.arange(batch, device="cpu")[:, None] * (len_k + 1)
         single = (seqs > 0) & (number.flatten().bincount()[number] == 1)
         if single.any():
             alone, seqs = single.flatten().nonzero()[:, 0], seqs.masked_fill(single, 0)
-            several = _several(seqs)
-    real = seqs > 0
-    keys = SeqLayout.from_document_ids(seqs) if several else SeqLayout.from_attention_mask(real, validate=False)
-    if several and keys.num_seqs != len(number[real].unique()):
-        return None  # holes
-    causal, window = right == 0, (left if left < len_k else None, right if 0 < right < len_k else None)
-    limited, queries = window != (None, None), keys
+            several = bool(((seqs != seqs.amax(1, keepdim=True)) & (seqs > 0)).any())
+    real, causal, where = seqs > 0, right == 0, None
+    keys = queries = SeqLayout.from_document_ids(seqs) if several else SeqLayout.from_attention_mask(real, validate=False)
     if attaches:
         queries = SeqLayout.from_attention_mask(attached | real if len_q == len_k else attached, validate=False)
-    if limited and (attaches or keys.has_holes):
+    window = (left if left < len_k else None, right if 0 < right < len_k else None)
+    limited, shifted = window != (None, None), not (queries.right_padded and keys.right_padded)
+    if (limited and (attaches or keys.has_holes)) or (attaches and (several or alone is not None or (causal and shifted))):
         return None
-    if attaches and (several or alone is not None or (causal and not (queries.right_padded and keys.right_padded))):
-        return None
-    where = None
+    if several and keys.num_seqs != len(number[real].unique()):
+        return None  # holes
     if alone is not None or queries.num_rows != int(wanted.sum()):
         place = torch.zeros(batch * len_q, dtype=torch.int64, device="cpu")
         order = queries.token_indices if alone is None else torch.cat([queries.token_indices, alone])
@@ -273,8 +263,3 @@ def _packing(
     layout_kv = moved(keys, device)
     layout_q = layout_kv if queries is keys else moved(queries, device)
     return Pattern(layout_q, layout_kv, causal, window if limited else None, pairs, alone if alone is None else alone.to(device), where)
-
-
-def _several(seqs: Tensor) -> bool:
-    """Whether a row has more than one sequence."""
-    return bool(((seqs != seqs.amax(1, keepdim=True)) & (seqs > 0)).any())

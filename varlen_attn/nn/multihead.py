@@ -42,7 +42,7 @@ from ..kernels.base import Backend
 from ..kernels.dense import EAGER, attend_dense, dense_kernel_here, visible_mask
 from ..kernels.problem import Semantics
 from ..kernels.values import NO_EXTRAS
-from ..layout.seq_layout import SeqLayout
+from ..layout.seq_layout import SeqLayout, is_captured
 from .checks import check_inputs, mha_shape_check
 from .masks import Pattern, additive_mask, pattern_of, read_masks
 from .prepacked import PREPACKED, linear
@@ -54,7 +54,7 @@ ADDITIVE = "key_padding_mask is additive: it has values other than 0 and -inf, o
 _SHIFTED = "causal with unlike padding of queries and keys: columns, which torch compares, differ from packed positions"
 NO_PATTERN = (
     "attn_mask is not causal, nor another kind that packs, exactly and for all heads: padding, a sliding window, documents, or these "
-    "merged (with a layout, and while tracing, only is_causal=True says so)"
+    "merged (with a layout, and while tracing, only is_causal=True says so; where many of a shape are none of these, few are looked at)"
 )
 
 
@@ -267,6 +267,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         """
         mask, attn_mask = masks
         looks = attn_mask is not None and layout is layout_kv is None and all(x is None or is_plain(x) for x in (inputs.query, *masks))
+        looks = looks and not is_captured(inputs.query)
         compare = (is_causal or mask is not None) and not known and not (looks and attn_mask.dim() == 3)  # type: ignore[union-attr]
         facts = read_masks(inputs.key, mask, attn_mask, hint=is_causal, compare=compare)
         causal = is_causal if attn_mask is None else not facts.not_causal

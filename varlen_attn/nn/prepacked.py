@@ -24,10 +24,14 @@ LEAST, _LEAST_WORK = 1 << 16, 1 << 19
 
 
 class Prepacked:
-    """A weight in the blocked format, made by the first call that uses it. Copies and pickles make their own."""
+    """A weight in the blocked format, made by the first call that uses it. Copies and pickles make their own.
+
+    Attributes:
+        made: the memory it was made of, which no other weight can have while this is here; its version; and the weight.
+    """
 
     def __init__(self) -> None:
-        self.made: tuple[tuple[int, int], Tensor] | None = None
+        self.made: tuple[Tensor, int, Tensor] | None = None
 
     def __deepcopy__(self, memo: Any) -> Prepacked:
         return Prepacked()
@@ -38,10 +42,11 @@ class Prepacked:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not _can(x, weight, bias):
             return F.linear(x, weight, bias)
-        made, state = self.made, (weight.data_ptr(), num_writes(weight))
-        if made is None or made[0] != state:
-            made = self.made = state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, made[1], bias, "none", [], "")
+        made = self.made
+        if made is None or not made[0].is_set_to(weight) or made[1] != num_writes(weight):
+            memory, version = weight.detach(), num_writes(weight)
+            made = self.made = memory, version, torch.ops.mkldnn._reorder_linear_weight(memory, None)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, made[2], bias, "none", [], "")
         return out
 
 

@@ -181,11 +181,11 @@ def test_the_report_has_a_row_for_every_stack_and_attention() -> None:
     expected = model(**seq2seq())[0]
     report = enable(model)
     rows = [(m.module, m.kind, m.action) for m in report.modules]
-    assert rows[:2] == [("encoder.layers", "2 x BartEncoderLayer", "converted"), ("decoder.layers", "2 x BartDecoderLayer", "left alone")]
+    assert rows[:2] == [("encoder.layers", "2 x BartEncoderLayer", "converted"), ("decoder.layers", "2 x BartDecoderLayer", "converted")]
     names = [name for name, m in model.named_modules() if type(m).__name__ == "BartAttention"]
     assert rows[2:] == [(name, "BartAttention", "converted") for name in names]
     assert report.modules[0].reason == "packed once around the stack"
-    assert reasons(report) == {"decoder.layers": "not packed as a whole: its layers were not given a mask of padding alone"}
+    assert reasons(report) == {}
     assert json.loads(json.dumps(report.as_dict()))["modules"][0]["module"] == "encoder.layers"
     assert "packed once around the stack" in str(report)
     assert model.config._attn_implementation == "varlen_attn"

@@ -521,7 +521,6 @@ LEAST: dict[Outcomes, tuple[str, ...]] = {
         "Llama4ForCausalLM, full attention first",
         # its layers are given more than a mask of padding
         "BartForSequenceClassification",
-        "BertLMHeadModel, with cross-attention",
         "MoonshineModel",
         "WhisperModel",
     ),

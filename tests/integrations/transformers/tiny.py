@@ -64,6 +64,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 OPTIONS["WavLM"] = OPTIONS["Wav2Vec2"]
+OPTIONS |= dict.fromkeys(("Marian", "Pegasus", "MBart", "M2M100"), BART) | {"MT5": T5}
 
 LENGTHS = (9, 4, 6, 1)
 COLUMNS = 9

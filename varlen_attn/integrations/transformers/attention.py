@@ -134,7 +134,7 @@ def _attend_columns(
     else:
         way = "nothing is padded" if mask is None else "a decoding step" if query.shape[2] == 1 else _OTHER_MASK
     if isinstance(way, str):
-        refuse_order(order, f"this call can only be computed the dense way: {way}", "drop the order, or order 'sdpa_padded'")
+        refuse_order(order, f"this call can only be computed the padded way: {way}", "drop the request, or use backend='sdpa_padded'")
         return _dense(module, query, key, value, mask, is_causal, options, way, kwargs)
     if (query.shape[0], query.shape[2]) != (way.layout_q.batch_size, way.layout_q.padded_len):
         return _attend_rows(module, query, key, value, way, options), None

@@ -438,7 +438,9 @@ class _Part:
         return [hook for stack in self.packed for hook in self._hooks(tree, model.get_submodule(stack), stack in self.islands)]
 
     def _hooks(self, tree: stack_hooks.ModelId, layers: Any, islands: bool) -> list[Hook]:
-        return stack_hooks.on_layers(tree, layers, [m for layer in layers for m in _innermost(layer)] if islands else (), not self.own)
+        crosses = any(name in trial.inputs for trial, _ in self.trials for name in ("decoder_input_ids", "encoder_hidden_states"))
+        inside = [m for layer in layers for m in _innermost(layer)] if islands else ()
+        return stack_hooks.on_layers(tree, layers, inside, not self.own, crosses)
 
     def rows(self, root: str) -> list[Row]:
         return [(_joined(root, self.name, name), kind, action, why) for name, kind, action, why in self._rows()]
@@ -547,9 +549,10 @@ class _Part:
         return [name for name, why in reasons.items() if why is None]
 
     def _pack_each(self, stacks: list[str], islands: bool = False) -> None:
-        for name in stacks:
-            if name not in self.packed and (self.reason is None or self.own):
-                self._pack([name], islands)
+        left = [name for name in stacks if name not in self.packed]
+        for some in ([left] if islands and len(left) > 1 else []) + [[name] for name in left]:
+            if not set(some) <= set(self.packed) and (self.reason is None or self.own):
+                self._pack(some, islands)
 
     def _pack(self, stacks: list[str], islands: bool = False) -> bool:
         """Those of them that stand a trial, beside those that run packed already; whether any does."""

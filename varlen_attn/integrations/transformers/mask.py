@@ -77,7 +77,7 @@ class Forward:
         tree: of the model that was enabled, whose or whose part's forward it is.
         model: whose it is.
         reader: says why its layers must not run packed, from its arguments; called once, by the first layer that would run packed
-            otherwise, with whether its mask is causal.
+            otherwise, with whether its mask is causal, and again where another's is not alike.
         given: its arguments, by name.
         padded_because: why its layers do not run packed, once that is known.
         filled: its layers run padded, but no reader of rows at padding is known, so that these hold what they do after a packed stack.
@@ -95,6 +95,7 @@ class Forward:
 
     def __post_init__(self) -> None:
         self.use = in_use(self.model)
+        self.read: set[bool] = set()
 
 
 class _Thread(threading.local):
@@ -198,6 +199,7 @@ class Meaning:
         first_query: the key column of the first query.
         make: transformers' own mask.
         rows: of a stack that runs packed, the layout of its ``(1, T, D)`` rows; `blind`: those that see nothing.
+        others: the layout of the rows that they see, if these are not their own.
         forwards: of the models in whose forwards the mask was made, the innermost last.
         config: of the model.
         dtype: of the scores.
@@ -218,9 +220,10 @@ class Meaning:
     config: Any = None
     dtype: torch.dtype = torch.float32
     blind: Tensor | None = None
+    others: SeqLayout | None = None
 
     def __post_init__(self) -> None:
-        self.stack = None if self.rows is None else Packing(self.rows, self.rows, *self.pattern[:2], self.blind)
+        self.stack = None if self.rows is None else Packing(self.rows, self.others or self.rows, *self.pattern[:2], self.blind)
         self.packed_arguments: dict[tuple[str, int], tuple[Any, Any]] = {}
         self.made: Tensor | None = None
         self.numbers: Tensor | None = None
@@ -252,9 +255,9 @@ class Meaning:
     def read_by(self) -> str | None:
         """Why rows at padding are read, as the arguments of the forwards say."""
         for forward in self.forwards:
-            reader, forward.reader = forward.reader, None
-            if reader is not None and forward.padded_because is None:
-                forward.padded_because = reader(self.pattern.causal)
+            if forward.reader is not None and self.pattern.causal not in forward.read and forward.padded_because is None:
+                forward.read.add(self.pattern.causal)
+                forward.padded_because = forward.reader(self.pattern.causal)
         return self.padded_because
 
     @property
@@ -357,6 +360,13 @@ class Meaning:
         known = layout, self.forwards, self.config, self.dtype, blind
         return VarlenMask(Meaning((1, 1, total, total), self.device, self.pattern, None, 0, make, *known))
 
+    def crossing(self, queries: SeqLayout) -> VarlenMask:
+        """The same for packed rows of others, which all see all of these."""
+        keys = self.keys
+        make = lambda: (queries.seq_ids[:, None] == keys.seq_ids)[None, None]  # noqa: E731
+        known = queries, self.forwards, self.config, self.dtype, None, keys
+        return VarlenMask(Meaning((1, 1, queries.num_rows, keys.num_rows), self.device, self.pattern, None, 0, make, *known))
+
     def is_of_columns_of(self, other: Meaning) -> bool:
         """Whether both are masks of one self-attention: the same columns, the same padding."""
         same = (self.columns, self.first_query, self.shape[2]) == (other.columns, other.first_query, other.shape[2])
@@ -373,7 +383,8 @@ class Meaning:
         padding = None if self.padding is None else self.padding.to(device)
         rows = None if self.rows is None else self.rows.to(device)
         dense = lambda: self.dense.to(device)  # noqa: E731
-        known = dict(config=self.config, dtype=self.dtype, blind=None if self.blind is None else self.blind.to(device))
+        blind, others = (None if x is None else x.to(device) for x in (self.blind, self.others))
+        known = dict(config=self.config, dtype=self.dtype, blind=blind, others=others)
         return Meaning(self.shape, device, pattern, padding, self.first_query, dense, rows, **known)
 
 

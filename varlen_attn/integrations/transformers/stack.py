@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from functools import cache, partial, update_wrapper, wraps
 from types import FrameType
 from typing import Any, ClassVar
@@ -39,6 +40,7 @@ from .mask import (
     LOOKED_AT,
     Forward,
     Meaning,
+    Pattern,
     VarlenMask,
     around_island,
     end_rows,
@@ -54,7 +56,7 @@ from .mask import (
 _SKIPPING_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 _ASKING_FOR_MORE = ("output_attentions", "output_router_logits", "output_scores")
 # Arguments of layers that are not about the stack's own tokens, whatever their shape.
-_FOREIGN = ("encoder", "cross", "memory", "bias", "cu_seq", "visual", "image", "vision")
+_FOREIGN = ("encoder", "cross", "key_value_states", "memory", "bias", "cu_seq", "visual", "image", "vision")
 
 
 class ModelId:
@@ -89,16 +91,19 @@ class LayerHook:
         names: the positional parameters of the layer's ``forward``.
         last: whether the tokens are put back after this layer.
         islands: its attention is one: it gets what the layer was given.
+        crosses: what it is given of a source goes to it as rows too.
     """
 
     tree = ModelId()  # these two of pickles of earlier versions
     islands = False
 
-    def __init__(self, tree: ModelId, layer: nn.Module, last: bool, islands: bool = False) -> None:
+    crosses = False
+
+    def __init__(self, tree: ModelId, layer: nn.Module, last: bool, islands: bool = False, crosses: bool = False) -> None:
         self.tree, self.islands = tree, islands
         parameters = inspect.signature(type(layer).forward).parameters.values()
         self.names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
-        self.last = last
+        self.last, self.crosses = last, crosses and not islands and "encoder_hidden_states" in self.names
 
     @between_graphs
     def before(
@@ -128,8 +133,10 @@ class LayerHook:
         # No view: in `torch.compile` that would be another graph than for what a layer gives.
         rows = hidden if is_rows else with_first_dimension(meaning.tokens.pack(hidden))
         packed: list[Any] = []
-        for name, x in (*zip(self.names, args, strict=False), *kwargs.items()):
-            known = meaning.packed_arguments.get((name, id(x)))
+        named = (*zip(self.names, args, strict=False), *kwargs.items())
+        source = _of_source(meaning, dict(named)) if self.crosses else {}
+        for name, x in named:
+            known = source.get(name) or meaning.packed_arguments.get((name, id(x)))
             y = rows if x is hidden else known[1] if known is not None else _packed(name, x, meaning, hidden, rows, self.islands)
             if y is _REFUSED and is_rows:
                 raise VarlenError(
@@ -190,10 +197,11 @@ class LayerHook:
 
     def _meaning(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Meaning | None:
         """Of the first mask that a layer is given. Attention code of its own has one of numbers, made of that which its model was given."""
-        for x in (*args, *kwargs.values()):
-            if isinstance(x, VarlenMask):
+        named = (*zip(self.names, args, strict=False), *kwargs.items())
+        for name, x in named:
+            if isinstance(x, VarlenMask) and not _is_foreign(name):
                 return x.meaning
-        named = (*zip(self.names, args, strict=False), *kwargs.items()) if self.islands else ()
+        named = named if self.islands else ()
         mask = next((x for name, x in named if "mask" in name and isinstance(x, Tensor) and not _is_foreign(name)), None)
         return None if mask is None else meaning_of_numbers(mask)
 
@@ -206,28 +214,45 @@ class Island:
         recorded: the attention itself says what it computes.
     """
 
-    def __init__(self, recorded: bool) -> None:
-        self.recorded = recorded
+    names: tuple[str, ...] = ()  # of pickles of earlier versions
+
+    def __init__(self, recorded: bool, module: nn.Module) -> None:
+        self.recorded, self.names = recorded, tuple(inspect.signature(type(module).forward).parameters)[1:]
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        meaning = None if torch.compiler.is_compiling() else island_of()
-        if kwargs is None or meaning is None:
+        if kwargs is None or torch.compiler.is_compiling():
+            return None
+        named = (*zip(self.names, args, strict=False), *kwargs.items())
+        mask = next((x for _, x in named if isinstance(x, VarlenMask) or (isinstance(x, Tensor) and x in of_numbers)), None)
+        own = None if mask is None else mask.meaning if isinstance(mask, VarlenMask) else of_numbers[mask]
+        if own is not None and not any(_is_source(name, x) for name, x in named):
+            hidden = args[0] if args else kwargs["hidden_states"]  # a layer that is computed again did not say that it begins
+            around_island(own if own.shape[::2] != hidden.shape[:2] == (1, own.tokens.num_rows) else None)
+        meaning = island_of()
+        if meaning is None:
             return None
         rows, given = (1, meaning.tokens.num_rows), {id(y): x for x, y in meaning.packed_arguments.values()}
         if not self.recorded:
             slots = meaning.shape[0] * meaning.shape[2]
             write(Call("dense", "its own code", rows=slots, slots=slots, reason=ISLAND), module)
 
-        def padded(x: Any) -> Any:
+        def padded(name: str, x: Any) -> Any:
+            if _is_source(name, x):  # perhaps at as many columns
+                columns: Any = x.view_as(x)
+                columns.of_source, columns.rows = None, None
+                if own is not None and own.padding is not None and own.tokens.padded_len == x.shape[1]:
+                    columns.of_source, columns.rows = own.tokens, with_first_dimension(own.tokens.pack(x))
+                return columns
             if id(x) in given or not isinstance(x, Tensor) or x.dim() < 2 or x.shape[:2] != rows:
                 return given.get(id(x), x)
-            columns: Any = meaning.tokens.unpack(x[0])
+            columns = meaning.tokens.unpack(x[0])
             columns.of_rows, columns.rows = meaning.tokens, x
             return columns
 
-        return tuple(map(padded, args)), {name: padded(x) for name, x in kwargs.items()}
+        padded_args = tuple(padded(name, x) for name, x in named)
+        return padded_args[: len(args)], dict(zip(kwargs, padded_args[len(args) :], strict=True))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
         given = (*args, *kwargs.values()) if isinstance(kwargs, dict) else ()
@@ -246,11 +271,14 @@ class Projection:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         meaning = None if torch.compiler.is_compiling() else island_of()
-        if not args or kwargs is None or meaning is None or args[0].dim() != 3 or args[0].shape[:2] != meaning.shape[::2]:
+        if not args or kwargs is None or meaning is None or args[0].dim() != 3:
+            return None
+        layout = getattr(args[0], "of_source", meaning.tokens)
+        if layout is None or args[0].shape[:2] != (layout.batch_size, layout.padded_len):
             return None
         rows: Any = getattr(args[0], "rows", None)
-        rows = with_first_dimension(meaning.tokens.pack(args[0])) if rows is None else rows.view_as(rows)
-        rows.of_columns = meaning.tokens
+        rows = with_first_dimension(layout.pack(args[0])) if rows is None else rows.view_as(rows)
+        rows.of_columns = layout
         return (rows, *args[1:]), kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, result: Any = None) -> Any:
@@ -327,6 +355,8 @@ def _packed(name: str, x: Any, meaning: Meaning, hidden: Tensor, rows: Tensor, i
         parts = tuple(_packed(name, z, meaning, hidden, rows, islands) for z in x)
         keep = isinstance(x, tuple) and all((name, id(z)) in meaning.packed_arguments for z in x)
         y = _REFUSED if any(z is _REFUSED for z in parts) else parts
+    elif islands and _is_of_both(x):
+        return x
     elif (view := _view_of(type(x))) is not None:  # type: ignore[arg-type]
         y = view(x, meaning.tokens)
     if keep and y is not _REFUSED:
@@ -334,9 +364,51 @@ def _packed(name: str, x: Any, meaning: Meaning, hidden: Tensor, rows: Tensor, i
     return y
 
 
+def _of_source(meaning: Meaning, given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Of what a decoder's layer is given, with what it was: tokens of a source as rows, a mask for these, and a view of the cache. Nothing
+    if it sees none, or not by a mask of padding alone."""
+    states, mask, cache = given.get("encoder_hidden_states"), given.get("encoder_attention_mask", False), given.get("past_key_values")
+    if not isinstance(states, Tensor) or states.dim() != 3 or len(states) != meaning.shape[0]:
+        return {}
+    shape, kept = (*meaning.shape[:3], states.shape[1]), meaning.packed_arguments
+    source = kept.get(("", id(mask)), (mask, mask.meaning if isinstance(mask, VarlenMask) else None))[1]
+    if mask is None and source is None:
+        source = Meaning(shape, states.device, Pattern(False), None, 0, lambda: torch.ones(shape, dtype=torch.bool, device=states.device))
+    if (
+        source is None
+        or (source.shape, source.pattern) != (shape, Pattern(False))
+        or source.numbers is not None
+        or source.keys.lengths is None
+    ):
+        return {}
+    if ("", id(mask)) not in kept:
+        kept["", id(mask)], kept["encoder_attention_mask", id(mask)] = (mask, source), (mask, source.crossing(meaning.tokens))
+    rows = kept.get(("encoder_hidden_states", id(states))) or (states, with_first_dimension(source.keys.pack(states)))
+    if not states.requires_grad:  # a layer that is computed again for its gradients packs again
+        kept["encoder_hidden_states", id(states)] = rows
+    if cache is not None and _is_of_both(cache) and not any(cache.is_updated.values()):
+        view = copy(cache)  # with the same notes of what is cached
+        for name, layout in (("self_attention_cache", meaning.tokens), ("cross_attention_cache", source.keys)):
+            part: Any = getattr(cache, name)
+            setattr(view, name, _view_of(type(part))(part, layout))  # type: ignore[arg-type]
+        kept["past_key_values", id(cache)] = cache, view
+    return {"encoder_hidden_states": rows, "encoder_attention_mask": kept["encoder_attention_mask", id(mask)]}
+
+
+def _is_of_both(cache: Any) -> bool:
+    """Whether it holds keys by column, of a decoder and of its source."""
+    parts: list[Any] = [getattr(cache, f"{name}_attention_cache", None) for name in ("self", "cross")]
+    return all(_view_of(type(x)) is not None for x in parts)  # type: ignore[arg-type]
+
+
 @cache
 def _is_foreign(name: str) -> bool:
     return any(part in name for part in _FOREIGN)
+
+
+def _is_source(name: str, x: Any) -> bool:
+    """Whether attention is given states of others."""
+    return "states" in name and _is_foreign(name) and isinstance(x, Tensor) and x.dim() == 3
 
 
 # -------------------------------------------------------------------- caches
@@ -440,6 +512,9 @@ class ModelHook:
         if (reason := self._changed(module) or reason) is not None:
             return reason
         mask, ids = next(iter(_masks_of(given)), None), given.get("input_ids")
+        two = "decoder_attention_mask" in self.names  # of a source, and of a target, about which most arguments are
+        if two and causal:
+            mask, ids = given.get("decoder_attention_mask"), given.get("decoder_input_ids")
         mask = mask.meaning.padding if isinstance(mask, VarlenMask) else mask
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
             return None
@@ -448,7 +523,7 @@ class ModelHook:
         padding = ~mask.bool()
         found: list[tuple[str, Tensor]] = []
         continues = given.get("past_key_values") is not None or isinstance(given.get("logits_to_keep", 0), Tensor)
-        if continues or given.get("logits_to_keep"):
+        if (continues or given.get("logits_to_keep")) and (causal or not two):
             found.append(("generation with padding on the right, which reads the last column", padding[:, -1].any()))
         if self.looks_at_ids:
             reason = "other ids than pad_token_id at padding, which the head looks at"
@@ -470,7 +545,7 @@ class ModelHook:
                     usual = usual | (ids == known)
                 found.append((odd, ids.masked_fill(usual, _LARGEST).amin() == ids.masked_fill(usual, -1).amax()))
             for name, x in (around_it | {name: given[name] for name in sorted(given.keys() - self.inputs - _INPUTS)}).items():
-                of_tokens = isinstance(x, Tensor) and x.shape[:2] == mask.shape
+                of_tokens = isinstance(x, Tensor) and x.shape[:2] == mask.shape and (causal or not two or name not in _LABELS)
                 if of_tokens and not (of_collator and x.dim() == 2 and name in _LABELS):
                     reason = f"`{name}` at padding or just after it that are not -100, so that a loss may count it"
                     found.append((reason, _counts(x, padding)))
@@ -670,16 +745,18 @@ def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[s
     return made
 
 
-def on_layers(tree: ModelId, layers: nn.ModuleList, islands: Sequence[nn.Module] = (), recorded: bool = True) -> list[Hook]:
+def on_layers(
+    tree: ModelId, layers: nn.ModuleList, islands: Sequence[nn.Module] = (), recorded: bool = True, crosses: bool = False
+) -> list[Hook]:
     """Let a stack run packed, but for the attention modules in it that are ``islands``, which say themselves what they compute if
-    ``recorded``."""
+    ``recorded``; with rows of a source if it ``crosses``."""
     made: list[Hook] = []
     linear: list[tuple[nn.Module, Any]] = [(m, Projection()) for x in islands for m in x.modules() if original_class(m) is nn.Linear]
-    for module, hooks in [*((x, Island(recorded)) for x in islands), *linear]:
+    for module, hooks in [*((x, Island(recorded, x)) for x in islands), *linear]:
         made.append(Hook(module, hooks.before, False, False, RemovableHandle(module._forward_pre_hooks).id))
         made.append(Hook(module, hooks.after, True, False, RemovableHandle(module._forward_hooks).id))
     for i, layer in enumerate(layers):
-        hook = LayerHook(tree, layer, i == len(layers) - 1, len(islands) > 0)
+        hook = LayerHook(tree, layer, i == len(layers) - 1, len(islands) > 0, crosses)
         # Before hooks of others, which then see what the layer sees.
         before, after = (hook.before_islands, hook.after_islands) if hook.islands else (hook.before, hook.after)
         made.append(Hook(layer, before, False, False, RemovableHandle(layer._forward_pre_hooks).id))

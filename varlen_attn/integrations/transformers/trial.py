@@ -74,7 +74,7 @@ def prepare(model: Any) -> list[Trial] | str:
         frames = getattr(model, "_get_feature_vector_attention_mask", None)
         trials = [_sound(name, sound[0].to(parameters), sound[1], names)._replace(frames=frames)]
     # Ids without those of padding, of which some models make a mask by themselves.
-    unmasked = {name: x for name, x in trials[-1].inputs.items() if name != "attention_mask"}
+    unmasked = {name: x for name, x in trials[-1].inputs.items() if not name.endswith("attention_mask")}
     # The first with all hidden states, which a stack that runs packed must give too.
     if "output_hidden_states" in names or any(p.kind is p.VAR_KEYWORD for p in parameters_of_forward.values()):
         trials[0] = trials[0]._replace(inputs={**trials[0].inputs, "output_hidden_states": True})
@@ -98,9 +98,23 @@ def _text(model: Any, device: torch.device, names: tuple[str, ...], side: str, o
     ids = ids.masked_fill(~valid, usual[-1] if odd_ids else next(iter(pad), 0))
     ids = ids.masked_fill(columns == first + lengths - 1, end[0]) if end and end[0] < vocabulary else ids
     inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": valid.long().to(device)}
+    # Of other lengths than those that they go with, at as many columns. Results of both mean something where both have tokens.
     if "decoder_input_ids" in names:
-        inputs["decoder_input_ids"] = ids.to(device)
+        inputs["decoder_input_ids"] = ids.flip(0).to(device)
+    if "decoder_attention_mask" in names:
+        inputs["decoder_attention_mask"] = inputs["attention_mask"].flip(0)
+    if "encoder_hidden_states" in names and (width := getattr(config, "cross_attention_hidden_size", None) or _crosses(config)):
+        inputs["encoder_hidden_states"] = noise(
+            torch.empty(*shape, width, dtype=model.dtype, device=device), torch.Generator().manual_seed(2)
+        )
+        inputs["encoder_attention_mask"] = inputs["attention_mask"].flip(0)
+    valid = valid & valid.flip(0) if "decoder_input_ids" in inputs else valid
     return Trial(inputs, valid.to(device), side == "right", odd_ids)
+
+
+def _crosses(config: Any) -> int:
+    """How wide the states are that a decoder, which is a model of its own, is given of its source."""
+    return config.hidden_size if getattr(config, "add_cross_attention", False) else 0
 
 
 def _ids(config: Any, name: str) -> list[int]:

@@ -130,7 +130,7 @@ class CpuNative(Backend):
         if _native.setting == "0" and problem.torch_version == torch.__version__:
             yield Refusal(str(_native.why_not()), "unset it", "machine")
         if 0 in (problem.head_dim, problem.value_head_dim):
-            yield Refusal("needs head dimensions of at least 1", "order backend='cpu'")
+            yield Refusal("needs head dimensions of at least 1", "use backend='cpu'")
 
     def kernel(self, problem: Problem) -> str:
         return "compiled kernel" if _native.why_not() else f"compiled kernel ({_native.library()})"

@@ -31,7 +31,7 @@ float fold(const float* x, int64_t count, float start, const Two& two) {
   constexpr int64_t kVecs = 16 / kWidth;
   typedef float Quad __attribute__((vector_size(16)));
   Vec vecs[kVecs];
-  for (Vec& vec : vecs) vec = Vec{} + start;
+  for (int64_t v = 0; v < kVecs; v++) vecs[v] = Vec{} + start;
   for (int64_t c = 0; c < count; c += 16)
     for (int64_t v = 0; v < kVecs; v++) vecs[v] = two(*reinterpret_cast<const Vec*>(x + c + v * kWidth), vecs[v]);
   Quad quads[4];
