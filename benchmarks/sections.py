@@ -251,7 +251,7 @@ def idle_shares(rows: Rows) -> str:
     most = max(row["tokens"][balancing.GROUPED] for row in found)
     says = (
         "Share of all ranks' time in which they wait for the slowest one of their step. The work of a document is "
-        "`l + l**2 / (6 * width)`, simulated, without communication. The first two do not keep to a budget of tokens: grouped by length, the "
+        "`l + l**2 / (6 * width)`, simulated, without communication. The first two keep to no budget of tokens: grouped by length, the "
         f"largest batch holds up to {most:.0f} times the budget."
     )
     return f"{says}\n\n{table(['documents', 'ranks', *names], lines)}"
