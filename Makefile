@@ -239,6 +239,7 @@ bench: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_host
 	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
 	$(BENCH) benchmarks.bench_curves
+	$(BENCH) benchmarks.bench_balance
 	$(BENCH) benchmarks.report
 
 bench-full: $(TEXT) $(PICTURES)
@@ -252,6 +253,7 @@ bench-full: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_host
 	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
 	$(BENCH) benchmarks.bench_curves
+	$(BENCH) benchmarks.bench_balance
 	$(BENCH) benchmarks.report
 
 bench-engines: $(TEXT) $(ENGINES)

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SPEECH_MILLISECONDS", "frames", "text_batch"]
+__all__ = ["SPEECH_MILLISECONDS", "all_text", "frames", "text_batch"]
 
 DATA = Path(__file__).parent / "data"
 BATCHES, BATCH_SIZE, MAX_TOKENS = 16, 32, 512
@@ -28,6 +28,11 @@ SPEECH_MILLISECONDS: tuple[int, ...] = tuple(_table("speech")["milliseconds"])
 def frames(milliseconds: int) -> int:
     """Frames that Wav2Vec2, HuBERT and their like make of so much sound: one for 20 ms."""
     return (milliseconds * _RATE - _KERNEL) // _STRIDE + 1
+
+
+def all_text() -> tuple[int, ...]:
+    """Of all batches in the table."""
+    return tuple(length for batch in _table("text")["batches"] for length in batch)
 
 
 def text_batch() -> tuple[int, ...]:

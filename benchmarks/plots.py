@@ -12,22 +12,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import bench_balance as balancing
 from . import bench_curves as curves
 from .bench_attention import DIRECTIONS, PLAIN
 from .bench_length import PACKED, PADDED, SCORES
 from .markdown import machine, threads_of, widest
 
-__all__ = ["CURVES", "FILL", "GPU", "GRIDS", "LENGTH", "SAYS", "available", "draw", "files"]
+__all__ = ["BALANCE", "CURVES", "FILL", "GPU", "GRIDS", "LENGTH", "SAYS", "available", "draw", "files"]
 
 Results = dict[str, dict[str, Any]]
-FILL, LENGTH, CURVES, GPU = "fill", "length", "curves", "gpu"
+FILL, LENGTH, CURVES, GPU, BALANCE = "fill", "length", "curves", "gpu", "balance"
 GRIDS = ("grid_avx2", "grid_avx512")
-NEEDS = {FILL: {"encoder", "transformers"}, LENGTH: {"length"}, CURVES: {"curves"}, GPU: {"acceptance"}, **{name: {name} for name in GRIDS}}
+NEEDS = {
+    FILL: {"encoder", "transformers"}, LENGTH: {"length"}, CURVES: {"curves"}, GPU: {"acceptance"}, BALANCE: {"balance"},
+    **{name: {name} for name in GRIDS},
+}  # fmt: skip
 SAYS = {
     FILL: "Speedup of whole models against the share of real tokens",
     LENGTH: "Time and memory of one layer against length, padded and packed, up to 16384 columns",
     CURVES: "Losses of a padded and a packed training: the same over steps, and earlier over time for the packed one",
     GPU: "Speedups of whole models and of one attention on a GPU",
+    BALANCE: "Share of the time that ranks wait for the slowest one, against the number of ranks, by sampler",
     **dict.fromkeys(GRIDS, "Speedup of the compiled kernel over torch's kernel, by tokens of a sequence and head dimension"),
 }
 _STYLE: Any = {"svg.hashsalt": "varlen_attn", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
@@ -58,6 +63,7 @@ def draw(results: Results, into: Path, folder: str = "") -> list[str]:
         LENGTH: lambda: _length(results["length"]),
         CURVES: lambda: _curves(results["curves"]),
         GPU: lambda: _gpu(results["acceptance"]),
+        BALANCE: lambda: _balance(results["balance"]["rows"]),
         **{name: partial(_grid, results.get(name)) for name in GRIDS},
     }
     drawn = files(results, folder)
@@ -129,6 +135,25 @@ def _curves(result: dict[str, Any]) -> Any:
     time.set(xlabel="seconds", ylabel="loss")
     steps.legend(fontsize=8, loc="lower left")
     figure.suptitle(f"a text classifier on docstrings, fill {rows[curves.PACKED]['fill']}, {_where(result)}", fontsize=9)
+    return figure
+
+
+def _balance(rows: list[dict[str, Any]]) -> Any:
+    """Against ranks, for documents of two budgets."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, data in zip(panels, ("log-normal", "long context"), strict=True):
+        shown = sorted((row for row in rows if row["what"] == balancing.IDLE and row["data"] == data), key=lambda row: row["ranks"])
+        for name in shown[0]["idle"]:
+            panel.plot([row["ranks"] for row in shown], [100 * row["idle"][name] for row in shown], "o-", markersize=3, label=name)
+        panel.set(xscale="log", xlabel="ranks", title=f"{data}, budget {shown[0]['budget']}")
+        panel.set_ylim(bottom=0)
+        panel.set_xticks(ranks := [row["ranks"] for row in shown], labels=[str(x) for x in ranks])
+        panel.minorticks_off()
+    panels[0].set_ylabel("% of the time idle")
+    panels[0].legend(fontsize=7)
     return figure
 
 

@@ -329,7 +329,7 @@ def _libraries(rows: list[dict[str, Any]]) -> str:
 
 NAMES = (
     "encoder", "memory", "transformers", "attention", "mha", "layout", "length", "minitest", "host", "compile", "engines", "curves",
-    "acceptance", *plots.GRIDS,
+    "balance", "acceptance", *plots.GRIDS,
 )  # fmt: skip
 
 
@@ -389,6 +389,7 @@ _SECTIONS = (
     ("length", sections.length),
     ("curves", lambda rows: ["## A training, padded and packed", sections.curves(rows)]),
     ("layout", sections.layout),
+    ("balance", sections.balance),
 )
 _MINITEST = (
     "The mini test, training of one attention layer (batch 32, 500 tokens, width 128, 4 heads): time of 100 steps, the same relative to "
@@ -428,6 +429,8 @@ def block(results: dict[str, dict[str, Any]], further: dict[str, dict[str, dict[
         parts += ["## Length and memory", _picture(plots.LENGTH, results)]
     if plots.CURVES in drawn:
         parts += ["## The same training", sections.curves(results["curves"]["rows"]), _picture(plots.CURVES, results)]
+    if plots.BALANCE in drawn:
+        parts += ["## Balanced batches", sections.idle_shares(results["balance"]["rows"]), _picture(plots.BALANCE, results)]
     grids = [_picture(picture, results) for picture in plots.GRIDS if picture in drawn]
     parts += ["## The compiled kernel, by instruction set", *grids] if grids else []
     further = {folder: found for folder, found in further.items() if plots.files(found)}

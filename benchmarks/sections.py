@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from . import bench_balance as balancing
 from . import bench_curves as training
 from . import bench_minitest as mini
 from .bench_attention import BACKWARD, DIRECTIONS, GRID_SLOWER, OVER_MASKED, PLAIN, SHARE, useful_flops
@@ -14,7 +15,7 @@ from .contestants import AUTO, MASKED, WITH_PACKING
 from .markdown import DISTURBED, setting, table, threads_of, widest
 from .workloads import WORKLOADS
 
-__all__ = ["contestants", "curves", "grid", "layout", "length", "losses", "mha", "minitest", "minitest_summary", "roof"]
+__all__ = ["balance", "contestants", "curves", "grid", "layout", "length", "losses", "mha", "minitest", "minitest_summary", "roof"]
 
 Rows = list[dict[str, Any]]
 _ORDER = {w.name: (i, w) for i, w in enumerate(WORKLOADS)}
@@ -210,6 +211,55 @@ def curves(rows: Rows) -> str:
         f"change them by up to {usual:.2g}. The padded training took {times[0]:.0f} s, the packed one {times[1]:.0f} s, on "
         f"{threads_of(padded['threads'])}: {times[0] / times[1]:.1f} times faster."
     )
+
+
+def balance(rows: Rows) -> list[str]:
+    """What ranks wait for each other, and what the plans that shorten it take."""
+    lines = [
+        [row["data"], row["ranks"], row["documents"], row["budget"], *(f"{row['tokens'][name]:.1f}" for name in row["tokens"])]
+        for row in _balanced(rows)
+    ]
+    names = [f"tokens / budget, {name}" for name in (balancing.RANDOM, balancing.GROUPED)]
+    plans = sorted((row for row in rows if row["what"] == balancing.PLANNING), key=lambda row: (row["documents"], row["ranks"]))
+    planned = [
+        [
+            f"{row['documents']:,}",
+            row["ranks"],
+            row["steps"],
+            f"{row['made']:.2f}",
+            f"{row['first']:.2f}",
+            f"{row['step_ms']:.1f}",
+            row["megabytes"],
+        ]
+        for row in plans
+    ]
+    return [
+        "## Balanced batches",
+        idle_shares(rows),
+        "The first two have as many documents in each batch, whatever their lengths. The largest batch is so many times the budget:",
+        table(["documents", "ranks", "number", "budget", *names], lines),
+        "What planning takes on a rank, for log-normal documents and a budget of 8192: CPU time of one thread, memory beyond lengths.",
+        table(["documents", "ranks", "steps", "made, s", "first batch, s", "a step, ms", "MB"], planned),
+    ]
+
+
+def idle_shares(rows: Rows) -> str:
+    """The table of the page."""
+    found = _balanced(rows)
+    names = list(found[0]["idle"])
+    lines = [[row["data"], row["ranks"], *(f"{row['idle'][name]:.1%}" for name in names)] for row in found]
+    most = max(row["tokens"][balancing.GROUPED] for row in found)
+    says = (
+        "Share of all ranks' time in which they wait for the slowest one of their step. The work of a document is "
+        "`l + l**2 / (6 * width)`, simulated, without communication. The first two keep to no budget of tokens: grouped by length, the "
+        f"largest batch holds up to {most:.0f} times the budget."
+    )
+    return f"{says}\n\n{table(['documents', 'ranks', *names], lines)}"
+
+
+def _balanced(rows: Rows) -> Rows:
+    order = list(balancing.DATA)
+    return sorted((row for row in rows if row["what"] == balancing.IDLE), key=lambda row: (order.index(row["data"]), row["ranks"]))
 
 
 # -------------------------------------------------------------------- the mini test

@@ -25,6 +25,7 @@ report = pytest.importorskip("benchmarks.report", reason="benchmarks are not in 
 
 from benchmarks import (  # noqa: E402
     bench_attention,
+    bench_balance,
     bench_compile,
     bench_curves,
     bench_host,
@@ -112,6 +113,14 @@ def test_memory_grows_with_tokens() -> None:
     assert rows[longest]["scores"] is None
 
 
+def test_ranks_do_not_wait() -> None:
+    """On the committed results: 2 % at most, in windows of 32 steps."""
+    rows = [row for row in COMMITTED["balance"]["rows"] if row["what"] == bench_balance.IDLE]
+    assert {(row["data"], row["ranks"]) for row in rows} == {(data, ranks) for data in bench_balance.DATA for ranks in bench_balance.RANKS}
+    for row in rows:
+        assert row["idle"]["ours"] <= 0.02, (row["data"], row["ranks"])
+
+
 # -------------------------------------------------------------------- inputs
 
 
@@ -132,6 +141,18 @@ def test_a_wrong_training_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_curves, "enable", lambda model: model.encoder.layers[0].norm1.weight.data.mul_(1.001))
     with pytest.raises(AssertionError, match="losses: error"):
         bench_curves.bench(bench_curves.QUICK, 3)
+
+
+def test_idle_shares_are_measured() -> None:
+    assert bench_balance.idle(torch.tensor([[2.0, 1.0], [3.0, 3.0]])) == pytest.approx(0.1)
+    cost = torch.arange(8.0)
+    assert bench_balance.equal_counts(cost, 2, 2).tolist() == [[2.0, 4.0], [10.0, 12.0]]  # documents are dealt out as cards are
+    assert bench_balance.grouped(torch.tensor([1, 3, 2]), 1).tolist() == [1, 2, 0]
+    assert bench_balance.greedy(torch.tensor([3, 1, 3, 9, 5, 1]), cost[:6], 2, 6).tolist() == [[2.0, 1.0]]
+    row = bench_balance.bench_idle("log-normal", 2, steps=8)
+    assert row["idle"]["ours"] < min(row["idle"][name] for name in ("DistributedSampler", "greedy"))
+    plan = bench_balance.bench_planning(2, 500)
+    assert plan["steps"] >= 500 * 655 / (2 * 8192) * 0.8
 
 
 def test_tables_of_lengths_say_how_they_were_made() -> None:
@@ -426,9 +447,16 @@ def test_pictures_are_the_same_every_time(tmp_path: Path) -> None:
         "length": {"rows": lengths_rows, "environment": here},
         "grid_avx2": {"rows": [{**grid, "direction": way} for way in ("forward", "forward+backward")], "environment": here},
         "curves": {"rows": [{**steps, "what": what} for what in ("padded", "packed", "packed, other weights")], "environment": here},
+        "balance": COMMITTED["balance"],
         "acceptance": json.loads((report.RESULTS / "h200/acceptance.json").read_text()),
     }
-    assert plots.draw(results, tmp_path, "some") == ["length-some.svg", "curves-some.svg", "gpu-some.svg", "grid_avx2-some.svg"]
+    assert plots.draw(results, tmp_path, "some") == [
+        "length-some.svg",
+        "curves-some.svg",
+        "gpu-some.svg",
+        "balance-some.svg",
+        "grid_avx2-some.svg",
+    ]
     first = {path: path.read_bytes() for path in tmp_path.iterdir()}
     plots.draw(results, tmp_path, "some")
     assert first == {path: path.read_bytes() for path in tmp_path.iterdir()}
