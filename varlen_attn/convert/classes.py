@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._state import state
-from .._switch import around, run_as_it_came, switchable
+from .._switch import Class, Hook, Step, run_as_it_came, switchable
 from .._torch import is_observed, is_plain, is_tracing, pytree, without_subclass
 from ..attention.dispatch import requested_backend
 from ..attention.records import recorded_padded
@@ -264,37 +265,81 @@ class EnabledMultiheadAttention(_EnabledAttention, VarlenMultiheadAttention):
     forward.inside = VarlenMultiheadAttention.forward  # type: ignore[attr-defined]  # a stack says that it wants no weights
 
 
-_unread: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # whether forwards have shown that nothing reads the weights of a module
+# Whether forwards have shown that nothing reads the weights of a module; and what the last ones have shown, which counts from the next one
+# on, because a checkpoint computes them again.
+_unread: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_shown: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+class _Thread(threading.local):
+    """Of the forwards under way that are looked at: the weights that modules have given."""
+
+    given: tuple[list[tuple[Any, weakref.ref[Any]]], ...] = ()
+
+
+_thread = _Thread()
 
 
 class Weights(Tensor):
-    """Attention weights of a forward that shows whether anything reads them: an operation, or a result of the model."""
+    """Attention weights of a forward that shows whether anything reads them: an operation, or what is left of them at its end."""
 
     reader: weakref.ref[Any]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for x in pytree.tree_leaves((args, kwargs)):
-            if type(x) is Weights:
-                _settle(x.reader, False)
+            if type(x) is Weights and (module := x.reader()) is not None:
+                _keep(module)
         return without_subclass(func, args, kwargs)
 
 
-def _settle(reader: weakref.ref[Any], unread: bool) -> None:
-    module = reader()
-    if module is not None and _unread.setdefault(module, unread) is unread is False:
+def _keep(module: Any) -> None:
+    if _unread.get(module) is not False:
         warn('attention weights are read, so that need_weights="never" does not hold here: they are computed as before.', VarlenWarning)
+    _unread[module] = False
 
 
 def _watched(module: Any, weights: Tensor | None) -> Tensor | None:
-    """Weights that are gone, untouched, before the outermost module returns, are read by nothing."""
-    if module.weights != "unread" or module in _unread or weights is None or not is_plain(weights):
+    if module.weights != "unread" or module in _unread or not _thread.given or weights is None or not is_plain(weights):
         return weights
     watched = weights.as_subclass(Weights)
-    outermost, reader = (weakref.ref(x) for x in ([m for m, _ in around()][-1], module))
-    watched.reader = reader
-    weakref.finalize(watched, lambda: _settle(reader, any(m is outermost() for m, _ in around()))).atexit = False
+    watched.reader = weakref.ref(module)
+    _thread.given[-1].append((module, weakref.ref(watched)))
     return watched
+
+
+def before_forward(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+    """Hooks on a model of which some modules are asked for weights that may be unread."""
+    if not torch.compiler.is_compiling():
+        _unread.update({m: True for m in list(_shown) if m not in _unread})
+        _shown.clear()
+        _thread.given = (*_thread.given, [])
+
+
+def after_forward(module: nn.Module, args: Any, kwargs: Any, result: Any = None) -> None:
+    """After errors too, without a result. Weights that a model returns or keeps are there at its end."""
+    if not torch.compiler.is_compiling() and _thread.given:
+        *others, given = _thread.given
+        _thread.given = tuple(others)
+        kept = {m for m, weights in given if weights() is not None}
+        for m in {m for m, _ in given} if result is not None else ():
+            if m in kept:
+                _keep(m)
+            else:
+                _shown[m] = True
+
+
+def looking_at_weights(model: nn.Module, steps: list[Step]) -> list[Step]:
+    """What is done to a model besides ``steps`` so that its forwards show what reads weights; what earlier ones have shown is forgotten."""
+    asked = [x.module for x in steps if isinstance(x, Class) and ("weights", "unread") in x.options]
+    for module in asked:
+        _unread.pop(module, None)
+        _shown.pop(module, None)
+    return [Hook.new(model, before_forward, False), Hook.new(model, after_forward, True, True)] if asked else []
+
+
+def found_looking(model: nn.Module) -> list[Hook]:
+    return [hook for m in model.modules() for hook in Hook.found(m, (before_forward, after_forward).__contains__)]
 
 
 @_switchable
