@@ -147,13 +147,13 @@ def _balance(rows: list[dict[str, Any]]) -> Any:
     for panel, data in zip(panels, ("log-normal", "long context"), strict=True):
         shown = sorted((row for row in rows if row["what"] == balancing.IDLE and row["data"] == data), key=lambda row: row["ranks"])
         for name in shown[0]["idle"]:
-            panel.plot([row["ranks"] for row in shown], [100 * row["idle"][name] for row in shown], "o-", markersize=3, label=name)
-        panel.set(xscale="log", xlabel="ranks", title=f"{data}, budget {shown[0]['budget']}")
-        panel.set_ylim(bottom=0)
+            label = f"{name}, no budget" if name in shown[0]["tokens"] else name
+            panel.plot([row["ranks"] for row in shown], [100 * row["idle"][name] for row in shown], "o-", markersize=3, label=label)
+        panel.set(xscale="log", xlabel="ranks", title=f"{data}, budget {shown[0]['budget']}", ylim=(0, 100))
         panel.set_xticks(ranks := [row["ranks"] for row in shown], labels=[str(x) for x in ranks])
         panel.minorticks_off()
     panels[0].set_ylabel("% of the time idle")
-    panels[0].legend(fontsize=7)
+    panels[0].legend(fontsize=7, loc="upper left")
     return figure
 
 

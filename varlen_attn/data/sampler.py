@@ -213,8 +213,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the epoch, in plain numbers."""
-        taken = [*map(list, self._past), [self.num_replicas, self._taken]]
-        return {"epoch": self.epoch, "taken": taken, **self._plan()}
+        return {"epoch": self.epoch, "taken": [*map(list, self._past), [self.num_replicas, self._taken]], **self._plan()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with the epoch of ``state_dict``: of a sampler with the same lengths and options but for the ranks."""
