@@ -45,7 +45,7 @@ from ..kernels.values import NO_EXTRAS
 from ..layout.seq_layout import SeqLayout, is_captured
 from .checks import check_inputs, mha_shape_check
 from .masks import Pattern, additive_mask, pattern_of, read_masks
-from .prepacked import PREPACKED, linear
+from .prepacked import PREPACKED, PrepackedOutProjection, linear
 from .stream import Prepared
 
 R = TypeVar("R")
@@ -327,11 +327,10 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         """Input projections of ``(..., E)`` to ``(..., N, H)``; one matrix product where inputs are one object."""
         bias, size = self.in_proj_bias, self.embed_dim
         if query is key and key is value and self._qkv_same_embed_dim:
-            weight = self.in_proj_weight
-            product: Callable[..., Tensor] = _linear
-            if bias is None or bias.dtype == weight.dtype:
-                product = partial(linear, self) if PREPACKED in vars(self) else F.linear
-            return product(query, weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
+            product: Callable[..., Tensor] = F.linear
+            if PREPACKED in vars(self) or (bias is not None and bias.dtype != self.in_proj_weight.dtype):
+                product = partial(_linear, module=self)
+            return product(query, self.in_proj_weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
         if key is value and self._qkv_same_embed_dim:
             w_q, w_kv = self.in_proj_weight.split([size, 2 * size])
             b_q, b_kv = (None, None) if bias is None else bias.split([size, 2 * size])
@@ -345,9 +344,10 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
 
     def _project_out(self, x: Tensor) -> Tensor:
         """As torch, by its weights; whatever has been put in its place (LoRA, quantised) is called."""
-        if type(self.out_proj) is NonDynamicallyQuantizableLinear:
-            weight, bias = self.out_proj.weight, self.out_proj.bias
-            return F.linear(x, weight, bias) if bias is None or bias.dtype == weight.dtype else _linear(x, weight, bias)
+        if type(self.out_proj) in (NonDynamicallyQuantizableLinear, PrepackedOutProjection):
+            weight, bias, plain = self.out_proj.weight, self.out_proj.bias, PREPACKED not in vars(self.out_proj)
+            plain = plain and (bias is None or bias.dtype == weight.dtype)
+            return F.linear(x, weight, bias) if plain else _linear(x, weight, bias, self.out_proj)
         out: Tensor = self.out_proj(x)
         return out
 
@@ -468,10 +468,11 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         return any(m is not None for m in masks) or (strided and (needs_grad or query is not key or key is not value))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, module: nn.Module | None = None) -> Tensor:
+    """`F.linear` with a weight of ``module``, which may be prepacked."""
     if bias is not None and bias.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight) + bias.to(weight.dtype)  # torch's module takes such a pair, its fused kernel does not
-    return F.linear(x, weight, bias)
+    return F.linear(x, weight, bias) if module is None else linear(module, x, weight, bias)
 
 
 def _without_padding(layout: SeqLayout, x: Tensor) -> Tensor:

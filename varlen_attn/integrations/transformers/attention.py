@@ -311,10 +311,16 @@ def _dense(
     reason: str,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
+    blind = False
     if isinstance(mask, VarlenMask):
         meaning = mask.meaning
+        blind = options.bias is not None and 0 in (meaning.keys.lengths or ())
         mask, is_causal = (None, meaning.pattern.causal) if meaning.is_plain else (meaning.dense, False)
     fused = options.softcap is None and options.sinks is None and not options.weights and not is_transformed()
+    if blind and mask is not None and mask.dtype == torch.bool:
+        # As ``eager`` does it: torch's kernel has a wrong gradient where all numbers of a row are so low.
+        lowest = torch.finfo(query.dtype).min
+        mask, fused = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest), False
     if options.bias is not None and "position_bias" not in _sdpa().__code__.co_varnames:
         fused = False  # an earlier one would take it among its other keywords, and leave it out
     note: AbstractContextManager[object] = nullcontext()

@@ -542,6 +542,7 @@ def varlen_mask(
     order = requested_backend("auto")
     if isinstance(q_offset, Tensor) and q_length > 1 and pattern is not None and not is_unreadable(q_offset):
         q_offset = int(q_offset)  # of a static cache that was used before; `sdpa_mask` reads it too
+        make = partial(make, q_offset=q_offset)  # the tensor is the cache's own, which counts on
     plain = isinstance(q_offset, int) and (q_length > 1 or order != "auto") and device.type != "meta"
     if pattern is None:
         for forward in _under_way()[-1:]:

@@ -245,7 +245,7 @@ class Island:
                 if own is not None and own.padding is not None and own.tokens.padded_len == x.shape[1]:
                     columns.of_source, columns.rows = own.tokens, with_first_dimension(own.tokens.pack(x))
                 return columns
-            if id(x) in given or not isinstance(x, Tensor) or x.dim() < 2 or x.shape[:2] != rows:
+            if id(x) in given or not isinstance(x, Tensor) or x.dim() not in (2, 3) or x.shape[:2] != rows:
                 return given.get(id(x), x)
             columns = meaning.tokens.unpack(x[0])
             columns.of_rows, columns.rows = meaning.tokens, x
@@ -523,8 +523,9 @@ class ModelHook:
         padding = ~mask.bool()
         found: list[tuple[str, Tensor]] = []
         continues = given.get("past_key_values") is not None or isinstance(given.get("logits_to_keep", 0), Tensor)
-        if (continues or given.get("logits_to_keep")) and (causal or not two):
-            found.append(("generation with padding on the right, which reads the last column", padding[:, -1].any()))
+        if ((continues or given.get("logits_to_keep")) and (causal or not two)) or (causal and _generates(frame)):
+            after_token = (padding[:, 1:] & ~padding[:, :-1]).any()
+            found.append(("generation with padding on the right, which reads the last column", after_token))
         if self.looks_at_ids:
             reason = "other ids than pad_token_id at padding, which the head looks at"
             pad = getattr(self.config.get_text_config(), "pad_token_id", None)
@@ -557,6 +558,16 @@ def _masks_of(given: Mapping[str, Any]) -> list[Any]:
     """One, or one for each kind of layers."""
     mask = given.get("attention_mask")
     return [*mask.values()] if isinstance(mask, Mapping) else [mask]
+
+
+def _generates(frame: FrameType | None) -> bool:
+    """Whether `generate` of transformers is among the callers: of a decoder without ``logits_to_keep``, no argument says so."""
+    from transformers import GenerationMixin
+
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _around(module: nn.Module, frame: FrameType | None) -> tuple[str | None, dict[str, Any]]:
