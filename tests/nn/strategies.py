@@ -57,17 +57,22 @@ def transformer_options(draw: st.DrawFn) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class WrittenMask:
-    """``attn_mask`` as people write it, and ``key_padding_mask`` beside it; where ``spoiled``, one number is another."""
+    """``attn_mask`` as people write it, and ``key_padding_mask`` beside it.
+
+    Where ``spoiled``, one number is another; where ``learned``, it wants a gradient after it was seen without.
+    """
 
     mask: Tensor
     padding: Tensor | None
     spoiled: bool
+    learned: bool
     packs: bool
 
 
 @st.composite
 def written_masks(draw: st.DrawFn, heads: int, max_batch: int = 3, max_len: int = 9) -> WrittenMask:
-    """Causal, all, a window, documents, alone or merged with padding of either side, the diagonal open or not; every kind of number."""
+    """Causal, all, a window, documents, alone or merged with padding of either side, the diagonal open or not; every kind of number;
+    other queries than keys; beside it the same padding, or one of whole documents."""
     lengths = torch.tensor(draw(st.lists(st.integers(0, max_len), min_size=1, max_size=max_batch)))
     batch, size = len(lengths), max(1, int(lengths.max())) + draw(st.integers(0, 1))
     left, holes = draw(st.booleans()), draw(st.integers(0, 3)) == 0
@@ -92,8 +97,16 @@ def written_masks(draw: st.DrawFn, heads: int, max_batch: int = 3, max_len: int 
         seen = seen & real[:, None]
     if merged and opened:
         seen = seen | torch.eye(size, dtype=torch.bool)
+    len_q = draw(st.sampled_from((size, size, size, size + 1, size + 3, max(1, size - 1))))
+    if len_q != size:  # as the last query, with its distance or without
+        nearer = draw(st.booleans())
+        seen = (seen if nearer else (real if merged else torch.ones_like(real))[:, None]).expand(-1, size, -1)
+        seen = torch.cat([seen, seen[:, -1:].expand(-1, max(0, len_q - size), -1)], 1)[:, :len_q]
+    if documents and draw(st.booleans()):
+        kept = st.lists(st.booleans(), min_size=size + 1, max_size=size + 1)
+        real = real & torch.tensor([draw(kept) for _ in range(batch)])[:, numbers]
     hidden = ~seen
-    if not merged and draw(st.booleans()):
+    if draw(st.booleans()):
         hidden = hidden[0]
     else:
         hidden = hidden.repeat_interleave(heads, 0)
@@ -108,5 +121,7 @@ def written_masks(draw: st.DrawFn, heads: int, max_batch: int = 3, max_len: int 
         spot = tuple(draw(st.integers(0, n - 1)) for n in mask.shape)
         value = draw(st.sampled_from((0.0, -torch.inf, 1e-3, -1e4)))
         mask[spot] = ~mask[spot] if form == "bool" else value
-    packs = not (spoiled or documents or opened or holes or "window" in kind or form == "least" or (left and not beside))
-    return WrittenMask(mask, ~real if beside else None, spoiled, packs)
+    learned = form != "bool" and draw(st.integers(0, 3)) == 0
+    known = len_q == size and not (spoiled or learned or documents or opened or holes or "window" in kind or form == "least")
+    packs = known and not (left and not beside) and not (merged and mask.dim() == 2)
+    return WrittenMask(mask, ~real if beside else None, spoiled, learned, packs)

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -33,9 +33,23 @@ def torchs(theirs: nn.MultiheadAttention, query: Tensor, key: Tensor, written: W
     return want, blind_rows(want)
 
 
+def written(seen: list[str], padded: list[str] | None = None, *, least: bool = False, learned: bool = False) -> WrittenMask:
+    """Rows of a mask for all samples, "x" where a query sees a key, and of its padding."""
+    hidden = torch.tensor([[c != "x" for c in row] for row in seen])
+    low = torch.finfo(torch.float32).min if least else -torch.inf
+    mask = torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, low) if least or learned else hidden
+    padding = None if padded is None else torch.tensor([[c == "x" for c in row] for row in padded])
+    return WrittenMask(mask, padding, spoiled=False, learned=learned, packs=False)
+
+
 @pytest.mark.filterwarnings("ignore:row . of the mask has no token", "ignore:every row of the mask begins", "ignore:Support for mismatched")
 @pytest.mark.parametrize("how", ["built", "enabled"])
 @given(written=written_masks(N), same=st.booleans(), seed=st.integers(0, 99))
+@example(written=written(["xx.", "xx.", "xx.", "xx.", ".x."]), same=False, seed=0)  # the last query is far from the first key
+@example(written=written(["x..", "xx.", "xxx"], learned=True), same=True, seed=0)
+@example(written=written(["xx.."] * 4, ["....", "xx.."], least=True), same=True, seed=0)  # sees what a finite number hides
+@example(written=written(["xx..", "xx..", "..xx", "..xx"], ["..xx", "xx.."]), same=False, seed=0)  # queries of a document without keys
+@example(written=written(["xx..", "xx..", "..x.", "xx.."], ["..x.", "xx.."]), same=True, seed=0)  # and one of none, which sees the first
 def test_what_people_write_gives_what_torch_gives(how: str, written: WrittenMask, same: bool, seed: int) -> None:
     theirs, ours = pair()
     if how == "enabled":
@@ -43,18 +57,22 @@ def test_what_people_write_gives_what_torch_gives(how: str, written: WrittenMask
         enable(ours)
     batch = len(written.padding) if written.padding is not None else len(written.mask) // N if written.mask.dim() == 3 else 2
     generator = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(batch, written.mask.shape[-1], E, dtype=torch.float64, generator=generator).requires_grad_() for _ in "xy")
+    x, y = (torch.randn(batch, size, E, dtype=torch.float64, generator=generator).requires_grad_() for size in written.mask.shape[-2:])
+    same &= x.shape == y.shape
     query, key = (x, x) if same else (x, y)
-    want, blind = torchs(theirs, query, key, written)
     with record() as log, patch.object(classes, "_PAYS", 0), patch.object(masks, "_misses", {}):
+        if written.learned:
+            with torch.no_grad():
+                ours(query, key, key, written.padding, need_weights=False, attn_mask=written.mask)
+            written.mask.requires_grad_()
         got, _ = ours(query, key, key, written.padding, need_weights=False, attn_mask=written.mask)
+    want, blind = torchs(theirs, query, key, written)
     if written.packs and how == "built":
         assert all(call.backend != "dense" for call in log)
-    counts = ~blind
-    if same and written.padding is not None:
-        assert not got[written.padding].any(), "rows at padding are 0"
-        counts &= ~written.padding
-    elif not written.spoiled:  # for all heads alike
+    real = ~written.padding if same and written.padding is not None else torch.ones_like(blind)
+    counts, blind = real & ~blind, real & blind
+    assert not got[~real].any(), "rows at padding are 0"
+    if not written.spoiled:  # for all heads alike
         assert_same(got[blind], theirs.out_proj.bias.expand_as(got[blind]), "rows that see nothing")
     assert_same(got[counts], want[counts], "rows")
     hidden = written.mask if written.mask.dtype == torch.bool else written.mask < -1e30
@@ -63,7 +81,7 @@ def test_what_people_write_gives_what_torch_gives(how: str, written: WrittenMask
     lost = bool(hidden.all(-1).any())
     if blind.any() or not counts.any() or lost:
         return  # torch's gradients are NaN, or scores have no digit beside the numbers that are added to them
-    inputs = [x] if same else [x, y]
+    inputs = ([x] if same else [x, y]) + ([written.mask] if written.learned else [])
     wants = torch.autograd.grad(want[counts].square().sum(), [*inputs, *theirs.parameters()])
     gots = torch.autograd.grad(got[counts].square().sum(), [*inputs, *ours.parameters()])
     for a, b in zip(gots, wants, strict=True):
@@ -148,6 +166,7 @@ def test_a_mask_that_is_learned_is_a_bias() -> None:
         mask = merged([6, 3], 6, torch.float64).requires_grad_()
         module(x, x, x, need_weights=False, attn_mask=mask)[0].sum().backward()
         assert mask.grad is not None
+        assert "packed" not in calls(module, mask, x), "optimizers need not count that they write to it"
 
 
 def test_dropout_of_tokens_that_see_only_themselves() -> None:

@@ -132,14 +132,14 @@ def pattern_of(mask: Tensor, padding: Tensor | None, batch: int, device: torch.d
         own: padding is left out of the queries too.
         eager: look at each new mask, also where those of this shape have been nothing that is known. Else only at some.
     """
+    if mask.requires_grad or not mask.numel():  # not all optimizers count their writes to what is learned
+        return None
     its = [x for x in (mask, padding) if x is not None]
     kept = not any(x.is_inference() for x in its)  # which do not count how often they are written to
     key = (batch, device, own, eager, *map(num_writes, its)) if kept else None
     known, kind = _patterns.get(mask) if kept else None, (mask.shape, mask.dtype)
     if known is not None and known[0] == key and known[1]() is its[-1]:
         return known[2]
-    if wants_grad(mask) or not mask.numel():
-        return None
     misses, pattern = _misses.pop(kind, 0), None
     if eager or misses <= _TRUST or misses % _TRUST**2 == 0:
         with torch.inference_mode(False), torch.no_grad():  # it may be kept for training
@@ -159,12 +159,12 @@ def _find(mask: Tensor, padding: Tensor | None, batch: int, device: torch.device
     hidden = padding if padding is None or mask.dim() == 3 else padding.all(0, keepdim=True)
     if mask.dim() == 2 and len_q == len_k and not is_not_causal(mask, hidden):
         seqs = torch.ones(1, len_k, dtype=torch.int64, device="cpu")
-        return _packing(seqs, seqs != 1, (len_k, 0), batch, padding, own, device)
+        return _packing(seqs, seqs, (len_k, 0), batch, padding, own, device)
     heads = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (batch, -1))
     one = heads[:, 0]
     see = torch.logical_not if mask.dtype == torch.bool else lambda x: x == 0
     columns = torch.arange(len_k, device=mask.device)
-    left = right = len_k
+    left, right = max(len_q, len_k), len_k
     # Of each row the keys, by the diagonal if there is one.
     keys = see(one.diagonal(dim1=1, dim2=2) if len_q == len_k else one[:, 0])
     keys = keys if hidden is None else keys & ~hidden
@@ -187,15 +187,18 @@ def _find(mask: Tensor, padding: Tensor | None, batch: int, device: torch.device
             start = keys.to(torch.uint8).argmax(1, keepdim=True)
             attached &= see(one.gather(2, start[..., None].expand(-1, len_q, 1))[..., 0])
     of_queries = torch.where(attached, 1, seqs) if len_q == len_k else attached.long()
-    if int(seqs.max()) > _MOST or (not eager and left == right == len_k and bool((seqs == 1).all())):
+    if int(seqs.max()) > _MOST or (not eager and min(left, right) == len_k and bool((seqs == 1).all())):
         return None  # too many to count, or nothing is hidden
-    blind = ((of_queries == 0) | ~some).any() if padding is None or own else some.new_ones(())
+    # A query without a key sees those that a number hides. Beside padding, which is not looked at by rows of a mask for all samples, only
+    # queries that are keys themselves are known to see one.
+    unsure = ~some | (of_queries == 0) | (attached if padding is not None and mask.dim() == 2 else False)
+    blind = not (padding is None or own) or bool(unsure.any())
     near = torch.ones(len_q, len_k, dtype=torch.bool, device=mask.device).triu(-left).tril(right)
-    of_queries, of_keys = of_queries.masked_fill(of_queries == 0, _MOST + 1).to(torch.uint8), seqs.to(torch.uint8)
     counts = None if hidden is None else ~hidden[:, None] & ~hidden[..., None] if own else ~hidden[:, None]
-    if _differs(heads, of_queries, of_keys, near, counts, bool(blind)):
+    ids = of_queries.masked_fill(of_queries == 0, _MOST + 1).to(torch.uint8), seqs.to(torch.uint8)
+    if _differs(heads, *ids, near, counts, blind):
         return None
-    return _packing(seqs.cpu(), attached.cpu(), (left, right), batch, padding, own, device)
+    return _packing(seqs.cpu(), of_queries.cpu(), (left, right), batch, padding, own, device)
 
 
 def _differs(heads: Tensor, of_queries: Tensor, of_keys: Tensor, near: Tensor, counts: Tensor | None, blind: bool) -> bool:
@@ -223,20 +226,21 @@ def _differs(heads: Tensor, of_queries: Tensor, of_keys: Tensor, near: Tensor, c
     return False
 
 
-def _packing(seqs: Tensor, attached: Tensor, near: Any, batch: int, padding: Tensor | None, own: bool, device: Any) -> Pattern | None:
-    """The call, on the host, from the numbers of the sequences ``(G, S)`` and ``(G, L)``, which queries see the keys of their row without
-    being one."""
-    len_q, len_k, (left, right) = attached.shape[1], seqs.shape[1], near
-    seqs, attached, alone = seqs.expand(batch, -1), attached.expand(batch, -1), None
-    wanted = attached.new_ones(batch, len_q)
+def _packing(seqs: Tensor, of_queries: Tensor, near: Any, batch: int, padding: Tensor | None, own: bool, device: Any) -> Pattern | None:
+    """The call, on the host, from the numbers of the sequences of keys ``(G, S)``, and of those that queries see ``(G, L)``, 0 for none."""
+    len_q, len_k, (left, right) = of_queries.shape[1], seqs.shape[1], near
+    seqs, of_queries, alone = seqs.expand(batch, -1), of_queries.expand(batch, -1), None
+    wanted = torch.ones(batch, len_q, dtype=torch.bool, device="cpu")
     if padding is not None:
         padding = padding.cpu()
-        if own:
-            wanted = ~padding
-        elif len_q == len_k:  # queries that were sequences, and see what is left of these
-            attached = attached | ((seqs > 0) & padding & ((right > 0) | ((seqs > 0) & ~padding).cumsum(1).bool()))
-        attached, seqs = attached & wanted, seqs.masked_fill(padding, 0)
-    several, attaches = bool(((seqs != seqs.amax(1, keepdim=True)) & (seqs > 0)).any()), bool(attached.any())
+        wanted, seqs = ~padding if own else wanted, seqs.masked_fill(padding, 0)
+    most = seqs.amax(1, keepdim=True)
+    several = bool(((seqs != most) & (seqs > 0)).any())
+    # Queries that see a sequence without being one of its keys. Where padding leaves no key of it, they see nothing.
+    attached = wanted & (of_queries > 0) & ((of_queries == most) | several)
+    if len_q == len_k:
+        attached &= (seqs == 0) & ((right > 0) | seqs.cumsum(1).bool())
+    attaches = len_q != len_k or bool(attached.any())
     if several:
         number = seqs + torch.arange(batch, device="cpu")[:, None] * (len_k + 1)
         single = (seqs > 0) & (number.flatten().bincount()[number] == 1)
