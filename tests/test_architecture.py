@@ -40,7 +40,7 @@ MUTABLE = {
     "integrations.transformers.attention._layouts",  # of offsets that a model is given, gone with them
     "layout.seq_layout._known",  # at which version of their offsets layouts were found to be right, gone with them
     "layout.seq_layout._edges",  # which rows padding repeats, gone with the layouts
-    "convert.classes._unread",  # whether anything reads the weights of a module, gone with it
+    "convert.classes._unread", "convert.classes._shown", "convert.classes._thread",  # who reads the weights of a module, gone with it
     "nn.masks._misses",  # how many masks of a shape were no pattern
     "kernels.cpu.build._found",  # the compiled kernel or why there is none
     "kernels.kept._kept", "kernels.cuda.flex._kernels",  # what is derived from layouts, gone with them; one compiled kernel a kind of call
@@ -110,7 +110,7 @@ PRIVATE = {
     "integrations.transformers.attention": "_version",
     "integrations.transformers.enabling": "_ConvNd _NormBase _can_set_attn_implementation",
     "integrations.transformers.mask": "_C _disabled_torch_function_impl _make_wrapper_subclass _pytree",
-    "integrations.transformers.stack": "_backward_hooks _backward_pre_hooks _forward_hooks _forward_hooks_always_called _forward_pre_hooks",
+    "integrations.transformers.stack": "_backward_hooks _backward_pre_hooks _forward_hooks _forward_pre_hooks",
     "integrations.transformers.trial": "_buffers _get_feat_extract_output_lengths",
     "nn.checks": "_mha_shape_check _qkv_same_embed_dim",
     "nn.multihead": "_qkv_same_embed_dim",

@@ -90,6 +90,18 @@ def test_auto_is_within_a_tenth_of_the_best_way() -> None:
             assert row["ratio"]["packed"] >= best / 1.1, (row["workload"], row["dtype"], row["direction"])
 
 
+@pytest.mark.parametrize("name", [name for name in ("grid_avx2", "grid_avx512") if name in COMMITTED])
+def test_the_compiled_kernel_is_nowhere_the_slower_choice(name: str) -> None:
+    """On the committed results; else `auto` would have to take torch's kernel there."""
+    rows = COMMITTED[name]["rows"]
+    assert {row["what"] for row in rows} >= {bench_attention.PLAIN, bench_attention.SHARE, *bench_attention.GRID_OPTIONS}
+    assert not [row for row in rows if row["ratio"] < bench_attention.GRID_SLOWER]
+    text = "\n".join(sections.grid(COMMITTED[name]))
+    assert "**" not in text.split("###", 1)[1]
+    slower = [{**row, "ratio": 0.9} if row["what"] == bench_attention.PLAIN else row for row in rows]
+    assert "\n".join(sections.grid({**COMMITTED[name], "rows": slower})).count("**0.90**") == 2 * 5 * 11
+
+
 @pytest.mark.skipif("length" not in COMMITTED, reason="not measured yet")
 def test_memory_grows_with_tokens() -> None:
     """R-53, on the committed results: ours is linear up to 16384 columns; what keeps the scores stops fitting."""

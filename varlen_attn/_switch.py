@@ -22,6 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .errors import VarlenError
 
@@ -161,6 +162,22 @@ class Hook:
         hooks[self.number] = self.hook
         for number in [number for number in hooks if number not in (*self.behind, self.number)]:
             hooks.move_to_end(number)
+
+    @classmethod
+    def new(cls, module: nn.Module, hook: Callable[..., Any], after: bool, always: bool = False) -> Hook:
+        """Before hooks of others, which then see what the module sees."""
+        return cls(module, hook, after, always, RemovableHandle(module._forward_hooks if after else module._forward_pre_hooks).id)
+
+    @classmethod
+    def found(cls, module: nn.Module, is_ours: Callable[[Any], bool]) -> list[Hook]:
+        made: list[Hook] = []
+        for after, hooks in ((False, module._forward_pre_hooks), (True, module._forward_hooks)):
+            numbers = list(hooks)
+            for i, number in enumerate(numbers):
+                if is_ours(hooks[number]):
+                    always = after and number in module._forward_hooks_always_called
+                    made.append(cls(module, hooks[number], after, always, number, tuple(numbers[:i])))
+        return made
 
     def restore(self) -> None:
         """What says whether it is in use is a step of its own."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from varlen_attn import ArgumentError, VarlenWarning, disable, enable, record
 
@@ -122,6 +123,78 @@ def test_an_example_shows_what_reads_them(use: str) -> None:
     assert backends(model) == [True, False]
     assert_real_rows_same(model(*batch()), want)
     assert "on the example" in next(m.reason for m in report.modules if m.module == "layers.1.attention")
+
+
+class Several(nn.Module):
+    """One attention that is called several times, in a checkpoint or not, and gives the last weights, keeps them, or neither."""
+
+    def __init__(self, use: str, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.attention, self.use, self.checkpointed = nn.MultiheadAttention(64, 4, batch_first=True), use, checkpointed
+
+    def attend(self, x: Tensor, padding: Tensor) -> Any:
+        return self.attention(x + 1, x + 1, x, padding)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Any:
+        for _ in range(3):
+            if self.checkpointed:
+                x = x + checkpoint(lambda x: self.attend(x, padding)[0], x, use_reentrant=False)
+            else:
+                out, weights = self.attend(x, padding)
+                x = x + out
+        if self.use == "keeps":
+            self.kept = weights
+        return (x, weights) if self.use == "gives" else x
+
+
+@pytest.mark.filterwarnings("ignore:attention weights are read:varlen_attn.VarlenWarning")
+@pytest.mark.parametrize("use", ["gives", "keeps"])
+def test_weights_of_the_last_call_are_given(use: str) -> None:
+    model = Several(use).eval()
+    enable(model, need_weights="never")
+    for _ in range(4):
+        weights = model(*batch())[1] if use == "gives" else model(*batch()) is None or model.kept
+        assert weights is not None
+
+
+def test_a_forward_that_is_computed_again_asks_for_what_it_did() -> None:
+    model = Several("", checkpointed=True)
+    enable(model, need_weights="never")
+    for packs in (False, True):
+        with record() as log:
+            model(*batch()).sum().backward()
+        assert {call.backend != "dense" for call in log} == {packs}
+
+
+@pytest.mark.filterwarnings("ignore:attention weights are read:varlen_attn.VarlenWarning")
+def test_another_enable_looks_again() -> None:
+    model = Several("").eval()
+    enable(model, need_weights="never")
+    for _ in range(2):
+        model(*batch())
+    disable(model)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks_always_called
+    model.use = "gives"
+    enable(model, need_weights="never")
+    for _ in range(3):
+        assert model(*batch())[1] is not None
+
+
+def test_a_forward_that_fails_shows_nothing() -> None:
+    model = Several("").eval()
+    enable(model, need_weights="never")
+    hook = model.attention.out_proj.register_forward_hook(lambda *_: 1 / 0)
+    attention = model.attend
+    model.attend = lambda x, padding: (attention(x, padding), 1 / 0)[0]  # type: ignore[method-assign,assignment]
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            model(*batch())
+    hook.remove()
+    model.attend = attention  # type: ignore[method-assign]
+    assert set(backends(model)) == {False}
+    assert set(backends(model)) == {True}
 
 
 def test_attention_itself_gives_none() -> None:

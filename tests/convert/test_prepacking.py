@@ -122,6 +122,36 @@ def test_a_new_weight_in_the_memory_of_an_old_one_is_packed() -> None:
             torch.testing.assert_close(layer(x), F.linear(x, linear.weight), atol=1e-3, rtol=0)
 
 
+def test_a_step_of_a_fused_optimizer_is_seen() -> None:
+    """It writes without being counted."""
+    theirs = nn.Sequential(nn.Linear(D, 24)).eval()
+    ours, x = enable_copy(theirs), torch.randn(8, D)
+    for model in (theirs, ours):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+        for _ in range(2):
+            with torch.no_grad():
+                model(x)
+            model(x).square().sum().backward()
+            with torch.no_grad():
+                model(x)
+            optimizer.step()
+            with torch.no_grad():
+                model(x)
+            optimizer.zero_grad()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("bias", [torch.randn(48)[::2], torch.randn(1).expand(24), torch.randn(()), torch.randn(1), torch.randn(1, 24)])
+def test_a_bias_of_any_layout(bias: Tensor) -> None:
+    layer, x = nn.Linear(D, 24).eval(), torch.randn(8, D)
+    model = nn.Sequential(layer)
+    enable(model, prepack=True)
+    layer.bias = nn.Parameter(bias)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), F.linear(x, layer.weight, bias))
+
+
 def test_gradients_in_evaluation_are_those_of_the_model_as_it_came(used: list[Tensor]) -> None:
     theirs = encoder()
     ours = enable_copy(theirs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .._state import state
-from .._switch import around, run_as_it_came, switchable
+from .._switch import Class, Hook, Step, run_as_it_came, switchable
 from .._torch import is_observed, is_plain, is_tracing, pytree, without_subclass
 from ..attention.dispatch import requested_backend
 from ..attention.records import recorded_padded
 from ..errors import VarlenWarning, warn
-from ..nn.masks import pattern_of, read_masks
+from ..nn.masks import is_not_causal, pattern_of, read_masks
 from ..nn.multihead import ADDITIVE, NO_PATTERN, VarlenMultiheadAttention
 from ..nn.prepacked import PREPACKED
 from ..nn.stream import Prepared, filled
@@ -114,7 +115,8 @@ NOTHING_PADDED = "nothing is padded, and torch's own is as quick"
 _WEIGHTS = "attention weights exist in the padded computation only"
 _LITTLE_PADDED = "to pack so little takes more time than it saves"
 _PAYS = 4_000_000  # multiplications that padding takes, of which one with a key takes as long as four by a weight: more saves time (alike)
-_LOOKS = 16  # times as much it must be for a mask to be looked at, a quarter of that for one to be packed by
+_SMALL = 1 << 13  # numbers: copies of fewer take no longer than to look at them
+_LOOKS = 16  # times as much it must be for a mask to be looked at
 _LITTLE = 1 << 18  # numbers of an input: below, a forward of torch's encoder took less time than ours on packed rows (Zen 4, one thread)
 _OURS = frozenset({"layout", "layout_kv", "window", "backend"})  # keywords that torch's modules do not know
 
@@ -160,11 +162,12 @@ class _EnabledAttention(_Enabled):
         nothing = _WEIGHTS if weights and query.is_cpu else None if query.is_cpu and query.numel() > _LITTLE else NOTHING_PADDED
         if padding is mask is None:
             return nothing
+        for x in (padding, mask):
+            if x is not None and not (isinstance(x, Tensor) and is_plain(x) and x.is_cpu):
+                return None
         bound = _LOOKS * _PAYS / (query.numel() + 1)
         if padding is None and query.is_cpu and (weights or self.embed_dim + 4 * max(key.shape) < bound):  # torch says what is wrong
             return _WEIGHTS if weights else _LITTLE_PADDED
-        if not all(x is None or (isinstance(x, Tensor) and is_plain(x) and x.is_cpu) for x in (padding, mask)):
-            return None
         if padding is not None:
             if padding.is_floating_point():
                 at = torch.isneginf(padding)
@@ -187,16 +190,19 @@ class _EnabledAttention(_Enabled):
             return _WEIGHTS if weights else None
         if additive:
             return ADDITIVE
-        saved = (sum(hidden) if mask is None else size * length) * self.embed_dim * (self.embed_dim + 4 * columns)
-        if mask is None or saved < _LOOKS * _PAYS:
-            return _LITTLE_PADDED if mask is not None or saved < _PAYS else None
-        own = padding is not None and self.padding_rows == "zero" and query.is_set_to(key)
+        of_row = self.embed_dim * (self.embed_dim + 4 * columns)
+        saved, pays = size * length * of_row, sum(hidden) * of_row >= _PAYS
+        own = mask is not None and padding is not None and self.padding_rows == "zero" and query.is_set_to(key)
+        if mask is None or (pays and own and mask.dim() == 2 and not is_not_causal(mask, None)):
+            return None if pays else _LITTLE_PADDED
+        if saved < _LOOKS * _PAYS:
+            return _LITTLE_PADDED
         packs = self.bias_k is None and not self.add_zero_attn
         pattern = pattern_of(mask, padding, size, query.device, own=own, eager=False) if packs else None
         if pattern is None:
             return NO_PATTERN
         saved -= self.embed_dim * (self.embed_dim * pattern.layout_q.num_rows + 4 * pattern.pairs)
-        if saved < _LOOKS // 4 * _PAYS:
+        if saved < 2 * _PAYS:
             return _LITTLE_PADDED
         kwargs["layout"] = pattern  # so that it is not looked for again
         return None
@@ -208,9 +214,11 @@ class _EnabledAttention(_Enabled):
         if meant and hidden is not None and (hidden is padding or hidden.any()):
             at = (hidden if self.batch_first or hidden.dim() == 1 else hidden.T).unsqueeze(-1)
             zeros = self.padding_rows == "zero" and query.is_set_to(key)  # else padded queries are computed as they are
-            clean = key.masked_fill(at, 0)  # NaN at padding reaches no token
-            value = clean if value is key else value.masked_fill(at, 0)
-            query, key = clean if zeros else query, clean
+            # NaN at padding reaches no token. To look for it takes a tenth of the time of a copy without it.
+            if key.numel() < _SMALL or not math.isfinite(key.sum().item() + (0 if value is key else value.sum().item())):
+                clean = key.masked_fill(at, 0)
+                value = clean if value is key else value.masked_fill(at, 0)
+                query, key = clean if zeros else query, clean
         with self._noted(why, query):
             hint = causal and not meant  # of a mask, which says so itself
             out, given = self.original_class.forward(self, query, key, value, padding, weights, mask, average, hint, **ours)
@@ -257,37 +265,81 @@ class EnabledMultiheadAttention(_EnabledAttention, VarlenMultiheadAttention):
     forward.inside = VarlenMultiheadAttention.forward  # type: ignore[attr-defined]  # a stack says that it wants no weights
 
 
-_unread: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # whether forwards have shown that nothing reads the weights of a module
+# Whether forwards have shown that nothing reads the weights of a module; and what the last ones have shown, which counts from the next one
+# on, because a checkpoint computes them again.
+_unread: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_shown: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+class _Thread(threading.local):
+    """Of the forwards under way that are looked at: the weights that modules have given."""
+
+    given: tuple[list[tuple[Any, weakref.ref[Any]]], ...] = ()
+
+
+_thread = _Thread()
 
 
 class Weights(Tensor):
-    """Attention weights of a forward that shows whether anything reads them: an operation, or a result of the model."""
+    """Attention weights of a forward that shows whether anything reads them: an operation, or what is left of them at its end."""
 
     reader: weakref.ref[Any]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for x in pytree.tree_leaves((args, kwargs)):
-            if type(x) is Weights:
-                _settle(x.reader, False)
+            if type(x) is Weights and (module := x.reader()) is not None:
+                _keep(module)
         return without_subclass(func, args, kwargs)
 
 
-def _settle(reader: weakref.ref[Any], unread: bool) -> None:
-    module = reader()
-    if module is not None and _unread.setdefault(module, unread) is unread is False:
+def _keep(module: Any) -> None:
+    if _unread.get(module) is not False:
         warn('attention weights are read, so that need_weights="never" does not hold here: they are computed as before.', VarlenWarning)
+    _unread[module] = False
 
 
 def _watched(module: Any, weights: Tensor | None) -> Tensor | None:
-    """Weights that are gone, untouched, before the outermost module returns, are read by nothing."""
-    if module.weights != "unread" or module in _unread or weights is None or not is_plain(weights):
+    if module.weights != "unread" or module in _unread or not _thread.given or weights is None or not is_plain(weights):
         return weights
     watched = weights.as_subclass(Weights)
-    outermost, reader = (weakref.ref(x) for x in ([m for m, _ in around()][-1], module))
-    watched.reader = reader
-    weakref.finalize(watched, lambda: _settle(reader, any(m is outermost() for m, _ in around()))).atexit = False
+    watched.reader = weakref.ref(module)
+    _thread.given[-1].append((module, weakref.ref(watched)))
     return watched
+
+
+def before_forward(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+    """Hooks on a model of which some modules are asked for weights that may be unread."""
+    if not torch.compiler.is_compiling():
+        _unread.update({m: True for m in list(_shown) if m not in _unread})
+        _shown.clear()
+        _thread.given = (*_thread.given, [])
+
+
+def after_forward(module: nn.Module, args: Any, kwargs: Any, result: Any = None) -> None:
+    """After errors too, without a result. Weights that a model returns or keeps are there at its end."""
+    if not torch.compiler.is_compiling() and _thread.given:
+        *others, given = _thread.given
+        _thread.given = tuple(others)
+        kept = {m for m, weights in given if weights() is not None}
+        for m in {m for m, _ in given} if result is not None else ():
+            if m in kept:
+                _keep(m)
+            else:
+                _shown[m] = True
+
+
+def looking_at_weights(model: nn.Module, steps: list[Step]) -> list[Step]:
+    """What is done to a model besides ``steps`` so that its forwards show what reads weights; what earlier ones have shown is forgotten."""
+    asked = [x.module for x in steps if isinstance(x, Class) and ("weights", "unread") in x.options]
+    for module in asked:
+        _unread.pop(module, None)
+        _shown.pop(module, None)
+    return [Hook.new(model, before_forward, False), Hook.new(model, after_forward, True, True)] if asked else []
+
+
+def found_looking(model: nn.Module) -> list[Hook]:
+    return [hook for m in model.modules() for hook in Hook.found(m, (before_forward, after_forward).__contains__)]
 
 
 @_switchable

@@ -33,6 +33,8 @@ from .classes import (
     EnabledTransformerDecoderLayer,
     EnabledTransformerEncoder,
     EnabledTransformerEncoderLayer,
+    found_looking,
+    looking_at_weights,
 )
 from .equality import Part, settled
 from .prepacking import found_prepacked, is_prepacked, plan_prepacked
@@ -123,6 +125,8 @@ def enable(
         else:
             parts = settled(model, inputs_of(example, "example"), plans, partial(_go, model))
         steps, rows = ([x for part in parts.values() for x in getattr(part, kind)] for kind in ("steps", "rows"))
+        if weights == "unread":
+            steps += looking_at_weights(model, steps)
         if prepack:
             row, more = plan_prepacked(model, {x.module for x in steps if isinstance(x, Class)})
             rows, steps = [*rows, row], [*steps, *more]
@@ -180,7 +184,7 @@ def _found(model: nn.Module) -> list[Step]:
     hf = _transformers(model)
     enabled = [(m, original) for m in model.modules() if (original := original_class(m)) is not type(m)]
     classes = [Class(m, type(m), original, tuple((x, vars(m)[x]) for x in OPTIONS if x in vars(m))) for m, original in enabled]
-    return [*classes, *found_prepacked(model), *(hf.found(model) if hf else [])]
+    return [*classes, *found_prepacked(model), *found_looking(model), *(hf.found(model) if hf else [])]
 
 
 def disable(model: nn.Module) -> Report:

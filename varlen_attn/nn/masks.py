@@ -69,7 +69,7 @@ def read_masks(x: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | N
         questions["additive"] = ((key_padding_mask != 0) & ~hidden).any()
     static = static_graph() or (hidden is not None and is_unreadable(hidden)) or (attn_mask is not None and is_unreadable(attn_mask))
     if attn_mask is not None and compare and not (static or is_tracing(x)):
-        questions["not causal"] = _is_not_causal(attn_mask, hidden)
+        questions["not causal"] = is_not_causal(attn_mask, hidden)
     layout: SeqLayout | None = None
     answers: dict[str, bool] = {}
     if hidden is not None and static:
@@ -97,7 +97,7 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, float("-inf"))
 
 
-def _is_not_causal(mask: Tensor, padding: Tensor | None) -> Tensor:
+def is_not_causal(mask: Tensor, padding: Tensor | None) -> Tensor:
     """Whether a bool or additive ``(..., L, S)`` mask hides anything else than the keys after each query, of keys that are no padding."""
     after = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
     wrong = mask != after if mask.dtype == torch.bool else torch.where(after, ~torch.isneginf(mask), mask != 0)
@@ -157,7 +157,7 @@ def _find(mask: Tensor, padding: Tensor | None, batch: int, device: torch.device
     if padding is not None:
         padding = (torch.isneginf(padding) if padding.is_floating_point() else padding).to(mask.device)
     hidden = padding if padding is None or mask.dim() == 3 else padding.all(0, keepdim=True)
-    if mask.dim() == 2 and len_q == len_k and not _is_not_causal(mask, hidden):
+    if mask.dim() == 2 and len_q == len_k and not is_not_causal(mask, hidden):
         seqs = torch.ones(1, len_k, dtype=torch.int64, device="cpu")
         return _packing(seqs, seqs != 1, (len_k, 0), batch, padding, own, device)
     heads = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (batch, -1))

@@ -169,8 +169,9 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
             key, value: ``(B, S, kdim)`` and ``(B, S, vdim)`` likewise; ``query`` and ``key`` if left out.
             key_padding_mask: ``(B, S)``, or ``(S,)`` unbatched; True is padding. Floats are added to the scores, as torch does.
             need_weights: also return the attention weights (computed the padded way).
-            attn_mask: ``(L, S)`` or ``(B*N, L, S)``; True hides. Packed where it is exactly causal at all real keys (compared once, where
-                ``is_causal`` or a padding mask is given; while tracing the first is trusted, as torch documents), else the padded way.
+            attn_mask: ``(L, S)`` or ``(B*N, L, S)``; True hides. Packed where it is exactly causal, padding, a sliding window, documents,
+                or these merged, for all heads and at all real keys (found out once for a mask; while tracing ``is_causal`` is trusted, as
+                torch documents), else the padded way.
             average_attn_weights: average the weights over heads.
             is_causal: query i sees keys up to i.
             layout, layout_kv: of queries and of keys, (B, S) whatever ``batch_first``, in place of the mask.

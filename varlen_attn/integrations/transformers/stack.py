@@ -224,7 +224,7 @@ class Island:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if kwargs is None or torch.compiler.is_compiling():
             return None
-        named = (*zip(self.names, args, strict=False), *kwargs.items())
+        named = (*zip((*self.names, *[""] * len(args)), args, strict=False), *kwargs.items())
         mask = next((x for _, x in named if isinstance(x, VarlenMask) or (isinstance(x, Tensor) and x in of_numbers)), None)
         own = None if mask is None else mask.meaning if isinstance(mask, VarlenMask) else of_numbers[mask]
         if own is not None and not any(_is_source(name, x) for name, x in named):
@@ -753,15 +753,11 @@ def on_layers(
     made: list[Hook] = []
     linear: list[tuple[nn.Module, Any]] = [(m, Projection()) for x in islands for m in x.modules() if original_class(m) is nn.Linear]
     for module, hooks in [*((x, Island(recorded, x)) for x in islands), *linear]:
-        made.append(Hook(module, hooks.before, False, False, RemovableHandle(module._forward_pre_hooks).id))
-        made.append(Hook(module, hooks.after, True, False, RemovableHandle(module._forward_hooks).id))
+        made += [Hook.new(module, hooks.before, False), Hook.new(module, hooks.after, True)]
     for i, layer in enumerate(layers):
         hook = LayerHook(tree, layer, i == len(layers) - 1, len(islands) > 0, crosses)
-        # Before hooks of others, which then see what the layer sees.
         before, after = (hook.before_islands, hook.after_islands) if hook.islands else (hook.before, hook.after)
-        made.append(Hook(layer, before, False, False, RemovableHandle(layer._forward_pre_hooks).id))
-        if hook.last:
-            made.append(Hook(layer, after, True, False, RemovableHandle(layer._forward_hooks).id))
+        made += [Hook.new(layer, before, False)] + ([Hook.new(layer, after, True)] if hook.last else [])
     return made
 
 
@@ -774,12 +770,7 @@ def found_on(modules: Iterable[nn.Module]) -> list[Step]:
             found.append(Class(module, type(module), original))
         if _WATCH in vars(module):
             found.append(Entry(vars(module), _WATCH, vars(module)[_WATCH]))
-        for after, hooks in ((False, module._forward_pre_hooks), (True, module._forward_hooks)):
-            numbers = list(hooks)
-            for i, number in enumerate(numbers):
-                if is_ours(hooks[number]):
-                    always = after and number in module._forward_hooks_always_called
-                    found.append(Hook(module, hooks[number], after, always, number, tuple(numbers[:i])))
+        found += Hook.found(module, is_ours)
     return found
 
 
