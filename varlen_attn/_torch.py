@@ -49,11 +49,19 @@ watchers: tuple[Callable[[], object], ...] = (
     torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack, profiler_enabled,
     _in_jit_trace, _in_pre_dispatch,
 )  # fmt: skip
+# Attention as torch comes with it. `context_parallel` puts a function in its place, which fetches the columns of other ranks.
+SDPA = torch._C._nn.scaled_dot_product_attention
 # What can be given to a kernel as it is; no subclass of these.
 PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 # Hooks that are called for every module.
 global_hooks = tuple(vars(_modules)[f"_global_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+
+
+def in_context_parallel() -> bool:
+    """Whether the function in place of `SDPA` is that of `context_parallel`."""
+    module: str = getattr(torch.nn.functional.scaled_dot_product_attention, "__globals__", {}).get("__name__", "")
+    return module.startswith("torch.distributed.tensor.experimental")
 
 
 def constant_while_tracing(function: F_) -> F_:

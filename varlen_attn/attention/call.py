@@ -13,13 +13,14 @@ from operator import index
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import current_flash_attention_impl
 
 from .. import _state
 from .._state import state
-from .._torch import is_plain, is_transformed, profiler_enabled
-from ..errors import ArgumentError
+from .._torch import SDPA, in_context_parallel, is_plain, is_transformed, profiler_enabled
+from ..errors import ArgumentError, NoBackend
 from ..kernels import BACKENDS
 from ..kernels.base import Backend, grad_without_slack, nothing, result_without_slack
 from ..kernels.problem import Problem, Semantics
@@ -75,6 +76,11 @@ def attend(
     reason: str | None = None,
 ) -> Any:
     """`varlen_attention`. The record gets the name of ``module``, and the ``reason`` for what it could not do."""
+    if F.scaled_dot_product_attention is not SDPA and in_context_parallel():
+        raise NoBackend(
+            "no backend sees the columns of other ranks, as attention inside torch's `context_parallel` has to: disable(model), or use "
+            "torch's modules."
+        )
     signature = None
     if extras is NO_EXTRAS and not state.records:
         signature = _signature(query, key, value, layout, layout_kv, options, backend)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._state import state
-from .._torch import PLAIN, is_plain, is_unreadable, trace_quietly, watchers
+from .._torch import PLAIN, SDPA, is_plain, is_unreadable, trace_quietly, watchers
 from ..errors import ArgumentError, LayoutError, UnknownArgument, VarlenWarning, warn
 from ..kernels.base import Backend
 from ..kernels.dense import FLASH_CPU
@@ -237,6 +237,7 @@ def _is_little(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
         return False
     alike = query.shape == key.shape == value.shape and query.is_cpu and key.is_cpu and value.is_cpu and mask.is_cpu
     alike = alike and query.dtype == key.dtype == value.dtype == torch.float32 and mask.dtype == torch.bool
+    alike = alike and F.scaled_dot_product_attention is SDPA
     little = alike and query.shape[:2] == mask.shape and 0 < query.numel() * query.shape[1] <= _LITTLE
     return little and requested_backend("auto") == "auto" and not autocasts("cpu") and not bool(mask.select(1, 0).any())
 
