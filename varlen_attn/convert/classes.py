@@ -198,12 +198,11 @@ class _EnabledAttention(_Enabled):
         if saved < _LOOKS * _PAYS:
             return _LITTLE_PADDED
         packs = self.bias_k is None and not self.add_zero_attn
-        pattern = pattern_of(mask, padding, size, query.device, own=own, eager=False) if packs else None
-        if pattern is None:
-            return NO_PATTERN
-        saved -= self.embed_dim * (self.embed_dim * pattern.layout_q.num_rows + 4 * pattern.pairs)
-        if saved < 2 * _PAYS:
-            return _LITTLE_PADDED
+        most = (saved - 2 * _PAYS) / self.embed_dim  # what the packed call may take
+        worth = lambda x: self.embed_dim * x.layout_q.num_rows + 4 * x.pairs <= most  # noqa: E731
+        pattern = pattern_of(mask, padding, size, query.device, own=own, worth=worth) if packs else None
+        if pattern is None or not worth(pattern):
+            return NO_PATTERN if pattern is None else _LITTLE_PADDED
         kwargs["layout"] = pattern  # so that it is not looked for again
         return None
 

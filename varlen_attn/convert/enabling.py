@@ -78,7 +78,7 @@ def enable(
             explains, what makes it differ stays as it came, or changes in attention only, and the report says what differed. Rows of
             padding in results may differ. Buffers, gradients and random states are put back.
         prepack: for inference on a CPU: linear layers keep their weights (float32, and bfloat16 where the CPU multiplies it) in oneDNN's
-            blocked format as well, from their first call without gradients on, so that no call reorders them. This takes the memory of the
+            blocked format as well, from their second call without gradients on, so that no call reorders them. This takes the memory of the
             weights once more, which the report says. A weight that was written to is reordered again, except after a write through
             ``weight.data``. In training such layers raise `VarlenError`; with gradients in evaluation they compute as they came.
 

@@ -118,7 +118,7 @@ _misses: dict[Any, int] = {}
 _patterns: MutableMapping[Tensor, tuple[Any, Any, Pattern | None]] = WeakIdKeyDictionary()
 
 
-def pattern_of(mask: Tensor, padding: Tensor | None, batch: int, device: torch.device, *, own: bool, eager: bool = True) -> Pattern | None:
+def pattern_of(mask: Tensor, padding: Tensor | None, batch: int, device: torch.device, *, own: bool, worth: Any = None) -> Pattern | None:
     """The packed call that does what a bool or float ``attn_mask`` says, or None: causal masks, padding, sliding windows, documents, and
     what is merged from these, with or without the diagonal of padded queries; for all heads alike, and for every pair that counts.
 
@@ -130,10 +130,12 @@ def pattern_of(mask: Tensor, padding: Tensor | None, batch: int, device: torch.d
         batch: B.
         device: of the layouts.
         own: padding is left out of the queries too.
-        eager: look at each new mask, also where those of this shape have been nothing that is known. Else only at some.
+        worth: whether a pattern is worth looking for. Where those of this shape were not, only some masks are looked at; None is at all.
     """
-    if mask.requires_grad or not mask.numel():  # not all optimizers count their writes to what is learned
+    # Not all optimizers count their writes to what is learned.
+    if mask.requires_grad or not mask.numel() or not (mask.dtype == torch.bool or mask.is_floating_point()):
         return None
+    padding, eager = padding[None] if padding is not None and padding.dim() == 1 else padding, worth is None
     its = [x for x in (mask, padding) if x is not None]
     kept = not any(x.is_inference() for x in its)  # which do not count how often they are written to
     key = (batch, device, own, eager, *map(num_writes, its)) if kept else None
@@ -146,7 +148,7 @@ def pattern_of(mask: Tensor, padding: Tensor | None, batch: int, device: torch.d
             pattern = _find(mask, padding, batch, device, own, eager)
         if kept:
             _patterns[mask] = key, weakref.ref(its[-1]), pattern
-    if pattern is None and len(_misses) < _MANY:
+    if (pattern is None or not (eager or worth(pattern))) and len(_misses) < _MANY:
         _misses[kind] = misses + 1
     return pattern
 
@@ -216,8 +218,9 @@ def _differs(heads: Tensor, of_queries: Tensor, of_keys: Tensor, near: Tensor, c
             return True
         heads = heads + 0.0 if number > -torch.inf else heads  # without negative zeros
     part = max(1, _PART // heads[0].numel()) if heads.is_cpu else len(heads)
-    pairs = [None] * len(heads) if counts is None else counts[:, None].split(part)
-    for given, q, k, count in zip(heads.view(words).split(part), of_queries.split(part), of_keys.split(part), pairs, strict=False):
+    parts = heads.view(words).split(part)
+    pairs = [None] * len(parts) if counts is None else counts[:, None].split(part)
+    for given, q, k, count in zip(parts, of_queries.split(part), of_keys.split(part), pairs, strict=True):
         seen = (q[..., None].expand(-1, -1, len(k[0])).contiguous() == k[:, None]).logical_and_(near)[:, None]
         differs = given ^ seen.to(words).sub_(1).bitwise_and_(least)
         differs = differs if count is None else differs.bitwise_and_(count.to(words).neg_())

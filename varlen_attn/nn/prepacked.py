@@ -19,19 +19,21 @@ from .._torch import is_observed, is_plain, num_writes
 from ..errors import VarlenError
 
 PREPACKED = "_varlen_attn_prepacked"  # the attribute of a module that holds its `Prepacked`
-# Numbers of a weight, and multiplications of a call: oneDNN's product takes 15 microseconds at least, MKL's 3 (Zen 4, one thread).
-LEAST, _LEAST_WORK = 1 << 16, 1 << 19
+# Numbers of a weight, and multiplications of a call: oneDNN's product and what decides on it take 25 microseconds more than a small product
+# of MKL, and save that from here on (Zen 4, one thread).
+LEAST, _LEAST_WORK = 1 << 16, 1 << 22
 
 
 class Prepacked:
-    """A weight in the blocked format, made by the first call that uses it. Copies and pickles make their own.
+    """A weight in the blocked format. The second call with the same weight makes it, because one that is new in every call, as a
+    parametrisation's, would be made in vain. Copies and pickles make their own.
 
     Attributes:
-        made: the memory it was made of, which no other weight can have while this is here; its version; and the weight.
+        made: the memory it is of, which no other weight can have while this is here; its version; and the weight, from the second call on.
     """
 
     def __init__(self) -> None:
-        self.made: tuple[Tensor, int, Tensor] | None = None
+        self.made: tuple[Tensor, int, Tensor | None] | None = None
 
     def __deepcopy__(self, memo: Any) -> Prepacked:
         return Prepacked()
@@ -44,9 +46,13 @@ class Prepacked:
             return F.linear(x, weight, bias)
         made = self.made
         if made is None or not made[0].is_set_to(weight) or made[1] != num_writes(weight):
-            memory, version = weight.detach(), num_writes(weight)
-            made = self.made = memory, version, torch.ops.mkldnn._reorder_linear_weight(memory, None)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, made[2], bias, "none", [], "")
+            self.made = weight.detach(), num_writes(weight), None
+            return F.linear(x, weight, bias)
+        memory, version, packed = made
+        if packed is None:
+            packed = torch.ops.mkldnn._reorder_linear_weight(memory, None)
+            self.made = memory, version, packed
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
         return out
 
 
