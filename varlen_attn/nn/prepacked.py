@@ -21,7 +21,7 @@ from ..errors import VarlenError
 PREPACKED = "_varlen_attn_prepacked"  # the attribute of a module that holds its `Prepacked`
 # Numbers of a weight, and multiplications of a call: oneDNN's product and what decides on it take 25 microseconds more than a small product
 # of MKL, and save that from here on (Zen 4, one thread).
-LEAST, _LEAST_WORK = 1 << 16, 1 << 22
+LEAST, _LEAST_WORK = 1 << 16, 1 << 21
 
 
 class Prepacked:
