@@ -99,7 +99,7 @@ def test_the_compiled_kernel_is_nowhere_the_slower_choice(name: str) -> None:
     text = "\n".join(sections.grid(COMMITTED[name]))
     assert "**" not in text.split("###", 1)[1]
     slower = [{**row, "ratio": 0.9} if row["what"] == bench_attention.PLAIN else row for row in rows]
-    assert "\n".join(sections.grid({**COMMITTED[name], "rows": slower})).count("**0.90**") == 2 * 5 * 11
+    assert "\n".join(sections.grid({**COMMITTED[name], "rows": slower})).count("**0.90**") == sum(row["ratio"] == 0.9 for row in slower)
 
 
 @pytest.mark.skipif("length" not in COMMITTED, reason="not measured yet")
