@@ -194,3 +194,14 @@ def test_packed_rows_ask_for_no_weights(layout_kv: bool) -> None:
     assert attention(rows, rows, rows, layout=layout, **options)[1] is None
     assert attention(rows, rows, rows, layout=layout, need_weights=True, **options)[1] is not None
     assert attention(torch.randn(2, 5, E))[1] is not None
+
+
+def test_a_small_call_says_how_it_packs() -> None:
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    x, padding, causal = torch.randn(3, 7, 16), torch.arange(7) >= torch.tensor([7, 3, 5])[:, None], torch.ones(7, 7).triu(1).bool()
+    enable(attention, need_weights=False)
+    with record() as log:
+        attention(x, x, x, padding, attn_mask=causal)
+        attention(x, x, x, padding, is_causal=True)
+    assert "is_causal=True" in str(log.calls[0].reason)
+    assert log.calls[1].rows == 15

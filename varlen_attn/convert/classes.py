@@ -114,6 +114,7 @@ class _Enabled:
 NOTHING_PADDED = "nothing is padded, and torch's own is as quick"
 _WEIGHTS = "attention weights exist in the padded computation only"
 _LITTLE_PADDED = "to pack so little takes more time than it saves"
+_LITTLE_MASKED = f"{_LITTLE_PADDED}, with a look at attn_mask (is_causal=True without a mask packs)"
 _PAYS = 4_000_000  # multiplications that padding takes, of which one with a key takes as long as four by a weight: more saves time (alike)
 _SMALL = 1 << 13  # numbers: copies of fewer take no longer than to look at them
 _LOOKS = 16  # times as much it must be for a mask to be looked at
@@ -167,7 +168,7 @@ class _EnabledAttention(_Enabled):
                 return None
         bound = _LOOKS * _PAYS / (query.numel() + 1)
         if padding is None and query.is_cpu and (weights or self.embed_dim + 4 * max(key.shape) < bound):  # torch says what is wrong
-            return _WEIGHTS if weights else _LITTLE_PADDED
+            return _WEIGHTS if weights else _LITTLE_MASKED
         if padding is not None:
             if padding.is_floating_point():
                 at = torch.isneginf(padding)
@@ -196,19 +197,19 @@ class _EnabledAttention(_Enabled):
         if mask is None or (pays and own and mask.dim() == 2 and not is_not_causal(mask, None)):
             return None if pays else _LITTLE_PADDED
         if saved < _LOOKS * _PAYS:
-            return _LITTLE_PADDED
+            return _LITTLE_MASKED
         packs = self.bias_k is None and not self.add_zero_attn
         most = (saved - 2 * _PAYS) / self.embed_dim  # what the packed call may take
         worth = lambda x: self.embed_dim * x.layout_q.num_rows + 4 * x.pairs <= most  # noqa: E731
         pattern = pattern_of(mask, padding, size, query.device, own=own, worth=worth) if packs else None
         if pattern is None or not worth(pattern):
-            return NO_PATTERN if pattern is None else _LITTLE_PADDED
+            return NO_PATTERN if pattern is None else _LITTLE_MASKED
         kwargs["layout"] = pattern  # so that it is not looked for again
         return None
 
     def as_it_came(self: Any, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         query, key, value, padding, weights, mask, average, causal, ours = _attention(*args, **kwargs)
-        weights, zeros, meant = self._wants(weights), False, why in (_WEIGHTS, _LITTLE_PADDED, NO_PATTERN, ADDITIVE)
+        weights, zeros, meant = self._wants(weights), False, why in (_WEIGHTS, _LITTLE_PADDED, _LITTLE_MASKED, NO_PATTERN, ADDITIVE)
         hidden = padding if padding is None or not padding.is_floating_point() else torch.isneginf(padding)
         if meant and hidden is not None and (hidden is padding or hidden.any()):
             at = (hidden if self.batch_first or hidden.dim() == 1 else hidden.T).unsqueeze(-1)
