@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from varlen_attn import ArgumentError, VarlenWarning, disable, enable, record
+from varlen_attn.convert import classes
 
 
 class Layer(nn.Module):
@@ -208,3 +209,20 @@ def test_attention_itself_gives_none() -> None:
 def test_other_words_are_refused() -> None:
     with pytest.raises(ArgumentError, match="'never'"):
         enable(nn.MultiheadAttention(8, 2), need_weights="sometimes")  # type: ignore[arg-type]
+
+
+def test_an_interrupted_forward_is_forgotten() -> None:
+    """`KeyboardInterrupt` passes by torch's hooks."""
+    model = Several("").eval()
+    enable(model, need_weights="never")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    attend, model.attend = model.attend, interrupt  # type: ignore[method-assign,assignment]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model(*batch())
+    model.attend = attend  # type: ignore[method-assign]
+    assert set(backends(model)) == {False}
+    assert not classes._thread.given

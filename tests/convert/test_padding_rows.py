@@ -231,3 +231,20 @@ def test_a_layout_is_packed_whatever_the_rows() -> None:
     with record() as log:
         model(layout.pack(rows()), layout=layout)
     assert {c.rows for c in log.calls} == {layout.total}
+
+
+@pytest.mark.parametrize("value", [1e30, 1e37, float("inf"), float("nan")])
+def test_whatever_is_at_padding_reaches_nothing(value: float) -> None:
+    """In a call that runs as it came, for its weights, and is large enough for its padding to be looked at and not copied."""
+    attention = nn.MultiheadAttention(64, 4, batch_first=True)
+    enable(attention)
+    padding = torch.arange(40) >= torch.tensor([40, 30, 20, 10, 5, 39, 38, 40])[:, None]
+    x = torch.randn(8, 40, 64)
+    x[3, 20, 3] = value
+    x.requires_grad_()
+    out, weights = attention(x, x, x, padding)
+    out[~padding].sum().backward()
+    assert not out[padding].any()
+    assert not weights[padding].any()
+    for found in (out, x.grad, *(p.grad for p in attention.parameters())):
+        assert found.isfinite().all()

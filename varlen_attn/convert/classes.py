@@ -20,7 +20,7 @@ from ..attention.dispatch import requested_backend
 from ..attention.records import recorded_padded
 from ..errors import VarlenWarning, warn
 from ..nn.masks import is_not_causal, pattern_of, read_masks
-from ..nn.multihead import ADDITIVE, NO_PATTERN, VarlenMultiheadAttention
+from ..nn.multihead import ADDITIVE, CAUSAL, NO_PATTERN, VarlenMultiheadAttention
 from ..nn.prepacked import PREPACKED
 from ..nn.stream import Prepared, filled
 from ..nn.transformer import (
@@ -107,8 +107,10 @@ class _Enabled:
         """No backend, no weights in another format, and nothing that torch's modules do not know."""
         if not _OURS.isdisjoint(kwargs) or requested_backend("auto") != "auto":
             return False
-        plain = (getattr(x, "backend", "auto") == "auto" and getattr(x, "window", None) is None for x in attns)
-        return all(plain) and not any(PREPACKED in vars(x) for x in attns)
+        for x in attns:  # a generator is one more frame in each of many calls
+            if getattr(x, "backend", "auto") != "auto" or getattr(x, "window", None) is not None or PREPACKED in vars(x):
+                return False
+        return True
 
 
 NOTHING_PADDED = "nothing is padded, and torch's own is as quick"
@@ -117,6 +119,7 @@ _LITTLE_PADDED = "to pack so little takes more time than it saves"
 _LITTLE_MASKED = f"{_LITTLE_PADDED}, with a look at attn_mask (is_causal=True without a mask packs)"
 _PAYS = 4_000_000  # multiplications that padding takes, of which one with a key takes as long as four by a weight: more saves time (alike)
 _SMALL = 1 << 13  # numbers: copies of fewer take no longer than to look at them
+_LARGE = 1e15  # scores of two such tokens are numbers of float32
 _LOOKS = 16  # times as much it must be for a mask to be looked at
 _LITTLE = 1 << 18  # numbers of an input: below, a forward of torch's encoder took less time than ours on packed rows (Zen 4, one thread)
 _OURS = frozenset({"layout", "layout_kv", "window", "backend"})  # keywords that torch's modules do not know
@@ -177,7 +180,7 @@ class _EnabledAttention(_Enabled):
             hidden = [row.count(True) for row in rows.reshape(-1, padding.shape[-1]).tolist()]
             if mask is None and not (additive or any(hidden)):
                 return nothing and NOTHING_PADDED
-        if not query.is_cpu or self.padding_rows == "edge" or not (_is_seen(key) and _is_seen(value)):
+        if not query.is_cpu or self.padding_rows == "edge" or not ((key is query or _is_seen(key)) and (value is key or _is_seen(value))):
             return None
         first = self.batch_first or query.dim() == 2
         shapes = {x.shape[:-1] if first else x.shape[1::-1] for x in (key, value)} | ({padding.shape} if padding is not None else set())
@@ -193,9 +196,12 @@ class _EnabledAttention(_Enabled):
             return ADDITIVE
         of_row = self.embed_dim * (self.embed_dim + 4 * columns)
         saved, pays = size * length * of_row, sum(hidden) * of_row >= _PAYS
-        own = mask is not None and padding is not None and self.padding_rows == "zero" and query.is_set_to(key)
-        if mask is None or (pays and own and mask.dim() == 2 and not is_not_causal(mask, None)):
+        if mask is None:
             return None if pays else _LITTLE_PADDED
+        own = padding is not None and self.padding_rows == "zero" and query.is_set_to(key)
+        if pays and own and mask.dim() == 2 and not is_not_causal(mask, None):
+            kwargs["layout"] = CAUSAL  # so that it is not compared again, as below
+            return None
         if saved < _LOOKS * _PAYS:
             return _LITTLE_MASKED
         packs = self.bias_k is None and not self.add_zero_attn
@@ -214,8 +220,8 @@ class _EnabledAttention(_Enabled):
         if meant and hidden is not None and (hidden is padding or hidden.any()):
             at = (hidden if self.batch_first or hidden.dim() == 1 else hidden.T).unsqueeze(-1)
             zeros = self.padding_rows == "zero" and query.is_set_to(key)  # else padded queries are computed as they are
-            # NaN at padding reaches no token. To look for it takes a tenth of the time of a copy without it.
-            if key.numel() < _SMALL or not math.isfinite(key.sum().item() + (0 if value is key else value.sum().item())):
+            # NaN at padding reaches no token, nor what gets infinite. To look for it takes a tenth of the time of a copy without it.
+            if key.numel() < _SMALL or not all(torch.linalg.vector_norm(x).item() < _LARGE for x in {key, value}):
                 clean = key.masked_fill(at, 0)
                 value = clean if value is key else value.masked_fill(at, 0)
                 query, key = clean if zeros else query, clean
@@ -226,11 +232,13 @@ class _EnabledAttention(_Enabled):
             query, key, value = _attention(*args, **kwargs)[:3]
             out, given = VarlenMultiheadAttention.forward(self, query, key, value, padding, weights, mask, average, causal)
         elif zeros:
-            out = out.mul_(~at)  # numbers, of queries that are 0: a tenth of the time of `masked_fill_`
+            keep = ~at
+            out = out.mul_(keep)  # numbers: a tenth of the time of `masked_fill_`
             if given is not None:
-                keep = ~(hidden.unsqueeze(-2) if given.dim() > hidden.dim() + 1 else hidden).unsqueeze(-1)
+                keep = keep if self.batch_first or hidden.dim() == 1 else keep.transpose(0, 1)
+                keep = keep.unsqueeze(-3) if given.dim() > hidden.dim() + 1 else keep
                 given = given * keep if given.requires_grad else given.mul_(keep)
-        return out, _watched(self, given)
+        return out, given if self.weights != "unread" else _watched(self, given)
 
 
 def _attention(
@@ -272,9 +280,9 @@ _shown: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 class _Thread(threading.local):
-    """Of the forwards under way that are looked at: the weights that modules have given."""
+    """Of the forwards under way that are looked at: whose each is, and the weights that modules have given."""
 
-    given: tuple[list[tuple[Any, weakref.ref[Any]]], ...] = ()
+    given: tuple[tuple[nn.Module, list[tuple[Any, weakref.ref[Any]]]], ...] = ()
 
 
 _thread = _Thread()
@@ -304,7 +312,7 @@ def _watched(module: Any, weights: Tensor | None) -> Tensor | None:
         return weights
     watched = weights.as_subclass(Weights)
     watched.reader = weakref.ref(module)
-    _thread.given[-1].append((module, weakref.ref(watched)))
+    _thread.given[-1][1].append((module, weakref.ref(watched)))
     return watched
 
 
@@ -313,13 +321,14 @@ def before_forward(module: nn.Module, args: Any, kwargs: Any = None) -> None:
     if not torch.compiler.is_compiling():
         _unread.update({m: True for m in list(_shown) if m not in _unread})
         _shown.clear()
-        _thread.given = (*_thread.given, [])
+        left = (i for i, (m, _) in enumerate(_thread.given) if m is module)  # interrupted, and never left
+        _thread.given = (*_thread.given[: next(left, None)], (module, []))
 
 
 def after_forward(module: nn.Module, args: Any, kwargs: Any, result: Any = None) -> None:
     """After errors too, without a result. Weights that a model returns or keeps are there at its end."""
     if not torch.compiler.is_compiling() and _thread.given:
-        *others, given = _thread.given
+        *others, (_, given) = _thread.given
         _thread.given = tuple(others)
         kept = {m for m, weights in given if weights() is not None}
         for m in {m for m, _ in given} if result is not None else ():

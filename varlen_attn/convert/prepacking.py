@@ -25,20 +25,15 @@ def plan_prepacked(model: nn.Module, ours: set[nn.Module]) -> tuple[ModuleReport
     steps: list[Step] = []
     weights: dict[int, int] = {}
     for module in model.modules():
-        new = _CLASSES.get(original_class(module)) if "forward" not in vars(module) else None
-        weight: Any = (
-            module.weight
-            if new is not None
-            else getattr(module, "in_proj_weight", None)
-            if module in ours or isinstance(module, VarlenMultiheadAttention)
-            else None
-        )
+        original = original_class(module)
+        new = _CLASSES.get(original) if "forward" not in vars(module) else None
+        attends = module in ours or isinstance(module, VarlenMultiheadAttention)
+        weight: Any = getattr(module, "weight" if new is not None else "in_proj_weight", None) if new is not None or attends else None
         if type(weight) is not nn.Parameter or not weight.is_cpu or weight.dtype not in dtypes() or weight.numel() < LEAST:
             continue
         weights[id(weight)] = weight.numel() * weight.element_size()
         steps.append(Entry(vars(module), PREPACKED, vars(module).get(PREPACKED) or Prepacked()))
         if new is not None:
-            original = original_class(module)
             steps.append(Class(module, new, original, (("__module__", original.__module__),)))  # of which torch.fx makes a leaf
     if not steps:
         raise ArgumentError(

@@ -50,6 +50,7 @@ from .stream import Prepared
 
 R = TypeVar("R")
 T = TypeVar("T")
+CAUSAL: Any = object()  # in place of a layout: `attn_mask` is causal
 ADDITIVE = "key_padding_mask is additive: it has values other than 0 and -inf, or wants a gradient"
 _SHIFTED = "causal with unlike padding of queries and keys: columns, which torch compares, differ from packed positions"
 NO_PATTERN = (
@@ -187,7 +188,9 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         """
         prepared: Any = layout
         known: Pattern | None = None
-        if type(prepared) is Pattern:  # of an enabled module, which had to know
+        if prepared is CAUSAL:  # of an enabled module, which had to know
+            is_causal, attn_mask, layout = True, None, None
+        elif type(prepared) is Pattern:  # likewise
             known, layout = prepared, None
         if type(prepared) is Prepared:  # packed rows of a stack, which has checked everything and zeroes slack rows at its ends
             key = query if key is None else key
