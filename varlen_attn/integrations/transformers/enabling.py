@@ -573,14 +573,14 @@ class _Part:
         odd = [(trial, expected) for trial, expected in trials if trial.odd_ids]
         if reason is None and stacks:
             usual = [(trial, expected) for trial, expected in trials if not trial.odd_ids]
-            with self._running(stacks, islands):
-                reason = self.compare(usual)
-            if reason is not None and not self.reads_first:
-                self.reads_first = True
+            looks_at_ids = False
+            for reads_first in (False, True):
+                self.reads_first |= reads_first
                 with self._running(stacks, islands):
                     reason = self.compare(usual)
-            with self._running(stacks, islands):
-                looks_at_ids = reason is None and self.compare(odd) is not None
+                    looks_at_ids = reason is None and self.compare(odd) is not None
+                if reason is None or self.reads_first:
+                    break
             self.guarded |= looks_at_ids
             if looks_at_ids:
                 with self._running(stacks, islands):

@@ -94,9 +94,8 @@ class LayerHook:
         crosses: what it is given of a source goes to it as rows too.
     """
 
-    tree = ModelId()  # these two of pickles of earlier versions
+    tree = ModelId()  # these three of pickles of earlier versions
     islands = False
-
     crosses = False
 
     def __init__(self, tree: ModelId, layer: nn.Module, last: bool, islands: bool = False, crosses: bool = False) -> None:
@@ -374,12 +373,9 @@ def _of_source(meaning: Meaning, given: dict[str, Any]) -> dict[str, tuple[Any, 
     source = kept.get(("", id(mask)), (mask, mask.meaning if isinstance(mask, VarlenMask) else None))[1]
     if mask is None and source is None:
         source = Meaning(shape, states.device, Pattern(False), None, 0, lambda: torch.ones(shape, dtype=torch.bool, device=states.device))
-    if (
-        source is None
-        or (source.shape, source.pattern) != (shape, Pattern(False))
-        or source.numbers is not None
-        or source.keys.lengths is None
-    ):
+    if source is None or (source.shape, source.pattern) != (shape, Pattern(False)):
+        return {}
+    if source.numbers is not None or source.keys.lengths is None:
         return {}
     if ("", id(mask)) not in kept:
         kept["", id(mask)], kept["encoder_attention_mask", id(mask)] = (mask, source), (mask, source.crossing(meaning.tokens))

@@ -104,9 +104,8 @@ def _text(model: Any, device: torch.device, names: tuple[str, ...], side: str, o
     if "decoder_attention_mask" in names:
         inputs["decoder_attention_mask"] = inputs["attention_mask"].flip(0)
     if "encoder_hidden_states" in names and (width := getattr(config, "cross_attention_hidden_size", None) or _crosses(config)):
-        inputs["encoder_hidden_states"] = noise(
-            torch.empty(*shape, width, dtype=model.dtype, device=device), torch.Generator().manual_seed(2)
-        )
+        states = torch.empty(*shape, width, dtype=model.dtype, device=device)
+        inputs["encoder_hidden_states"] = noise(states, torch.Generator().manual_seed(2))
         inputs["encoder_attention_mask"] = inputs["attention_mask"].flip(0)
     valid = valid & valid.flip(0) if "decoder_input_ids" in inputs else valid
     return Trial(inputs, valid.to(device), side == "right", odd_ids)
