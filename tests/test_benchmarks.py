@@ -26,6 +26,7 @@ report = pytest.importorskip("benchmarks.report", reason="benchmarks are not in 
 from benchmarks import (  # noqa: E402
     bench_attention,
     bench_balance,
+    bench_engines,
     bench_compile,
     bench_curves,
     bench_host,
@@ -40,6 +41,7 @@ from benchmarks import (  # noqa: E402
     plots,
     sections,
 )
+from benchmarks.inputs import Batch  # noqa: E402
 from benchmarks.workloads import REAL, WORKLOADS, Workload  # noqa: E402
 
 ROOT = Path(report.__file__).parent.parent
@@ -111,6 +113,17 @@ def test_memory_grows_with_tokens() -> None:
     assert rows[longest]["packed"] <= 1.5 * rows[4096]["packed"] * longest / 4096
     assert rows[longest]["packed"] < rows[longest]["padded"]
     assert rows[longest]["scores"] is None
+
+
+def test_engines_are_compared_before_they_are_timed() -> None:
+    batch = Batch({}, torch.ones(2, 3, dtype=torch.bool))
+    calls: dict[str, Callable[[], torch.Tensor]] = {bench_engines.BEFORE: lambda: torch.ones(6), bench_engines.ONNX: lambda: torch.ones(6)}
+    what = next(iter(bench_engines.GOALS))
+    found = bench_engines.row(what, batch, calls, 1, rounds=1, budget=0)
+    assert found["difference"] == {bench_engines.ONNX: 0}
+    assert found["ratio"].keys() == {bench_engines.ONNX}
+    with pytest.raises(AssertionError, match="hidden states differ"):
+        bench_engines.row(what, batch, {**calls, bench_engines.ENABLED: lambda: torch.full((6,), 1.01)}, 1, rounds=1, budget=0)
 
 
 def test_ranks_do_not_wait() -> None:

@@ -232,6 +232,17 @@ def test_what_is_counted_recorded_or_transformed_is_the_usual_product(used: list
     assert not used
 
 
+def test_hooks_of_an_output_projection_are_not_called() -> None:
+    """torch takes its weights, and never calls it."""
+    theirs = encoder().layers[0].self_attn
+    ours, x = enable_copy(theirs), torch.randn(3, 9, D)
+    ours.out_proj.register_forward_hook(lambda module, args, out: out * 2)
+    with torch.no_grad():
+        for _ in range(2):
+            out = ours(x, x, x, PADDING, need_weights=False)[0][~PADDING]
+            torch.testing.assert_close(out, theirs(x, x, x, PADDING, need_weights=False)[0][~PADDING])
+
+
 def test_compiled_code_has_the_usual_product(used: list[Tensor]) -> None:
     linear = nn.Linear(D, 24).requires_grad_(False).eval()
     layer = nn.Sequential(linear)
