@@ -26,9 +26,9 @@ report = pytest.importorskip("benchmarks.report", reason="benchmarks are not in 
 from benchmarks import (  # noqa: E402
     bench_attention,
     bench_balance,
-    bench_engines,
     bench_compile,
     bench_curves,
+    bench_engines,
     bench_host,
     bench_layout,
     bench_length,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from varlen_attn import ArgumentError, VarlenError, disable, enable, enabled, record
+from varlen_attn import ArgumentError, VarlenError, compare, disable, enable, enabled, record
 from varlen_attn.convert import prepacking
 from varlen_attn.nn import prepacked
 from varlen_attn.nn.prepacked import PREPACKED, Prepacked, PrepackedLinear
@@ -282,6 +282,14 @@ def test_a_model_with_nothing_to_prepack_is_refused(model: nn.Module) -> None:
     with pytest.raises(ArgumentError, match=r"`prepack` must be False for this model, but is True: it has no nn\.Linear"):
         enable(model, prepack=True)
     assert not any(PREPACKED in vars(m) for m in model.modules())
+
+
+def test_a_comparison_says_it() -> None:
+    model = enable_copy(encoder())
+    batch = {"src": torch.randn(3, 9, D), "src_key_padding_mask": PADDING}
+    assert "prepack=True" in str(compare(model, batch))
+    assert "prepack=True" in str(disable(model))
+    assert "prepack=True" not in str(compare(model, batch))
 
 
 def test_prepack_is_a_bool() -> None:

@@ -217,6 +217,8 @@ def disable(model: nn.Module) -> Report:
         elif hasattr(original, "original_class") and is_varlen(module):
             reason = "its class was derived from the enabled one, as parametrisations do: remove them first"
             restored.append(ModuleReport(name, original.__name__, "left alone", reason))
+    if any(map(is_prepacked, model.modules())):
+        restored.append(ModuleReport("", "Linear", "restored", "weights in oneDNN's blocked format, by prepack=True"))
     report = Report(tuple(restored))
     _go(model, [])
     return report

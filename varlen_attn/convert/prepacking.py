@@ -40,8 +40,7 @@ def plan_prepacked(model: nn.Module, ours: set[nn.Module]) -> tuple[ModuleReport
             f"`prepack` must be False for this model, but is True: it has no nn.Linear with at least {LEAST} weights of "
             f"{' or '.join(map(str, dtypes())) or 'any dtype that this build of torch can prepack'} on a CPU."
         )
-    more = f"{sum(weights.values()) / 2**20:.1f} MiB more, from the second call without gradients on"
-    reason = f"{len(weights)} weights are kept in oneDNN's blocked format as well: {more}"
+    reason = f"{len(weights)} weights are kept in oneDNN's blocked format as well: {sum(weights.values()) / 2**20:.1f} MiB more"
     return ModuleReport("", "Linear", "converted", reason), steps
 
 

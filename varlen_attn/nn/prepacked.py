@@ -52,8 +52,7 @@ class Prepacked:
         if packed is None:
             packed = torch.ops.mkldnn._reorder_linear_weight(memory, None)
             self.made = memory, version, packed
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
-        return out
+        return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,8 +93,7 @@ def dtypes() -> tuple[torch.dtype, ...]:
     """What this build of torch has in the blocked format; others than float32 where the CPU has instructions for them."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return ()
-    half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return (torch.float32, torch.bfloat16) if half else (torch.float32,)
+    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
 
 
 class PrepackedLinear(nn.Linear):
