@@ -215,7 +215,7 @@ def compiled(result: dict[str, Any]) -> str:
 
 def engines(result: dict[str, Any]) -> str:
     """Measured by itself, as the host's."""
-    names, order = (*bench_engines.OURS, *bench_engines.ENGINES), list(bench_engines.GOALS)
+    names, order = (*bench_engines.OURS, *bench_engines.ENGINES), list(bench_engines.ROWS)
     lines = []
     for row in sorted(result["rows"], key=lambda row: (row["threads"], order.index(row["what"]))):
         shown = [row["ratio"].get(name) for name in names]
@@ -223,10 +223,12 @@ def engines(result: dict[str, Any]) -> str:
         cells = ["-" if x is None else f"**{x:.2f}**" if x == best else f"{x:.2f}" for x in shown]
         goal = "-" if row["goal"] is None else f"{row['goal']:.2f}"
         lines.append([row["what"], row["batch"], str(row["threads"]), f"{row['milliseconds'][hf.BEFORE]:.1f}", *cells, goal])
-    versions = "; ".join(dict.fromkeys(", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in result["rows"]))
+    found = dict.fromkeys(", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in result["rows"])
+    versions = "; ".join(filter(None, found))
     says = (
-        "MiniLM in float32 on docstrings cut at 256 tokens: times of the model as it came, with attention by `sdpa` / those of each "
-        f"contestant, in turns in one process. {versions}. The last column is what prepacked weights aim at on two threads."
+        "MiniLM in float32 on docstrings cut at 256 tokens, unless another model is named, which has random weights: times of the model "
+        f"as it came, with attention by `sdpa` / those of each contestant, in turns in one process. {versions}. The last column is what "
+        "prepacked weights aim at on two threads."
     )
     header = ["", "batch", "threads", "as it came, ms", *names, "goal"]
     return "\n\n".join([f"{setting(result['environment'])}.", says, table(header, lines)])
