@@ -224,7 +224,6 @@ def row(what: str, batch: object, calls: dict[str, Call], threads: int, rounds: 
         "what": what, "batch": str(batch), "threads": threads, "difference": difference, "ratio": ratios, "goal": GOALS.get(what),
         "milliseconds": {name: round(t.seconds * 1e3, 3) for name, t in timings.items()},
         "foreign": round(timings[BEFORE].foreign, 3),
-        "versions": {name: version(package) for name, package in PACKAGES.items() if name in calls},
     }  # fmt: skip
 
 
@@ -267,7 +266,8 @@ def main() -> None:
     for threads in args.threads:
         torch.set_num_threads(threads)
         for what, batch, calls in groups(args, documents, threads):
-            rows.append(row(what, batch, calls, threads, args.rounds, args.budget))
+            versions = {name: version(package) for name, package in PACKAGES.items() if name in calls}
+            rows.append({**row(what, batch, calls, threads, args.rounds, args.budget), "versions": versions})
             gains = ", ".join(f"{name} {x:.2f}" for name, x in rows[-1]["ratio"].items())
             print(f"{what}, {batch}, {threads} threads: {gains}", flush=True)
     if not args.no_save:
