@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import nn
 
 from .._clone import apart
@@ -54,7 +55,7 @@ def enable(
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
     example: Any = None,
-    prepack: bool = False,
+    prepack: bool | torch.dtype = False,
 ) -> Report:
     """Make a model skip padding, in place: torch's attention modules, layers and stacks, and models of transformers. `disable` undoes it.
 
@@ -81,6 +82,8 @@ def enable(
             blocked format as well, from their second call without gradients on, so that no call reorders them. This takes the memory of the
             weights once more, which the report says. A weight that was written to is reordered again, except after a write through
             ``weight.data``. In training such layers raise `VarlenError`; with gradients in evaluation they compute as they came.
+            ``torch.bfloat16``: layers in float32 round what they multiply to bfloat16, sum in float32 and round their result. Everything
+            else stays in float32.
 
     Returns:
         What happened to each module, and why not: ``print(enable(model))``.
@@ -128,7 +131,7 @@ def enable(
         if weights == "unread":
             steps += looking_at_weights(model, steps)
         if prepack:
-            row, more = plan_prepacked(model, {x.module for x in steps if isinstance(x, Class)})
+            row, more = plan_prepacked(model, {x.module for x in steps if isinstance(x, Class)}, None if prepack is True else prepack)
             rows, steps = [*rows, row], [*steps, *more]
         _go(model, steps)
         report = Report(tuple(rows), _problem(model))
@@ -217,8 +220,9 @@ def disable(model: nn.Module) -> Report:
         elif hasattr(original, "original_class") and is_varlen(module):
             reason = "its class was derived from the enabled one, as parametrisations do: remove them first"
             restored.append(ModuleReport(name, original.__name__, "left alone", reason))
-    if any(map(is_prepacked, model.modules())):
-        restored.append(ModuleReport("", "Linear", "restored", "weights in oneDNN's blocked format, by prepack=True"))
+    for entry in found_prepacked(model)[:1]:
+        reason = f"weights in oneDNN's blocked format, by prepack={entry.value.dtype or True}"
+        restored.append(ModuleReport("", "Linear", "restored", reason))
     report = Report(tuple(restored))
     _go(model, [])
     return report
@@ -233,7 +237,7 @@ def enabled(
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
     example: Any = None,
-    prepack: bool = False,
+    prepack: bool | torch.dtype = False,
 ) -> Iterator[Report]:
     """``with enabled(model) as report``: `enable` for the length of a block; afterwards every module is what it was before.
 
@@ -288,9 +292,10 @@ def _check_options(level: Any, need_weights: Any, hooks: Any, padding_rows: Any,
         raise ArgumentError(
             f"`hooks` must be 'leave' or 'packed', but is {hooks!r}: 'leave' leaves modules with hooks alone, 'packed' converts them too."
         )
-    if not isinstance(prepack, bool):
+    if not isinstance(prepack, bool) and prepack is not torch.bfloat16:
         raise ArgumentError(
-            f"`prepack` must be True or False, but is {prepack!r}: True keeps weights in oneDNN's blocked format as well, for inference."
+            f"`prepack` must be True, False or torch.bfloat16, but is {prepack!r}: True keeps weights in oneDNN's blocked format as well, "
+            "for inference, torch.bfloat16 rounds them too."
         )
     if padding_rows not in (None, *get_args(PaddingRows)):
         raise ArgumentError(
