@@ -35,6 +35,7 @@ from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
 from .attention import captured, collected
+from .labelled import labelled_in, read_labelled
 from .mask import (
     ISLAND,
     LOOKED_AT,
@@ -43,6 +44,7 @@ from .mask import (
     Pattern,
     VarlenMask,
     around_island,
+    caller,
     end_rows,
     enter_forward,
     is_entered,
@@ -519,7 +521,7 @@ class ModelHook:
         padding = ~mask.bool()
         found: list[tuple[str, Tensor]] = []
         continues = given.get("past_key_values") is not None or isinstance(given.get("logits_to_keep", 0), Tensor)
-        if ((continues or given.get("logits_to_keep")) and (causal or not two)) or (causal and _generates(frame)):
+        if ((continues or given.get("logits_to_keep")) and (causal or not two)) or (causal and caller(frame, "GenerationMixin.generate")):
             after_token = (padding[:, 1:] & ~padding[:, :-1]).any()
             found.append(("generation with padding on the right, which reads the last column", after_token))
         if self.looks_at_ids:
@@ -554,16 +556,6 @@ def _masks_of(given: Mapping[str, Any]) -> list[Any]:
     """One, or one for each kind of layers."""
     mask = given.get("attention_mask")
     return [*mask.values()] if isinstance(mask, Mapping) else [mask]
-
-
-def _generates(frame: FrameType | None) -> bool:
-    """Whether `generate` of transformers is among the callers: of a decoder without ``logits_to_keep``, no argument says so."""
-    from transformers import GenerationMixin
-
-    code = inspect.unwrap(GenerationMixin.generate).__code__
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return frame is not None
 
 
 def _around(module: nn.Module, frame: FrameType | None) -> tuple[str | None, dict[str, Any]]:
@@ -650,7 +642,8 @@ _UNCONCERNED = (
 
 # -------------------------------------------------------------------- the class of a model
 
-_WATCH = "_varlen_attn_watch"  # the attribute of a model that holds its `ModelHook`
+WATCH = "_varlen_attn_watch"  # the attribute of a model that holds its `ModelHook`
+HEADS = "_varlen_attn_heads"  # and of one whose head computes labelled tokens only: what it reads, as `labelled_in` takes it
 
 
 class Watched:
@@ -717,13 +710,16 @@ class _Forward:
 
 @partial(between_graphs, recursive=False)
 def _seen(model: Any, compute: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    hook = vars(model).get(_WATCH)
-    if hook is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return compute(*args, **kwargs)
+    hook = vars(model).get(WATCH)
+    if hook is None:  # it was disabled since a forward around it began
+        return read_labelled(model, None, compute(*args, **kwargs))
     hook.before(model, args, kwargs)
     result = None
     try:
-        result = compute(*args, **kwargs)
+        labelled = labelled_in(model, *vars(model).get(HEADS, ()))
+        result = read_labelled(model, labelled, compute(*args, **kwargs) if labelled is None else compute(**labelled.given))
         return result
     finally:
         hook.after(model, args, kwargs, result)
@@ -745,7 +741,7 @@ def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[s
     made: list[Step] = []
     for module in root.modules():
         if isinstance(module, PreTrainedModel):
-            made.append(Entry(vars(module), _WATCH, ModelHook(tree, module, *packed.get(module, ((), False)))))
+            made.append(Entry(vars(module), WATCH, ModelHook(tree, module, *packed.get(module, ((), False)))))
             original = original_class(module)
             if not issubclass(original, Watched):  # nor is it derived from one, as fully_shard does
                 made.append(Class(module, _watched(original), original))  # type: ignore[arg-type]
@@ -775,8 +771,7 @@ def found_on(modules: Iterable[nn.Module]) -> list[Step]:
         original = original_class(module)
         if isinstance(module, Watched) and original is not type(module):
             found.append(Class(module, type(module), original))
-        if _WATCH in vars(module):
-            found.append(Entry(vars(module), _WATCH, vars(module)[_WATCH]))
+        found += [Entry(vars(module), name, vars(module)[name]) for name in (WATCH, HEADS) if name in vars(module)]
         found += Hook.found(module, is_ours)
     return found
 
