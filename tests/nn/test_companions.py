@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from varlen_attn import ArgumentError, DtypeError, LayoutError, SeqLayout, apply_rotary, varlen_attention, varlen_conv1d
+from varlen_attn import ArgumentError, DtypeError, LayoutError, SeqLayout, apply_rotary, varlen_attention, varlen_conv1d, varlen_norm
 from varlen_attn.nn import conv as conv_module
 from varlen_attn.testing import assert_within_budget, poison
 from varlen_attn.testing.strategies import Batch, batches, layouts
@@ -377,6 +377,107 @@ def test_batch_norm_counts_padding_and_slack_rows() -> None:
     assert not torch.allclose(nn.BatchNorm1d(CHANNELS)(slack.pack(x))[:4], expected)
     norm = nn.BatchNorm1d(CHANNELS).eval()
     assert torch.equal(norm(slack.pack(x))[:4], norm(exact.pack(x)))
+
+
+# -------------------------------------------------------------------- norms over the time of each sequence
+
+
+def group_norms(kind: str, seed: int) -> Any:
+    made: Any = {
+        "group": lambda: nn.GroupNorm(2, 4),
+        "one group": lambda: nn.GroupNorm(1, 4, affine=False),
+        "instance": lambda: nn.InstanceNorm1d(4),
+        "instance, affine": lambda: nn.InstanceNorm1d(4, affine=True),
+        "instance, tracked": lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True, momentum=0.3),
+        "no momentum": lambda: nn.InstanceNorm1d(4, track_running_stats=True, momentum=None),
+    }[kind]()
+    generator = torch.Generator().manual_seed(seed)
+    for p in made.parameters():
+        nn.init.normal_(p, generator=generator)
+    return made.double()
+
+
+@given(
+    layout=layouts(),
+    kind=st.sampled_from(("group", "one group", "instance", "instance, affine", "instance, tracked", "no momentum")),
+    training=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_norms_over_time_are_those_of_each_sequence_alone(layout: SeqLayout, kind: str, training: bool, seed: int) -> None:
+    """Rows, gradients and running statistics, with NaN in slack rows."""
+    ours = group_norms(kind, seed).train(training)
+    theirs, total = copy.deepcopy(ours), int(layout.cu_seqlens[-1])
+    rows = torch.randn(layout.num_rows, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 2
+    x, z = rows.clone().requires_grad_(), rows.clone().requires_grad_()
+    with count_reads() as reads:
+        out = varlen_norm(ours, torch.where(layout.valid_rows()[:, None], x, float("nan")), layout)
+    assert not reads
+    assert not out[total:].any()
+
+    expected, statistics = [z.new_zeros(0, 4)], []
+    for begin, end in zip(layout.cu_seqlens[:-1].tolist(), layout.cu_seqlens[1:].tolist(), strict=True):
+        alone = copy.deepcopy(theirs)
+        one: Any = z[begin:end].T[None]
+        if end - begin == 1 and isinstance(alone, nn.InstanceNorm1d) and (training or not alone.track_running_stats):
+            normed = one[0].T * 0  # torch refuses one frame here
+            expected.append(normed * theirs.weight + theirs.bias if theirs.affine else normed)
+            if alone.track_running_stats and training:
+                share = alone.momentum or 0
+                statistics.append(((1 - share) * alone.running_mean + share * one[0, :, 0].detach(), (1 - share) * alone.running_var))
+        elif end > begin:
+            expected.append(alone(one)[0].T)
+            if getattr(alone, "running_mean", None) is not None:
+                statistics.append((alone.running_mean, alone.running_var))
+    whole = torch.cat(expected)
+    torch.testing.assert_close(out[:total], whole)
+    grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (out[:total] * grad).sum().backward() if out.requires_grad else None
+    (whole * grad).sum().backward() if whole.requires_grad else None
+    torch.testing.assert_close(x.grad, z.grad if z.grad is not None or x.grad is None else torch.zeros_like(z))
+    if statistics:
+        torch.testing.assert_close(ours.running_mean, torch.stack([m for m, _ in statistics]).mean(0))
+        torch.testing.assert_close(ours.running_var, torch.stack([v for _, v in statistics]).mean(0))
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
+
+
+def test_the_statistics_of_an_instance_norm_are_torchs() -> None:
+    """Of a batch without padding, in one call."""
+    x, layout = torch.randn(3, 5, 4), SeqLayout.from_lengths([5, 5, 5])
+    ours = nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
+    theirs = copy.deepcopy(ours)
+    for _ in range(2):
+        torch.testing.assert_close(layout.unpack(varlen_norm(ours, layout.pack(x), layout)), theirs(x.transpose(1, 2)).transpose(1, 2))
+    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
+
+
+def test_a_batch_norm_is_that_of_the_rows_and_refuses_slack() -> None:
+    mask = torch.tensor([[False, False, False], [False, True, True]])
+    exact, slack = (SeqLayout.from_key_padding_mask(mask, capacity=capacity) for capacity in (None, 6))
+    x, norm = torch.randn(2, 3, CHANNELS), nn.BatchNorm1d(CHANNELS)
+    torch.testing.assert_close(varlen_norm(norm, exact.pack(x), exact), nn.BatchNorm1d(CHANNELS)(exact.pack(x)))
+    with pytest.raises(LayoutError, match="`layout` must be exact for the statistics of a batch norm, but has slack rows"):
+        varlen_norm(norm, slack.pack(x), slack)
+    norm.eval()
+    torch.testing.assert_close(varlen_norm(norm, slack.pack(x), slack)[:4], norm(exact.pack(x)))
+
+
+def test_other_norms_and_rows_are_refused() -> None:
+    layout = SeqLayout.from_lengths([3, 1])
+    with pytest.raises(ArgumentError, match=r"`norm` must be an nn.GroupNorm, .* but is a LayerNorm: call a norm over the features"):
+        varlen_norm(nn.LayerNorm(4), torch.randn(4, 4), layout)
+    for rows in (torch.randn(4, 5), torch.randn(3, 4)):
+        with pytest.raises(LayoutError, match="`rows` must begin with 4x4"):
+            varlen_norm(nn.GroupNorm(2, 4), rows, layout)
+
+
+def test_half_precision_norms_in_float32() -> None:
+    layout, norm = SeqLayout.from_lengths([300, 4]), nn.GroupNorm(1, 8)
+    rows = (torch.randn(304, 8) + 40).bfloat16()
+    expected = varlen_norm(norm, rows.float(), layout)
+    out = varlen_norm(norm.bfloat16(), rows, layout)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.01)
 
 
 # -------------------------------------------------------------------- rotary embeddings

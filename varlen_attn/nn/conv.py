@@ -12,7 +12,7 @@ Attention that honours the padding is of little use between layers that do not. 
 
   One limit: slack rows (a layout with ``capacity=``) are zeros and would be counted. Pack exactly where statistics are taken; in
   evaluation they are not, and slack rows do no harm. Norms over the features of each token (layer norm, RMS norm) take rows as they are.
-  Norms over the time of each sample (group norm, instance norm) do not: on rows they would normalise each token by itself.
+  Norms over the time of each sample (group norm, instance norm) do not: `varlen_norm` is for them.
 """
 
 from __future__ import annotations
