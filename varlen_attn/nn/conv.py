@@ -99,7 +99,7 @@ def varlen_conv1d(conv: Callable[[Tensor], Tensor], rows: Tensor, layout: SeqLay
 
 def _convolved(layout: SeqLayout, frames: SeqLayout, step: Step, gap: int) -> tuple[SeqLayout, SeqLayout] | None:
     """The layouts of what is convolved and of what that gives: one long row of all sequences, with ``gap`` zeros between two of them, where
-    that is shorter than the padded batch. None stands for the layouts as they are.
+    that is shorter than the padded batch. None: the layouts as they are.
     """
     size = layout.num_rows + layout.num_seqs * (gap + step.stride - 1)
     if layout.has_holes is not False or is_tracing(layout.cu_seqlens) or size >= layout.num_seqs * layout.max_seqlen:
