@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..._switch import Class, Entry, Hook, Step, around, original_class
+from ..._switch import Class, Entry, Hook, Step, around, original_class, own_class
 from ..._torch import begins_no_graph, between_graphs, is_compiled, with_first_dimension
 from ...attention.records import Call, write
 from ...data.host_lengths import HostLengths
@@ -747,8 +747,7 @@ def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[s
         if isinstance(module, PreTrainedModel):
             made.append(Entry(vars(module), _WATCH, ModelHook(tree, module, *packed.get(module, ((), False)))))
             original = original_class(module)
-            if not issubclass(original, Watched):  # nor is it derived from one, as fully_shard does
-                made.append(Class(module, _watched(original), original))  # type: ignore[arg-type]
+            made.append(Class(module, _watched(original), original))  # type: ignore[arg-type]
     return made
 
 
@@ -773,8 +772,8 @@ def found_on(modules: Iterable[nn.Module]) -> list[Step]:
     found: list[Step] = []
     for module in modules:
         original = original_class(module)
-        if isinstance(module, Watched) and original is not type(module):
-            found.append(Class(module, type(module), original))
+        if isinstance(module, Watched) and original is not own_class(module):
+            found.append(Class(module, own_class(module), original))
         if _WATCH in vars(module):
             found.append(Entry(vars(module), _WATCH, vars(module)[_WATCH]))
         found += Hook.found(module, is_ours)
