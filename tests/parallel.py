@@ -369,7 +369,7 @@ def fsdp1(here: Here) -> None:
                     options: dict[str, Any] = dict(auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=original)
                     return FullyShardedDataParallel(model, device_mesh=here.mesh, **options)
 
-                here.exact(kind, wrap, order, packed=kind == "encoder" or order == "built")
+                here.exact(kind, wrap, order, packed=kind == "encoder" or order == "built" or (kind == "bert" and order == "before"))
 
 
 # A layer of transformers by parts; the parts of its attention are whole heads.
@@ -575,7 +575,7 @@ def checkpoint_wrappers(here: Here) -> None:
     for kind in ("encoder", "bert"):
         for order in _orders(kind):
             for shard in (False, True):
-                here.exact(kind, functools.partial(wrap, shard=shard), order, packed=kind == "encoder")
+                here.exact(kind, functools.partial(wrap, shard=shard), order)
 
 
 @_scenario("`nn.DataParallel`", "on a CPU it passes everything on; several GPUs are untested")

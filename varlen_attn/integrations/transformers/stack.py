@@ -34,6 +34,7 @@ from ...attention.records import Call, write
 from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
+from ...nn.transformer import unwrapped
 from .attention import captured, collected
 from .mask import (
     ISLAND,
@@ -612,7 +613,7 @@ def _is_whole(layers: Any) -> bool:
     """Whether every layer of a stack takes rows, and the last one alone puts the tokens back."""
     if not len(layers):
         return False
-    for i, layer in enumerate(layers, 1):
+    for i, layer in enumerate(map(unwrapped, layers), 1):
         for hook in list(layer._forward_pre_hooks.values()):
             if isinstance(owner := getattr(hook, "__self__", None), LayerHook):
                 break
@@ -760,7 +761,7 @@ def on_layers(
     linear: list[tuple[nn.Module, Any]] = [(m, Projection()) for x in islands for m in x.modules() if original_class(m) is nn.Linear]
     for module, hooks in [*((x, Island(recorded, x)) for x in islands), *linear]:
         made += [Hook.new(module, hooks.before, False), Hook.new(module, hooks.after, True)]
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(map(unwrapped, layers)):
         hook = LayerHook(tree, layer, i == len(layers) - 1, len(islands) > 0, crosses)
         before, after = (hook.before_islands, hook.after_islands) if hook.islands else (hook.before, hook.after)
         made += [Hook.new(layer, before, False)] + ([Hook.new(layer, after, True)] if hook.last else [])
