@@ -64,6 +64,11 @@ def in_context_parallel() -> bool:
     return module.startswith("torch.distributed.tensor.experimental")
 
 
+def is_sharded(module: torch.nn.Module) -> bool:
+    """By FSDP, of either version: alone or with what it is in."""
+    return "_is_fsdp_managed_module" in vars(module)
+
+
 def constant_while_tracing(function: F_) -> F_:
     """What `torch.compiler.assume_constant_result` does: Python runs ``function`` while tracing, and its result is a constant of the
     graph. Its decorator imports dynamo, a second of time that programs without `torch.compile` should not pay."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from .._clone import apart
 from .._state import undone
-from .._switch import Class, Step, Switch, original_class
+from .._switch import Class, Step, Switch, original_class, own_class
 from ..attention.forms import PaddingRows
 from ..data.batches import inputs_of
 from ..errors import ArgumentError, VarlenWarning, warn
@@ -166,7 +166,7 @@ def _plan(model: nn.Module, level: str, weights: str, hooks: str, padding_rows: 
     for c in found:
         decision, original = _decide(c, found, level, weights, mixer), original_class(c.module)
         new_class = decision.new_class or original
-        restored = decision.new_class is None and type(c.module) is not original
+        restored = decision.new_class is None and own_class(c.module) is not original
         outermost = c
         while outermost.parent is not None:
             outermost = outermost.parent
@@ -188,8 +188,8 @@ def _plan(model: nn.Module, level: str, weights: str, hooks: str, padding_rows: 
 def _found(model: nn.Module) -> list[Step]:
     """What has been done to a model."""
     hf = _transformers(model)
-    enabled = [(m, original) for m in model.modules() if (original := original_class(m)) is not type(m)]
-    swapped = [Class(m, type(m), original, tuple((x, vars(m)[x]) for x in classes.OPTIONS if x in vars(m))) for m, original in enabled]
+    enabled = [(m, original) for m in model.modules() if (original := original_class(m)) is not own_class(m)]
+    swapped = [Class(m, own_class(m), original, tuple((x, vars(m)[x]) for x in classes.OPTIONS if x in vars(m))) for m, original in enabled]
     return [*swapped, *found_prepacked(model), *classes.found_looking(model), *(hf.found(model) if hf else [])]
 
 
@@ -218,7 +218,7 @@ def disable(model: nn.Module) -> Report:
     restored = [ModuleReport(*row) for row in hf.enabled_models(model)] if hf else []
     for name, module in model.named_modules():
         original = original_class(module)
-        if original is not type(module) and not is_prepacked(module) and (hf is None or not isinstance(module, hf.Watched)):
+        if original is not own_class(module) and not is_prepacked(module) and (hf is None or not isinstance(module, hf.Watched)):
             restored.append(ModuleReport(name, original.__name__, "restored", ""))
         elif hasattr(original, "original_class") and is_varlen(module):
             reason = "its class was derived from the enabled one, as parametrisations do: remove them first"

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .._torch import is_tracing, mark_unbacked, num_writes, pytree, ragged_dim, trace_quietly
+from .._torch import PLAIN, is_tracing, mark_unbacked, num_writes, pytree, ragged_dim, trace_quietly
 from ..errors import ArgumentError, DtypeError, LayoutError
 from .build import (
     Index,
@@ -51,6 +51,7 @@ from .checks import (
     describe,
     heads_first,
     host_lengths,
+    refuse_distributed,
     shorten,
     signed_pad_value,
 )
@@ -735,6 +736,8 @@ class SeqLayout:
             )
         if x.is_quantized:
             check_takes_rows(x, name, self.has_slack)
+        if type(x) not in PLAIN:
+            refuse_distributed(x, name)
         if x.device != self.cu_seqlens.device:
             raise LayoutError(
                 f"`{name}` is on {x.device}, but the layout is on {self.device}: call layout.to({str(x.device)!r}) once per batch."

@@ -28,12 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..._switch import Class, Entry, Hook, Step, around, original_class
+from ..._switch import Class, Entry, Hook, Step, around, original_class, own_class
 from ..._torch import begins_no_graph, between_graphs, is_compiled, with_first_dimension
 from ...attention.records import Call, write
 from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
+from ...nn.transformer import unwrapped
 from .attention import captured, collected
 from .labelled import labelled_in, read_labelled
 from .mask import (
@@ -604,7 +605,7 @@ def _is_whole(layers: Any) -> bool:
     """Whether every layer of a stack takes rows, and the last one alone puts the tokens back."""
     if not len(layers):
         return False
-    for i, layer in enumerate(layers, 1):
+    for i, layer in enumerate(map(unwrapped, layers), 1):
         for hook in list(layer._forward_pre_hooks.values()):
             if isinstance(owner := getattr(hook, "__self__", None), LayerHook):
                 break
@@ -743,8 +744,7 @@ def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[s
         if isinstance(module, PreTrainedModel):
             made.append(Entry(vars(module), WATCH, ModelHook(tree, module, *packed.get(module, ((), False)))))
             original = original_class(module)
-            if not issubclass(original, Watched):  # nor is it derived from one, as fully_shard does
-                made.append(Class(module, _watched(original), original))  # type: ignore[arg-type]
+            made.append(Class(module, _watched(original), original))  # type: ignore[arg-type]
     return made
 
 
@@ -757,7 +757,7 @@ def on_layers(
     linear: list[tuple[nn.Module, Any]] = [(m, Projection()) for x in islands for m in x.modules() if original_class(m) is nn.Linear]
     for module, hooks in [*((x, Island(recorded, x)) for x in islands), *linear]:
         made += [Hook.new(module, hooks.before, False), Hook.new(module, hooks.after, True)]
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(map(unwrapped, layers)):
         hook = LayerHook(tree, layer, i == len(layers) - 1, len(islands) > 0, crosses)
         before, after = (hook.before_islands, hook.after_islands) if hook.islands else (hook.before, hook.after)
         made += [Hook.new(layer, before, False)] + ([Hook.new(layer, after, True)] if hook.last else [])
@@ -769,8 +769,8 @@ def found_on(modules: Iterable[nn.Module]) -> list[Step]:
     found: list[Step] = []
     for module in modules:
         original = original_class(module)
-        if isinstance(module, Watched) and original is not type(module):
-            found.append(Class(module, type(module), original))
+        if isinstance(module, Watched) and original is not own_class(module):
+            found.append(Class(module, own_class(module), original))
         found += [Entry(vars(module), name, vars(module)[name]) for name in (WATCH, HEADS) if name in vars(module)]
         found += Hook.found(module, is_ours)
     return found
