@@ -20,6 +20,7 @@ from .kernels.base import Backend, Capabilities, Refusal
 from .kernels.problem import Problem, Semantics
 from .kernels.values import Extras
 from .layout.seq_layout import SeqLayout
+from .parallel.rows import sequence_parallel
 
 if TYPE_CHECKING:
     from .convert.comparing import Comparison, compare
@@ -83,6 +84,7 @@ __all__ = [
     "padded_attention",
     "record",
     "route",
+    "sequence_parallel",
     "use_backend",
     "varlen_attention",
     "varlen_conv1d",

@@ -1,0 +1,209 @@
+"""`sequence_parallel`, and the rows that each rank has of a batch: split evenly, in order, through sequences.
+
+Between `RankRows.part` and `RankRows.gathered` each rank computes its own rows. Outside of them all ranks compute the same. Gradients
+are scaled in between by the number of ranks: parameters that see rows have P times their part of the gradient, all others have all of it, so
+that the mean over ranks is the gradient of one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from .. import _state
+from .._state import opened, state
+from .._torch import all_to_all
+from ..errors import ArgumentError, LayoutError
+from ..layout.seq_layout import SeqLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """Who shares a batch, and which of them this process is."""
+
+    group: Any
+    size: int
+    rank: int
+
+    @classmethod
+    def of(cls, mesh: Any) -> Ranks:
+        """Of a `DeviceMesh` of one dimension, or a `ProcessGroup`."""
+        from torch.distributed import ProcessGroup, get_rank, get_world_size
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if isinstance(mesh, DeviceMesh):
+            if mesh.ndim != 1:
+                names = mesh.mesh_dim_names or ("the one",)
+                raise ArgumentError(
+                    f"`mesh` must have one dimension, but has {mesh.ndim}: pass mesh[{names[-1]!r}], with the name of the dimension."
+                )
+            mesh = mesh.get_group()
+        if not isinstance(mesh, ProcessGroup) or get_rank(mesh) < 0:
+            kind = "a group that this process is not part of" if isinstance(mesh, ProcessGroup) else type(mesh).__name__
+            raise ArgumentError(f"`mesh` must be a DeviceMesh or a ProcessGroup with this process in it, but is {kind}.")
+        return cls(mesh, get_world_size(mesh), get_rank(mesh))
+
+    def shares(self, total: int) -> list[int]:
+        """How many of ``total`` each rank has, as `torch.tensor_split` cuts."""
+        return [total // self.size + (rank < total % self.size) for rank in range(self.size)]
+
+    def slices(self, total: int) -> list[slice]:
+        shares = self.shares(total)
+        return [slice(sum(shares[:rank]), sum(shares[: rank + 1])) for rank in range(self.size)]
+
+    def exchange(self, parts: Iterable[Tensor], sizes: list[int]) -> Tensor:
+        """Send a part to each rank. The numbers that came, ``sizes`` of them from each, one rank after another. Its backward is the reverse."""
+        flat = [x.reshape(-1) for x in parts]
+        return all_to_all(torch.cat(flat), sizes, [x.shape[0] for x in flat], self.group)
+
+
+class _Part(torch.autograd.Function):
+    """The rows of this rank, of rows that are the same on all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: RankRows) -> Tensor:
+        ctx.layout = layout
+        return x[layout.mine].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.layout.gathered(grad / ctx.layout.ranks.size), None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RankRows(SeqLayout):
+    """The layout of a whole batch, of whose T rows this rank has some.
+
+    Attributes:
+        whole: of all rows.
+        ranks: who shares them.
+    """
+
+    whole: Any = None
+    ranks: Any = None
+
+    @classmethod
+    def of(cls, layout: SeqLayout, ranks: Ranks) -> RankRows:
+        return cls(**{f.name: getattr(layout, f.name) for f in fields(layout)}, whole=layout, ranks=ranks)
+
+    @property
+    def mine(self) -> slice:
+        found: slice = self.ranks.slices(self.whole.num_rows)[self.ranks.rank]
+        return found
+
+    @property
+    def num_rows(self) -> int:
+        return self.mine.stop - self.mine.start
+
+    @property
+    def is_dense(self) -> bool:
+        return False
+
+    @property
+    def positions(self) -> Tensor:
+        return self.whole.positions[self.mine]
+
+    @property
+    def columns(self) -> Tensor:
+        return self.whole.columns[self.mine]
+
+    def valid_rows(self) -> Tensor:
+        return self.whole.valid_rows()[self.mine]
+
+    def part(self, rows: Tensor) -> Tensor:
+        """Of all rows, the same on every rank, those of this one. What goes back is the gradient of all, on every rank."""
+        out: Tensor = _Part.apply(rows, self)
+        return out
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, on every one. What goes back is the sum of the gradients of all."""
+        width = rows[:0].flatten(1).shape[1]
+        sizes = [n * width for n in self.ranks.shares(self.whole.num_rows)]
+        return self.ranks.exchange([rows] * self.ranks.size, sizes).view(self.whole.num_rows, *rows.shape[1:])
+
+    def pack(self, x: Tensor) -> Tensor:
+        return self.part(self.whole.pack(x))
+
+    def unpack(self, x: Tensor, pad_value: float | Literal["edge"] = 0) -> Tensor:
+        return self.whole.unpack(self.gathered(x), pad_value)
+
+    def _check_tensors(self, *, again: bool = False, traced: bool = False) -> None:
+        """They are those of `whole`, which is checked where it is used."""
+
+    def _not_here(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise LayoutError(
+            "inside `sequence_parallel` a module sees the rows of its own rank, with `pack`, `unpack`, `positions`, `columns` and "
+            "`varlen_attention` only: for all rows, write layout.unpack(rows), which gathers them."
+        )
+
+    seq_ids = property(_not_here)
+    pool = split = to_nested = compact = downsample = update_ = to = pin_memory = _not_here
+
+
+def split_layouts(layout: SeqLayout, layout_kv: SeqLayout | None, mesh: Any) -> tuple[RankRows, RankRows]:
+    """Of rows that are split already."""
+    ranks = Ranks.of(mesh)
+    own = RankRows.of(layout, ranks)
+    return own, own if layout_kv is None or layout_kv is layout else RankRows.of(layout_kv, ranks)
+
+
+def whole_of(layout: SeqLayout) -> SeqLayout:
+    return layout.whole if isinstance(layout, RankRows) else layout
+
+
+def all_rows(layout: SeqLayout, rows: Tensor) -> tuple[SeqLayout, Tensor]:
+    """Those of all ranks where each has some, with their layout."""
+    return (layout.whole, layout.gathered(rows)) if isinstance(layout, RankRows) else (layout, rows)
+
+
+def share_of(layout: SeqLayout) -> SeqLayout:
+    """For the rows of this rank, in a block of `sequence_parallel`; ``layout`` itself outside of it, and where there are fewer rows than
+    ranks: these are computed whole on every rank."""
+    traced = torch.compiler.is_compiling()
+    ranks = _state.ranks if state.ranks or traced else None
+    if ranks is None or ranks.size == 1 or type(layout) is not SeqLayout or (not traced and layout.num_rows < ranks.size):
+        return layout
+    return RankRows.of(layout, ranks)
+
+
+def refuse_dropout(layers: Iterable[nn.Module]) -> None:
+    """In training: ranks would draw the same numbers for different rows, or different ones for what comes after the layers."""
+    for module in (m for layer in layers for m in layer.modules() if m.training):
+        drawn = {name: x for name, x in vars(module).items() if "drop" in name or (name == "p" and "Dropout" in type(module).__name__)}
+        for name, x in drawn.items():
+            if isinstance(x, float | int) and x > 0:
+                raise ArgumentError(
+                    f"`{name}` of {type(module).__name__} must be 0 in layers whose rows are split over ranks, but is {x}: each rank would "
+                    "draw numbers of its own. Set it to 0, or call eval()."
+                )
+
+
+@contextmanager
+def sequence_parallel(mesh: Any) -> Iterator[None]:
+    """Share the packed rows of each batch among ranks, in all stacks of layers that run packed inside, in this thread and this coroutine.
+
+    Every rank calls the model with the same whole batch, has a part of its rows in the layers, and gets the whole output. The gradient of what
+    goes into a stack is whole on every rank. Average the gradients of parameters over the ranks, as DistributedDataParallel and
+    ``fully_shard`` do: the result is the gradient of one process. What does not run packed is computed whole on every rank.
+
+    Random numbers outside of the layers must be the same on all ranks of ``mesh``: give these the same seed. Dropout in the layers is refused
+    in training.
+
+    Args:
+        mesh: a `DeviceMesh` of one dimension (``mesh["sequence"]`` of one with more), or a `ProcessGroup`.
+
+    Raises:
+        ArgumentError: ``mesh`` is something else; a stack of layers inside has dropout in training.
+
+    Examples:
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (4,))  # doctest: +SKIP
+        >>> with sequence_parallel(mesh):  # doctest: +SKIP
+        ...     out = encoder(x, src_key_padding_mask=mask)
+    """
+    with opened(state.ranks, Ranks.of(mesh)):
+        yield
