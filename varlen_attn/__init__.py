@@ -20,7 +20,6 @@ from .kernels.base import Backend, Capabilities, Refusal
 from .kernels.problem import Problem, Semantics
 from .kernels.values import Extras
 from .layout.seq_layout import SeqLayout
-from .parallel.rows import sequence_parallel
 
 if TYPE_CHECKING:
     from .convert.comparing import Comparison, compare
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
         VarlenTransformerEncoder,
         VarlenTransformerEncoderLayer,
     )
+    from .parallel.rows import sequence_parallel
 
 __version__ = "0.1.0"
 
@@ -105,6 +105,7 @@ if not TYPE_CHECKING:
         **dict.fromkeys((name for name in __all__ if name.startswith("VarlenTransformer")), "nn.transformer"),
         "VarlenMultiheadAttention": "nn.multihead",
         "apply_rotary": "nn.rotary",
+        "sequence_parallel": "parallel.rows",
         "varlen_conv1d": "nn.conv",
     }
 

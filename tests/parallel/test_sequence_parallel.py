@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 
-from varlen_attn import SeqLayout, record, varlen_attention
+from varlen_attn import (
+    SeqLayout,
+    VarlenTransformerEncoder,
+    VarlenTransformerEncoderLayer,
+    enable,
+    record,
+    sequence_parallel,
+    varlen_attention,
+)
+
+Model = tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]
 
 H = 4
 BIAS = torch.randn(8, 40, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -104,10 +116,156 @@ def check_calls(rank: int, world: int) -> None:
             near(part, y, what)
 
 
+# -------------------------------------------------------------------- models
+
+
+def padded_batch(lengths: list[int], width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers at padding too, which count where the model computes them; a weight for the loss, 0 at padding."""
+    generator = torch.Generator().manual_seed(len(lengths))
+    shape = len(lengths), max(lengths), width
+    padding = torch.arange(shape[1]) >= torch.tensor(lengths)[:, None]
+    x, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return x, padding, weight.masked_fill(padding[..., None], 0)
+
+
+def encoder(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0, batch_first=True, dtype=torch.float64, **options)
+    return nn.TransformerEncoder(layer, 2, nn.LayerNorm(16, dtype=torch.float64), enable_nested_tensor=False)
+
+
+def enabled_encoder() -> Model:
+    model = encoder()
+    enable(model)
+    return model, lambda x, padding: model(x, src_key_padding_mask=padding)
+
+
+def causal_encoder() -> Model:
+    """By name; some of its layers know no layout, and are computed whole."""
+    torch.manual_seed(0)
+    layer = VarlenTransformerEncoderLayer(16, 4, 32, dropout=0, batch_first=True, norm_first=True, dtype=torch.float64)
+    model = VarlenTransformerEncoder(layer, 3)
+    model.layers[1] = nn.TransformerEncoderLayer(16, 4, 32, dropout=0, batch_first=True, dtype=torch.float64)
+    return model, lambda x, padding: model(x, src_key_padding_mask=padding, is_causal=True)
+
+
+def masked_encoder() -> Model:
+    """Attention by a mask that only padded attention knows."""
+    model = encoder()
+    enable(model)
+    mask = torch.zeros(40, 40, dtype=torch.bool).bernoulli_(0.3, generator=torch.Generator().manual_seed(0))
+    mask[:, 0] = False
+    return model, lambda x, padding: model(x, mask=mask[: x.shape[1], : x.shape[1]], src_key_padding_mask=padding)
+
+
+def decoder() -> Model:
+    """To what it is given itself, reversed."""
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(16, 4, 32, dropout=0, batch_first=True, dtype=torch.float64)
+    model = nn.TransformerDecoder(layer, 2)
+    enable(model)
+    return model, lambda x, padding: model(
+        x, x.flip(0), tgt_is_causal=True, tgt_key_padding_mask=padding, memory_key_padding_mask=padding.flip(0)
+    )
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """With norms that do not compute in float32."""
+    for module in [*model.modules()]:
+        for name, child in module.named_children():
+            if type(child).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "T5LayerNorm"):
+                setattr(module, name, nn.RMSNorm(16, eps=1e-6))
+    model.double()
+    enable(model)
+    return model
+
+
+def bert(**options: Any) -> Model:
+    torch.manual_seed(0)
+    size = dict(vocab_size=9, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+    config = transformers.BertConfig(**size, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options)
+    model = in_float64(transformers.BertModel(config))
+    return model, lambda x, padding: model(inputs_embeds=x, attention_mask=(~padding).long()).last_hidden_state
+
+
+def llama(heads: int = 4, **options: Any) -> Model:
+    torch.manual_seed(0)
+    size = dict(vocab_size=9, hidden_size=16, num_hidden_layers=2, num_attention_heads=heads, intermediate_size=32)
+    cls, config = transformers.LlamaModel, transformers.LlamaConfig(**size, num_key_value_heads=max(heads // 2, 1), use_cache=False)
+    if options:
+        cls, config = transformers.MistralModel, transformers.MistralConfig(**size, num_key_value_heads=2, use_cache=False, **options)
+    model = in_float64(cls(config))
+    return model, lambda x, padding: model(inputs_embeds=x, attention_mask=(~padding).long()).last_hidden_state
+
+
+def checkpointed_llama() -> Model:
+    model, call = llama()
+    model.activation_checkpointing_enable()
+    return model, call
+
+
+def islands() -> Model:
+    """Attention of columns in layers of rows."""
+    torch.manual_seed(0)
+    size = dict(vocab_size=9, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, dropout_rate=0.0)
+    model = in_float64(transformers.T5EncoderModel(transformers.T5Config(**size)))
+    return model, lambda x, padding: model(inputs_embeds=x, attention_mask=(~padding).long()).last_hidden_state
+
+
+# The model, and how many of its calls have rows of this rank: none where the stack is computed whole.
+MODELS: dict[str, tuple[Callable[[], Model], int]] = {
+    "torch's encoder": (enabled_encoder, 2),
+    "layers that know no layout": (causal_encoder, 2),
+    "any mask": (masked_encoder, 0),
+    "torch's decoder": (decoder, 4),
+    "BERT": (bert, 2),
+    "Llama": (llama, 2),
+    "Llama with few heads": (partial(llama, 1), 2),
+    "Llama, computed again": (checkpointed_llama, 2),
+    "Mistral with windows": (partial(llama, sliding_window=3), 2),
+    "T5": (islands, 0),
+}
+BATCHES = ([9, 3, 14, 1], [33], [2, 1])
+
+
+def step(model: nn.Module, call: Any, lengths: list[int]) -> list[Tensor]:
+    """Output, gradient of the input, and of parameters."""
+    x, padding, weight = padded_batch(lengths, 16)
+    model.zero_grad()
+    leaf = x.requires_grad_()
+    out = call(leaf * 1, padding)
+    ((out * weight).sum() / weight.shape[0]).backward()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return [out.detach() * (weight != 0), leaf.grad, *grads]
+
+
+def averaged(grads: list[Tensor]) -> list[Tensor]:
+    for grad in grads:
+        dist.all_reduce(grad)
+        grad /= dist.get_world_size()
+    return grads
+
+
+def check_models(rank: int, world: int) -> None:
+    mesh = dist.init_device_mesh("cpu", (world,))
+    for name, (make, split) in MODELS.items():
+        for lengths in BATCHES:
+            model, call = make()
+            expected = step(model, call, lengths)
+            with sequence_parallel(mesh), record(model) as log:
+                out, grad, *others = step(model, call, lengths)
+            for got, wanted in zip((out, grad, *averaged(others)), expected, strict=True):
+                near(got, wanted, (name, lengths, rank, world))
+            shared = [c for c in log if c.reason is not None and f"split over {world} ranks" in c.reason]
+            assert len(shared) >= (split if sum(lengths) >= world else 0), (name, lengths, log)
+            again = step(model, call, lengths)
+            near(again[0], expected[0], name)
+
+
 CHECKS: dict[int, list[Callable[[int, int], None]]] = {
-    2: [check_calls],
-    3: [check_calls],
-    4: [check_calls],
+    2: [check_calls, check_models],
+    3: [check_calls, check_models],
+    4: [check_calls, check_models],
 }
 
 
@@ -125,4 +283,4 @@ def work(rank: int, world: int, folder: str) -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("world", CHECKS)
 def test_processes_compute_what_one_does(tmp_path: Path, world: int) -> None:
-    torch.multiprocessing.spawn(work, (world, str(tmp_path)), nprocs=world)
+    torch.multiprocessing.start_processes(work, (world, str(tmp_path)), nprocs=world, start_method="fork")

@@ -29,11 +29,9 @@ from ..kernels.unseen import without_unseen
 from ..kernels.values import NO_EXTRAS, Call, Extras, Result
 from ..layout.padded import PaddedRows
 from ..layout.seq_layout import SeqLayout
-from ..parallel.attention import attend_split, heads_of, way_of
-from ..parallel.rows import RankRows
 from . import dispatch
 from .checks import autocasts, check_extras, check_holes, check_layouts, check_shapes, common_dtype
-from .dispatch import Plan, Route, choose, choose_while_tracing, requested_backend, route
+from .dispatch import Plan, choose, choose_while_tracing, requested_backend, route
 from .export import note_static, refuse_order, static_attention
 from .records import recorded
 
@@ -198,23 +196,21 @@ class AttentionCall:
             self.query, self.key, self.value, self.layout_q, self.layout_kv, self.semantics,
             needs_grad=self._needs_grad(), requested=requested,
         )  # fmt: skip
-        ranks = self.layout_q.ranks if isinstance(self.layout_q, RankRows) else None
-        if ranks is not None:
-            heads = heads_of(ranks, self.query.shape[1], self.key.shape[1])
-            problem = replace(problem, num_heads=heads[0], num_kv_heads=heads[1])
         candidates = BACKENDS
         if isinstance(self.backend, Backend):
             candidates = (self.backend, *(b for b in BACKENDS if b.name != requested))
         plan = choose(problem, candidates, all_reasons=all_reasons)
-        way = route(self.layout_q, problem) if ranks is None else Route("packed", way_of(ranks, self.query.shape[1])[1])
+        way = route(self.layout_q, problem)
         return replace(plan, route=way.name, route_reason=way.reason) if all_reasons or state.records else plan
 
     def run(self, module: torch.nn.Module | None, reason: str | None = None) -> Any:
         if isinstance(self.layout_q, PaddedRows) or isinstance(self.layout_kv, PaddedRows):
             return self._run_static(self.layout_q, self.layout_kv, module)
         call = Call(self.layout_q, self.layout_kv, self.semantics, self.extras)
-        if isinstance(self.layout_q, RankRows) or isinstance(self.layout_kv, RankRows):
-            out, lse = attend_split(self.query, self.key, self.value, call, partial(self._attend_other, module))
+        if self.layout_q.ranks is not None or self.layout_kv.ranks is not None:
+            from ..parallel.attention import attend_split
+
+            out, lse = attend_split(self.query, self.key, self.value, call, partial(partial, self._attend_other, module))
             return (out, lse) if self.semantics.return_lse else out
         qkv, device_type = (self.query, self.key, self.value), self.query.device.type
         if torch.compiler.is_compiling():
@@ -229,7 +225,7 @@ class AttentionCall:
                 out, lse = launch(plan.implementation, *qkv, call)
         return (out, lse) if self.semantics.return_lse else out
 
-    def _attend_other(self, module: torch.nn.Module | None, query: Tensor, key: Tensor, value: Tensor, call: Call, reason: str) -> Result:
+    def _attend_other(self, module: torch.nn.Module | None, reason: str, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         options = Options(*(getattr(call.semantics, name) for name in Options._fields))
         extras = call.extras if any(x is not None for x in vars(call.extras).values()) else NO_EXTRAS
         result = attend(query, key, value, *call.layouts, options, extras, self.backend, module, reason)

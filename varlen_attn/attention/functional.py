@@ -22,7 +22,6 @@ from ..kernels.dense import FLASH_CPU
 from ..kernels.problem import check_dropout
 from ..kernels.values import NO_EXTRAS, Extras, ScoreBias
 from ..layout.seq_layout import SeqLayout, moved
-from ..parallel.rows import split_layouts
 from .call import AttentionCall, Options, attend
 from .checks import autocasts, check_layouts, check_mask, check_projections, unknown
 from .dispatch import Plan, requested_backend
@@ -134,6 +133,8 @@ def varlen_attention(
     if others:
         raise unknown("varlen_attention", others, ASKED)
     if group is not None:
+        from ..parallel.rows import split_layouts
+
         layout, layout_kv = split_layouts(layout, layout_kv, group)
     options = Options(causal, window, scale, softcap, dropout_p, return_lse, deterministic, batch_invariant)
     plain = alibi_slopes is None and score_bias is None and sinks is None
@@ -161,6 +162,8 @@ def plan_attention(
     extras = Extras(**{k: semantics.pop(k) for k in names & set(semantics)})
     backend = semantics.pop("backend", "auto")
     if (group := semantics.pop("group", None)) is not None:
+        from ..parallel.rows import split_layouts
+
         layout, layout_kv = split_layouts(layout, layout_kv, group)
     return AttentionCall(query, key, value, layout, layout_kv, extras, Options(**semantics), backend).plan(all_reasons)
 

@@ -71,7 +71,7 @@ class PackedInput(NamedTuple):
     def prepared(self, layers: Iterable[nn.Module], memory: PackedInput | None = None) -> Prepared:
         """For attention of these rows to themselves, or to those of ``memory``, in ``layers``."""
         keys = self if memory is None else memory
-        if isinstance(self.layout, RankRows):
+        if self.layout.ranks is not None:
             refuse_dropout(layers)
         written = not (self.layout.has_slack or keys.layout.has_slack) or all(_writes_all_rows(layer) for layer in layers)
         return Prepared(self.layout, keys.layout, keys.causal, keys.mask, self.form != "sequence first", written)

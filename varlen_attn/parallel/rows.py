@@ -1,12 +1,13 @@
 """`sequence_parallel`, and the rows that each rank has of a batch: split evenly, in order, through sequences.
 
-Between `RankRows.part` and `RankRows.gathered` each rank computes its own rows. Outside of them all ranks compute the same. Gradients
-are scaled in between by the number of ranks: parameters that see rows have P times their part of the gradient, all others have all of it, so
-that the mean over ranks is the gradient of one process.
+Between `RankRows.part` and `RankRows.gathered` each rank computes its own rows, outside of them all compute the same. Gradients in
+between are P times as large, for P ranks: parameters there have P times their part of the gradient, all others have all of it, so that
+the mean over ranks is the gradient of one process.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -34,19 +35,13 @@ class Ranks:
     def of(cls, mesh: Any) -> Ranks:
         """Of a `DeviceMesh` of one dimension, or a `ProcessGroup`."""
         from torch.distributed import ProcessGroup, get_rank, get_world_size
-        from torch.distributed.device_mesh import DeviceMesh
 
-        if isinstance(mesh, DeviceMesh):
-            if mesh.ndim != 1:
-                names = mesh.mesh_dim_names or ("the one",)
-                raise ArgumentError(
-                    f"`mesh` must have one dimension, but has {mesh.ndim}: pass mesh[{names[-1]!r}], with the name of the dimension."
-                )
-            mesh = mesh.get_group()
-        if not isinstance(mesh, ProcessGroup) or get_rank(mesh) < 0:
-            kind = "a group that this process is not part of" if isinstance(mesh, ProcessGroup) else type(mesh).__name__
-            raise ArgumentError(f"`mesh` must be a DeviceMesh or a ProcessGroup with this process in it, but is {kind}.")
-        return cls(mesh, get_world_size(mesh), get_rank(mesh))
+        if getattr(mesh, "ndim", 1) != 1:
+            raise ArgumentError(f"`mesh` must have one dimension, but is {mesh}: pass that of the sequence, by mesh['its name'].")
+        group = mesh.get_group() if hasattr(mesh, "get_group") else mesh
+        if not isinstance(group, ProcessGroup):
+            raise ArgumentError(f"`mesh` must be a DeviceMesh or a ProcessGroup with this process in it, but is {type(mesh).__name__}.")
+        return cls(group, get_world_size(group), get_rank(group))
 
     def shares(self, total: int) -> list[int]:
         """How many of ``total`` each rank has, as `torch.tensor_split` cuts."""
@@ -57,7 +52,7 @@ class Ranks:
         return [slice(sum(shares[:rank]), sum(shares[: rank + 1])) for rank in range(self.size)]
 
     def exchange(self, parts: Iterable[Tensor], sizes: list[int]) -> Tensor:
-        """Send a part to each rank. The numbers that came, ``sizes`` of them from each, one rank after another. Its backward is the reverse."""
+        """Send a part to each rank. Returns the numbers that came, ``sizes`` of them from each. Its backward is the reverse."""
         flat = [x.reshape(-1) for x in parts]
         return all_to_all(torch.cat(flat), sizes, [x.shape[0] for x in flat], self.group)
 
@@ -84,8 +79,8 @@ class RankRows(SeqLayout):
         ranks: who shares them.
     """
 
-    whole: Any = None
-    ranks: Any = None
+    whole: SeqLayout = None  # type: ignore[assignment]
+    ranks: Ranks = None  # type: ignore[assignment, misc]
 
     @classmethod
     def of(cls, layout: SeqLayout, ranks: Ranks) -> RankRows:
@@ -93,12 +88,11 @@ class RankRows(SeqLayout):
 
     @property
     def mine(self) -> slice:
-        found: slice = self.ranks.slices(self.whole.num_rows)[self.ranks.rank]
-        return found
+        return self.ranks.slices(self.whole.num_rows)[self.ranks.rank]
 
     @property
     def num_rows(self) -> int:
-        return self.mine.stop - self.mine.start
+        return self.ranks.shares(self.whole.num_rows)[self.ranks.rank]
 
     @property
     def is_dense(self) -> bool:
@@ -117,13 +111,11 @@ class RankRows(SeqLayout):
 
     def part(self, rows: Tensor) -> Tensor:
         """Of all rows, the same on every rank, those of this one. What goes back is the gradient of all, on every rank."""
-        out: Tensor = _Part.apply(rows, self)
-        return out
+        return _Part.apply(rows, self)  # type: ignore[no-any-return]
 
     def gathered(self, rows: Tensor) -> Tensor:
         """The rows of all ranks, on every one. What goes back is the sum of the gradients of all."""
-        width = rows[:0].flatten(1).shape[1]
-        sizes = [n * width for n in self.ranks.shares(self.whole.num_rows)]
+        sizes = [n * math.prod(rows.shape[1:]) for n in self.ranks.shares(self.whole.num_rows)]
         return self.ranks.exchange([rows] * self.ranks.size, sizes).view(self.whole.num_rows, *rows.shape[1:])
 
     def pack(self, x: Tensor) -> Tensor:
@@ -152,10 +144,6 @@ def split_layouts(layout: SeqLayout, layout_kv: SeqLayout | None, mesh: Any) -> 
     return own, own if layout_kv is None or layout_kv is layout else RankRows.of(layout_kv, ranks)
 
 
-def whole_of(layout: SeqLayout) -> SeqLayout:
-    return layout.whole if isinstance(layout, RankRows) else layout
-
-
 def all_rows(layout: SeqLayout, rows: Tensor) -> tuple[SeqLayout, Tensor]:
     """Those of all ranks where each has some, with their layout."""
     return (layout.whole, layout.gathered(rows)) if isinstance(layout, RankRows) else (layout, rows)
@@ -174,9 +162,8 @@ def share_of(layout: SeqLayout) -> SeqLayout:
 def refuse_dropout(layers: Iterable[nn.Module]) -> None:
     """In training: ranks would draw the same numbers for different rows, or different ones for what comes after the layers."""
     for module in (m for layer in layers for m in layer.modules() if m.training):
-        drawn = {name: x for name, x in vars(module).items() if "drop" in name or (name == "p" and "Dropout" in type(module).__name__)}
-        for name, x in drawn.items():
-            if isinstance(x, float | int) and x > 0:
+        for name, x in vars(module).items():
+            if ("drop" in name or name == "p") and type(x) in (int, float) and x > 0:
                 raise ArgumentError(
                     f"`{name}` of {type(module).__name__} must be 0 in layers whose rows are split over ranks, but is {x}: each rank would "
                     "draw numbers of its own. Set it to 0, or call eval()."
@@ -187,12 +174,12 @@ def refuse_dropout(layers: Iterable[nn.Module]) -> None:
 def sequence_parallel(mesh: Any) -> Iterator[None]:
     """Share the packed rows of each batch among ranks, in all stacks of layers that run packed inside, in this thread and this coroutine.
 
-    Every rank calls the model with the same whole batch, has a part of its rows in the layers, and gets the whole output. The gradient of what
-    goes into a stack is whole on every rank. Average the gradients of parameters over the ranks, as DistributedDataParallel and
+    Every rank calls the model with the same whole batch, has a part of its rows in the layers, and gets the whole output. The gradient of
+    what goes into a stack is whole on every rank. Average the gradients of parameters over the ranks, as DistributedDataParallel and
     ``fully_shard`` do: the result is the gradient of one process. What does not run packed is computed whole on every rank.
 
-    Random numbers outside of the layers must be the same on all ranks of ``mesh``: give these the same seed. Dropout in the layers is refused
-    in training.
+    Random numbers outside of the layers must be the same on all ranks of ``mesh``: give these the same seed. Dropout in the layers is
+    refused in training.
 
     Args:
         mesh: a `DeviceMesh` of one dimension (``mesh["sequence"]`` of one with more), or a `ProcessGroup`.

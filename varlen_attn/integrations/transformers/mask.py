@@ -31,7 +31,7 @@ from ...attention.export import static_graph
 from ...data.host_lengths import HostLengths
 from ...errors import ArgumentError
 from ...layout.seq_layout import SeqLayout
-from ...parallel.rows import RankRows, share_of, whole_of
+from ...parallel.rows import share_of
 
 Window = tuple[int | None, int | None]
 INTERNAL = "_attn_implementation_internal"  # of a configuration, whose own way to say it takes microseconds
@@ -300,10 +300,6 @@ class Meaning:
             return share_of(self.keys)
         return share_of(_layout_of(self.padding | ~self.padding.any(1, keepdim=True)))
 
-    @property
-    def is_split(self) -> bool:
-        return isinstance(self.tokens, RankRows)
-
     def _all(self, columns: int) -> SeqLayout:
         return SeqLayout.from_lengths([columns] * self.shape[0], columns, device=self.device)
 
@@ -361,7 +357,7 @@ class Meaning:
     def packed(self) -> VarlenMask:
         """The same for the packed rows ``(1, T)`` of a self-attention without cached keys."""
         layout, total = self.tokens, self.tokens.num_rows
-        blind = None if whole_of(layout) is self.keys or self.padding is None else ~layout.pack(self.padding)
+        blind = None if layout.whole is self.keys or self.padding is None else ~layout.pack(self.padding)
         make = partial(_block_diagonal, layout, self.pattern, blind)
         known = layout, self.forwards, self.config, self.dtype, blind
         return VarlenMask(Meaning((1, 1, total, total), self.device, self.pattern, None, 0, make, *known))

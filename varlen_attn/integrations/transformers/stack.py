@@ -34,7 +34,7 @@ from ...attention.records import Call, write
 from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
-from ...parallel.rows import all_rows, refuse_dropout, whole_of
+from ...parallel.rows import all_rows, refuse_dropout
 from .attention import captured, collected
 from .mask import (
     ISLAND,
@@ -134,7 +134,7 @@ class LayerHook:
         rows = hidden if is_rows else with_first_dimension(meaning.tokens.pack(hidden))
         packed: list[Any] = []
         named = (*zip(self.names, args, strict=False), *kwargs.items())
-        source = _of_source(meaning, dict(named)) if self.crosses and not meaning.is_split else {}
+        source = _of_source(meaning, dict(named)) if self.crosses and meaning.tokens.ranks is None else {}
         for name, x in named:
             known = source.get(name) or meaning.packed_arguments.get((name, id(x)))
             y = rows if x is hidden else known[1] if known is not None else _packed(name, x, meaning, hidden, rows, self.islands)
@@ -149,7 +149,7 @@ class LayerHook:
                 return None
             packed.append(y)
         if not is_rows:
-            if meaning.is_split:
+            if meaning.tokens.ranks is not None:
                 refuse_dropout([module])
             meaning.begin_rows(module)
             if self.tree.left:
@@ -178,7 +178,7 @@ class LayerHook:
 
         def put_back(x: Tensor) -> Tensor:
             """Rows at padding hold the same, whether the stack ran packed or padded."""
-            whole, rows = all_rows(layout, x[0]) if in_rows else (whole_of(layout), whole_of(layout).pack(x))
+            whole, rows = all_rows(layout, x[0]) if in_rows else (layout.whole, layout.whole.pack(x))
             return whole.unpack(rows, 0 if self.tree.padding_rows == "zero" else "edge")
 
         states = collected().get("hidden_states", [])
@@ -299,7 +299,7 @@ def _why_as_it_came(layer: nn.Module, hidden: Tensor, meaning: Meaning, islands:
         return "there are cached keys, or keys of others"
     # Compiled layers get rows in any case: the same graphs serve all batches, and none ends before attention.
     nothing = meaning.padding is None or meaning.tokens.is_dense
-    if meaning.pattern.documents is not None or (nothing and not (is_compiled(layer) or meaning.is_split)):
+    if meaning.pattern.documents is not None or (nothing and meaning.tokens.ranks is None and not is_compiled(layer)):
         return "nothing is padded"
     keys = meaning.keys
     if keys.lengths is None or not keys.total:
