@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -14,16 +15,24 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from varlen_attn import (
+    ArgumentError,
+    LayoutError,
     SeqLayout,
     VarlenTransformerEncoder,
     VarlenTransformerEncoderLayer,
     enable,
+    explain,
     record,
     sequence_parallel,
     varlen_attention,
 )
+from varlen_attn._state import state, visible
+from varlen_attn.parallel.rows import split_layouts
 
 Model = tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]
 
@@ -212,19 +221,19 @@ def islands() -> Model:
     return model, lambda x, padding: model(inputs_embeds=x, attention_mask=(~padding).long()).last_hidden_state
 
 
-# The model, and how many of its calls have rows of this rank: none where the stack is computed whole.
-MODELS: dict[str, tuple[Callable[[], Model], int]] = {
-    "torch's encoder": (enabled_encoder, 2),
-    "layers that know no layout": (causal_encoder, 2),
-    "any mask": (masked_encoder, 0),
-    "torch's decoder": (decoder, 4),
-    "BERT": (bert, 2),
-    "Llama": (llama, 2),
-    "Llama with few heads": (partial(llama, 1), 2),
-    "Llama, computed again": (checkpointed_llama, 2),
-    "Mistral with windows": (partial(llama, sliding_window=3), 2),
-    "T5": (islands, 0),
-}
+# How many of its calls have rows of this rank, at least (0: attention is computed whole), and with which numbers of processes it is tested.
+MODELS: list[tuple[Callable[[], Model], int, tuple[int, ...]]] = [
+    (enabled_encoder, 2, (2, 3)),
+    (causal_encoder, 2, (2,)),
+    (masked_encoder, 0, (2,)),
+    (decoder, 4, (3,)),
+    (bert, 2, (2, 4)),
+    (llama, 2, (2, 3)),
+    (partial(llama, 1), 2, (4,)),
+    (checkpointed_llama, 2, (2,)),
+    (partial(llama, sliding_window=3), 2, (3,)),
+    (islands, 0, (2,)),
+]
 BATCHES = ([9, 3, 14, 1], [33], [2, 1])
 
 
@@ -248,24 +257,170 @@ def averaged(grads: list[Tensor]) -> list[Tensor]:
 
 def check_models(rank: int, world: int) -> None:
     mesh = dist.init_device_mesh("cpu", (world,))
-    for name, (make, split) in MODELS.items():
-        for lengths in BATCHES:
+    for make, split, worlds in MODELS:
+        for lengths in BATCHES if world in worlds else ():
             model, call = make()
             expected = step(model, call, lengths)
             with sequence_parallel(mesh), record(model) as log:
                 out, grad, *others = step(model, call, lengths)
             for got, wanted in zip((out, grad, *averaged(others)), expected, strict=True):
-                near(got, wanted, (name, lengths, rank, world))
+                near(got, wanted, (make, lengths, rank, world))
             shared = [c for c in log if c.reason is not None and f"split over {world} ranks" in c.reason]
-            assert len(shared) >= (split if sum(lengths) >= world else 0), (name, lengths, log)
-            again = step(model, call, lengths)
-            near(again[0], expected[0], name)
+            assert len(shared) >= (split if sum(lengths) >= world else 0), (make, lengths, log)
+            if lengths is BATCHES[0]:
+                near(call(padded_batch(lengths, 16)[0], padded_batch(lengths, 16)[1]), model_output(make, lengths), make)
+
+
+def model_output(make: Callable[[], Model], lengths: list[int]) -> Tensor:
+    _, call = make()
+    return call(*padded_batch(lengths, 16)[:2])
+
+
+def check_meshes(rank: int, world: int) -> None:
+    """Two batches, each shared by two ranks: wrappers of torch average gradients over all four."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
+    for make in (enabled_encoder, bert, llama):
+        model, call = make()
+        steps = [step(model, call, lengths) for lengths in BATCHES[:2]]
+        expected = [sum(grads) / 2 for grads in zip(*(grads[2:] for grads in steps), strict=True)]
+        lengths = BATCHES[rank // 2]
+        for wrapped in ("DDP", "FSDP2"):
+            model, call = make()
+            if wrapped == "DDP":
+                outer: nn.Module = nn.parallel.DistributedDataParallel(Caller(model, call), find_unused_parameters=True)
+            else:
+                for layer in model.layers if hasattr(model, "layers") else model.encoder.layer:
+                    fully_shard(layer, mesh=mesh)
+                fully_shard(model, mesh=mesh)
+                outer = Caller(model, call)
+            with sequence_parallel(mesh["sequence"]), record() as log:
+                found = step(model, outer, lengths)
+            assert any("split over 2 ranks" in (c.reason or "") for c in log), (wrapped, log)
+            near(found[0], steps[rank // 2][0], wrapped)
+            for got, wanted in zip(found[2:], expected, strict=True):
+                near(got.full_tensor() if isinstance(got, DTensor) else got, wanted, (wrapped, rank))
+            del outer, model, call
+
+
+class Caller(nn.Module):
+    def __init__(self, model: nn.Module, call: Any) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.call(x, padding)  # type: ignore[no-any-return]
+
+
+class Sent(TorchDispatchMode):
+    """Counts the numbers that this process sends to others."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank, self.numbers, self.calls = rank, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "all_to_all_single" in str(func):
+            sizes = args[2]
+            self.numbers, self.calls = self.numbers + sum(sizes) - sizes[self.rank], self.calls + 1
+        return func(*args, **(kwargs or {}))
+
+
+def check_volume(rank: int, world: int) -> None:
+    """The formulas of docs/how-to/sequence-parallel.md."""
+    mesh, total = dist.init_device_mesh("cpu", (world,)), 32
+    layout = SeqLayout.from_lengths([20, 12])
+    for heads, kv_heads, sent in (
+        (8, 4, 2 * (8 + 4) * (world - 1) / world**2),
+        (8, 1, 2 * (8 + world) * (world - 1) / world**2),
+        (1, 1, 2 * (world - 1) / world),
+    ):
+        q, k = (torch.randn(total // world, n, H, requires_grad=True) for n in (heads, kv_heads))
+        with Sent(rank) as forward:
+            out = varlen_attention(q, k, k, layout, group=mesh)
+        with Sent(rank) as backward:
+            out.sum().backward()
+        assert forward.numbers == backward.numbers == total * H * sent, (heads, kv_heads, forward.numbers)
+        assert forward.calls == backward.calls == (2 if heads >= world else 1)
+    model, call = enabled_encoder()
+    with sequence_parallel(mesh), Sent(rank) as both:
+        step(model, call, [20, 12])
+    layers, width = 2, 16
+    assert both.numbers == total * width * (layers * 8 * (world - 1) / world**2 + 3 * (world - 1) / world)
+
+
+def check_refusals(rank: int, world: int) -> None:
+    mesh = dist.init_device_mesh("cpu", (world,))
+    layout = SeqLayout.from_lengths([5, 3])
+    q = torch.randn(4, 2, H)
+    with pytest.raises(ArgumentError, match=r"`dropout_p` must be 0 where rows are split over ranks, but is 0\.5"):
+        varlen_attention(q, q, q, layout, dropout_p=0.5, group=mesh)
+    with pytest.raises(LayoutError, match="`query` must begin with 4"):
+        varlen_attention(q[:3], q, q, layout, group=mesh)
+    with pytest.raises(ArgumentError, match="`mesh` must be a DeviceMesh or a ProcessGroup with this process in it, but is str"):
+        varlen_attention(q, q, q, layout, group="all")
+    with pytest.raises(ArgumentError, match="`mesh` must have one dimension"), sequence_parallel(dist.init_device_mesh("cpu", (1, world))):
+        pass
+    one = SeqLayout.from_key_padding_mask(torch.tensor([[False] * 5 + [True] * 3, [False] * 3 + [True] * 5]), capacity=8)
+    with pytest.raises(LayoutError, match="must have lengths on the host where there are fewer heads \\(1\\) than ranks"):
+        varlen_attention(q[:, :1], q[:, :1], q[:, :1], one, group=mesh)
+    near(varlen_attention(q, q, q, one, group=mesh), varlen_attention(q, q, q, layout, group=mesh), "lengths on the device")
+    plan = explain(q, q, q, layout, group=mesh)
+    assert f"split over {world} ranks: by all-to-all each has 1 of 2 heads" in plan.details()
+    assert f"split over {world} ranks: an all-gather" in explain(q[:, :1], q[:, :1], q[:, :1], layout, group=mesh).route_reason
+
+    with pytest.raises(LayoutError, match="inside `sequence_parallel` a module sees the rows of its own rank"):
+        split_layouts(layout, None, mesh)[0].pool(q, "mean")
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2, enable_nested_tensor=False)
+    enable(model)
+    x, padding, _ = padded_batch([9, 3], 16)
+    with sequence_parallel(mesh):
+        with pytest.raises(ArgumentError, match=r"must be 0 where rows are split over ranks, but is 0\.1"):
+            model(x.float(), src_key_padding_mask=padding)
+        seen: list[int] = []
+        thread = threading.Thread(target=lambda: seen.append(len(visible(state.ranks))))
+        thread.start()
+        thread.join()
+        assert seen == [0], "a block is of one thread"
+
+
+def check_generation(rank: int, world: int) -> None:
+    """Prompts are split, decoding steps are computed whole, with whole caches."""
+    mesh = dist.init_device_mesh("cpu", (world,))
+    torch.manual_seed(0)
+    size = dict(vocab_size=9, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, pad_token_id=0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size)).double().eval()
+    enable(model)
+    ids = torch.randint(1, 9, (2, 6), generator=torch.Generator().manual_seed(0))
+    asked = dict(attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]), max_new_tokens=5, do_sample=False)
+    expected = model.generate(ids, **asked)
+    with sequence_parallel(mesh), record() as log:
+        assert torch.equal(model.generate(ids, **asked), expected)
+    assert any("split over" in (c.reason or "") for c in log)
+
+
+def check_graphs(rank: int, world: int) -> None:
+    """One graph, in which the collectives are ops."""
+    mesh = dist.init_device_mesh("cpu", (world,))
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    q = torch.randn(31, 4, H, dtype=torch.float64).tensor_split(world)[rank].clone().requires_grad_()
+    layout = SeqLayout.from_lengths([9, 4, 0, 17, 1])
+    call = partial(varlen_attention, causal=True, group=mesh)
+    out = torch.compile(call, backend=backend, fullgraph=True)(q, q, q, layout)
+    assert sum("all_to_all_single" in name for name in seen) == 2
+    wanted = call(q, q, q, layout)
+    near(out, wanted, "compiled")
+    near(*(torch.autograd.grad(x.sin().sum(), q)[0] for x in (out, wanted)), "compiled")
 
 
 CHECKS: dict[int, list[Callable[[int, int], None]]] = {
-    2: [check_calls, check_models],
+    2: [check_calls, check_models, check_refusals, check_generation, check_graphs],
     3: [check_calls, check_models],
-    4: [check_calls, check_models],
+    4: [check_calls, check_models, check_meshes, check_volume],
 }
 
 
@@ -281,6 +436,7 @@ def work(rank: int, world: int, folder: str) -> None:
 
 
 @pytest.mark.alone
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 @pytest.mark.parametrize("world", CHECKS)
 def test_processes_compute_what_one_does(tmp_path: Path, world: int) -> None:
     torch.multiprocessing.start_processes(work, (world, str(tmp_path)), nprocs=world, start_method="fork")

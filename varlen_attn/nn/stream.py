@@ -18,7 +18,7 @@ from ..attention.export import static_layouts
 from ..attention.forms import ROWS, Form, PaddingRows, batch_first, form_of, full_layout, nested_rows, pack_rows, unpack_rows
 from ..errors import ArgumentError, LayoutError
 from ..layout.seq_layout import SeqLayout
-from ..parallel.rows import RankRows, all_rows, refuse_dropout, share_of
+from ..parallel.rows import all_rows, refuse_dropout, share_of
 from .checks import check_inputs
 from .masks import additive_mask, read_masks
 from .token_wise import has_hooks, is_known
@@ -55,6 +55,7 @@ class PackedInput(NamedTuple):
         mask: an attention mask that only padded attention can serve; None where ``causal`` and the layout say it all.
         form: what was given, and is given back.
         given: the input itself.
+        split: rows are shared by ranks here.
     """
 
     rows: Tensor
@@ -63,10 +64,12 @@ class PackedInput(NamedTuple):
     mask: Tensor | None
     form: Form
     given: Tensor
+    split: bool = False
 
     def restore(self, rows: Tensor, padding_rows: PaddingRows) -> Tensor:
         """``rows`` in the form in which the input came."""
-        return unpack_rows(*all_rows(self.layout, rows), self.form, self.given, padding_rows)
+        layout, rows = all_rows(self.layout, rows) if self.split else (self.layout, rows)
+        return unpack_rows(layout, rows, self.form, self.given, padding_rows)
 
     def prepared(self, layers: Iterable[nn.Module], memory: PackedInput | None = None) -> Prepared:
         """For attention of these rows to themselves, or to those of ``memory``, in ``layers``."""
@@ -172,10 +175,10 @@ def pack_input(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Pac
     if form not in ROWS:  # not the caller's own
         mark_unbacked(rows)
     share = share_of(layout)
-    if isinstance(share, RankRows):
-        layout, rows = share, share.part(rows)
+    if split := share is not layout:
+        rows = share.part(rows)  # type: ignore[attr-defined]
     causal = masks.is_causal if masks.attn is None else not facts.not_causal
-    stream = PackedInput(rows, layout, causal, None if causal else masks.attn, form, given)
+    stream = PackedInput(rows, share, causal, None if causal else masks.attn, form, given, split)
     if not facts.additive:
         return stream
     assert padding is not None

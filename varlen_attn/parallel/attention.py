@@ -95,10 +95,10 @@ def _by_rows(query: Tensor, key: Tensor, value: Tensor, layout_q: RankRows, layo
     """The sequences that this rank has queries of, in one call. The place of a query counts from the end of its sequence. So where places
     matter, and keys after the last query here cannot be left out, all queries of a sequence are computed, of other ranks as zeros."""
     len_q, len_k, mine, semantics = layout_q.lengths, layout_kv.lengths, layout_q.mine, call.semantics
-    if len_q is None or len_k is None:
+    if len_q is None or len_k is None or torch.compiler.is_compiling():
         raise LayoutError(
             f"`layout` must have lengths on the host where there are fewer heads ({query.shape[1]}) than ranks, but only the device knows "
-            "them: build it from lengths."
+            "them, or a graph is traced: build it from lengths, outside of torch.compile."
         )
     parts = layout_kv.gathered(torch.cat([key.flatten(1), value.flatten(1)], 1)).tensor_split([key.shape[1] * key.shape[2]], 1)
     key, value = (rows.unflatten(1, x.shape[1:]) for x, rows in zip((key, value), parts, strict=True))

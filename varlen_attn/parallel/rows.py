@@ -45,7 +45,7 @@ class Ranks:
 
     def shares(self, total: int) -> list[int]:
         """How many of ``total`` each rank has, as `torch.tensor_split` cuts."""
-        return [total // self.size + (rank < total % self.size) for rank in range(self.size)]
+        return [(total + self.size - 1 - rank) // self.size for rank in range(self.size)]  # no comparison, for graphs
 
     def slices(self, total: int) -> list[slice]:
         shares = self.shares(total)
