@@ -37,9 +37,7 @@ def attend_split(query: Tensor, key: Tensor, value: Tensor, call: Call, attend: 
     if not isinstance(layout_q, RankRows) or not isinstance(layout_kv, RankRows):
         raise ArgumentError("queries and keys must both be split over ranks, but one of them is not, or has fewer rows than ranks.")
     if call.semantics.dropout_p > 0:
-        raise ArgumentError(
-            f"`dropout_p` must be 0 where rows are split over ranks, but is {call.semantics.dropout_p}: each would draw its own numbers."
-        )
+        raise ArgumentError(f"`dropout_p` must be 0 where rows are split over ranks, but is {call.semantics.dropout_p}.")
     by_heads, reason = way_of(layout_q.ranks, query.shape[1])
     return (_by_heads if by_heads else _by_rows)(query, key, value, layout_q, layout_kv, call, attend(reason))
 
@@ -96,10 +94,7 @@ def _by_rows(query: Tensor, key: Tensor, value: Tensor, layout_q: RankRows, layo
     matter, and keys after the last query here cannot be left out, all queries of a sequence are computed, of other ranks as zeros."""
     len_q, len_k, mine, semantics = layout_q.lengths, layout_kv.lengths, layout_q.mine, call.semantics
     if len_q is None or len_k is None or torch.compiler.is_compiling():
-        raise LayoutError(
-            f"`layout` must have lengths on the host where there are fewer heads ({query.shape[1]}) than ranks, but only the device knows "
-            "them, or a graph is traced: build it from lengths, outside of torch.compile."
-        )
+        raise LayoutError("`layout` must have lengths on the host, and outside of graphs, where there are fewer heads than ranks.")
     parts = layout_kv.gathered(torch.cat([key.flatten(1), value.flatten(1)], 1)).tensor_split([key.shape[1] * key.shape[2]], 1)
     key, value = (rows.unflatten(1, x.shape[1:]) for x, rows in zip((key, value), parts, strict=True))
     at_q, at_k = ([*accumulate(n, initial=0)] for n in (len_q, len_k))

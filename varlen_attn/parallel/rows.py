@@ -8,8 +8,8 @@ the mean over ranks is the gradient of one process.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NoReturn
 
@@ -36,11 +36,9 @@ class Ranks:
         """Of a `DeviceMesh` of one dimension, or a `ProcessGroup`."""
         from torch.distributed import ProcessGroup, get_rank, get_world_size
 
-        if getattr(mesh, "ndim", 1) != 1:
-            raise ArgumentError(f"`mesh` must have one dimension, but is {mesh}: pass that of the sequence, by mesh['its name'].")
-        group = mesh.get_group() if hasattr(mesh, "get_group") else mesh
+        group = mesh.get_group() if getattr(mesh, "ndim", 0) == 1 else mesh
         if not isinstance(group, ProcessGroup):
-            raise ArgumentError(f"`mesh` must be a DeviceMesh or a ProcessGroup with this process in it, but is {type(mesh).__name__}.")
+            raise ArgumentError(f"`mesh` must be a DeviceMesh of one dimension or a ProcessGroup of this process, but is {mesh!r}.")
         return cls(group, get_world_size(group), get_rank(group))
 
     def shares(self, total: int) -> list[int]:
@@ -77,22 +75,18 @@ class RankRows(SeqLayout):
     Attributes:
         whole: of all rows.
         ranks: who shares them.
+        mine: which of them this rank has, as `token_indices` says too. All else is of the whole batch.
     """
 
     whole: SeqLayout = None  # type: ignore[assignment]
     ranks: Ranks = None  # type: ignore[assignment, misc]
+    mine: slice = None  # type: ignore[assignment]
 
     @classmethod
     def of(cls, layout: SeqLayout, ranks: Ranks) -> RankRows:
-        return cls(**{f.name: getattr(layout, f.name) for f in fields(layout)}, whole=layout, ranks=ranks)
-
-    @property
-    def mine(self) -> slice:
-        return self.ranks.slices(self.whole.num_rows)[self.ranks.rank]
-
-    @property
-    def num_rows(self) -> int:
-        return self.ranks.shares(self.whole.num_rows)[self.ranks.rank]
+        mine = ranks.slices(layout.num_rows)[ranks.rank]
+        known = {f.name: getattr(layout, f.name) for f in fields(layout)} | {"token_indices": layout.token_indices[mine]}
+        return cls(**known, whole=layout, ranks=ranks, mine=mine)
 
     @property
     def is_dense(self) -> bool:
@@ -101,10 +95,6 @@ class RankRows(SeqLayout):
     @property
     def positions(self) -> Tensor:
         return self.whole.positions[self.mine]
-
-    @property
-    def columns(self) -> Tensor:
-        return self.whole.columns[self.mine]
 
     def valid_rows(self) -> Tensor:
         return self.whole.valid_rows()[self.mine]
@@ -153,7 +143,7 @@ def share_of(layout: SeqLayout) -> SeqLayout:
     """For the rows of this rank, in a block of `sequence_parallel`; ``layout`` itself outside of it, and where there are fewer rows than
     ranks: these are computed whole on every rank."""
     traced = torch.compiler.is_compiling()
-    ranks = _state.ranks if state.ranks or traced else None
+    ranks = _state.ranks if traced or state.ranks else None
     if ranks is None or ranks.size == 1 or type(layout) is not SeqLayout or (not traced and layout.num_rows < ranks.size):
         return layout
     return RankRows.of(layout, ranks)
@@ -165,13 +155,11 @@ def refuse_dropout(layers: Iterable[nn.Module]) -> None:
         for name, x in vars(module).items():
             if ("drop" in name or name == "p") and type(x) in (int, float) and x > 0:
                 raise ArgumentError(
-                    f"`{name}` of {type(module).__name__} must be 0 in layers whose rows are split over ranks, but is {x}: each rank would "
-                    "draw numbers of its own. Set it to 0, or call eval()."
+                    f"`{name}` of {type(module).__name__} must be 0 where rows are split over ranks, but is {x}: set it to 0."
                 )
 
 
-@contextmanager
-def sequence_parallel(mesh: Any) -> Iterator[None]:
+def sequence_parallel(mesh: Any) -> AbstractContextManager[Any]:
     """Share the packed rows of each batch among ranks, in all stacks of layers that run packed inside, in this thread and this coroutine.
 
     Every rank calls the model with the same whole batch, has a part of its rows in the layers, and gets the whole output. The gradient of
@@ -192,5 +180,4 @@ def sequence_parallel(mesh: Any) -> Iterator[None]:
         >>> with sequence_parallel(mesh):  # doctest: +SKIP
         ...     out = encoder(x, src_key_padding_mask=mask)
     """
-    with opened(state.ranks, Ranks.of(mesh)):
-        yield
+    return opened(state.ranks, Ranks.of(mesh))

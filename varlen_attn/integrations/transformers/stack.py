@@ -298,8 +298,8 @@ def _why_as_it_came(layer: nn.Module, hidden: Tensor, meaning: Meaning, islands:
     if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != meaning.columns or meaning.first_query != 0:
         return "there are cached keys, or keys of others"
     # Compiled layers get rows in any case: the same graphs serve all batches, and none ends before attention.
-    nothing = meaning.padding is None or meaning.tokens.is_dense
-    if meaning.pattern.documents is not None or (nothing and meaning.tokens.ranks is None and not is_compiled(layer)):
+    packs = is_compiled(layer) or not (meaning.padding is None or meaning.tokens.is_dense)
+    if meaning.pattern.documents is not None or not (packs or meaning.tokens.ranks):
         return "nothing is padded"
     keys = meaning.keys
     if keys.lengths is None or not keys.total:
