@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import wraps
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, ClassVar, Literal, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -125,6 +125,7 @@ class SeqLayout:
     holes: Literal["refuse", "packed"] = "refuse"
     has_slack: bool = False
     row_ids: Tensor | None = None
+    ranks: ClassVar[Any] = None  # who shares the rows, in a `RankRows`
 
     # ---------------------------------------------------------------- constructors
 
@@ -372,6 +373,11 @@ class SeqLayout:
     def device(self) -> torch.device:
         """Of the index tensors; tensors to pack must be there too."""
         return self.cu_seqlens.device
+
+    @property
+    def whole(self) -> SeqLayout:
+        """Of the rows of all ranks."""
+        return self
 
     @property
     def total(self) -> int | None:

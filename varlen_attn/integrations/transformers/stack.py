@@ -35,6 +35,7 @@ from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
 from ...nn.transformer import unwrapped
+from ...parallel.rows import all_rows, refuse_dropout
 from .attention import captured, collected
 from .labelled import labelled_in, read_labelled
 from .mask import (
@@ -136,7 +137,7 @@ class LayerHook:
         rows = hidden if is_rows else with_first_dimension(meaning.tokens.pack(hidden))
         packed: list[Any] = []
         named = (*zip(self.names, args, strict=False), *kwargs.items())
-        source = _of_source(meaning, dict(named)) if self.crosses else {}
+        source = _of_source(meaning, dict(named)) if self.crosses and meaning.tokens.ranks is None else {}
         for name, x in named:
             known = source.get(name) or meaning.packed_arguments.get((name, id(x)))
             y = rows if x is hidden else known[1] if known is not None else _packed(name, x, meaning, hidden, rows, self.islands)
@@ -151,6 +152,8 @@ class LayerHook:
                 return None
             packed.append(y)
         if not is_rows:
+            if meaning.tokens.ranks is not None:
+                refuse_dropout([module])
             meaning.begin_rows(module)
             if self.tree.left:
                 end_rows()
@@ -178,8 +181,8 @@ class LayerHook:
 
         def put_back(x: Tensor) -> Tensor:
             """Rows at padding hold the same, whether the stack ran packed or padded."""
-            rows = x[0] if in_rows else layout.pack(x)
-            return layout.unpack(rows, 0 if self.tree.padding_rows == "zero" else "edge")
+            whole, rows = all_rows(layout, x[0]) if in_rows else (layout.whole, layout.whole.pack(x))
+            return whole.unpack(rows, 0 if self.tree.padding_rows == "zero" else "edge")
 
         states = collected().get("hidden_states", [])
         if not states and "hidden_states" in collected() and args:  # of one layer, whose input is collected after this
@@ -298,7 +301,8 @@ def _why_as_it_came(layer: nn.Module, hidden: Tensor, meaning: Meaning, islands:
     if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != meaning.columns or meaning.first_query != 0:
         return "there are cached keys, or keys of others"
     # Compiled layers get rows in any case: the same graphs serve all batches, and none ends before attention.
-    if meaning.pattern.documents is not None or (not is_compiled(layer) and (meaning.padding is None or meaning.tokens.is_dense)):
+    packs = is_compiled(layer) or not (meaning.padding is None or meaning.tokens.is_dense)
+    if meaning.pattern.documents is not None or not (packs or meaning.tokens.ranks):
         return "nothing is padded"
     keys = meaning.keys
     if keys.lengths is None or not keys.total:
