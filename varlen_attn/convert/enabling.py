@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import nn
 
 from .._clone import apart
 from .._state import undone
-from .._switch import Class, Step, Switch, original_class
+from .._switch import Class, Step, Switch, original_class, own_class
 from ..attention.forms import PaddingRows
 from ..data.batches import inputs_of
 from ..errors import ArgumentError, VarlenWarning, warn
@@ -43,7 +44,7 @@ def enable(
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
     example: Any = None,
-    prepack: bool = False,
+    prepack: bool | torch.dtype = False,
     heads: Literal["all", "labelled"] = "all",
 ) -> Report:
     """Make a model skip padding, in place: torch's attention modules, layers and stacks, and models of transformers. `disable` undoes it.
@@ -71,6 +72,8 @@ def enable(
             blocked format as well, from their second call without gradients on, so that no call reorders them. This takes the memory of the
             weights once more, which the report says. A weight that was written to is reordered again, except after a write through
             ``weight.data``. In training such layers raise `VarlenError`; with gradients in evaluation they compute as they came.
+            ``torch.bfloat16``: layers in float32 round what they multiply to bfloat16, sum in float32 and round their result. Everything
+            else stays in float32.
         heads: ``"labelled"`` changes what language models of transformers return when they are called with ``labels``: their head and loss
             are computed at the n tokens alone whose label is not -100 (of causal models, whose next label is not), so that ``logits`` are
             ``(n, V)``, in order, and not ``(B, S, V)``. The loss and its gradients stay the same. So do calls without ``labels`` or
@@ -123,7 +126,7 @@ def enable(
         if weights == "unread":
             steps += classes.looking_at_weights(model, steps)
         if prepack:
-            row, more = plan_prepacked(model, {x.module for x in steps if isinstance(x, Class)})
+            row, more = plan_prepacked(model, {x.module for x in steps if isinstance(x, Class)}, None if prepack is True else prepack)
             rows, steps = [*rows, row], [*steps, *more]
         if heads == "labelled":
             found, more = apart(partial(hf.plan_heads, model, steps)) if (hf := _transformers(model)) else ([], [])
@@ -163,7 +166,7 @@ def _plan(model: nn.Module, level: str, weights: str, hooks: str, padding_rows: 
     for c in found:
         decision, original = _decide(c, found, level, weights, mixer), original_class(c.module)
         new_class = decision.new_class or original
-        restored = decision.new_class is None and type(c.module) is not original
+        restored = decision.new_class is None and own_class(c.module) is not original
         outermost = c
         while outermost.parent is not None:
             outermost = outermost.parent
@@ -185,8 +188,8 @@ def _plan(model: nn.Module, level: str, weights: str, hooks: str, padding_rows: 
 def _found(model: nn.Module) -> list[Step]:
     """What has been done to a model."""
     hf = _transformers(model)
-    enabled = [(m, original) for m in model.modules() if (original := original_class(m)) is not type(m)]
-    swapped = [Class(m, type(m), original, tuple((x, vars(m)[x]) for x in classes.OPTIONS if x in vars(m))) for m, original in enabled]
+    enabled = [(m, original) for m in model.modules() if (original := original_class(m)) is not own_class(m)]
+    swapped = [Class(m, own_class(m), original, tuple((x, vars(m)[x]) for x in classes.OPTIONS if x in vars(m))) for m, original in enabled]
     return [*swapped, *found_prepacked(model), *classes.found_looking(model), *(hf.found(model) if hf else [])]
 
 
@@ -215,13 +218,14 @@ def disable(model: nn.Module) -> Report:
     restored = [ModuleReport(*row) for row in hf.enabled_models(model)] if hf else []
     for name, module in model.named_modules():
         original = original_class(module)
-        if original is not type(module) and not is_prepacked(module) and (hf is None or not isinstance(module, hf.Watched)):
+        if original is not own_class(module) and not is_prepacked(module) and (hf is None or not isinstance(module, hf.Watched)):
             restored.append(ModuleReport(name, original.__name__, "restored", ""))
         elif hasattr(original, "original_class") and is_varlen(module):
             reason = "its class was derived from the enabled one, as parametrisations do: remove them first"
             restored.append(ModuleReport(name, original.__name__, "left alone", reason))
-    if any(map(is_prepacked, model.modules())):
-        restored.append(ModuleReport("", "Linear", "restored", "weights in oneDNN's blocked format, by prepack=True"))
+    for entry in found_prepacked(model)[:1]:
+        reason = f"weights in oneDNN's blocked format, by prepack={entry.value.dtype or True}"
+        restored.append(ModuleReport("", "Linear", "restored", reason))
     report = Report(tuple(restored))
     _go(model, [])
     return report
@@ -236,7 +240,7 @@ def enabled(
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
     example: Any = None,
-    prepack: bool = False,
+    prepack: bool | torch.dtype = False,
     heads: Literal["all", "labelled"] = "all",
 ) -> Iterator[Report]:
     """``with enabled(model) as report``: `enable` for the length of a block; afterwards every module is what it was before.
@@ -285,7 +289,7 @@ def _check_options(level: Any, need_weights: Any, hooks: Any, padding_rows: Any,
         ("level", level, "'model' packs whole stacks, 'attention' calls of attention", *get_args(Level)),
         ("need_weights", need_weights, _WEIGHTS, True, False, "never"),
         ("hooks", hooks, "'leave' leaves modules with hooks alone, 'packed' converts them too", "leave", "packed"),
-        ("prepack", prepack, "True keeps weights in oneDNN's blocked format as well, for inference", True, False),
+        ("prepack", prepack, _PREPACK, True, False, torch.bfloat16),
         ("padding_rows", padding_rows, "None is the default of each kind of module", None, *get_args(PaddingRows)),
         ("heads", heads, "'labelled' computes a head and its loss at labelled tokens only", "all", "labelled"),
     ):
@@ -294,6 +298,7 @@ def _check_options(level: Any, need_weights: Any, hooks: Any, padding_rows: Any,
             raise ArgumentError(f"`{name}` must be {', '.join(others)} or {last}, but is {value!r}: {fix}.")
 
 
+_PREPACK = "True keeps weights in oneDNN's blocked format as well, for inference, torch.bfloat16 rounds them too"
 _WEIGHTS = "False makes attention return None in place of its weights, 'never' also where a call asks for them and nothing reads them"
 
 

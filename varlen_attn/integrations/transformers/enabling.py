@@ -25,6 +25,7 @@ from ..._switch import Entry, Hook, Step, original_class
 from ...attention.dispatch import use_backend
 from ...attention.records import record
 from ...errors import ArgumentError
+from ...nn.transformer import unwrapped
 from . import stack as stack_hooks
 from .attention import NotPackable, varlen_attention_forward
 from .labelled import next_labels, with_entry
@@ -639,7 +640,7 @@ class _Part:
             first = trial._replace(inputs=inputs), {name: x for name, x in expected.items() if not name.endswith("hidden_states")}
         with self._running(stacks, islands) as begun:
             reason = self.compare([first])
-        packed = [name for name in stacks if any(id(layer) in begun for layer in self.clone.get_submodule(name))]
+        packed = [name for name in stacks if any(id(layer) in begun for layer in map(unwrapped, self.clone.get_submodule(name)))]
         if reason is None:
             unpacked = [name for name in stacks if name not in packed]
             self.why_not_packed |= dict.fromkeys(unpacked, "its layers were not given a mask of padding alone")

@@ -32,6 +32,7 @@ from ...attention.export import static_graph
 from ...data.host_lengths import HostLengths
 from ...errors import ArgumentError
 from ...layout.seq_layout import SeqLayout
+from ...parallel.rows import share_of
 
 Window = tuple[int | None, int | None]
 INTERNAL = "_attn_implementation_internal"  # of a configuration, whose own way to say it takes microseconds
@@ -314,10 +315,11 @@ class Meaning:
 
     @cached_property
     def tokens(self) -> SeqLayout:
-        """Of what a packed stack computes: these columns, and all of a row that has none. They see nothing, and may be read."""
+        """Of what a packed stack computes: these columns, and all of a row that has none. They see nothing, and may be read. Those of this
+        rank in `sequence_parallel`."""
         if not self.keys.lengths or 0 not in self.keys.lengths or self.padding is None:
-            return self.keys
-        return _layout_of(self.padding | ~self.padding.any(1, keepdim=True))
+            return share_of(self.keys)
+        return share_of(_layout_of(self.padding | ~self.padding.any(1, keepdim=True)))
 
     def _all(self, columns: int) -> SeqLayout:
         return SeqLayout.from_lengths([columns] * self.shape[0], columns, device=self.device)
@@ -376,7 +378,7 @@ class Meaning:
     def packed(self) -> VarlenMask:
         """The same for the packed rows ``(1, T)`` of a self-attention without cached keys."""
         layout, total = self.tokens, self.tokens.num_rows
-        blind = None if layout is self.keys or self.padding is None else ~layout.pack(self.padding)
+        blind = None if layout.whole is self.keys or self.padding is None else ~layout.pack(self.padding)
         make = partial(_block_diagonal, layout, self.pattern, blind)
         known = layout, self.forwards, self.config, self.dtype, blind
         return VarlenMask(Meaning((1, 1, total, total), self.device, self.pattern, None, 0, make, *known))
@@ -574,7 +576,7 @@ def varlen_mask(
     columns = _columns(pattern, q_offset - kv_offset, q_length, kv_length)
     padding = _padding_of_columns(attention_mask, columns, kv_offset)
     square = (q_length, q_offset) == (kv_length, kv_offset)
-    if order == "auto" and not state.records and _says_it_all(kwargs.get("config"), pattern, padding, square):
+    if order == "auto" and not state.records and not state.ranks and _says_it_all(kwargs.get("config"), pattern, padding, square):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]
     pattern = pattern._replace(window=_effective(pattern.window, q_length, kv_length))
     if padding is not None and tuple(padding.shape) != (batch_size, columns):
