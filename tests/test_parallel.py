@@ -11,6 +11,10 @@ pytestmark = [pytest.mark.alone, pytest.mark.slow]
 WORLDS = sorted({world for scenario in SCENARIOS.values() for world in scenario.worlds})
 
 
+def test_the_page_is_up_to_date() -> None:
+    assert parallel.PAGE.read_text() == parallel.page(), "run: make docs-tables"
+
+
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str]]:
     """What went wrong, by number of processes; one start of them for all scenarios."""
