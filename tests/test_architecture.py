@@ -21,7 +21,7 @@ FLOORS = (
     ("errors", "_torch", "_state"),
     ("layout", "_clone", "_switch"),
     ("data", *(f"kernels.{name}" for name in ("problem", "values", "kept", "limits", "base", "unseen", "ops", "dense"))),
-    ("kernels",),  # the adapters, and their order
+    ("kernels", "parallel"),  # the adapters, and their order; rows on several ranks
     ("attention",),
     ("nn", "integrations"),
     ("convert", "testing", "_old_paths"),

@@ -274,6 +274,13 @@ def _may_break() -> bool:
     return translator is not None and not (translator.one_graph or translator.error_on_graph_break)
 
 
+def all_to_all(x: Tensor, sizes: list[int], given: list[int], group: Any) -> Tensor:
+    """``given`` numbers of ``x`` to each process of a group, and ``sizes`` from each; differentiable, and an op in graphs."""
+    from torch.distributed import _functional_collectives as collectives
+
+    return collectives.all_to_all_single_autograd(x, sizes, given, group)
+
+
 def with_first_dimension(x: Tensor) -> Tensor:
     """``x[None]``, with gradients, that is no view of ``x``, though it is the same memory: for results that nothing else has."""
     return torch.ops.aten._unsafe_view(x, (1, *x.shape))  # type: ignore[no-any-return]

@@ -107,7 +107,7 @@ class _Enabled:
 
     def _requests_nothing(self, kwargs: dict[str, Any], attns: list[Any]) -> bool:
         """No backend, no weights in another format, and nothing that torch's modules do not know."""
-        if not _OURS.isdisjoint(kwargs) or requested_backend("auto") != "auto":
+        if not _OURS.isdisjoint(kwargs) or requested_backend("auto") != "auto" or (state.ranks and self.packs):
             return False
         for x in attns:  # a generator is one more frame in each of many calls
             if getattr(x, "backend", "auto") != "auto" or getattr(x, "window", None) is not None or PREPACKED in vars(x):
