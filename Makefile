@@ -183,7 +183,7 @@ docs: $(SITE)
 docs-tables: $(STAMP)
 	$(OFFLINE) TRANSFORMERS_VERBOSITY=error $(BIN)/python -W ignore -m tests.integrations.transformers.table
 	$(BIN)/python -W ignore -m tests.transforms
-	$(BIN)/python -W ignore -m tests.parallel
+	$(BIN)/python -W ignore -m tests.wrappers
 
 # Another Python where nothing can be installed, but a torch for CUDA is there: `make gpu GPU_PYTHON=python3`. The acceptance needs torch and
 # einops, the tests pytest, hypothesis and numpy too. GPU_OPTIONS are those of benchmarks.gpu_acceptance. Of the tests everything runs,

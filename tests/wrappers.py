@@ -1,4 +1,4 @@
-"""What people wrap models in to train them on many workers, done to enabled models: for `test_parallel.py` and `docs/parallel.md`.
+"""What people wrap models in to train them on many workers, done to enabled models: for `test_wrappers.py` and `docs/parallel.md`.
 
 A `Scenario` runs in every one of several processes, which share a process group (gloo). The same steps are taken in one process on the
 model as it came, in float64, on the batches of all ranks.
