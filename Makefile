@@ -16,7 +16,7 @@
 #   make test-thorough   many more property-test examples
 #   make dist            wheels for Linux (x86-64, Arm) and macOS (Arm), each with its compiled CPU kernel, and the source, in dist/
 #   make docs            the site in build/site, built strictly
-#   make docs-tables     the tables of docs/transformers.md and docs/transforms.md, from the tests (minutes)
+#   make docs-tables     the tables of docs/transformers.md, docs/transforms.md and docs/parallel.md, from the tests (minutes)
 #   make gpu             accept the library on a CUDA device (9 minutes at most)
 #   make gpu-again       what did not pass in FILE, slowly, with all errors in its log: make gpu-again FILE=acceptance.json
 #   make gpu-tests       the tests that need a CUDA device, and those of all backends there
@@ -183,6 +183,7 @@ docs: $(SITE)
 docs-tables: $(STAMP)
 	$(OFFLINE) TRANSFORMERS_VERBOSITY=error $(BIN)/python -W ignore -m tests.integrations.transformers.table
 	$(BIN)/python -W ignore -m tests.transforms
+	$(BIN)/python -W ignore -m tests.wrappers
 
 # Another Python where nothing can be installed, but a torch for CUDA is there: `make gpu GPU_PYTHON=python3`. The acceptance needs torch and
 # einops, the tests pytest, hypothesis and numpy too. GPU_OPTIONS are those of benchmarks.gpu_acceptance. Of the tests everything runs,
