@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         VarlenTransformerEncoder,
         VarlenTransformerEncoderLayer,
     )
+    from .parallel.rows import sequence_parallel
 
 __version__ = "0.1.0"
 
@@ -84,6 +85,7 @@ __all__ = [
     "padded_attention",
     "record",
     "route",
+    "sequence_parallel",
     "use_backend",
     "varlen_attention",
     "varlen_conv1d",
@@ -105,6 +107,7 @@ if not TYPE_CHECKING:
         **dict.fromkeys((name for name in __all__ if name.startswith("VarlenTransformer")), "nn.transformer"),
         "VarlenMultiheadAttention": "nn.multihead",
         "apply_rotary": "nn.rotary",
+        "sequence_parallel": "parallel.rows",
         "varlen_conv1d": "nn.conv",
         "varlen_norm": "nn.norm",
     }

@@ -64,6 +64,11 @@ def in_context_parallel() -> bool:
     return module.startswith("torch.distributed.tensor.experimental")
 
 
+def is_sharded(module: torch.nn.Module) -> bool:
+    """By FSDP, of either version: alone or with what it is in."""
+    return "_is_fsdp_managed_module" in vars(module)
+
+
 def constant_while_tracing(function: F_) -> F_:
     """What `torch.compiler.assume_constant_result` does: Python runs ``function`` while tracing, and its result is a constant of the
     graph. Its decorator imports dynamo, a second of time that programs without `torch.compile` should not pay."""
@@ -267,6 +272,13 @@ def _may_break() -> bool:
 
     translator: InstructionTranslator | None = getattr(tls, "current_tx", None)
     return translator is not None and not (translator.one_graph or translator.error_on_graph_break)
+
+
+def all_to_all(x: Tensor, sizes: list[int], given: list[int], group: Any) -> Tensor:
+    """``given`` numbers of ``x`` to each process of a group, and ``sizes`` from each; differentiable, and an op in graphs."""
+    from torch.distributed import _functional_collectives as collectives
+
+    return collectives.all_to_all_single_autograd(x, sizes, given, group)
 
 
 def with_first_dimension(x: Tensor) -> Tensor:

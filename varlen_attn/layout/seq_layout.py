@@ -17,13 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import wraps
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, ClassVar, Literal, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from .._torch import is_tracing, mark_unbacked, num_writes, pytree, ragged_dim, trace_quietly
+from .._torch import PLAIN, is_tracing, mark_unbacked, num_writes, pytree, ragged_dim, trace_quietly
 from ..errors import ArgumentError, DtypeError, LayoutError
 from .build import (
     Index,
@@ -51,6 +51,7 @@ from .checks import (
     describe,
     heads_first,
     host_lengths,
+    refuse_distributed,
     shorten,
     signed_pad_value,
 )
@@ -124,6 +125,7 @@ class SeqLayout:
     holes: Literal["refuse", "packed"] = "refuse"
     has_slack: bool = False
     row_ids: Tensor | None = None
+    ranks: ClassVar[Any] = None  # who shares the rows, in a `RankRows`
 
     # ---------------------------------------------------------------- constructors
 
@@ -371,6 +373,11 @@ class SeqLayout:
     def device(self) -> torch.device:
         """Of the index tensors; tensors to pack must be there too."""
         return self.cu_seqlens.device
+
+    @property
+    def whole(self) -> SeqLayout:
+        """Of the rows of all ranks."""
+        return self
 
     @property
     def total(self) -> int | None:
@@ -735,6 +742,8 @@ class SeqLayout:
             )
         if x.is_quantized:
             check_takes_rows(x, name, self.has_slack)
+        if type(x) not in PLAIN:
+            refuse_distributed(x, name)
         if x.device != self.cu_seqlens.device:
             raise LayoutError(
                 f"`{name}` is on {x.device}, but the layout is on {self.device}: call layout.to({str(x.device)!r}) once per batch."
