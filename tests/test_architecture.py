@@ -116,7 +116,7 @@ PRIVATE = {
     "nn.multihead": "_qkv_same_embed_dim",
     "nn.stream": "_forward_hooks _forward_pre_hooks",
     "nn.token_wise": "_ff_block _modules",
-    "nn.transformer": "_ff_block _mha_block _modules _sa_block",
+    "nn.transformer": "_ff_block _mha_block _sa_block",
 }
 
 

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from .._clone import Seeded, clone, kinds, noise
 from .._switch import original_class, own_class
+from .._torch import unwrapped
 from ..nn.multihead import VarlenMultiheadAttention
 from ..nn.token_wise import is_known
 from ..nn.transformer import (
@@ -18,7 +19,6 @@ from ..nn.transformer import (
     VarlenTransformerDecoderLayer,
     VarlenTransformerEncoder,
     VarlenTransformerEncoderLayer,
-    unwrapped,
 )
 from .watch import LAYERS, METHODS, STACKS, WEIGHTS_ONLY, is_seen, why_replaced
 

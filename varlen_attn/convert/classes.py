@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .._state import state
 from .._switch import Class, Hook, Step, run_as_it_came, switchable
-from .._torch import is_observed, is_plain, is_tracing, pytree, without_subclass
+from .._torch import is_observed, is_plain, is_tracing, pytree, unwrapped, without_subclass
 from ..attention.dispatch import requested_backend
 from ..attention.records import recorded_padded
 from ..errors import VarlenWarning, warn
@@ -28,7 +28,6 @@ from ..nn.transformer import (
     VarlenTransformerDecoderLayer,
     VarlenTransformerEncoder,
     VarlenTransformerEncoderLayer,
-    unwrapped,
 )
 from .watch import STACKS, why_replaced, why_touched
 

@@ -19,11 +19,11 @@ from torch import nn
 from .._clone import apart
 from .._state import undone
 from .._switch import Class, Step, Switch, original_class, own_class
+from .._torch import unwrapped
 from ..attention.forms import PaddingRows
 from ..data.batches import inputs_of
 from ..errors import ArgumentError, VarlenWarning, warn
 from ..kernels.problem import Problem
-from ..nn.transformer import unwrapped
 from . import classes
 from .candidates import Candidate, candidates, is_varlen, mixing
 from .equality import Part, settled

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from ..._clone import NotCloned, Seeded
 from ..._switch import Entry, Hook, Step, original_class
+from ..._torch import unwrapped
 from ...attention.dispatch import use_backend
 from ...attention.records import record
 from ...errors import ArgumentError
-from ...nn.transformer import unwrapped
 from . import stack as stack_hooks
 from .attention import NotPackable, varlen_attention_forward
 from .labelled import next_labels, with_entry

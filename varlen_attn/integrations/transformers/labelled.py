@@ -2,7 +2,7 @@
 
 The model is given the labels that are not ignored, in one row, and its head the same rows of hidden states. So the model's own code
 computes the head and the loss, whatever they are. One more row, which the loss ignores, keeps both from being empty; where the loss shifts
-labels, it stands for the label that no token comes before.
+labels, it is the label that no token comes before.
 """
 
 from __future__ import annotations

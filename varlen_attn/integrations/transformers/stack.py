@@ -29,12 +29,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..._switch import Class, Entry, Hook, Step, around, original_class, own_class
-from ..._torch import begins_no_graph, between_graphs, is_compiled, with_first_dimension
+from ..._torch import begins_no_graph, between_graphs, is_compiled, unwrapped, with_first_dimension
 from ...attention.records import Call, write
 from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
-from ...nn.transformer import unwrapped
 from ...parallel.rows import all_rows, refuse_dropout
 from .attention import captured, collected
 from .labelled import labelled_in, read_labelled
@@ -609,7 +608,9 @@ def _is_whole(layers: Any) -> bool:
     """Whether every layer of a stack takes rows, and the last one alone puts the tokens back."""
     if not len(layers):
         return False
-    for i, layer in enumerate(map(unwrapped, layers), 1):
+    for i, layer in enumerate(layers, 1):
+        if not layer._forward_pre_hooks:
+            layer = unwrapped(layer)
         for hook in list(layer._forward_pre_hooks.values()):
             if isinstance(owner := getattr(hook, "__self__", None), LayerHook):
                 break
