@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .data.sampler import Cost, TokenBudgetBatchSampler, global_token_mean
     from .nn.conv import varlen_conv1d
     from .nn.multihead import VarlenMultiheadAttention
+    from .nn.norm import varlen_norm
     from .nn.rotary import apply_rotary
     from .nn.transformer import (
         VarlenTransformerDecoder,
@@ -89,6 +90,7 @@ __all__ = [
     "varlen_attention",
     "varlen_conv1d",
     "varlen_mha",
+    "varlen_norm",
 ]
 
 _old_paths.open_old_paths(sys.modules[__name__])
@@ -107,6 +109,7 @@ if not TYPE_CHECKING:
         "apply_rotary": "nn.rotary",
         "sequence_parallel": "parallel.rows",
         "varlen_conv1d": "nn.conv",
+        "varlen_norm": "nn.norm",
     }
 
     def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +84,7 @@ class Forward:
         padded_because: why its layers do not run packed, once that is known.
         filled: its layers run padded, but no reader of rows at padding is known, so that these hold what they do after a packed stack.
         in_rows: whether a layer handed on rows, and the last did not put them back yet.
+        labelled: a weak reference to what its head reads, if that is not all.
         use: of the model's hooks.
     """
 
@@ -93,6 +95,7 @@ class Forward:
     padded_because: str | None = None
     filled: bool = False
     in_rows: bool = False
+    labelled: Any = None
 
     def __post_init__(self) -> None:
         self.use = in_use(self.model)
@@ -128,6 +131,18 @@ def is_entered(model: nn.Module) -> bool:
     return any(f.model is model for f in _thread.forwards)
 
 
+def forward_of(model: nn.Module) -> Forward | None:
+    """That which began last, if it is of this model."""
+    forwards = _thread.forwards
+    return forwards[-1] if forwards and forwards[-1].model is model else None
+
+
+def labelled_of(model: nn.Module) -> Any:
+    """Which rows of a model's result a head around it reads; None for all."""
+    found = (forward.labelled and forward.labelled() for forward in _thread.forwards)
+    return next((x for x in found if x is not None and x.model is model), None)
+
+
 def leave_forward(model: nn.Module) -> Forward | None:
     """It ends; None if it began before anybody watched."""
     forwards = _thread.forwards
@@ -157,6 +172,13 @@ def around_island(meaning: Meaning | None) -> None:
 def island_of() -> Meaning | None:
     """What the layer was given whose attention this is; None if it runs on columns."""
     return _thread.island()
+
+
+def caller(frame: FrameType | None, name: str) -> FrameType | None:
+    """The innermost of ``frame`` and its callers that runs a function of this name."""
+    while frame is not None and not frame.f_code.co_qualname.endswith(name):
+        frame = frame.f_back
+    return frame
 
 
 @contextmanager
