@@ -406,7 +406,9 @@ class Architecture:
 
 
 def _rows(kind: Kind, inputs: Inputs, base: Config, table: Mapping[str, Config]) -> dict[str, Architecture]:
-    return {name: Architecture(name, kind, inputs, {**base, **config}) for name, config in table.items()}
+    """Those that the installed transformers has."""
+    rows = {name: Architecture(name, kind, inputs, {**base, **config}) for name, config in table.items()}
+    return {name: row for name, row in rows.items() if hasattr(transformers, row.class_name)}
 
 
 ARCHITECTURES: dict[str, Architecture] = {
