@@ -215,7 +215,7 @@ def compiled(result: dict[str, Any]) -> str:
 
 def engines(result: dict[str, Any]) -> str:
     """Measured by itself, as the host's."""
-    names, order = (*bench_engines.OURS, *bench_engines.ENGINES), list(bench_engines.GOALS)
+    names, order = (*bench_engines.OURS, *bench_engines.ENGINES), list(bench_engines.ROWS)
     lines = []
     for row in sorted(result["rows"], key=lambda row: (row["threads"], order.index(row["what"]))):
         shown = [row["ratio"].get(name) for name in names]
@@ -223,13 +223,39 @@ def engines(result: dict[str, Any]) -> str:
         cells = ["-" if x is None else f"**{x:.2f}**" if x == best else f"{x:.2f}" for x in shown]
         goal = "-" if row["goal"] is None else f"{row['goal']:.2f}"
         lines.append([row["what"], row["batch"], str(row["threads"]), f"{row['milliseconds'][hf.BEFORE]:.1f}", *cells, goal])
-    versions = "; ".join(dict.fromkeys(", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in result["rows"]))
+    found = dict.fromkeys(", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in result["rows"])
+    versions = "; ".join(filter(None, found))
     says = (
-        "MiniLM in float32 on docstrings cut at 256 tokens: times of the model as it came, with attention by `sdpa` / those of each "
-        f"contestant, in turns in one process. {versions}. The last column is what prepacked weights aim at on two threads."
+        "MiniLM in float32 on docstrings cut at 256 tokens, unless another model is named, which has random weights: times of the model "
+        f"as it came, with attention by `sdpa` / those of each contestant, in turns in one process. {versions}. The last column is what "
+        "prepacked weights aim at on two threads."
     )
     header = ["", "batch", "threads", "as it came, ms", *names, "goal"]
     return "\n\n".join([f"{setting(result['environment'])}.", says, table(header, lines)])
+
+
+def serving(result: dict[str, Any]) -> str:
+    """Measured by itself, as the host's."""
+    lines = []
+    for row in sorted(result["rows"], key=lambda row: (row["threads"], row["load"])):
+        at_once = row["rate"] is None
+        for name, answered in row["answered"].items():
+            lines.append([
+                row["load"], str(row["threads"]), name, "-" if at_once else f"{row['rate']:.1f}", f"{answered:.1f}",
+                *("-" if at_once else f"{row[p][name]:.0f}" for p in ("p50", "p95")),
+            ])  # fmt: skip
+    busy = max(row["busy"] for row in result["rows"])
+    says = (
+        "MiniLM in float32 on docstrings cut at 256 tokens, by `examples/serving.py`: texts come at random times, the same for every "
+        "contestant, in turns. Loads are shares of what the model as it came answers when all come at once. "
+        + (
+            f"Other processes kept {busy:.0f} cores' worth of work waiting or running: times are longer than on a quiet machine."
+            if busy > 1
+            else ""
+        )
+    )
+    header = ["load", "threads", "", "asked, texts/s", "answered, texts/s", "p50, ms", "p95, ms"]
+    return "\n\n".join([f"{setting(result['environment'])}.", says.strip(), table(header, lines)])
 
 
 def batches() -> str:
@@ -329,7 +355,7 @@ def _libraries(rows: list[dict[str, Any]]) -> str:
 
 NAMES = (
     "encoder", "memory", "transformers", "attention", "mha", "layout", "length", "minitest", "host", "compile", "engines", "curves",
-    "balance", "acceptance", *plots.GRIDS,
+    "serving", "balance", "acceptance", *plots.GRIDS,
 )  # fmt: skip
 
 
@@ -368,6 +394,8 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
         parts += ["## `torch.compile`", compiled(results["compile"])]
     if "engines" in results:
         parts += ["## Beside inference engines", engines(results["engines"])]
+    if "serving" in results:
+        parts += ["## A service under load", serving(results["serving"])]
     return "\n\n".join(parts) + "\n"
 
 

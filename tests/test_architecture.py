@@ -21,7 +21,7 @@ FLOORS = (
     ("errors", "_torch", "_state"),
     ("layout", "_clone", "_switch"),
     ("data", *(f"kernels.{name}" for name in ("problem", "values", "kept", "limits", "base", "unseen", "ops", "dense"))),
-    ("kernels",),  # the adapters, and their order
+    ("kernels", "parallel"),  # the adapters, and their order; rows on several ranks
     ("attention",),
     ("nn", "integrations"),
     ("convert", "testing", "_old_paths"),
@@ -104,7 +104,7 @@ PRIVATE = {
     "_switch": "_call_impl _forward_hooks _forward_hooks_always_called _forward_hooks_with_kwargs _forward_pre_hooks "
     "_forward_pre_hooks_with_kwargs _getframe",
     "attention.profile": "_is_profiler_enabled",
-    "convert.candidates": "_backward_hooks _backward_pre_hooks _ff_block _forward_hooks _forward_pre_hooks",
+    "convert.candidates": "_ff_block",
     "convert.classes": "_sa_block",
     "data.host_lengths": "_C _pytree _version",
     "integrations.transformers.attention": "_version",
@@ -116,7 +116,7 @@ PRIVATE = {
     "nn.multihead": "_qkv_same_embed_dim",
     "nn.stream": "_forward_hooks _forward_pre_hooks",
     "nn.token_wise": "_ff_block _modules",
-    "nn.transformer": "_ff_block _mha_block _modules _sa_block",
+    "nn.transformer": "_ff_block _mha_block _sa_block",
 }
 
 

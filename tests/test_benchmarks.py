@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from benchmarks import (  # noqa: E402
     bench_layout,
     bench_length,
     bench_minitest,
+    bench_serving,
     check,
     contestants,
     drawings,
@@ -115,6 +117,32 @@ def test_memory_grows_with_tokens() -> None:
     assert rows[longest]["scores"] is None
 
 
+class Doubling:
+    """In place of a service: the vector of a text is the text."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def submit(self, text: float) -> Future[torch.Tensor]:
+        answer: Future[torch.Tensor] = Future()
+        answer.set_result(torch.tensor([self.factor * text]))
+        return answer
+
+
+def test_services_are_compared_before_they_are_timed() -> None:
+    same: Any = {bench_serving.ALONE: Doubling(1), bench_serving.OURS: Doubling(1)}
+    assert bench_serving.compared(same, [1.0, 2.0]) == {bench_serving.OURS: 0}
+    with pytest.raises(AssertionError, match=r"vectors differ.*enable, prepack, batches"):
+        bench_serving.compared({**same, bench_serving.OURS: Doubling(1.01)}, [1.0, 2.0])
+    at_once = bench_serving.row(bench_serving.AT_ONCE, same, [1.0], float("inf"), seconds=0, rounds=2)
+    assert at_once["rate"] is None
+    found = bench_serving.row(0.5, same, [1.0], rate=500, seconds=0.01, rounds=2, least=3)
+    assert found["p50"].keys() == found["p95"].keys() == found["answered"].keys() == same.keys()
+    assert all(found["p50"][name] <= found["p95"][name] for name in same)
+    text = report.serving({"environment": measure.environment(), "rows": [{**row, "threads": 1, "busy": 3.0} for row in (at_once, found)]})
+    assert len(re.findall(r"^\| (all at once|0\.5) \|", text, flags=re.MULTILINE)) == 4
+
+
 def test_engines_are_compared_before_they_are_timed() -> None:
     batch = Batch({}, torch.ones(2, 3, dtype=torch.bool))
     calls: dict[str, Callable[[], torch.Tensor]] = {bench_engines.BEFORE: lambda: torch.ones(6), bench_engines.ONNX: lambda: torch.ones(6)}
@@ -122,7 +150,7 @@ def test_engines_are_compared_before_they_are_timed() -> None:
     found = bench_engines.row(what, batch, calls, 1, rounds=1, budget=0)
     assert found["difference"] == {bench_engines.ONNX: 0}
     assert found["ratio"].keys() == {bench_engines.ONNX}
-    with pytest.raises(AssertionError, match="hidden states differ"):
+    with pytest.raises(AssertionError, match="results differ"):
         bench_engines.row(what, batch, {**calls, bench_engines.ENABLED: lambda: torch.full((6,), 1.01)}, 1, rounds=1, budget=0)
 
 

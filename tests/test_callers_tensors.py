@@ -23,6 +23,7 @@ from varlen_attn import (
     varlen_attention,
     varlen_conv1d,
     varlen_mha,
+    varlen_norm,
 )
 from varlen_attn.data.host_lengths import HostLengths
 
@@ -104,6 +105,7 @@ CASES: dict[str, Case] = {
     "from_lengths": lambda t, _: SeqLayout.from_lengths(t["lengths"], S).pack(t["x"]),
     "from_cu_seqlens": lambda t, _: SeqLayout.from_cu_seqlens(t["cu_seqlens"], S).pack(t["x"]),
     "from_document_ids": lambda t, _: SeqLayout.from_document_ids(t["documents"]).pack(t["x"]),
+    "from_batch_index": lambda t, layout: SeqLayout.from_batch_index(layout.seq_ids).unpack(t["rows"]),
     "pack": lambda t, layout: layout.pack(t["x"]),
     "pack with a gradient": lambda t, layout: layout.pack(t["x"].requires_grad_()),
     "pack integers": lambda t, layout: layout.pack(t["tokens"]),
@@ -114,6 +116,7 @@ CASES: dict[str, Case] = {
     "facts": lambda t, layout: (layout.positions, layout.columns, layout.seq_ids, layout.valid_rows(), layout.padding_mask()),
     "apply_rotary": lambda t, layout: apply_rotary(t["rows"], layout.positions),
     "varlen_conv1d": module(lambda: nn.Conv1d(D, D, 3, 2, 1), lambda m, t, layout: varlen_conv1d(m, t["flat"], layout)[0]),
+    "varlen_norm": module(lambda: nn.InstanceNorm1d(D, affine=True), lambda m, t, layout: varlen_norm(m, t["flat"], layout)),
     "varlen_attention": lambda t, layout: varlen_attention(t["rows"], t["rows"], t["rows"], layout, return_lse=True),
     "varlen_attention, everything": lambda t, layout: varlen_attention(
         t["rows"], t["rows"], t["rows"], layout, sinks=t["sinks"], score_bias=t["bias"], alibi_slopes=t["slopes"], softcap=5.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples import _compare, train_audio_classifier, train_text_classifier
+from examples import _compare, serving, train_audio_classifier, train_text_classifier
 from varlen_attn import SeqLayout, disable, varlen_attention
 from varlen_attn.convert import enabling as convert
 
@@ -133,3 +134,74 @@ def test_the_readme_names_every_script() -> None:
     readme = (ROOT / "examples" / "README.md").read_text()
     scripts = {path.stem for path in (ROOT / "examples").glob("train_*.py")}
     assert set(re.findall(r"^python -m examples\.(\w+)$", readme, flags=re.MULTILINE)) == scripts
+
+
+# ---------------------------------------------------------------- a service
+
+
+class Words:
+    """In place of a `SentenceTransformer`: a text is so many tokens as it has words, and its vector is their number."""
+
+    def __init__(self) -> None:
+        self.tokenizer, self.batches, self.go = self, list[list[int]](), threading.Event()
+
+    def eval(self) -> Words:
+        return self
+
+    def __call__(self, given: Any, **options: Any) -> Any:
+        if isinstance(given, str):
+            return {"input_ids": given.split()}
+        assert self.go.wait(10)
+        self.batches.append(given["sizes"])
+        if 13 in given["sizes"]:
+            raise ValueError("unlucky")
+        return {"sentence_embedding": torch.tensor(given["sizes"])}
+
+    def pad(self, encodings: list[dict[str, list[str]]], return_tensors: str) -> dict[str, list[int]]:
+        return {"sizes": [len(encoding["input_ids"]) for encoding in encodings]}
+
+
+def served(sizes: Sequence[int], **options: Any) -> tuple[Words, list[Any]]:
+    """What the model was called with, and the answers; all that came while the first batch was computed."""
+    model = Words()
+    server = serving.Server(model, **options)
+    answers = [server.submit("word " * size) for size in sizes]
+    model.go.set()
+    server.close()
+    return model, answers
+
+
+def test_a_service_answers_all_in_batches_of_tokens() -> None:
+    model, answers = served([4, 3, 2, 12, 1, 9, 5, 5], tokens=10, patience=1.0)
+    assert model.batches == [[4, 3, 2], [12], [1, 9], [5, 5]]  # the second is longer than a batch
+    assert [int(answer.result(0)) for answer in answers] == [4, 3, 2, 12, 1, 9, 5, 5]
+
+
+def test_a_service_does_not_wait_for_more_than_its_patience() -> None:
+    model = Words()
+    model.go.set()
+    server = serving.Server(model, tokens=10, patience=0.01)
+    assert int(server.submit("one").result(10)) == 1
+    assert int(server.submit("one two").result(10)) == 2
+    server.close()
+    assert model.batches == [[1], [2]]
+
+
+def test_a_service_passes_errors_on_and_goes_on() -> None:
+    _, answers = served([5, 13, 2], tokens=15, patience=1.0)
+    assert int(answers[0].result(0)) == 5
+    with pytest.raises(ValueError, match="unlucky"):
+        answers[1].result(0)
+    with pytest.raises(ValueError, match="unlucky"):
+        answers[2].result(0)
+
+
+def test_a_service_leaves_out_what_was_cancelled() -> None:
+    model = Words()
+    server = serving.Server(model, tokens=1, patience=0)
+    answers = [server.submit("one"), server.submit("two"), server.submit("three")]
+    assert answers[1].cancel()
+    model.go.set()
+    server.close()
+    assert model.batches == [[1], [1]]
+    assert int(answers[2].result(0)) == 1

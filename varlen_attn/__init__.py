@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .data.sampler import Cost, TokenBudgetBatchSampler, global_token_mean
     from .nn.conv import varlen_conv1d
     from .nn.multihead import VarlenMultiheadAttention
+    from .nn.norm import varlen_norm
     from .nn.rotary import apply_rotary
     from .nn.transformer import (
         VarlenTransformerDecoder,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         VarlenTransformerEncoder,
         VarlenTransformerEncoderLayer,
     )
+    from .parallel.rows import sequence_parallel
 
 __version__ = "0.1.0"
 
@@ -83,10 +85,12 @@ __all__ = [
     "padded_attention",
     "record",
     "route",
+    "sequence_parallel",
     "use_backend",
     "varlen_attention",
     "varlen_conv1d",
     "varlen_mha",
+    "varlen_norm",
 ]
 
 _old_paths.open_old_paths(sys.modules[__name__])
@@ -103,7 +107,9 @@ if not TYPE_CHECKING:
         **dict.fromkeys((name for name in __all__ if name.startswith("VarlenTransformer")), "nn.transformer"),
         "VarlenMultiheadAttention": "nn.multihead",
         "apply_rotary": "nn.rotary",
+        "sequence_parallel": "parallel.rows",
         "varlen_conv1d": "nn.conv",
+        "varlen_norm": "nn.norm",
     }
 
     def __getattr__(name: str) -> Any:

@@ -29,7 +29,7 @@ class State(threading.local):
     """The blocks that are open in one thread, innermost last. `visible` are those of the coroutine that asks.
 
     Attributes:
-        orders, records: of `use_backend` and `record`.
+        orders, records, ranks: of `use_backend`, `record` and `sequence_parallel`.
         traced: those of them that were opened while tracing, where no coroutine changes.
         recorded: the caller has recorded the call already, so that the op it launches stays silent.
     """
@@ -37,6 +37,7 @@ class State(threading.local):
     def __init__(self) -> None:
         self.orders: list[Order] = []
         self.records: list[Observer] = []
+        self.ranks: list[Any] = []
         self.traced: tuple[Any, ...] = ()
         self.recorded = False
 
@@ -76,11 +77,14 @@ def visible(blocks: list[T]) -> list[T]:
 
 
 def __getattr__(name: str) -> Any:
-    """``order``: what the innermost `use_backend` around the caller requests, or None. An attribute of a module is read by Python while
-    tracing, and again each time before compiled code runs: so it may be another for each coroutine."""
+    """``order``: what the innermost `use_backend` around the caller requests, or None; ``ranks``: of the innermost `sequence_parallel`. An
+    attribute of a module is read by Python while tracing, and again each time before compiled code runs: so it may be another for each
+    coroutine."""
     if name == "order":
         orders = visible(state.orders)
         return orders[-1].backend if orders else None
+    if name == "ranks":
+        return next(reversed(visible(state.ranks)), None)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -187,9 +187,29 @@ class Hook:
             hooks.pop(self.number, None)
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, before it was enabled. A class that torch has derived from an enabled one since stays."""
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, without what `fully_shard` derives from it for an object."""
     own = type(module)
+    return own.__bases__[-1] if _is_sharded(own) else own
+
+
+def _is_sharded(cls: type[Any]) -> bool:
+    return cls.__module__.startswith("torch.distributed.") and cls.__bases__[0].__module__.startswith("torch.distributed.")
+
+
+def _sharded_as(cls: Any, new: Any) -> Any:
+    """``new``, with what `fully_shard` has added to ``cls``, if anything."""
+    if not _is_sharded(cls):
+        return new
+    bases = (*cls.__bases__[:-1], new)
+    there = next((c for c in reversed(new.__subclasses__()) if c.__bases__ == bases), None)  # above all that of `fully_shard` itself
+    name = cls.__name__.removesuffix(cls.__bases__[-1].__name__) + new.__name__
+    return there or type(cls)(name, bases, {key: vars(cls)[key] for key in ("__module__", "__deepcopy__")})
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, before it was enabled. A class that was derived from an enabled one since stays, except by sharding."""
+    own = own_class(module)
     original = vars(own).get("original_class")
     return original if isinstance(original, type) and issubclass(own, original) else own
 
@@ -209,15 +229,15 @@ class Class:
         return id(self.module), self.new, self.options
 
     def _become(self, new: type[nn.Module]) -> None:
-        if type(self.module) is not new and original_class(self.module) is self.original:
-            self.module.__class__ = new
+        if own_class(self.module) is not new and original_class(self.module) is self.original:
+            self.module.__class__ = _sharded_as(type(self.module), new)
 
     def make(self) -> None:
         vars(self.module).update(self.options)  # first, for a forward that comes between
         self._become(self.new)
 
     def restore(self) -> None:
-        if type(self.module) is not self.original:
+        if own_class(self.module) is not self.original:
             self._become(_leaving(self.new, self.original))  # type: ignore[arg-type]
 
     def remove(self) -> None:

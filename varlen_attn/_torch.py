@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch._library.simple_registry import singleton as _registry
 from torch._subclasses.fake_tensor import FakeTensor
@@ -62,6 +62,11 @@ def in_context_parallel() -> bool:
     """Whether the function in place of `SDPA` is that of `context_parallel`."""
     module: str = getattr(torch.nn.functional.scaled_dot_product_attention, "__globals__", {}).get("__name__", "")
     return module.startswith("torch.distributed.tensor.experimental")
+
+
+def is_sharded(module: torch.nn.Module) -> bool:
+    """By FSDP, of either version: alone or with what it is in."""
+    return "_is_fsdp_managed_module" in vars(module)
 
 
 def constant_while_tracing(function: F_) -> F_:
@@ -269,6 +274,23 @@ def _may_break() -> bool:
     return translator is not None and not (translator.one_graph or translator.error_on_graph_break)
 
 
+def all_to_all(x: Tensor, sizes: list[int], given: list[int], group: Any) -> Tensor:
+    """``given`` numbers of ``x`` to each process of a group, and ``sizes`` from each; differentiable, and an op in graphs."""
+    from torch.distributed import _functional_collectives as collectives
+
+    return collectives.all_to_all_single_autograd(x, sizes, given, group)
+
+
 def with_first_dimension(x: Tensor) -> Tensor:
     """``x[None]``, with gradients, that is no view of ``x``, though it is the same memory: for results that nothing else has."""
     return torch.ops.aten._unsafe_view(x, (1, *x.shape))  # type: ignore[no-any-return]
+
+
+# What passes on every argument and says nothing of its own: compiled, checkpointed and sharded layers.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def unwrapped(layer: nn.Module) -> nn.Module:
+    """What a stack sees in a wrapper that passes everything on."""
+    inner = next((layer._modules[name] for name in _WRAPPED if name in layer._modules), None)
+    return layer if inner is None else unwrapped(inner)

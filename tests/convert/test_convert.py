@@ -607,7 +607,7 @@ def test_converting_nothing_warns_once_and_says_why() -> None:
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert len(report.left_alone) == 3
-    with pytest.warns(VarlenWarning, match="no attention module, layer or stack of torch's classes, and is no model"):
+    with pytest.warns(VarlenWarning, match="no attention of torch's classes and is no model .*: see docs/how-to/own-attention.md"):
         assert enable(nn.Linear(2, 2)).modules == ()
     with pytest.warns(VarlenWarning, match="nothing was converted"), enabled(nn.Linear(2, 2)):
         pass

@@ -292,6 +292,61 @@ def test_a_comparison_says_it() -> None:
     assert "prepack=True" not in str(compare(model, batch))
 
 
-def test_prepack_is_a_bool() -> None:
-    with pytest.raises(ArgumentError, match="`prepack` must be True or False, but is 'yes'"):
-        enable(encoder(), prepack="yes")  # type: ignore[arg-type]
+@pytest.mark.parametrize("wrong", ["yes", torch.float16, 1])
+def test_other_values_of_prepack_are_refused(wrong: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"`prepack` must be True, False or torch.bfloat16, but is {wrong!r}"):
+        enable(encoder(), prepack=wrong)
+
+
+# -------------------------------------------------------------------- products of rounded numbers
+
+rounding = pytest.mark.skipif(torch.bfloat16 not in prepacked.dtypes(), reason="this CPU has no such product")
+
+
+@rounding
+@each_host
+def test_numbers_are_rounded_in_products_only(
+    build: Callable[[], Any], call: Callable[..., Tensor], weights: int, used: list[Tensor]
+) -> None:
+    """So the error is at most what bfloat16 throughout would have, and all calls give the same."""
+    theirs = build()
+    ours = copy.deepcopy(theirs)
+    report = enable(ours, prepack=torch.bfloat16)
+    assert report.modules[-1].reason.startswith(f"{weights} weights are kept in oneDNN's blocked format as well, rounded to torch.bfloat16")
+    with torch.no_grad():
+        out, again, exact = (call(m, PADDING)[~PADDING] for m in (ours, ours, theirs))
+        low = call(copy.deepcopy(theirs).bfloat16(), PADDING)[~PADDING]
+        assert len({id(w) for w in used}) == weights
+        assert out.dtype == torch.float32
+        assert torch.equal(out, again)
+        assert 1e-5 < (out - exact).abs().max() < (low - exact).abs().max()
+        for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert torch.equal(call(other, PADDING)[~PADDING], out)
+        kept = [vars(m).get(PREPACKED) for m in ours.modules()]
+        assert str(enable(ours, prepack=torch.bfloat16)) == str(report)
+        assert [vars(m).get(PREPACKED) for m in ours.modules()] == kept
+        assert "prepack=torch.bfloat16" in str(disable(copy.deepcopy(ours)))
+        enable(ours, prepack=True)
+        call(ours, PADDING)
+        torch.testing.assert_close(call(ours, PADDING)[~PADDING], exact)
+        disable(ours)
+        torch.testing.assert_close(call(ours, PADDING)[~PADDING], exact)
+
+
+@rounding
+def test_rounded_weights_follow_the_modules_own() -> None:
+    linear = nn.Linear(D, 24).requires_grad_(False).eval()
+    layer, x = nn.Sequential(linear), torch.randn(8, D)
+    enable(layer, prepack=torch.bfloat16)
+    layer(x)
+    linear.weight.mul_(2)
+    rounded = (t.bfloat16().float() for t in (x, linear.weight, linear.bias))
+    assert torch.equal(layer(x), F.linear(*rounded).bfloat16().float())
+
+
+def test_rounding_is_refused_where_no_cpu_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepacking, "dtypes", lambda: (torch.float32,))
+    model = encoder()
+    with pytest.raises(ArgumentError, match=r"must be True or False on this machine, but is torch\.bfloat16"):
+        enable(model, prepack=torch.bfloat16)
+    assert type(model) is nn.TransformerEncoder

@@ -1125,6 +1125,35 @@ def test_right_padded_says_whether_columns_are_positions(mask: torch.Tensor) -> 
     assert layout.right_padded == bool((layout.columns == layout.positions).all())
 
 
+@given(counts=lengths(), extra=st.one_of(st.none(), st.integers(0, 2)), dtype=st.sampled_from((torch.int64, torch.int32, torch.uint8)))
+def test_from_batch_index_counts_the_nodes_of_each_graph(counts: list[int], extra: int | None, dtype: torch.dtype) -> None:
+    batch = torch.tensor([graph for graph, n in enumerate(counts) for _ in range(n)], dtype=dtype)
+    known = counts + [0] * (extra or 0)
+    if extra is None:  # graphs without nodes at the end are not seen
+        while known and not known[-1]:
+            known.pop()
+    layout = SeqLayout.from_batch_index(batch, None if extra is None else len(known))
+    assert_same(layout, SeqLayout.from_lengths(known))
+    assert torch.equal(layout.seq_ids, batch.long())
+    assert SeqLayout.from_batch_index(batch, padded_len=20).padded_len == 20
+
+
+@pytest.mark.parametrize(
+    ("batch", "num_graphs", "error", "text"),
+    [
+        ([0, 1, 0], None, LayoutError, r"`batch` must be sorted, but batch\[2\] = 0 comes after 1: sort the nodes"),
+        ([-1, 0], None, LayoutError, "`batch` must hold numbers 0 or more, but holds -1"),
+        ([0, 2], 2, LayoutError, "`batch` must hold numbers from 0 to num_graphs - 1 = 1, but holds 2"),
+        ([0], -1, LayoutError, "`num_graphs` must be an integer of at least 0, but is -1"),
+        ([0.0], None, DtypeError, "`batch` must be a tensor of integers, but is torch.float32"),
+        ([[0]], None, LayoutError, r"`batch` must be 1-D, but has shape \(1, 1\)"),
+    ],
+)
+def test_from_batch_index_refuses_what_is_no_batch_vector(batch: list[Any], num_graphs: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        SeqLayout.from_batch_index(torch.tensor(batch), num_graphs)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_from_nested_names_what_it_got() -> None:
     strided = torch.nested.as_nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)], layout=torch.strided)

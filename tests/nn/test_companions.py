@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
-from varlen_attn import ArgumentError, DtypeError, LayoutError, SeqLayout, apply_rotary, varlen_attention, varlen_conv1d
+from varlen_attn import ArgumentError, DtypeError, LayoutError, SeqLayout, apply_rotary, varlen_attention, varlen_conv1d, varlen_norm
+from varlen_attn.nn import conv as conv_module
 from varlen_attn.testing import assert_within_budget, poison
 from varlen_attn.testing.strategies import Batch, batches, layouts
 
@@ -28,7 +29,9 @@ def convolutions(draw: st.DrawFn) -> dict[str, int]:
     """No padding wider than the kernel, with which torch 2.13's convolution through oneDNN reads memory that is not its own."""
     kernel, dilation = draw(st.integers(1, 4)), draw(st.integers(1, 2))
     padding = draw(st.integers(0, dilation * (kernel - 1)))
-    return dict(kernel_size=kernel, stride=draw(st.integers(1, 3)), padding=padding, dilation=dilation)
+    return dict(
+        kernel_size=kernel, stride=draw(st.integers(1, 3)), padding=padding, dilation=dilation, groups=draw(st.sampled_from((1, CHANNELS)))
+    )
 
 
 keeping = st.sampled_from(
@@ -38,6 +41,7 @@ keeping = st.sampled_from(
         dict(kernel_size=3, padding=2, dilation=2),
         dict(kernel_size=4, padding="same"),
         dict(kernel_size=3, padding="same", dilation=2),
+        dict(kernel_size=5, padding=2, groups=CHANNELS),
     )
 )
 
@@ -46,7 +50,7 @@ def conv1d(seed: int = 0, **options: Any) -> nn.Conv1d:
     """In float64, with a bias, which fills padding for the next convolution."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Conv1d(CHANNELS, 2, **options).double()
+        return nn.Conv1d(CHANNELS, CHANNELS if options.get("groups", 1) > 1 else 2, **options).double()
 
 
 def alone(conv: nn.Module, sample_LC: Tensor) -> Tensor:
@@ -104,8 +108,8 @@ def test_conv_of_packed_rows_is_the_conv_of_each_sample_alone(batch: Batch, opti
         assert not out[frames.num_rows :].any()
         return out[: frames.num_rows]
 
-    def theirs(conv: nn.Module, x: Tensor) -> Tensor:
-        return torch.cat([x.new_zeros((0, 2)), *(alone(conv, sample) for sample in samples(x, batch.mask))])
+    def theirs(conv: Any, x: Tensor) -> Tensor:
+        return torch.cat([x.new_zeros((0, conv.out_channels)), *(alone(conv, sample) for sample in samples(x, batch.mask))])
 
     assert_conv(ours, theirs, conv1d(seed, **options), batch.tensor(CHANNELS))
 
@@ -125,9 +129,9 @@ def test_conv_that_keeps_lengths_takes_any_layout_and_returns_it(layout: SeqLayo
         assert not out[total:].any()
         return out[:total]
 
-    def theirs(conv: nn.Module, x: Tensor) -> Tensor:
+    def theirs(conv: Any, x: Tensor) -> Tensor:
         """Each sequence from its first to its last column, with zeros in holes."""
-        out = [x.new_zeros((0, 2))]
+        out = [x.new_zeros((0, conv.out_channels))]
         for begin, end in zip(layout.cu_seqlens[:-1].tolist(), layout.cu_seqlens[1:].tolist(), strict=True):
             column = layout.columns[begin:end] - layout.columns[begin:end][:1]
             padded = x.new_zeros((int(column.max()) + 1 if end > begin else 0, CHANNELS)).index_copy(0, column, x[begin:end])
@@ -140,13 +144,13 @@ def test_conv_that_keeps_lengths_takes_any_layout_and_returns_it(layout: SeqLayo
 @given(batch=batches(forms=("right",)), first=convolutions(), second=convolutions())
 @settings(max_examples=20)
 def test_two_convolutions_in_a_row(batch: Batch, first: Any, second: Any) -> None:  # R-47
-    conv_1, conv_2 = conv1d(1, **first), nn.Conv1d(2, 2, **second).double()
+    conv_1, conv_2 = nn.Conv1d(CHANNELS, 6, **first).double(), nn.Conv1d(6, 6, **second).double()
     x = batch.tensor(CHANNELS, dtype=torch.float64)
     rows, layout = varlen_conv1d(conv_1, batch.layout.pack(x), batch.layout)
     rows, layout = varlen_conv1d(conv_2, rows.relu(), layout)
     expected = [alone(conv_2, alone(conv_1, sample).relu()) for sample in samples(x, batch.mask)]
     assert layout.lengths == tuple(len(e) for e in expected)
-    torch.testing.assert_close(rows, torch.cat([rows.new_zeros((0, 2)), *expected]))
+    torch.testing.assert_close(rows, torch.cat([rows.new_zeros((0, 6)), *expected]))
 
 
 def test_the_comparison_of_convolutions_can_fail() -> None:
@@ -206,9 +210,9 @@ def test_a_conv_that_makes_another_number_of_frames_is_refused() -> None:
             return super().forward(input)[..., :-1]
 
     layout, rows = SeqLayout.from_lengths([100, 60]), torch.randn(160, CHANNELS)
-    with pytest.raises(LayoutError, match=r"`conv` must make 50 frames of 100 columns .* but made 49: pass a module that only convolves"):
+    with pytest.raises(LayoutError, match=r"`conv` must make 81 frames of 162 columns .* but made 80: pass a module that only convolves"):
         varlen_conv1d(Chomped(CHANNELS, 2, 2, stride=2), rows, layout)
-    with pytest.raises(LayoutError, match=r"must make 100 frames of 100 columns .* but made 99"):
+    with pytest.raises(LayoutError, match=r"must make 162 frames of 162 columns .* but made 161"):
         varlen_conv1d(Chomped(CHANNELS, 2, 3, padding="same"), rows, layout)
     with pytest.raises(LayoutError, match=r"`rows` must be \(T, C_in\), but have shape \(2, 100, 3\).*layout.pack"):
         varlen_conv1d(nn.Conv1d(CHANNELS, 2, 3), torch.randn(2, 100, CHANNELS), layout)
@@ -244,13 +248,94 @@ def test_any_form_of_the_attributes_and_any_wrapper() -> None:
 
     conv = nn.Conv1d(CHANNELS, 2, 3, padding=1)
     expected, _ = varlen_conv1d(conv, rows, layout)
-    assert torch.equal(varlen_conv1d(Plain(conv), rows, layout)[0], expected)
+    torch.testing.assert_close(varlen_conv1d(Plain(conv), rows, layout)[0], expected)
     seen: list[torch.Size] = []
     conv.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     torch.testing.assert_close(varlen_conv1d(nn.utils.parametrizations.weight_norm(conv), rows, layout)[0], expected)
-    assert seen == [torch.Size([2, 2, 5])], "called by __call__"
+    assert seen == [torch.Size([1, 2, 9])], "called by __call__"
     valid, frames = varlen_conv1d(nn.Conv1d(CHANNELS, 2, 3, padding="valid"), rows, layout)
     assert (frames.lengths, valid.shape) == ((3, 0), (3, 2))
+
+
+SHORT = SeqLayout.from_lengths([1, 9, 0, 2, 4], 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [
+        (dict(kernel_size=3, padding=1), 16 + 5),
+        (dict(kernel_size=3, padding=2, dilation=2), 16 + 10),
+        (dict(kernel_size=4, padding="same"), 16 + 10),
+        (dict(kernel_size=3, stride=2, padding=1), 16 + 10),
+        (dict(kernel_size=2, stride=2), 16 + 5),
+        (dict(kernel_size=9, padding=4), 16 + 20),
+        (dict(kernel_size=25, padding=12), None),  # so many zeros that the padded batch is smaller
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+def test_sequences_are_convolved_in_one_row_with_zeros_between_them(options: Any, columns: int | None) -> None:
+    conv, rows = conv1d(**options), torch.randn(16, CHANNELS, dtype=torch.float64)
+    expected = torch.cat([alone(conv, x) for x in SHORT.split(rows)])
+    seen: list[Any] = []
+    torch.testing.assert_close(varlen_conv1d(conv, rows, SHORT)[0], expected)
+    conv.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    for _ in range(2):
+        torch.testing.assert_close(varlen_conv1d(conv, rows, SHORT)[0], expected)
+    assert seen == [(1, CHANNELS, columns) if columns else (5, CHANNELS, 12)] * 2
+    holes = SeqLayout.from_key_padding_mask(torch.tensor([[False, True, False, True, True, True, True, True, True]] * 3))
+    varlen_conv1d(conv, rows[:6], holes) if conv.stride == (1,) else None
+    assert conv.stride != (1,) or seen[-1] == (3, CHANNELS, 9), "zeros between tokens are convolved"
+
+
+def test_without_zeros_between_them_sequences_would_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, rows = conv1d(kernel_size=3, padding=1), torch.randn(16, CHANNELS, dtype=torch.float64)
+    expected = torch.cat([alone(conv, x) for x in SHORT.split(rows)])
+    convolved = conv_module._convolved
+    monkeypatch.setattr(conv_module, "_convolved", lambda layout, frames, step, gap: convolved(layout, frames, step, 0))
+    fresh = SeqLayout.from_lengths(list(SHORT.lengths or ()), 12)
+    assert not torch.allclose(varlen_conv1d(conv, rows, fresh)[0], expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_gradients_of_gradients(groups: int, kernel: int) -> None:
+    conv = nn.Conv1d(2, 4, kernel, padding=kernel // 2, groups=groups, dtype=torch.float64)
+    layout, rows = SeqLayout.from_lengths([2, 0, 1], 5), torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    inputs = (rows, *conv.parameters())
+
+    def function(rows: Tensor, *weights: Tensor) -> Tensor:
+        named = dict(zip(("weight", "bias"), weights, strict=True))
+        return torch.func.functional_call(_OnRows(conv, layout), {f"conv.{k}": v for k, v in named.items()}, (rows,))
+
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+    options = ((1, 1), (0, kernel // 2), (1, 1), groups)
+    inputs = (torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True), conv.weight, conv.bias)
+    assert gradcheck(lambda *x: conv_module._Grouped.apply(*x, *options), inputs)
+    assert gradgradcheck(lambda *x: conv_module._Grouped.apply(*x, *options), inputs)
+
+
+class _OnRows(nn.Module):
+    def __init__(self, conv: nn.Conv1d, layout: SeqLayout):
+        super().__init__()
+        self.conv, self.layout = conv, layout
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return varlen_conv1d(self.conv, rows, self.layout)[0]
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_autocast_and_transforms_take_the_module_as_it_is(groups: int) -> None:
+    conv, layout = nn.Conv1d(4, 4, 3, padding=1, groups=groups), SeqLayout.from_lengths([5, 1], 9)
+    rows = torch.randn(6, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = varlen_conv1d(conv, rows, layout)[0]
+        expected = torch.cat([alone(conv, x) for x in layout.split(rows)])
+    assert out.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
+    out.float().sum().backward()
+    whole = torch.func.grad(lambda x: varlen_conv1d(conv, x, layout)[0].sum())(rows.detach())
+    torch.testing.assert_close(rows.grad, whole, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("counts", [[], [0, 0], [1, 2]])
@@ -292,6 +377,107 @@ def test_batch_norm_counts_padding_and_slack_rows() -> None:
     assert not torch.allclose(nn.BatchNorm1d(CHANNELS)(slack.pack(x))[:4], expected)
     norm = nn.BatchNorm1d(CHANNELS).eval()
     assert torch.equal(norm(slack.pack(x))[:4], norm(exact.pack(x)))
+
+
+# -------------------------------------------------------------------- norms over the time of each sequence
+
+
+def group_norms(kind: str, seed: int) -> Any:
+    made: Any = {
+        "group": lambda: nn.GroupNorm(2, 4),
+        "one group": lambda: nn.GroupNorm(1, 4, affine=False),
+        "instance": lambda: nn.InstanceNorm1d(4),
+        "instance, affine": lambda: nn.InstanceNorm1d(4, affine=True),
+        "instance, tracked": lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True, momentum=0.3),
+        "no momentum": lambda: nn.InstanceNorm1d(4, track_running_stats=True, momentum=None),
+    }[kind]()
+    generator = torch.Generator().manual_seed(seed)
+    for p in made.parameters():
+        nn.init.normal_(p, generator=generator)
+    return made.double()
+
+
+@given(
+    layout=layouts(),
+    kind=st.sampled_from(("group", "one group", "instance", "instance, affine", "instance, tracked", "no momentum")),
+    training=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_norms_over_time_are_those_of_each_sequence_alone(layout: SeqLayout, kind: str, training: bool, seed: int) -> None:
+    """Rows, gradients and running statistics, with NaN in slack rows."""
+    ours = group_norms(kind, seed).train(training)
+    theirs, total = copy.deepcopy(ours), int(layout.cu_seqlens[-1])
+    rows = torch.randn(layout.num_rows, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 2
+    x, z = rows.clone().requires_grad_(), rows.clone().requires_grad_()
+    with count_reads() as reads:
+        out = varlen_norm(ours, torch.where(layout.valid_rows()[:, None], x, float("nan")), layout)
+    assert not reads
+    assert not out[total:].any()
+
+    expected, statistics = [z.new_zeros(0, 4)], []
+    for begin, end in zip(layout.cu_seqlens[:-1].tolist(), layout.cu_seqlens[1:].tolist(), strict=True):
+        alone = copy.deepcopy(theirs)
+        one: Any = z[begin:end].T[None]
+        if end - begin == 1 and isinstance(alone, nn.InstanceNorm1d) and (training or not alone.track_running_stats):
+            normed = one[0].T * 0  # torch refuses one frame here
+            expected.append(normed * theirs.weight + theirs.bias if theirs.affine else normed)
+            if alone.track_running_stats and training:
+                share = alone.momentum or 0
+                statistics.append(((1 - share) * alone.running_mean + share * one[0, :, 0].detach(), (1 - share) * alone.running_var))
+        elif end > begin:
+            expected.append(alone(one)[0].T)
+            if getattr(alone, "running_mean", None) is not None:
+                statistics.append((alone.running_mean, alone.running_var))
+    whole = torch.cat(expected)
+    torch.testing.assert_close(out[:total], whole)
+    grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (out[:total] * grad).sum().backward() if out.requires_grad else None
+    (whole * grad).sum().backward() if whole.requires_grad else None
+    torch.testing.assert_close(x.grad, z.grad if z.grad is not None or x.grad is None else torch.zeros_like(z))
+    if statistics:
+        torch.testing.assert_close(ours.running_mean, torch.stack([m for m, _ in statistics]).mean(0))
+        torch.testing.assert_close(ours.running_var, torch.stack([v for _, v in statistics]).mean(0))
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
+
+
+def test_the_statistics_of_an_instance_norm_are_torchs() -> None:
+    """Of a batch without padding, in one call."""
+    x, layout = torch.randn(3, 5, 4), SeqLayout.from_lengths([5, 5, 5])
+    ours = nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
+    theirs = copy.deepcopy(ours)
+    for _ in range(2):
+        torch.testing.assert_close(layout.unpack(varlen_norm(ours, layout.pack(x), layout)), theirs(x.transpose(1, 2)).transpose(1, 2))
+    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
+
+
+def test_a_batch_norm_is_that_of_the_rows_and_refuses_slack() -> None:
+    mask = torch.tensor([[False, False, False], [False, True, True]])
+    exact, slack = (SeqLayout.from_key_padding_mask(mask, capacity=capacity) for capacity in (None, 6))
+    x, norm = torch.randn(2, 3, CHANNELS), nn.BatchNorm1d(CHANNELS)
+    torch.testing.assert_close(varlen_norm(norm, exact.pack(x), exact), nn.BatchNorm1d(CHANNELS)(exact.pack(x)))
+    with pytest.raises(LayoutError, match="`layout` must be exact for the statistics of a batch norm, but has slack rows"):
+        varlen_norm(norm, slack.pack(x), slack)
+    norm.eval()
+    torch.testing.assert_close(varlen_norm(norm, slack.pack(x), slack)[:4], norm(exact.pack(x)))
+
+
+def test_other_norms_and_rows_are_refused() -> None:
+    layout = SeqLayout.from_lengths([3, 1])
+    with pytest.raises(ArgumentError, match=r"`norm` must be an nn.GroupNorm, .* but is a LayerNorm: call a norm over the features"):
+        varlen_norm(nn.LayerNorm(4), torch.randn(4, 4), layout)
+    for rows in (torch.randn(4, 5), torch.randn(3, 4)):
+        with pytest.raises(LayoutError, match="`rows` must begin with 4x4"):
+            varlen_norm(nn.GroupNorm(2, 4), rows, layout)
+
+
+def test_half_precision_norms_in_float32() -> None:
+    layout, norm = SeqLayout.from_lengths([300, 4]), nn.GroupNorm(1, 8)
+    rows = (torch.randn(304, 8) + 40).bfloat16()
+    expected = varlen_norm(norm, rows.float(), layout)
+    out = varlen_norm(norm.bfloat16(), rows, layout)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.01)
 
 
 # -------------------------------------------------------------------- rotary embeddings

@@ -738,9 +738,9 @@ def test_two_layouts_from_the_host_read_nothing() -> None:  # R-05
     _, ours = pair()
     query, key = torch.randn(2, 5, E, dtype=torch.float64), torch.randn(2, 3, E, dtype=torch.float64)
     layouts = {"layout": SeqLayout.from_lengths([2, 4], 5), "layout_kv": SeqLayout.from_lengths([3, 1], 3)}
-    ours._plan(_Inputs(query, key, key, "batch first"), (None, None), False, True, False, **layouts)  # what is asked only once
+    ours._plan(_Inputs(query, key, key, "batch first", ours), (None, None), False, True, False, **layouts)  # what is asked only once
     with count_reads() as reads:
-        _, causal, why_dense, _ = ours._plan(_Inputs(query, key, key, "batch first"), (None, None), False, True, False, **layouts)
+        _, causal, why_dense, _ = ours._plan(_Inputs(query, key, key, "batch first", ours), (None, None), False, True, False, **layouts)
     assert not reads
     assert causal
     assert why_dense is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from operator import index
 from typing import Any, NamedTuple
 
@@ -206,6 +207,11 @@ class AttentionCall:
         if isinstance(self.layout_q, PaddedRows) or isinstance(self.layout_kv, PaddedRows):
             return self._run_static(self.layout_q, self.layout_kv, module)
         call = Call(self.layout_q, self.layout_kv, self.semantics, self.extras)
+        if self.layout_q.ranks is not None or self.layout_kv.ranks is not None:
+            from ..parallel.attention import attend_split
+
+            out, lse = attend_split(self.query, self.key, self.value, call, partial(partial, self._attend_other, module))
+            return (out, lse) if self.semantics.return_lse else out
         qkv, device_type = (self.query, self.key, self.value), self.query.device.type
         if torch.compiler.is_compiling():
             with torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext():
@@ -218,6 +224,12 @@ class AttentionCall:
             with note, _surroundings(plan.backend, device_type):
                 out, lse = launch(plan.implementation, *qkv, call)
         return (out, lse) if self.semantics.return_lse else out
+
+    def _attend_other(self, module: torch.nn.Module | None, reason: str, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
+        options = Options(*(getattr(call.semantics, name) for name in Options._fields))
+        extras = call.extras if any(x is not None for x in vars(call.extras).values()) else NO_EXTRAS
+        result = attend(query, key, value, *call.layouts, options, extras, self.backend, module, reason)
+        return result if options.return_lse else (result, None)
 
     def _run_static(self, layout_q: SeqLayout, layout_kv: SeqLayout, module: torch.nn.Module | None) -> Any:
         """Padded rows in a graph that may not depend on data: no backend is chosen."""

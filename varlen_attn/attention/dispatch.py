@@ -261,6 +261,10 @@ def route(layout: SeqLayout, problem: Problem) -> Route:
         >>> print(route(SeqLayout.from_lengths([5, 3, 1]), Problem()).reason)
         40% of the batch is padding
     """
+    if layout.ranks is not None:
+        from ..parallel.attention import way_of
+
+        return Route("packed", way_of(layout.ranks, problem.num_heads)[1])
     if problem.tracing:
         return Route("packed", "always packed while tracing")
     if layout.lengths is None:

@@ -48,6 +48,7 @@ class Asked(TypedDict, total=False):
     backend: str | Backend
     deterministic: bool | None
     batch_invariant: bool
+    group: Any
 
 
 @overload
@@ -79,6 +80,7 @@ def varlen_attention(
     backend: str | Backend = "auto",
     deterministic: bool | None = None,
     batch_invariant: bool = False,
+    group: Any = None,
     **others: Any,
 ) -> Any:
     """Exact attention on packed tensors: every sequence attends to itself (or to its keys), and nothing is padded.
@@ -103,6 +105,9 @@ def varlen_attention(
         backend: ``"auto"``, or a request: a name or a `Backend`. It runs, or `BackendRefused` says why not.
         deterministic: bitwise reproducible gradients; ``torch.are_deterministic_algorithms_enabled()`` if None.
         batch_invariant: a sequence's result is bitwise the same whatever its batch-mates.
+        group: ranks that share the rows, a `DeviceMesh` of one dimension or a `ProcessGroup`. Each passes its own rows, in order and cut as
+            `torch.tensor_split` cuts all of them, with the layouts of the whole batch, and gets its own rows of the result. Gradients
+            of sinks and biases are parts, whose sum over the ranks is the gradient.
 
     Returns:
         ``(T, N, Hv)``, and with ``return_lse`` also ``(N, T)`` float32 (float64 for float64 inputs), detached; -inf for
@@ -127,13 +132,17 @@ def varlen_attention(
     """
     if others:
         raise unknown("varlen_attention", others, ASKED)
+    if group is not None:
+        from ..parallel.rows import split_layouts
+
+        layout, layout_kv = split_layouts(layout, layout_kv, group)
     options = Options(causal, window, scale, softcap, dropout_p, return_lse, deterministic, batch_invariant)
     plain = alibi_slopes is None and score_bias is None and sinks is None
     extras = NO_EXTRAS if plain else Extras(alibi_slopes, sinks, score_bias)
     return attend(query, key, value, layout, layout_kv, options, extras, backend)
 
 
-ASKED = (*Options._fields, "alibi_slopes", "sinks", "score_bias", "backend")
+ASKED = (*Options._fields, "alibi_slopes", "sinks", "score_bias", "backend", "group")
 
 
 def plan_attention(
@@ -152,6 +161,10 @@ def plan_attention(
     names = {"alibi_slopes", "sinks", "score_bias"}
     extras = Extras(**{k: semantics.pop(k) for k in names & set(semantics)})
     backend = semantics.pop("backend", "auto")
+    if (group := semantics.pop("group", None)) is not None:
+        from ..parallel.rows import split_layouts
+
+        layout, layout_kv = split_layouts(layout, layout_kv, group)
     return AttentionCall(query, key, value, layout, layout_kv, extras, Options(**semantics), backend).plan(all_reasons)
 
 

@@ -177,8 +177,9 @@ _HEADS = ("#", "module", "backend", "T", "B*S", "padding", "kernel")
 _SIDES = "<<<<<<<"
 _ENDS = 12  # calls that are shown of each end of a long record
 _EMPTY = (
-    "0 calls: no attention of varlen_attn was called here. Was the model enabled, by enable(model) after it was loaded? A record sees the "
-    "calls of its own thread and coroutine, and of a graph that was compiled before only those that launch an op of ours."
+    "0 calls: no attention of varlen_attn was called here. Was the model enabled, by enable(model) after it was loaded? Does it call its "
+    "attention modules, or only read their weights, as docs/how-to/own-attention.md has it? A record sees the calls of its own "
+    "thread and coroutine, and of a graph that was compiled before only those that launch an op of ours."
 )
 
 

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._clone import Seeded, clone, kinds, noise
-from .._switch import original_class
-from ..nn.multihead import VarlenMultiheadAttention, _block_fast_path
-from ..nn.token_wise import has_hooks, is_known
+from .._switch import original_class, own_class
+from .._torch import unwrapped
+from ..nn.multihead import VarlenMultiheadAttention
+from ..nn.token_wise import is_known
 from ..nn.transformer import (
     VarlenTransformerDecoder,
     VarlenTransformerDecoderLayer,
     VarlenTransformerEncoder,
     VarlenTransformerEncoderLayer,
-    unwrapped,
 )
-from .watch import LAYERS, METHODS, STACKS, why_replaced
+from .watch import LAYERS, METHODS, STACKS, WEIGHTS_ONLY, is_seen, why_replaced
 
 HOSTS = (
     nn.MultiheadAttention,
@@ -59,7 +59,7 @@ def is_varlen(module: nn.Module) -> bool:
         VarlenTransformerDecoderLayer,
         VarlenTransformerDecoder,
     )
-    return isinstance(module, ours) and original_class(module) is type(module)
+    return isinstance(module, ours) and original_class(module) is own_class(module)
 
 
 def candidates(model: nn.Module, hooks: str) -> list[Candidate]:
@@ -187,15 +187,9 @@ def _why_not_object(module: nn.Module, hooks: str) -> str | None:
     replaced = next((x for x in METHODS if x in vars(module)), None)
     if replaced is not None:
         return f"its {replaced} was replaced on the object"
-    if hooks == "leave" and has_hooks(module) and not _has_our_hook_only(module):
+    if hooks == "leave" and is_seen(module, WEIGHTS_ONLY):
         return 'has hooks, which would see packed rows: allow it with hooks="packed"'
     return None
-
-
-def _has_our_hook_only(module: nn.Module) -> bool:
-    """It keeps torch's fast path away from a `VarlenMultiheadAttention`."""
-    others = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return all(hook is _block_fast_path for hook in module._forward_pre_hooks.values()) and not any(others)
 
 
 # -------------------------------------------------------------------- parts that may not be token-wise

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from .._state import state
 from .._switch import Class, Hook, Step, run_as_it_came, switchable
-from .._torch import is_observed, is_plain, is_tracing, pytree, without_subclass
+from .._torch import is_observed, is_plain, is_tracing, pytree, unwrapped, without_subclass
 from ..attention.dispatch import requested_backend
 from ..attention.records import recorded_padded
 from ..errors import VarlenWarning, warn
 from ..nn.masks import is_not_causal, pattern_of, read_masks
-from ..nn.multihead import ADDITIVE, CAUSAL, NO_PATTERN, VarlenMultiheadAttention
+from ..nn.multihead import ADDITIVE, CAUSAL, NO_PATTERN, VarlenMultiheadAttention, are_one
 from ..nn.prepacked import PREPACKED
 from ..nn.stream import Prepared, filled
 from ..nn.transformer import (
@@ -28,7 +28,6 @@ from ..nn.transformer import (
     VarlenTransformerDecoderLayer,
     VarlenTransformerEncoder,
     VarlenTransformerEncoderLayer,
-    unwrapped,
 )
 from .watch import STACKS, why_replaced, why_touched
 
@@ -74,7 +73,7 @@ class _Enabled:
             args, kwargs = (x.clone(), *args[1:]), {k: v for k, v in kwargs.items() if k != self.takes[0][1]}
         with self._noted(why, x):
             out = run_as_it_came(self, args, kwargs, all(unwrapped(x) is x and "forward" not in vars(x) for x in layers))
-        if why == NOTHING_PADDED or not padding or padding[0] is None or self.padding_rows == "exact":
+        if why in (NOTHING_PADDED, _DISTRIBUTED) or not padding or padding[0] is None or self.padding_rows == "exact":
             return out
         as_it_is = why_replaced(self.original_class)  # by somebody who may want anything at padding
         return out if as_it_is else filled(out, padding[0], self._attns()[0], self.padding_rows)
@@ -94,7 +93,9 @@ class _Enabled:
         little work all. Unless a backend was requested, or the call has another mask: what ``is_causal`` without a mask means here, and
         what a query without a key gives, does not depend on the size of a batch."""
         x = args[0] if args else kwargs.get(self.takes[0][1])
-        if not _is_seen(x) or (x.is_cpu and x.numel() > _LITTLE):
+        if not _is_seen(x):
+            return _why_distributed(x)
+        if x.is_cpu and x.numel() > _LITTLE:
             return None
         if any(x is not None and x is not False for x in _given(self.hiding, args, kwargs)):
             return None
@@ -105,7 +106,7 @@ class _Enabled:
 
     def _requests_nothing(self, kwargs: dict[str, Any], attns: list[Any]) -> bool:
         """No backend, no weights in another format, and nothing that torch's modules do not know."""
-        if not _OURS.isdisjoint(kwargs) or requested_backend("auto") != "auto":
+        if not _OURS.isdisjoint(kwargs) or requested_backend("auto") != "auto" or (state.ranks and self.packs):
             return False
         for x in attns:  # a generator is one more frame in each of many calls
             if getattr(x, "backend", "auto") != "auto" or getattr(x, "window", None) is not None or PREPACKED in vars(x):
@@ -117,6 +118,7 @@ NOTHING_PADDED = "nothing is padded, and torch's own is as quick"
 _WEIGHTS = "attention weights exist in the padded computation only"
 _LITTLE_PADDED = "to pack so little takes more time than it saves"
 _LITTLE_MASKED = f"{_LITTLE_PADDED}, with a look at attn_mask (is_causal=True without a mask packs)"
+_DISTRIBUTED = "a DTensor, whose rows may be on other ranks"
 _PAYS = 4_000_000  # multiplications that padding takes, of which one with a key takes as long as four by a weight: more saves time (alike)
 _SMALL = 1 << 13  # numbers: copies of fewer take no longer than to look at them
 _LARGE = 1e15  # scores of two such tokens are numbers of float32
@@ -128,6 +130,10 @@ _OURS = frozenset({"layout", "layout_kv", "window", "backend"})  # keywords that
 def _is_seen(x: Any) -> TypeGuard[Tensor]:
     """Whether ``x`` is a padded tensor, whose computation runs at once and for it alone."""
     return isinstance(x, Tensor) and not x.is_nested and is_plain(x) and not is_observed()
+
+
+def _why_distributed(x: Any) -> str | None:
+    return _DISTRIBUTED if hasattr(x, "full_tensor") else None
 
 
 def _given(takes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -160,7 +166,9 @@ class _EnabledAttention(_Enabled):
         """Or weights are wanted, or little is padded or hidden, and torch's own has the meaning that is wanted: every query sees a key.
         On a GPU that is not known without a transfer."""
         query, key, value, padding, weights, mask, _, causal, ours = _attention(*args, **kwargs)
-        if not _is_seen(query) or not self._requests_nothing(ours, [self]) or (causal and mask is None):
+        if not _is_seen(query):
+            return _why_distributed(query)
+        if not self._requests_nothing(ours, [self]) or (causal and mask is None):
             return None
         weights, hidden, additive = self._wants(weights), [0], False
         nothing = _WEIGHTS if weights and query.is_cpu else None if query.is_cpu and query.numel() > _LITTLE else NOTHING_PADDED
@@ -198,7 +206,7 @@ class _EnabledAttention(_Enabled):
         saved, pays = size * length * of_row, sum(hidden) * of_row >= _PAYS
         if mask is None:
             return None if pays else _LITTLE_PADDED
-        own = padding is not None and self.padding_rows == "zero" and query.is_set_to(key)
+        own = padding is not None and self.padding_rows == "zero" and are_one(query, key, self)
         if pays and own and mask.dim() == 2 and not is_not_causal(mask, None):
             kwargs["layout"] = CAUSAL  # so that it is not compared again, as below
             return None
@@ -219,7 +227,7 @@ class _EnabledAttention(_Enabled):
         hidden = padding if padding is None or not padding.is_floating_point() else torch.isneginf(padding)
         if meant and hidden is not None and (hidden is padding or hidden.any()):
             at = (hidden if self.batch_first or hidden.dim() == 1 else hidden.T).unsqueeze(-1)
-            zeros = self.padding_rows == "zero" and query.is_set_to(key)  # else padded queries are computed as they are
+            zeros = self.padding_rows == "zero" and are_one(query, key, self)  # else padded queries are computed as they are
             # NaN at padding reaches no token, nor what gets infinite. To look for it takes a tenth of the time of a copy without it.
             if key.numel() < _SMALL or not all(torch.linalg.vector_norm(x).item() < _LARGE for x in {key, value}):
                 clean = key.masked_fill(at, 0)

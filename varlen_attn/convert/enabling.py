@@ -13,29 +13,19 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import nn
 
 from .._clone import apart
 from .._state import undone
-from .._switch import Class, Step, Switch, original_class
+from .._switch import Class, Step, Switch, original_class, own_class
+from .._torch import unwrapped
 from ..attention.forms import PaddingRows
 from ..data.batches import inputs_of
 from ..errors import ArgumentError, VarlenWarning, warn
 from ..kernels.problem import Problem
-from ..nn.transformer import unwrapped
+from . import classes
 from .candidates import Candidate, candidates, is_varlen, mixing
-from .classes import (
-    OPTIONS,
-    AttentionOnlyTransformerEncoder,
-    AttentionOnlyTransformerEncoderLayer,
-    EnabledMultiheadAttention,
-    EnabledTransformerDecoder,
-    EnabledTransformerDecoderLayer,
-    EnabledTransformerEncoder,
-    EnabledTransformerEncoderLayer,
-    found_looking,
-    looking_at_weights,
-)
 from .equality import Part, settled
 from .prepacking import found_prepacked, is_prepacked, plan_prepacked
 from .report import Action, ModuleReport, Report
@@ -54,7 +44,8 @@ def enable(
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
     example: Any = None,
-    prepack: bool = False,
+    prepack: bool | torch.dtype = False,
+    heads: Literal["all", "labelled"] = "all",
 ) -> Report:
     """Make a model skip padding, in place: torch's attention modules, layers and stacks, and models of transformers. `disable` undoes it.
 
@@ -81,12 +72,19 @@ def enable(
             blocked format as well, from their second call without gradients on, so that no call reorders them. This takes the memory of the
             weights once more, which the report says. A weight that was written to is reordered again, except after a write through
             ``weight.data``. In training such layers raise `VarlenError`; with gradients in evaluation they compute as they came.
+            ``torch.bfloat16``: layers in float32 round what they multiply to bfloat16, sum in float32 and round their result. Everything
+            else stays in float32.
+        heads: ``"labelled"`` changes what language models of transformers return when they are called with ``labels``: their head and loss
+            are computed at the n tokens alone whose label is not -100 (of causal models, whose next label is not), so that ``logits`` are
+            ``(n, V)``, in order, and not ``(B, S, V)``. The loss and its gradients stay the same. So do calls without ``labels`` or
+            with ``logits_to_keep``.
 
     Returns:
         What happened to each module, and why not: ``print(enable(model))``.
 
     Raises:
-        ArgumentError: ``model`` is no module, an option has no such value, the model does not take ``example``, or has nothing to prepack.
+        ArgumentError: ``model`` is no module, an option has no such value, the model does not take ``example``, or has nothing to prepack,
+            or no head that is known to compute each token by itself.
         VarlenError: the model is enabled already, and this is called inside of one of its forwards.
 
     Weights, `state_dict` and training mode stay. What changes: rows at padding, as ``padding_rows`` says. Only exactly torch's classes are
@@ -113,7 +111,7 @@ def enable(
         False
     """
     _check(model)
-    _check_options(level, need_weights, hooks, padding_rows, prepack)
+    _check_options(level, need_weights, hooks, padding_rows, prepack, heads)
     levels = ("attention",) if level == "attention" else ("model", "attention")
     weights = {True: "given", False: "asked", "never": "unread" if example is None else "none"}[need_weights]
     tried = [(name, weights) for name in levels] + [(levels[0], "given")] * (weights == "none")
@@ -126,10 +124,18 @@ def enable(
             parts = settled(model, inputs_of(example, "example"), plans, partial(_go, model))
         steps, rows = ([x for part in parts.values() for x in getattr(part, kind)] for kind in ("steps", "rows"))
         if weights == "unread":
-            steps += looking_at_weights(model, steps)
+            steps += classes.looking_at_weights(model, steps)
         if prepack:
-            row, more = plan_prepacked(model, {x.module for x in steps if isinstance(x, Class)})
+            row, more = plan_prepacked(model, {x.module for x in steps if isinstance(x, Class)}, None if prepack is True else prepack)
             rows, steps = [*rows, row], [*steps, *more]
+        if heads == "labelled":
+            found, more = apart(partial(hf.plan_heads, model, steps)) if (hf := _transformers(model)) else ([], [])
+            rows, steps = [*rows, *(ModuleReport(*row) for row in found)], [*steps, *more]
+            if not more:
+                raise ArgumentError(
+                    "`heads` must be 'all' for this model, but is 'labelled', which needs a model of transformers whose loss compares each "
+                    f"token with a label: {'; '.join(f'{kind}: {why}' for _, kind, _, why in found) or 'there is none in it'}."
+                )
         _go(model, steps)
         report = Report(tuple(rows), _problem(model))
         if not any(m.action in ("converted", "built so") for m in report.modules):
@@ -160,7 +166,7 @@ def _plan(model: nn.Module, level: str, weights: str, hooks: str, padding_rows: 
     for c in found:
         decision, original = _decide(c, found, level, weights, mixer), original_class(c.module)
         new_class = decision.new_class or original
-        restored = decision.new_class is None and type(c.module) is not original
+        restored = decision.new_class is None and own_class(c.module) is not original
         outermost = c
         while outermost.parent is not None:
             outermost = outermost.parent
@@ -182,9 +188,9 @@ def _plan(model: nn.Module, level: str, weights: str, hooks: str, padding_rows: 
 def _found(model: nn.Module) -> list[Step]:
     """What has been done to a model."""
     hf = _transformers(model)
-    enabled = [(m, original) for m in model.modules() if (original := original_class(m)) is not type(m)]
-    classes = [Class(m, type(m), original, tuple((x, vars(m)[x]) for x in OPTIONS if x in vars(m))) for m, original in enabled]
-    return [*classes, *found_prepacked(model), *found_looking(model), *(hf.found(model) if hf else [])]
+    enabled = [(m, original) for m in model.modules() if (original := original_class(m)) is not own_class(m)]
+    swapped = [Class(m, own_class(m), original, tuple((x, vars(m)[x]) for x in classes.OPTIONS if x in vars(m))) for m, original in enabled]
+    return [*swapped, *found_prepacked(model), *classes.found_looking(model), *(hf.found(model) if hf else [])]
 
 
 def disable(model: nn.Module) -> Report:
@@ -212,13 +218,14 @@ def disable(model: nn.Module) -> Report:
     restored = [ModuleReport(*row) for row in hf.enabled_models(model)] if hf else []
     for name, module in model.named_modules():
         original = original_class(module)
-        if original is not type(module) and not is_prepacked(module) and (hf is None or not isinstance(module, hf.Watched)):
+        if original is not own_class(module) and not is_prepacked(module) and (hf is None or not isinstance(module, hf.Watched)):
             restored.append(ModuleReport(name, original.__name__, "restored", ""))
         elif hasattr(original, "original_class") and is_varlen(module):
             reason = "its class was derived from the enabled one, as parametrisations do: remove them first"
             restored.append(ModuleReport(name, original.__name__, "left alone", reason))
-    if any(map(is_prepacked, model.modules())):
-        restored.append(ModuleReport("", "Linear", "restored", "weights in oneDNN's blocked format, by prepack=True"))
+    for entry in found_prepacked(model)[:1]:
+        reason = f"weights in oneDNN's blocked format, by prepack={entry.value.dtype or True}"
+        restored.append(ModuleReport("", "Linear", "restored", reason))
     report = Report(tuple(restored))
     _go(model, [])
     return report
@@ -233,7 +240,8 @@ def enabled(
     hooks: Literal["leave", "packed"] = "leave",
     padding_rows: PaddingRows | None = None,
     example: Any = None,
-    prepack: bool = False,
+    prepack: bool | torch.dtype = False,
+    heads: Literal["all", "labelled"] = "all",
 ) -> Iterator[Report]:
     """``with enabled(model) as report``: `enable` for the length of a block; afterwards every module is what it was before.
 
@@ -250,7 +258,9 @@ def enabled(
     _check(model)
     before = _found(model)
     with undone(partial(_go, model, before)):
-        yield enable(model, level, need_weights=need_weights, hooks=hooks, padding_rows=padding_rows, example=example, prepack=prepack)
+        yield enable(
+            model, level, need_weights=need_weights, hooks=hooks, padding_rows=padding_rows, example=example, prepack=prepack, heads=heads
+        )
 
 
 def _transformers(model: nn.Module) -> Any:
@@ -274,39 +284,33 @@ def _check(model: nn.Module) -> None:
         raise ArgumentError(f"`model` must be a torch.nn.Module, but is {type(model).__name__}: pass the model itself.")
 
 
-def _check_options(level: Any, need_weights: Any, hooks: Any, padding_rows: Any, prepack: Any) -> None:
-    if level not in get_args(Level):
-        raise ArgumentError(
-            f"`level` must be 'auto', 'attention' or 'model', but is {level!r}: 'model' packs whole stacks, 'attention' calls of attention."
-        )
-    if not (isinstance(need_weights, bool) or need_weights == "never"):
-        raise ArgumentError(
-            f"`need_weights` must be True, False or 'never', but is {need_weights!r}: False makes attention return None in place of its "
-            "weights, 'never' also where a call asks for them and nothing reads them."
-        )
-    if hooks not in ("leave", "packed"):
-        raise ArgumentError(
-            f"`hooks` must be 'leave' or 'packed', but is {hooks!r}: 'leave' leaves modules with hooks alone, 'packed' converts them too."
-        )
-    if not isinstance(prepack, bool):
-        raise ArgumentError(
-            f"`prepack` must be True or False, but is {prepack!r}: True keeps weights in oneDNN's blocked format as well, for inference."
-        )
-    if padding_rows not in (None, *get_args(PaddingRows)):
-        raise ArgumentError(
-            f"`padding_rows` must be None, 'edge', 'zero' or 'exact', but is {padding_rows!r}: None is the default of each kind of module."
-        )
+def _check_options(level: Any, need_weights: Any, hooks: Any, padding_rows: Any, prepack: Any, heads: Any) -> None:
+    for name, value, fix, *allowed in (
+        ("level", level, "'model' packs whole stacks, 'attention' calls of attention", *get_args(Level)),
+        ("need_weights", need_weights, _WEIGHTS, True, False, "never"),
+        ("hooks", hooks, "'leave' leaves modules with hooks alone, 'packed' converts them too", "leave", "packed"),
+        ("prepack", prepack, _PREPACK, True, False, torch.bfloat16),
+        ("padding_rows", padding_rows, "None is the default of each kind of module", None, *get_args(PaddingRows)),
+        ("heads", heads, "'labelled' computes a head and its loss at labelled tokens only", "all", "labelled"),
+    ):
+        if not any(type(value) is type(x) and value == x for x in allowed):
+            *others, last = map(repr, allowed)
+            raise ArgumentError(f"`{name}` must be {', '.join(others)} or {last}, but is {value!r}: {fix}.")
+
+
+_PREPACK = "True keeps weights in oneDNN's blocked format as well, for inference, torch.bfloat16 rounds them too"
+_WEIGHTS = "False makes attention return None in place of its weights, 'never' also where a call asks for them and nothing reads them"
 
 
 # -------------------------------------------------------------------- decisions
 
 _NEW_CLASSES: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {
-    ("model", nn.TransformerEncoder): EnabledTransformerEncoder,
-    ("model", nn.TransformerEncoderLayer): EnabledTransformerEncoderLayer,
-    ("model", nn.TransformerDecoder): EnabledTransformerDecoder,
-    ("model", nn.TransformerDecoderLayer): EnabledTransformerDecoderLayer,
-    ("attention", nn.TransformerEncoder): AttentionOnlyTransformerEncoder,
-    ("attention", nn.TransformerEncoderLayer): AttentionOnlyTransformerEncoderLayer,
+    ("model", nn.TransformerEncoder): classes.EnabledTransformerEncoder,
+    ("model", nn.TransformerEncoderLayer): classes.EnabledTransformerEncoderLayer,
+    ("model", nn.TransformerDecoder): classes.EnabledTransformerDecoder,
+    ("model", nn.TransformerDecoderLayer): classes.EnabledTransformerDecoderLayer,
+    ("attention", nn.TransformerEncoder): classes.AttentionOnlyTransformerEncoder,
+    ("attention", nn.TransformerEncoderLayer): classes.AttentionOnlyTransformerEncoderLayer,
 }
 _SAYS = {
     "given": "pays for attention weights with the padded computation, unless called or enabled with need_weights=False",
@@ -355,6 +359,6 @@ def _decide_attention(c: Candidate, weights: str, mixer: str | None) -> _Decisio
     weights = "none" if weights == "unread" and not c.name else weights  # its caller knows what it gives
     why = [] if weights == "given" and layer is not None else [_SAYS[weights]]
     if mixer is None or (layer is not None and layer.why_not is None):
-        return _Decision(EnabledMultiheadAttention, "converted", "; ".join(why), weights=weights)
+        return _Decision(classes.EnabledMultiheadAttention, "converted", "; ".join(why), weights=weights)
     why.append(f'keeps torch\'s rows at padding, which {mixer} may read: padding_rows="zero" leaves them out')
-    return _Decision(EnabledMultiheadAttention, "converted", "; ".join(why), "exact", weights)
+    return _Decision(classes.EnabledMultiheadAttention, "converted", "; ".join(why), "exact", weights)

@@ -67,7 +67,7 @@ class Report(Shown):
 
     def __str__(self) -> str:
         if not self.modules:
-            return "the model has no attention module, layer or stack of torch's classes, and is no model of transformers"
+            return "the model has no attention of torch's classes and is no model of transformers: see docs/how-to/own-attention.md"
         rows = [(m.module or "(the model)", m.kind, m.action, m.reason) for m in self.modules]
         counts = Counter(m.action for m in self.modules)
         faster = choose(self.problem).faster if self.problem and self.converted else ""

@@ -26,7 +26,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 # Of these no hook looks at what goes through a module: they gather, mask or normalise weights, compute again, or note which module runs.
 _OURS = __name__.partition(".")[0]
-_BLIND = (f"{_OURS}.", "torch.distributed.fsdp.", "torch.distributed._composable.", "torch.nn.utils.", "torch.utils.module_tracker")
+WEIGHTS_ONLY = (f"{_OURS}.", "torch.distributed.fsdp.", "torch.distributed._composable.")  # which are whole in it, and only there
+_BLIND = (*WEIGHTS_ONLY, "torch.nn.utils.", "torch.utils.module_tracker")
 
 
 def _torchs(owner: Any, *names: str) -> tuple[tuple[Any, str, Any], ...]:
@@ -81,10 +82,15 @@ def _touched_part(module: Any, hooks: bool) -> str | None:
         method = next((x for x in METHODS[0 if hooks else 1 :] if x in vars(m) and not is_compiled_function(vars(m)[x])), None)
         if method is not None:
             return f"{name}: its {method} was replaced on the object"
-        if hooks and any(_sees(getattr(m, kind)) for kind in _HOOKS):
+        if hooks and is_seen(m):
             return f'{name}: has hooks, which would see packed rows: allow it with hooks="packed"'
     return None
 
 
-def _sees(hooks: dict[int, Any]) -> bool:
-    return any(not str(getattr(hook, "__module__", None)).startswith(_BLIND) for hook in hooks.values())
+def is_seen(module: nn.Module, blind: tuple[str, ...] = _BLIND) -> bool:
+    """It has hooks, of other code than ``blind``."""
+    return any(_sees(getattr(module, kind), blind) for kind in _HOOKS)
+
+
+def _sees(hooks: dict[int, Any], blind: tuple[str, ...] = _BLIND) -> bool:
+    return any(not str(getattr(hook, "__module__", None)).startswith(blind) for hook in hooks.values())

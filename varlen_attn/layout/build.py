@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._torch import assert_async, in_make_fx, is_plain, is_tracing, is_unreadable, mark_unbacked
 from ..errors import ArgumentError, LayoutError, LayoutWarning, warn
-from .checks import CONVENTIONS, check_offsets, is_integer, raise_bad_value, shorten
+from .checks import CONVENTIONS, check_offsets, is_integer, raise_bad_value, refuse_distributed, shorten
 
 
 class Index(NamedTuple):
@@ -112,6 +112,7 @@ def _check_readable(mask: Tensor) -> None:
     """The number of packed rows is data: in `torch.compile` and `torch.jit.trace` too, and in `make_fx` on fake tensors."""
     if torch.compiler.is_compiling():
         return
+    refuse_distributed(mask, "mask")
     instead = "pass the mask itself to a module, to varlen_mha or to padded_attention, or give `capacity` (`max_docs` for documents)"
     if is_unreadable(mask):
         raise ArgumentError(

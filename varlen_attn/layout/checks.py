@@ -51,6 +51,14 @@ def check_rank(mask: Any, name: str) -> None:
         )
 
 
+def refuse_distributed(x: Tensor, name: str) -> None:
+    if hasattr(x, "full_tensor"):
+        raise DtypeError(
+            f"`{name}` must hold its rows, but is a DTensor, of which other ranks may hold some: pass {name}.to_local() of a batch that is "
+            f"whole on every rank or split between ranks, with its own mask, else {name}.full_tensor()."
+        )
+
+
 def check_integer_vector(values: Tensor, name: str) -> None:
     if not isinstance(values, Tensor) or values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
         raise DtypeError(f"`{name}` must be a tensor of integers, but is {describe(values)}.")

@@ -17,13 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import wraps
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, ClassVar, Literal, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from .._torch import is_tracing, mark_unbacked, num_writes, pytree, ragged_dim, trace_quietly
+from .._torch import PLAIN, is_tracing, mark_unbacked, num_writes, pytree, ragged_dim, trace_quietly
 from ..errors import ArgumentError, DtypeError, LayoutError
 from .build import (
     Index,
@@ -51,6 +51,7 @@ from .checks import (
     describe,
     heads_first,
     host_lengths,
+    refuse_distributed,
     shorten,
     signed_pad_value,
 )
@@ -82,7 +83,7 @@ class SeqLayout:
     """Where the real tokens of a padded ``(B, S)`` batch are, and their order when packed.
 
     Make one with a constructor (`from_key_padding_mask`, `from_attention_mask`, `from_lengths`,
-    `from_cu_seqlens`, `from_document_ids`, `from_nested`), once per batch; share it between q, k, v,
+    `from_cu_seqlens`, `from_document_ids`, `from_batch_index`, `from_nested`), once per batch; share it between q, k, v,
     every layer, pooling and the loss. Frozen, hashed by identity, a pytree node.
 
     Attributes:
@@ -124,6 +125,7 @@ class SeqLayout:
     holes: Literal["refuse", "packed"] = "refuse"
     has_slack: bool = False
     row_ids: Tensor | None = None
+    ranks: ClassVar[Any] = None  # who shares the rows, in a `RankRows`
 
     # ---------------------------------------------------------------- constructors
 
@@ -292,6 +294,43 @@ class SeqLayout:
 
     @classmethod
     @_constructor
+    def from_batch_index(cls, batch: Tensor, num_graphs: int | None = None, *, padded_len: int | None = None) -> SeqLayout:
+        """From the graph of each node, as graph libraries batch: ``data.batch`` of PyTorch Geometric. The nodes are the packed rows.
+
+        Nothing has to be packed: node features ``(T, D)`` are rows of this layout. ``layout.unpack(x)`` is ``to_dense_batch(x, batch)[0]``.
+        A vector on a device is read once.
+
+        Args:
+            batch: ``(T,)`` of any integer dtype, sorted: 0 for the nodes of the first graph, then 1, ...; a number that is left out is a
+                graph without nodes.
+            num_graphs: Q; the last number plus 1 if left out, so that graphs without nodes at the end are not counted.
+            padded_len: S; the largest graph if left out.
+
+        Raises:
+            DtypeError, LayoutError: not a vector of integers, not sorted, negative, or not below ``num_graphs``.
+
+        Examples:
+            >>> SeqLayout.from_batch_index(torch.tensor([0, 0, 0, 1, 3, 3]))
+            SeqLayout(B=4, S=3, Q=4, T=6, fill=0.50, lengths=(3, 1, 0, 2), device=cpu)
+        """
+        check_integer_vector(batch, "batch")
+        if is_tracing(batch):
+            raise ArgumentError("`batch` cannot be read while tracing: build the layout outside of the compiled function.")
+        graphs = 0 if num_graphs is None else check_at_least(0, num_graphs, "num_graphs", error=LayoutError)
+        ids = batch.to("cpu", torch.int64)
+        down = ids.diff() < 0
+        if down.any():
+            i = int(down.nonzero()[0])
+            fix = "sort the nodes by graph (order = batch.argsort(stable=True)), with all that belongs to them"
+            raise LayoutError(f"`batch` must be sorted, but batch[{i + 1}] = {ids[i + 1]} comes after {ids[i]}: {fix}.")
+        ends = ids[[0, -1]].tolist() if len(ids) else [0, -1]
+        if ends[0] < 0 or (num_graphs is not None and ends[1] >= graphs):
+            limit = "0 or more" if num_graphs is None else f"from 0 to num_graphs - 1 = {graphs - 1}"
+            raise LayoutError(f"`batch` must hold numbers {limit}, but holds {ends[ends[0] >= 0]}: give the number of all graphs.")
+        return cls.from_lengths(torch.bincount(ids, minlength=graphs), padded_len, device=batch.device)
+
+    @classmethod
+    @_constructor
     def from_nested(cls, nested: Tensor) -> SeqLayout:
         """From a jagged nested tensor ``(Q, j, ...)``: its offsets as they are; pack order is ``nested.values()``.
 
@@ -334,6 +373,11 @@ class SeqLayout:
     def device(self) -> torch.device:
         """Of the index tensors; tensors to pack must be there too."""
         return self.cu_seqlens.device
+
+    @property
+    def whole(self) -> SeqLayout:
+        """Of the rows of all ranks."""
+        return self
 
     @property
     def total(self) -> int | None:
@@ -698,6 +742,8 @@ class SeqLayout:
             )
         if x.is_quantized:
             check_takes_rows(x, name, self.has_slack)
+        if type(x) not in PLAIN:
+            refuse_distributed(x, name)
         if x.device != self.cu_seqlens.device:
             raise LayoutError(
                 f"`{name}` is on {x.device}, but the layout is on {self.device}: call layout.to({str(x.device)!r}) once per batch."

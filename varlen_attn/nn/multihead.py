@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._state import state
-from .._torch import is_plain, is_tracing, trace_quietly
+from .._torch import is_plain, is_sharded, is_tracing, trace_quietly
 from ..attention.call import Options, attend
 from ..attention.checks import check_holes, check_layouts
 from ..attention.dispatch import requested_backend
@@ -71,6 +71,7 @@ class _Inputs(NamedTuple):
     key: Tensor
     value: Tensor
     form: Form
+    attn: nn.Module
 
     def each(self, layout_q: T, layout_k: T, change: Callable[[T, Tensor], R]) -> tuple[R, R, R]:
         """Query by its layout, key and value by theirs; what is one object with one layout is changed once, and stays one. Two objects
@@ -81,9 +82,15 @@ class _Inputs(NamedTuple):
 
     @property
     def self_attention(self) -> bool:
-        """The key padding mask holds for queries too. By memory: reentrant checkpoints and full backward hooks copy one object."""
-        query, key = self.query, self.key
-        return query is key or (is_plain(query) and is_plain(key) and query.is_set_to(key))
+        """The key padding mask holds for queries too."""
+        return are_one(self.query, self.key, self.attn)
+
+
+def are_one(x: Tensor, y: Tensor, attn: nn.Module) -> bool:
+    """By memory: reentrant checkpoints and full backward hooks copy one object. By value where FSDP may have cast each argument alone."""
+    if x is y or not (is_plain(x) and is_plain(y)):
+        return x is y
+    return x.is_set_to(y) or (is_sharded(attn) and x.shape == y.shape and torch.allclose(x, y, 0, 0, equal_nan=True))
 
 
 class VarlenMultiheadAttention(nn.MultiheadAttention):
@@ -210,16 +217,18 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
                 raise ArgumentError("a nested tensor says itself where its sequences are: pass no `layout` or `layout_kv` with it.")
             if self._torch_serves(query, key, value, key_padding_mask, attn_mask):
                 return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask)
-            (query, layout), (key, layout_kv), (value, _) = _Inputs(query, key, value, form).each(None, None, lambda _, x: nested_rows(x))
+            (query, layout), (key, layout_kv), (value, _) = _Inputs(query, key, value, form, self).each(
+                None, None, lambda _, x: nested_rows(x)
+            )
         check_layouts(layout, layout_kv)
         packed = (layout, layout if layout_kv is None else layout_kv) if layout is not None and form in ROWS else None
         if (layout is not None or layout_kv is not None) and key_padding_mask is not None:
             raise ArgumentError("pass `key_padding_mask` or layouts, not both: nothing says which one counts.")
         check_inputs(self, query, key, value, key_padding_mask, attn_mask, packed)
 
-        inputs = _Inputs(query, key, value, form)
+        inputs = _Inputs(query, key, value, form, self)
         if packed is None:
-            inputs = inputs if form == "batch first" else _Inputs(*inputs.each(form, form, batch_first), form)
+            inputs = inputs if form == "batch first" else _Inputs(*inputs.each(form, form, batch_first), form, self)
             layout, layout_kv = static_layouts(inputs.query, layout, inputs.key, layout_kv)
         if form == "unbatched" and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
@@ -432,7 +441,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Padded rows computed too, with torch's meaning of every mask; what is at padding is not read."""
         layout_q = layouts[0]
-        q, k, v = self._project(*inputs.each(*layouts, SeqLayout.unpack if inputs.form in ROWS else _without_padding))
+        q, k, v = self._project(*inputs.each(*layouts, _columns if inputs.form in ROWS else _without_padding))
         extra = 0
         if self.bias_k is not None and self.bias_v is not None:
             row = (k.shape[0], 1, self.num_heads, self.head_dim)
@@ -476,6 +485,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, module: nn.Module | 
     if bias is not None and bias.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight) + bias.to(weight.dtype)  # torch's module takes such a pair, its fused kernel does not
     return F.linear(x, weight, bias) if module is None else linear(module, x, weight, bias)
+
+
+def _columns(layout: SeqLayout, rows: Tensor) -> Tensor:
+    return layout.unpack(rows)
 
 
 def _without_padding(layout: SeqLayout, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Linear layers on a CPU whose weights are kept in oneDNN's blocked format as well, so that no call has to reorder them: for inference.
 
-It is the same product, in another order of summation. A weight that was written to is reordered again, which is known by its version. Torch
-does not count writes through ``weight.data``.
+It is the same product, in another order of summation; or one of numbers rounded to bfloat16, where that was asked for. A weight that was
+written to is reordered again, which is known by its version. Torch does not count writes through ``weight.data``.
 """
 
 from __future__ import annotations
@@ -26,33 +26,40 @@ LEAST, _LEAST_WORK = 1 << 16, 1 << 21
 
 class Prepacked:
     """A weight in the blocked format. The second call with the same weight makes it, because one that is new in every call, as a
-    parametrisation's, would be made in vain. Copies and pickles make their own.
+    parametrisation's, would be made in vain; the first, where numbers are rounded, so that all calls give the same. Copies and pickles
+    make their own.
 
     Attributes:
+        dtype: of the product, where it is another than that of the weight.
         made: the memory it is of, which no other weight can have while this is here; its version; and the weight, from the second call on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
         self.made: tuple[Tensor, int, Tensor | None] | None = None
 
     def __deepcopy__(self, memo: Any) -> Prepacked:
-        return Prepacked()
+        return Prepacked(self.dtype)
 
     def __reduce__(self) -> Any:
-        return Prepacked, ()
+        return Prepacked, (self.dtype,)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not _can(x, weight, bias):
             return F.linear(x, weight, bias)
         made = self.made
         if made is None or not made[0].is_set_to(weight) or made[1] != num_writes(weight):
-            self.made = weight.detach(), num_writes(weight), None
-            return F.linear(x, weight, bias)
+            made = self.made = weight.detach(), num_writes(weight), None
+            if self.dtype is None:
+                return F.linear(x, weight, bias)
         memory, version, packed = made
         if packed is None:
-            packed = torch.ops.mkldnn._reorder_linear_weight(memory, None)
+            packed = torch.ops.mkldnn._reorder_linear_weight(memory if self.dtype is None else memory.to(self.dtype), None)
             self.made = memory, version, packed
-        return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
+        if self.dtype is not None:
+            x, bias = x.to(self.dtype), None if bias is None else bias.to(self.dtype)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+        return out if self.dtype is None else out.to(weight.dtype)
 
 
 def linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

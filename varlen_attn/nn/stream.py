@@ -18,6 +18,7 @@ from ..attention.export import static_layouts
 from ..attention.forms import ROWS, Form, PaddingRows, batch_first, form_of, full_layout, nested_rows, pack_rows, unpack_rows
 from ..errors import ArgumentError, LayoutError
 from ..layout.seq_layout import SeqLayout
+from ..parallel.rows import all_rows, refuse_dropout, share_of
 from .checks import check_inputs
 from .masks import additive_mask, read_masks
 from .token_wise import has_hooks, is_known
@@ -54,6 +55,7 @@ class PackedInput(NamedTuple):
         mask: an attention mask that only padded attention can serve; None where ``causal`` and the layout say it all.
         form: what was given, and is given back.
         given: the input itself.
+        split: rows are shared by ranks here.
     """
 
     rows: Tensor
@@ -62,14 +64,18 @@ class PackedInput(NamedTuple):
     mask: Tensor | None
     form: Form
     given: Tensor
+    split: bool = False
 
     def restore(self, rows: Tensor, padding_rows: PaddingRows) -> Tensor:
         """``rows`` in the form in which the input came."""
-        return unpack_rows(self.layout, rows, self.form, self.given, padding_rows)
+        layout, rows = all_rows(self.layout, rows) if self.split else (self.layout, rows)
+        return unpack_rows(layout, rows, self.form, self.given, padding_rows)
 
     def prepared(self, layers: Iterable[nn.Module], memory: PackedInput | None = None) -> Prepared:
         """For attention of these rows to themselves, or to those of ``memory``, in ``layers``."""
         keys = self if memory is None else memory
+        if self.layout.ranks is not None:
+            refuse_dropout(layers)
         written = not (self.layout.has_slack or keys.layout.has_slack) or all(_writes_all_rows(layer) for layer in layers)
         return Prepared(self.layout, keys.layout, keys.causal, keys.mask, self.form != "sequence first", written)
 
@@ -168,8 +174,11 @@ def pack_input(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Pac
     rows = pack_rows(layout, x, name, form, apart=True)
     if form not in ROWS:  # not the caller's own
         mark_unbacked(rows)
+    share = share_of(layout)
+    if split := share is not layout:
+        rows = share.part(rows)  # type: ignore[attr-defined]
     causal = masks.is_causal if masks.attn is None else not facts.not_causal
-    stream = PackedInput(rows, layout, causal, None if causal else masks.attn, form, given)
+    stream = PackedInput(rows, share, causal, None if causal else masks.attn, form, given, split)
     if not facts.additive:
         return stream
     assert padding is not None

@@ -17,6 +17,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._torch import unwrapped
 from ..attention.forms import PaddingRows
 from ..layout.seq_layout import SeqLayout
 from .multihead import VarlenMultiheadAttention
@@ -389,16 +390,6 @@ def _padded_block(layer: nn.Module, block: Callable[..., Tensor], rows: tuple[Te
     padding, mask = prepared.torch_masks(rows[0])
     padded = [prepared.padded(x, layer, layout) for layout, x in zip((prepared.layout, prepared.layout_kv), rows, strict=False)]
     return prepared.packed(block(*padded, mask, padding, prepared.causal), layer)
-
-
-# What passes on every argument and says nothing of its own: compiled, checkpointed and sharded layers.
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-
-
-def unwrapped(layer: nn.Module) -> nn.Module:
-    """What a stack sees in a wrapper that passes everything on."""
-    inner = next((layer._modules[name] for name in _WRAPPED if name in layer._modules), None)
-    return layer if inner is None else unwrapped(inner)
 
 
 def takes_layouts(layer: nn.Module, *names: str) -> bool:

@@ -8,22 +8,11 @@ the attention function, ``mask`` the mask that says what is visible, and ``trial
 """
 
 from .attention import NotPackable, varlen_attention_forward
-from .enabling import NAME, OLDEST, State, _state_of_pickle, enabled_models, found, plan, register, roots
+from .enabling import NAME, OLDEST, State, _state_of_pickle, enabled_models, found, plan, plan_heads, register, roots
 from .mask import varlen_mask
 from .stack import Watched
 
 __all__ = [
-    "NAME",
-    "OLDEST",
-    "NotPackable",
-    "State",
-    "Watched",
-    "_state_of_pickle",
-    "enabled_models",
-    "found",
-    "plan",
-    "register",
-    "roots",
-    "varlen_attention_forward",
-    "varlen_mask",
-]
+    "NAME", "OLDEST", "NotPackable", "State", "Watched", "_state_of_pickle", "enabled_models", "found", "plan", "plan_heads", "register",
+    "roots", "varlen_attention_forward", "varlen_mask",
+]  # fmt: skip

@@ -13,19 +13,22 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import CodeType, FunctionType
 from typing import Any, Literal, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..._clone import NotCloned, Seeded
 from ..._switch import Entry, Hook, Step, original_class
+from ..._torch import unwrapped
 from ...attention.dispatch import use_backend
 from ...attention.records import record
 from ...errors import ArgumentError
 from . import stack as stack_hooks
 from .attention import NotPackable, varlen_attention_forward
+from .labelled import next_labels, with_entry
 from .mask import INTERNAL, leaving, masks, paddings, varlen_mask
 from .trial import Trial, clone_of, difference, prepare, run
 
@@ -202,7 +205,9 @@ def found(model: nn.Module) -> list[Step]:
 
 def enabled_models(model: nn.Module) -> list[Row]:
     """One row for each model that `disable` restores."""
-    return [(name, type(m).__name__, "restored", "") for name, m in model.named_modules() if _STATE in vars(m)]
+    return [
+        (name, type(m).__name__, "restored", "") for name, m in model.named_modules() if _STATE in vars(m) or stack_hooks.HEADS in vars(m)
+    ]
 
 
 def _before(model: nn.Module) -> dict[int, tuple[Any, Any]]:
@@ -221,6 +226,80 @@ def _before(model: nn.Module) -> dict[int, tuple[Any, Any]]:
             if vars(config).get(INTERNAL) == NAME:
                 said.setdefault(id(config), (config, "sdpa" if getattr(module, "_supports_sdpa", True) else "eager"))
     return said
+
+
+# -------------------------------------------------------------------- heads
+
+
+def plan_heads(model: nn.Module, steps: Sequence[Step]) -> tuple[list[Row], list[Step]]:
+    """What is to be done beside ``steps`` so that heads compute labelled tokens only. One row for each model of transformers."""
+    rows: list[Row] = []
+    more: list[Step] = []
+    for name, root in roots(model):
+        try:
+            heads = Entry(vars(root), stack_hooks.HEADS, _what_its_head_reads(root))
+        except Exception as error:
+            why = str(error) if isinstance(error, NotPackable) else f"a trial failed: {_in_one_line(error)}"
+            rows.append((name, type(root).__name__, "left alone", why))
+        else:
+            watched = any(isinstance(x, Entry) and x.entries is vars(root) and x.name == stack_hooks.WATCH for x in steps)
+            more += [heads] if watched else [*stack_hooks.on_models(stack_hooks.ModelId(), root, {}), heads]
+            rows.append((name, type(root).__name__, "converted", "given labels, its head and loss compute labelled tokens only"))
+    return rows, more
+
+
+def _what_its_head_reads(root: Any) -> tuple[str, bool]:
+    """The name of the model in ``root`` whose result the head reads, and whether the loss shifts labels.
+
+    Raises:
+        NotPackable: a trial shows that the loss gives gradients to other rows than those of labelled tokens, or is another for these alone.
+    """
+    from transformers import PreTrainedModel
+
+    trials = prepare(root)
+    if isinstance(trials, str):
+        raise NotPackable(trials)
+    clone, _, _ = clone_of(root, [(stack.name, stack.layers) for stack in _stacks(root)])
+    inputs = {name: x for name, x in trials[0].inputs.items() if name != "output_hidden_states"} | {"return_dict": True}
+    logits = clone(**inputs).get("logits")
+    if logits is None:
+        raise NotPackable("it gives no logits")
+    for entries in (vars(clone), *map(vars, _all_configurations(clone.config))):  # of the clone, which may have fewer words
+        entries.update({"vocab_size": logits.shape[-1]} if "vocab_size" in entries else {})
+    place = torch.arange(logits.shape[:2].numel(), device=logits.device).view(logits.shape[:2])
+    inputs["labels"] = (place * 7 % logits.shape[-1]).masked_fill(place % 5 < 2, -100)
+    inputs.pop("decoder_input_ids", None)  # it makes them from labels
+    read: dict[str, Tensor] = {}
+
+    def cut(name: str, _: nn.Module, args: Any, result: Any) -> Any:
+        read[name] = result[0].detach().requires_grad_()
+        return with_entry(result, 0, read[name])
+
+    for name, module in clone.named_modules():
+        if isinstance(module, PreTrainedModel) and name:
+            module.register_forward_hook(partial(cut, name))
+
+    def learnt() -> dict[str, Tensor]:
+        """The loss, and its gradient for each result that it reads at once."""
+        read.clear()
+        with torch.enable_grad(), Seeded():
+            loss = clone(**inputs)["loss"]
+            found = torch.autograd.grad(loss, list(read.values()), allow_unused=True)
+        return {"loss": loss.detach(), **{name: x for name, x in zip(read, found, strict=True) if x is not None}}
+
+    before = learnt()
+    name, gradient = list(before.items())[-1]
+    rows = gradient.ne(0).any(-1)
+    shifts = next((x for x in (False, True) if torch.equal(rows, next_labels(inputs["labels"], x) != -100)), None)
+    if shifts is None or len(before) != 2:
+        raise NotPackable("its loss reads other rows than those of labelled tokens")
+    with made([*stack_hooks.on_models(stack_hooks.ModelId(), clone, {}), Entry(vars(clone), stack_hooks.HEADS, (name, shifts))]):
+        after = learnt()
+    before[name], after[name] = gradient[rows], after[name][0, :-1]
+    why = difference(trials[0]._replace(valid=None, full=True), before, after, [])
+    if why is not None:
+        raise NotPackable(f"with labelled tokens only its {why}")
+    return name, shifts
 
 
 # -------------------------------------------------------------------- attention implementations
@@ -563,7 +642,7 @@ class _Part:
             first = trial._replace(inputs=inputs), {name: x for name, x in expected.items() if not name.endswith("hidden_states")}
         with self._running(stacks, islands) as begun:
             reason = self.compare([first])
-        packed = [name for name in stacks if any(id(layer) in begun for layer in self.clone.get_submodule(name))]
+        packed = [name for name in stacks if any(id(layer) in begun for layer in map(unwrapped, self.clone.get_submodule(name)))]
         if reason is None:
             unpacked = [name for name in stacks if name not in packed]
             self.why_not_packed |= dict.fromkeys(unpacked, "its layers were not given a mask of padding alone")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from ...attention.export import static_graph
 from ...data.host_lengths import HostLengths
 from ...errors import ArgumentError
 from ...layout.seq_layout import SeqLayout
+from ...parallel.rows import share_of
 
 Window = tuple[int | None, int | None]
 INTERNAL = "_attn_implementation_internal"  # of a configuration, whose own way to say it takes microseconds
@@ -82,6 +84,7 @@ class Forward:
         padded_because: why its layers do not run packed, once that is known.
         filled: its layers run padded, but no reader of rows at padding is known, so that these hold what they do after a packed stack.
         in_rows: whether a layer handed on rows, and the last did not put them back yet.
+        labelled: a weak reference to what its head reads, if that is not all.
         use: of the model's hooks.
     """
 
@@ -92,6 +95,7 @@ class Forward:
     padded_because: str | None = None
     filled: bool = False
     in_rows: bool = False
+    labelled: Any = None
 
     def __post_init__(self) -> None:
         self.use = in_use(self.model)
@@ -127,6 +131,18 @@ def is_entered(model: nn.Module) -> bool:
     return any(f.model is model for f in _thread.forwards)
 
 
+def forward_of(model: nn.Module) -> Forward | None:
+    """That which began last, if it is of this model."""
+    forwards = _thread.forwards
+    return forwards[-1] if forwards and forwards[-1].model is model else None
+
+
+def labelled_of(model: nn.Module) -> Any:
+    """Which rows of a model's result a head around it reads; None for all."""
+    found = (forward.labelled and forward.labelled() for forward in _thread.forwards)
+    return next((x for x in found if x is not None and x.model is model), None)
+
+
 def leave_forward(model: nn.Module) -> Forward | None:
     """It ends; None if it began before anybody watched."""
     forwards = _thread.forwards
@@ -156,6 +172,13 @@ def around_island(meaning: Meaning | None) -> None:
 def island_of() -> Meaning | None:
     """What the layer was given whose attention this is; None if it runs on columns."""
     return _thread.island()
+
+
+def caller(frame: FrameType | None, name: str) -> FrameType | None:
+    """The innermost of ``frame`` and its callers that runs a function of this name."""
+    while frame is not None and not frame.f_code.co_qualname.endswith(name):
+        frame = frame.f_back
+    return frame
 
 
 @contextmanager
@@ -293,10 +316,11 @@ class Meaning:
 
     @cached_property
     def tokens(self) -> SeqLayout:
-        """Of what a packed stack computes: these columns, and all of a row that has none. They see nothing, and may be read."""
+        """Of what a packed stack computes: these columns, and all of a row that has none. They see nothing, and may be read. Those of this
+        rank in `sequence_parallel`."""
         if not self.keys.lengths or 0 not in self.keys.lengths or self.padding is None:
-            return self.keys
-        return _layout_of(self.padding | ~self.padding.any(1, keepdim=True))
+            return share_of(self.keys)
+        return share_of(_layout_of(self.padding | ~self.padding.any(1, keepdim=True)))
 
     def _all(self, columns: int) -> SeqLayout:
         return SeqLayout.from_lengths([columns] * self.shape[0], columns, device=self.device)
@@ -355,7 +379,7 @@ class Meaning:
     def packed(self) -> VarlenMask:
         """The same for the packed rows ``(1, T)`` of a self-attention without cached keys."""
         layout, total = self.tokens, self.tokens.num_rows
-        blind = None if layout is self.keys or self.padding is None else ~layout.pack(self.padding)
+        blind = None if layout.whole is self.keys or self.padding is None else ~layout.pack(self.padding)
         make = partial(_block_diagonal, layout, self.pattern, blind)
         known = layout, self.forwards, self.config, self.dtype, blind
         return VarlenMask(Meaning((1, 1, total, total), self.device, self.pattern, None, 0, make, *known))
@@ -553,7 +577,7 @@ def varlen_mask(
     columns = _columns(pattern, q_offset - kv_offset, q_length, kv_length)
     padding = _padding_of_columns(attention_mask, columns, kv_offset)
     square = (q_length, q_offset) == (kv_length, kv_offset)
-    if order == "auto" and not state.records and _says_it_all(kwargs.get("config"), pattern, padding, square):
+    if order == "auto" and not state.records and not state.ranks and _says_it_all(kwargs.get("config"), pattern, padding, square):
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]
     pattern = pattern._replace(window=_effective(pattern.window, q_length, kv_length))
     if padding is not None and tuple(padding.shape) != (batch_size, columns):

@@ -28,13 +28,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..._switch import Class, Entry, Hook, Step, around, original_class
-from ..._torch import begins_no_graph, between_graphs, is_compiled, with_first_dimension
+from ..._switch import Class, Entry, Hook, Step, around, original_class, own_class
+from ..._torch import begins_no_graph, between_graphs, is_compiled, unwrapped, with_first_dimension
 from ...attention.records import Call, write
 from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
+from ...parallel.rows import all_rows, refuse_dropout
 from .attention import captured, collected
+from .labelled import labelled_in, read_labelled
 from .mask import (
     ISLAND,
     LOOKED_AT,
@@ -43,6 +45,7 @@ from .mask import (
     Pattern,
     VarlenMask,
     around_island,
+    caller,
     end_rows,
     enter_forward,
     is_entered,
@@ -133,7 +136,7 @@ class LayerHook:
         rows = hidden if is_rows else with_first_dimension(meaning.tokens.pack(hidden))
         packed: list[Any] = []
         named = (*zip(self.names, args, strict=False), *kwargs.items())
-        source = _of_source(meaning, dict(named)) if self.crosses else {}
+        source = _of_source(meaning, dict(named)) if self.crosses and meaning.tokens.ranks is None else {}
         for name, x in named:
             known = source.get(name) or meaning.packed_arguments.get((name, id(x)))
             y = rows if x is hidden else known[1] if known is not None else _packed(name, x, meaning, hidden, rows, self.islands)
@@ -148,6 +151,8 @@ class LayerHook:
                 return None
             packed.append(y)
         if not is_rows:
+            if meaning.tokens.ranks is not None:
+                refuse_dropout([module])
             meaning.begin_rows(module)
             if self.tree.left:
                 end_rows()
@@ -175,8 +180,8 @@ class LayerHook:
 
         def put_back(x: Tensor) -> Tensor:
             """Rows at padding hold the same, whether the stack ran packed or padded."""
-            rows = x[0] if in_rows else layout.pack(x)
-            return layout.unpack(rows, 0 if self.tree.padding_rows == "zero" else "edge")
+            whole, rows = all_rows(layout, x[0]) if in_rows else (layout.whole, layout.whole.pack(x))
+            return whole.unpack(rows, 0 if self.tree.padding_rows == "zero" else "edge")
 
         states = collected().get("hidden_states", [])
         if not states and "hidden_states" in collected() and args:  # of one layer, whose input is collected after this
@@ -295,7 +300,8 @@ def _why_as_it_came(layer: nn.Module, hidden: Tensor, meaning: Meaning, islands:
     if hidden.dim() != 3 or hidden.shape[:2] != (batch_size, len_q) or len_q != meaning.columns or meaning.first_query != 0:
         return "there are cached keys, or keys of others"
     # Compiled layers get rows in any case: the same graphs serve all batches, and none ends before attention.
-    if meaning.pattern.documents is not None or (not is_compiled(layer) and (meaning.padding is None or meaning.tokens.is_dense)):
+    packs = is_compiled(layer) or not (meaning.padding is None or meaning.tokens.is_dense)
+    if meaning.pattern.documents is not None or not (packs or meaning.tokens.ranks):
         return "nothing is padded"
     keys = meaning.keys
     if keys.lengths is None or not keys.total:
@@ -519,7 +525,7 @@ class ModelHook:
         padding = ~mask.bool()
         found: list[tuple[str, Tensor]] = []
         continues = given.get("past_key_values") is not None or isinstance(given.get("logits_to_keep", 0), Tensor)
-        if ((continues or given.get("logits_to_keep")) and (causal or not two)) or (causal and _generates(frame)):
+        if ((continues or given.get("logits_to_keep")) and (causal or not two)) or (causal and caller(frame, "GenerationMixin.generate")):
             after_token = (padding[:, 1:] & ~padding[:, :-1]).any()
             found.append(("generation with padding on the right, which reads the last column", after_token))
         if self.looks_at_ids:
@@ -554,16 +560,6 @@ def _masks_of(given: Mapping[str, Any]) -> list[Any]:
     """One, or one for each kind of layers."""
     mask = given.get("attention_mask")
     return [*mask.values()] if isinstance(mask, Mapping) else [mask]
-
-
-def _generates(frame: FrameType | None) -> bool:
-    """Whether `generate` of transformers is among the callers: of a decoder without ``logits_to_keep``, no argument says so."""
-    from transformers import GenerationMixin
-
-    code = inspect.unwrap(GenerationMixin.generate).__code__
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return frame is not None
 
 
 def _around(module: nn.Module, frame: FrameType | None) -> tuple[str | None, dict[str, Any]]:
@@ -613,6 +609,8 @@ def _is_whole(layers: Any) -> bool:
     if not len(layers):
         return False
     for i, layer in enumerate(layers, 1):
+        if not layer._forward_pre_hooks:
+            layer = unwrapped(layer)
         for hook in list(layer._forward_pre_hooks.values()):
             if isinstance(owner := getattr(hook, "__self__", None), LayerHook):
                 break
@@ -650,7 +648,8 @@ _UNCONCERNED = (
 
 # -------------------------------------------------------------------- the class of a model
 
-_WATCH = "_varlen_attn_watch"  # the attribute of a model that holds its `ModelHook`
+WATCH = "_varlen_attn_watch"  # the attribute of a model that holds its `ModelHook`
+HEADS = "_varlen_attn_heads"  # and of one whose head computes labelled tokens only: what it reads, as `labelled_in` takes it
 
 
 class Watched:
@@ -717,13 +716,16 @@ class _Forward:
 
 @partial(between_graphs, recursive=False)
 def _seen(model: Any, compute: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    hook = vars(model).get(_WATCH)
-    if hook is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return compute(*args, **kwargs)
+    hook = vars(model).get(WATCH)
+    if hook is None:  # it was disabled since a forward around it began
+        return read_labelled(model, None, compute(*args, **kwargs))
     hook.before(model, args, kwargs)
     result = None
     try:
-        result = compute(*args, **kwargs)
+        labelled = labelled_in(model, *vars(model).get(HEADS, ()))
+        result = read_labelled(model, labelled, compute(*args, **kwargs) if labelled is None else compute(**labelled.given))
         return result
     finally:
         hook.after(model, args, kwargs, result)
@@ -745,10 +747,9 @@ def on_models(tree: ModelId, root: Any, packed: Mapping[nn.Module, tuple[tuple[s
     made: list[Step] = []
     for module in root.modules():
         if isinstance(module, PreTrainedModel):
-            made.append(Entry(vars(module), _WATCH, ModelHook(tree, module, *packed.get(module, ((), False)))))
+            made.append(Entry(vars(module), WATCH, ModelHook(tree, module, *packed.get(module, ((), False)))))
             original = original_class(module)
-            if not issubclass(original, Watched):  # nor is it derived from one, as fully_shard does
-                made.append(Class(module, _watched(original), original))  # type: ignore[arg-type]
+            made.append(Class(module, _watched(original), original))  # type: ignore[arg-type]
     return made
 
 
@@ -761,7 +762,7 @@ def on_layers(
     linear: list[tuple[nn.Module, Any]] = [(m, Projection()) for x in islands for m in x.modules() if original_class(m) is nn.Linear]
     for module, hooks in [*((x, Island(recorded, x)) for x in islands), *linear]:
         made += [Hook.new(module, hooks.before, False), Hook.new(module, hooks.after, True)]
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(map(unwrapped, layers)):
         hook = LayerHook(tree, layer, i == len(layers) - 1, len(islands) > 0, crosses)
         before, after = (hook.before_islands, hook.after_islands) if hook.islands else (hook.before, hook.after)
         made += [Hook.new(layer, before, False)] + ([Hook.new(layer, after, True)] if hook.last else [])
@@ -773,10 +774,9 @@ def found_on(modules: Iterable[nn.Module]) -> list[Step]:
     found: list[Step] = []
     for module in modules:
         original = original_class(module)
-        if isinstance(module, Watched) and original is not type(module):
-            found.append(Class(module, type(module), original))
-        if _WATCH in vars(module):
-            found.append(Entry(vars(module), _WATCH, vars(module)[_WATCH]))
+        if isinstance(module, Watched) and original is not own_class(module):
+            found.append(Class(module, own_class(module), original))
+        found += [Entry(vars(module), name, vars(module)[name]) for name in (WATCH, HEADS) if name in vars(module)]
         found += Hook.found(module, is_ours)
     return found
 

@@ -1,0 +1,1 @@
+"""Sequence parallel: the packed rows of one batch on several ranks of torch.distributed."""
