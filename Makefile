@@ -15,6 +15,7 @@
 #   make sanitize        the compiled CPU kernel under the address and undefined-behaviour sanitizers (needs g++)
 #   make test-thorough   many more property-test examples
 #   make test-peers      tests that other projects wrote, on enabled models: those that transformers has for all of its models (half an hour)
+#   make mutants         300 small faults in the library, one at a time: how many do the tests see? (hours)
 #   make soak            100,000 calls of changing shapes in 16 threads, while another thread enables and disables (an hour)
 #   make test-versions   what other versions of transformers and NumPy can change, with the oldest and the newest of them (an hour)
 #   make dist            wheels for Linux (x86-64, Arm) and macOS (Arm), each with its compiled CPU kernel, and the source, in dist/
@@ -69,7 +70,7 @@ NOT_BUILT := { ! command -v $${CXX:-g++} && echo 'the tests of the compiled kern
 SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)"
 
-.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-engines bench-check test-thorough test-peers test-versions soak sanitize dist docs docs-tables gpu gpu-again \
+.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-engines bench-check test-thorough test-peers test-versions soak mutants sanitize dist docs docs-tables gpu gpu-again \
   gpu-tests real clean
 .DEFAULT_GOAL := help
 
@@ -166,6 +167,9 @@ test-thorough: $(STAMP)
 
 test-peers: $(PEERS)
 	PYTHONPATH=$(PEERS) $(OFFLINE) $(PYTEST) tests/peers -p no:cacheprovider -W default -n $(WORKERS) --dist loadscope
+
+mutants: $(STAMP)
+	$(BIN)/python -W ignore -m tests.mutants --all --out benchmarks/results/mutants.json
 
 soak: $(STAMP)
 	$(BIN)/python -W ignore -m tests.soak 100000
