@@ -459,6 +459,8 @@ def block(results: dict[str, dict[str, Any]], further: dict[str, dict[str, dict[
         parts += ["## The same training", sections.curves(results["curves"]["rows"]), _picture(plots.CURVES, results)]
     if plots.BALANCE in drawn:
         parts += ["## Balanced batches", sections.idle_shares(results["balance"]["rows"]), _picture(plots.BALANCE, results)]
+    if plots.ENGINES in drawn:
+        parts += ["## Beside inference engines", _picture(plots.ENGINES, results)]
     grids = [_picture(picture, results) for picture in plots.GRIDS if picture in drawn]
     parts += ["## The compiled kernel, by instruction set", *grids] if grids else []
     further = {folder: found for folder, found in further.items() if plots.files(found)}

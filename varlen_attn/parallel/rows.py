@@ -176,8 +176,13 @@ def sequence_parallel(mesh: Any) -> AbstractContextManager[Any]:
         ArgumentError: ``mesh`` is something else; a stack of layers inside has dropout in training.
 
     Examples:
-        >>> mesh = torch.distributed.init_device_mesh("cpu", (4,))  # doctest: +SKIP
-        >>> with sequence_parallel(mesh):  # doctest: +SKIP
-        ...     out = encoder(x, src_key_padding_mask=mask)
+        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        >>> encoder = VarlenTransformerEncoder(VarlenTransformerEncoderLayer(16, 2, dropout=0.0, batch_first=True), num_layers=2)
+        >>> with sequence_parallel(mesh):
+        ...     out = encoder(torch.randn(2, 5, 16), src_key_padding_mask=torch.arange(5) >= torch.tensor([5, 3])[:, None])
+        >>> out.shape
+        torch.Size([2, 5, 16])
+        >>> torch.distributed.destroy_process_group()
     """
     return opened(state.ranks, Ranks.of(mesh))
