@@ -149,14 +149,15 @@ def share_of(layout: SeqLayout) -> SeqLayout:
     return RankRows.of(layout, ranks)
 
 
-def refuse_dropout(layers: Iterable[nn.Module]) -> None:
-    """In training: ranks would draw the same numbers for different rows, or different ones for what comes after the layers."""
-    for module in (m for layer in layers for m in layer.modules() if m.training):
+def refuse_mixing(layers: Iterable[nn.Module]) -> None:
+    """What would not be that of all rows: random numbers, which ranks would draw alike or leave unlike for what comes after the layers, and
+    statistics of the rows of one rank."""
+    for module in (m for layer in layers for m in layer.modules()):
         for name, x in vars(module).items():
-            if ("drop" in name or name == "p") and type(x) in (int, float) and x > 0:
-                raise ArgumentError(
-                    f"`{name}` of {type(module).__name__} must be 0 where rows are split over ranks, but is {x}: set it to 0."
-                )
+            drawn = module.training and ("drop" in name or name == "p") and type(x) in (int, float) and x > 0
+            if drawn or (name == "track_running_stats" and (module.training or not x)):
+                fix = "set it to 0" if drawn else "a batch norm counts all rows, and needs eval()"
+                raise ArgumentError(f"`{name}` of {type(module).__name__} is {x}, which does not go with rows split over ranks: {fix}.")
 
 
 def sequence_parallel(mesh: Any) -> AbstractContextManager[Any]:
@@ -176,8 +177,13 @@ def sequence_parallel(mesh: Any) -> AbstractContextManager[Any]:
         ArgumentError: ``mesh`` is something else; a stack of layers inside has dropout in training.
 
     Examples:
-        >>> mesh = torch.distributed.init_device_mesh("cpu", (4,))  # doctest: +SKIP
-        >>> with sequence_parallel(mesh):  # doctest: +SKIP
-        ...     out = encoder(x, src_key_padding_mask=mask)
+        >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        >>> encoder = VarlenTransformerEncoder(VarlenTransformerEncoderLayer(16, 2, dropout=0.0, batch_first=True), num_layers=2)
+        >>> with sequence_parallel(mesh):
+        ...     out = encoder(torch.randn(2, 5, 16), src_key_padding_mask=torch.arange(5) >= torch.tensor([5, 3])[:, None])
+        >>> out.shape
+        torch.Size([2, 5, 16])
+        >>> torch.distributed.destroy_process_group()
     """
     return opened(state.ranks, Ranks.of(mesh))

@@ -34,7 +34,7 @@ from ...attention.records import Call, write
 from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
-from ...parallel.rows import all_rows, refuse_dropout
+from ...parallel.rows import all_rows, refuse_mixing
 from .attention import captured, collected
 from .labelled import labelled_in, read_labelled
 from .mask import (
@@ -152,7 +152,7 @@ class LayerHook:
             packed.append(y)
         if not is_rows:
             if meaning.tokens.ranks is not None:
-                refuse_dropout([module])
+                refuse_mixing([module])
             meaning.begin_rows(module)
             if self.tree.left:
                 end_rows()
