@@ -22,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -201,7 +202,14 @@ _embedder: Embedder
 
 def _start(model: str, parts: Parts | None, options: dict[str, Any]) -> None:
     global _embedder  # noqa: PLW0603 - one for each worker process
+    Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     _embedder = Embedder(model, parts, **options)
+
+
+def _end_with(parent: Any) -> None:
+    """Without its parent a worker would compute what has been handed out, beside the run that resumes."""
+    parent.join()
+    os._exit(1)
 
 
 def _embed(block: Block) -> dict[str, Any]:

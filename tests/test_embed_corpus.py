@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from examples import embed_corpus as corpus
 
 pytest.importorskip("sentence_transformers")
 
+ROOT = Path(__file__).parent.parent
 ROWS = 60
 TEXTS = [" ".join(random.Random(i).choices("abcdefgh", k=1 + i * i % 23)) for i in range(ROWS)]
 IDS = [f"doc {(7 * i) % ROWS}" for i in range(ROWS)]  # their order is not that of names
@@ -62,7 +65,11 @@ def assert_equals(vectors: np.ndarray[Any, Any], expected: np.ndarray[Any, Any])
 
 
 class KillingParts(corpus.NumpyParts):
-    """The worker that has written the third part is killed, once, before it can say so."""
+    """The worker that has written the third part is killed, once, before it can say so; or its parent is."""
+
+    def __init__(self, folder: Path, parent: bool = False) -> None:
+        super().__init__(folder)
+        self.parent = parent
 
     def write(self, columns: corpus.Block, row: int | None = None) -> None:
         super().write(columns, row)
@@ -71,7 +78,7 @@ class KillingParts(corpus.NumpyParts):
                 (self.folder / "killed").touch(exist_ok=False)
             except FileExistsError:
                 return
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getppid() if self.parent else os.getpid(), signal.SIGKILL)
 
 
 def test_by_tokens() -> None:
@@ -113,6 +120,28 @@ def test_a_pool_goes_on_when_a_worker_is_killed(
     written = {file: file.stat().st_mtime_ns for file in parts.files()}
     assert corpus.embed_in_pool(rows(), parts, model, workers=1, size=50) == 0
     assert written == {file: file.stat().st_mtime_ns for file in parts.files()}
+
+
+def killed_run(model: str, folder: str) -> None:
+    corpus.embed_in_pool(rows(), KillingParts(Path(folder), parent=True), model, workers=1, size=2, threads=1)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_resumes(model: str, expected: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    """Its worker ends as well, and does not write beside the next run."""
+    program = f"from tests.test_embed_corpus import killed_run; killed_run({model!r}, {str(tmp_path)!r})"
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, timeout=200)  # until the worker closes its output as well
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    parts = corpus.NumpyParts(tmp_path)
+    before = parts.begin(model, {})
+    assert 6 <= len(before) < ROWS
+    embedder = corpus.Embedder(model, parts)
+    for block in corpus.blocks(rows()(), set(before), 7):
+        embedder(block)
+    ids, vectors = found(parts)
+    assert ids == IDS
+    assert_equals(vectors, expected)
 
 
 def test_what_is_done_is_left_out(model: str, expected: np.ndarray[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
