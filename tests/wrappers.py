@@ -397,7 +397,8 @@ def fsdp2_mixed(here: Here) -> None:
         fully_shard(attention, mesh=here.mesh, mp_policy=policy)
         if order == "after":
             enable(attention)
-        for x in (torch.randn(4, LENGTH, WIDTH), torch.randn(4, LENGTH, WIDTH, requires_grad=True)):
+        for grad in (False, True):
+            x = torch.randn(4, LENGTH, WIDTH, dtype=torch.float64, requires_grad=grad)
             for columns in (1, 8):  # so much that it packs
                 rows, hidden = x.repeat(1, columns, 1), torch.cat([padding, *[torch.ones_like(padding)] * (columns - 1)], 1)
                 out = attention(rows, rows, rows, key_padding_mask=hidden, need_weights=False)[0]
