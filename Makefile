@@ -14,9 +14,13 @@
 #   make bench-check     have ratios fallen since the committed results? (a few minutes)
 #   make sanitize        the compiled CPU kernel under the address and undefined-behaviour sanitizers (needs g++)
 #   make test-thorough   many more property-test examples
+#   make test-peers      tests that other projects wrote, on enabled models: those that transformers has for all of its models (half an hour)
+#   make mutants         300 small faults in the library, one at a time: how many do the tests see? (hours)
+#   make soak            100,000 calls of changing shapes in 16 threads, while another thread enables and disables (an hour)
+#   make test-versions   what other versions of transformers and NumPy can change, with the oldest and the newest of them (an hour)
 #   make dist            wheels for Linux (x86-64, Arm) and macOS (Arm), each with its compiled CPU kernel, and the source, in dist/
 #   make docs            the site in build/site, built strictly
-#   make docs-tables     the tables of docs/transformers.md and docs/transforms.md, from the tests (minutes)
+#   make docs-tables     the tables of docs/transformers.md, docs/transforms.md and docs/parallel.md, from the tests (minutes)
 #   make gpu             accept the library on a CUDA device (9 minutes at most)
 #   make gpu-again       what did not pass in FILE, slowly, with all errors in its log: make gpu-again FILE=acceptance.json
 #   make gpu-tests       the tests that need a CUDA device, and those of all backends there
@@ -32,6 +36,8 @@ TEXT := $(VENV)/.text
 PICTURES := $(VENV)/.pictures
 SITE := $(VENV)/.site
 ENGINES := $(VENV)/engines
+PEERS := $(VENV)/peers
+VERSIONS := $(VENV)/versions
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
 # flash-attn's Triton kernels and that of benchmarks/fused_rows.py, run by Triton's interpreter without a GPU. Both variables, in a
@@ -64,7 +70,7 @@ NOT_BUILT := { ! command -v $${CXX:-g++} && echo 'the tests of the compiled kern
 SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)"
 
-.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-engines bench-check test-thorough sanitize dist docs docs-tables gpu gpu-again \
+.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-engines bench-check test-thorough test-peers test-versions soak mutants sanitize dist docs docs-tables gpu gpu-again \
   gpu-tests real clean
 .DEFAULT_GOAL := help
 
@@ -114,6 +120,12 @@ $(ENGINES): $(STAMP)
 	@$(PIP) --no-deps --target $@ onnxruntime openvino openvino-telemetry ctranslate2 onnx onnxscript onnx-ir ml_dtypes flatbuffers protobuf
 	@touch $@
 
+# Other projects' tests, by the network; nothing of them is in the repository.
+$(PEERS): $(STAMP) tests/peers/fetch.py
+	@$(PIP) --no-deps --upgrade --target $@ parameterized
+	@$(BIN)/python -m tests.peers.fetch $@
+	@touch $@
+
 # What builds the site.
 $(SITE): $(STAMP)
 	@$(PIP) -e '.[docs]'
@@ -153,6 +165,18 @@ sanitize: $(STAMP)
 test-thorough: $(STAMP)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests --ignore=tests/lane -q
 
+test-peers: $(PEERS)
+	PYTHONPATH=$(PEERS) $(OFFLINE) $(PYTEST) tests/peers -p no:cacheprovider -W default -n $(WORKERS) --dist loadscope
+
+mutants: $(STAMP)
+	$(BIN)/python -W ignore -m tests.mutants --all --out benchmarks/results/mutants.json
+
+soak: $(STAMP)
+	$(BIN)/python -W ignore -m tests.soak 100000
+
+test-versions: $(STAMP)
+	WORKERS=$(WORKERS) $(BIN)/python -m tests.versions $(VERSIONS)
+
 # Zig is a compiler for all of them, by a package of PyPI, and targets an old glibc. It has no C++ runtime to link, which the kernel does not need.
 DIST := .venv-dist
 ZIG := ziglang==0.17.0
@@ -183,6 +207,7 @@ docs: $(SITE)
 docs-tables: $(STAMP)
 	$(OFFLINE) TRANSFORMERS_VERBOSITY=error $(BIN)/python -W ignore -m tests.integrations.transformers.table
 	$(BIN)/python -W ignore -m tests.transforms
+	$(BIN)/python -W ignore -m tests.wrappers
 
 # Another Python where nothing can be installed, but a torch for CUDA is there: `make gpu GPU_PYTHON=python3`. The acceptance needs torch and
 # einops, the tests pytest, hypothesis and numpy too. GPU_OPTIONS are those of benchmarks.gpu_acceptance. Of the tests everything runs,

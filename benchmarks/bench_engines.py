@@ -29,7 +29,7 @@ import varlen_attn
 
 from .bench_transformers import BEFORE
 from .inputs import Batch, bert, equal_lengths, library, minilm, minilm_tokenizer, natural_order, of_texts, sentence_transformer
-from .measure import Timing, environment, interleave, ratio, save
+from .measure import Timing, environment, home, interleave, ratio, save
 
 ENABLED, PREPACKED, COMPILED = "enable", "enable, prepack", "enable, compile, freezing"
 ONNX, OPENVINO, CTRANSLATE = "ONNX Runtime", "OpenVINO", "CTranslate2"
@@ -83,7 +83,9 @@ def of_vectors(batch: Batch, width: int) -> Batch:
 def model_of(group: str) -> Any:
     torch.manual_seed(0)
     if group == BERT:
-        return bert(12, 768)
+        model = bert(12, 768)
+        model.config.position_embedding_type = "absolute"  # CTranslate2's conversion asks for it
+        return model
     if group == ENCODER:
         layer = nn.TransformerEncoderLayer(512, 8, dim_feedforward=2048, activation="gelu", batch_first=True)
         return nn.TransformerEncoder(layer, 6).eval()
@@ -262,16 +264,18 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="with torch.compile and freezing too, which takes minutes to compile")
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
-    documents, rows = library(), []
+    documents = library()
     for threads in args.threads:
         torch.set_num_threads(threads)
         for what, batch, calls in groups(args, documents, threads):
-            versions = {name: version(package) for name, package in PACKAGES.items() if name in calls}
-            rows.append({**row(what, batch, calls, threads, args.rounds, args.budget), "versions": versions})
-            gains = ", ".join(f"{name} {x:.2f}" for name, x in rows[-1]["ratio"].items())
+            found = row(what, batch, calls, threads, args.rounds, args.budget)
+            found["versions"] = {name: version(package) for name, package in PACKAGES.items() if name in calls}
+            gains = ", ".join(f"{name} {x:.2f}" for name, x in found["ratio"].items())
             print(f"{what}, {batch}, {threads} threads: {gains}", flush=True)
+            if not args.no_save:
+                save("engines", [found], KEYS)  # one at a time: what comes later may take long, or fail
     if not args.no_save:
-        print(f"written to {save('engines', rows, KEYS).name}; {environment()['cpu']}")
+        print(f"written to {home('engines').name}; {environment()['cpu']}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 - Wav2Vec2 and HuBERT, random weights of base width, on the durations of spoken prompts. Their convolutional front end computes padding
   before and after, and takes most of the time; so the transformer, with its positional convolution, is timed alone too.
 - Shapes of other models with random weights, half of each batch padding: MPNet and T5's encoder, whose attention needs columns, in
-  evaluation; BERT base, a step of training. (Whisper's encoder is given no mask: there is nothing to leave out.)
+  evaluation; BERT base, a step of training, and one with its head for masked words, of which 15 % have labels: `enable(model)`, and with
+  `heads="labelled"`. (Whisper's encoder is given no mask: there is nothing to leave out.)
 - `enable` itself, beside one forward of 4 rows of 32 tokens: BERT as large as MiniLM and as BERT base, and a stack of torch's.
 
 Before anything is timed, all outputs at real tokens, and in training the gradients of all parameters, are compared with the model in
@@ -36,6 +37,7 @@ from .inputs import (
     bert,
     equal_lengths,
     library,
+    masked_lm,
     minilm,
     mpnet,
     natural_order,
@@ -212,13 +214,55 @@ def bench_shapes(limits: Limits) -> Iterator[dict[str, Any]]:
         if what == BERT:
             yield from bench_training(model, batch, limits, {"no dropout": what}, SHAPES)
             continue
+        if what == MASKED_LM:
+            yield from bench_masked_lm(model, batch, limits)
+            continue
         calls = {name: partial(evaluate, m, batch.inputs) for name, m in contestants(model, (MODEL,)).items()}
         difference = verify({name: partial(_outputs, call, batch) for name, call in calls.items()}, truth(model, batch))
         yield row(SHAPES, what, str(batch), 1 / batch.fill, contest(calls, limits), Judged({MODEL: SHAPES_GOAL}), difference)
 
 
-BERT = "BERT base, a training step"
-SHAPES_OF: dict[str, Callable[[], Any]] = {"MPNet base": mpnet, "T5 base, the encoder": t5_encoder, BERT: partial(bert, 12, 768)}
+BERT, MASKED_LM = "BERT base, a training step", "BERT base, a masked-LM training step at 15 % labels"
+SHAPES_OF: dict[str, Callable[[], Any]] = {
+    "MPNet base": mpnet,
+    "T5 base, the encoder": t5_encoder,
+    BERT: partial(bert, 12, 768),
+    MASKED_LM: masked_lm,
+}
+
+
+def bench_masked_lm(model: Any, batch: Batch, limits: Limits) -> Iterator[dict[str, Any]]:
+    """One contest, and a row for each way to enable the model, with half of the batch. Verified: the loss, and the gradients of all
+    parameters."""
+    batch = Batch({name: x[1::2] for name, x in batch.inputs.items()}, batch.valid[1::2])
+    chosen = batch.valid & (torch.rand(batch.valid.shape, generator=torch.Generator().manual_seed(1)) < 0.15)
+    batch = batch._replace(inputs=batch.inputs | {"labels": batch.inputs["input_ids"].masked_fill(~chosen, -100)})
+    models = {BEFORE: model}
+    for heads in ("all", "labelled"):
+        models[heads] = copy.deepcopy(model)
+        varlen_attn.enable(models[heads], heads=heads)
+    exact, loss = copy.deepcopy(model).double(), torch.zeros((), dtype=torch.float64)
+    for inputs in batch.alone():
+        if share := int((inputs["labels"] != -100).sum()) / int(chosen.sum()):
+            loss += learn(exact, inputs, share)
+    truth = {"output": loss, **gradients(exact)}
+
+    def results(model: Any) -> dict[str, Tensor]:
+        model.zero_grad()
+        return {"output": learn(model, batch.inputs), **gradients(model)}
+
+    difference = verify({name: partial(results, m) for name, m in models.items()}, truth)
+    timings = contest({name: partial(learn, m, batch.inputs) for name, m in models.items()}, limits)
+    for heads, title in (("all", MASKED_LM), ("labelled", f'{MASKED_LM}, heads="labelled"')):
+        its = {BEFORE: timings[BEFORE], MODEL: timings[heads], AGAIN: timings[AGAIN]}
+        yield row(SHAPES, title, str(batch), 1 / batch.fill, its, Judged(), {MODEL: difference[heads]})
+
+
+def learn(model: Any, inputs: dict[str, Tensor], share: float = 1.0) -> Tensor:
+    """The loss, after its backward; gradients are added up."""
+    loss: Tensor = model(**inputs).loss * share
+    loss.backward()
+    return loss.detach()
 
 
 def bench_training(

@@ -20,7 +20,7 @@ from varlen_attn.cli.demo import BATCH_SIZE, docstrings_in
 from .lengths import SPEECH_MILLISECONDS
 
 __all__ = [
-    "RATE", "SPEECH", "Batch", "equal_lengths", "library", "minilm", "minilm_tokenizer", "mpnet", "natural_order",
+    "RATE", "SPEECH", "Batch", "equal_lengths", "library", "masked_lm", "minilm", "minilm_tokenizer", "mpnet", "natural_order",
     "of_texts", "sentence_transformer", "speech", "t5_encoder", "waves",
 ]  # fmt: skip
 
@@ -113,6 +113,13 @@ def bert(layers: int, width: int) -> Any:
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width, attn_implementation="sdpa"
     )
     return transformers.BertModel(config).eval()
+
+
+def masked_lm() -> Any:
+    """BERT base with its head for masked words, random weights and no dropout, in training mode."""
+    transformers = _quiet_transformers()
+    config = transformers.BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="sdpa")
+    return transformers.BertForMaskedLM(config).train()
 
 
 def mpnet() -> Any:

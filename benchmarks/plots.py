@@ -1,5 +1,5 @@
 """The pictures of the results, for each machine that has some: speed against fill, time and memory against length, losses of a training,
-speed on a GPU. Drawn by matplotlib, which only this file knows.
+speed on a GPU, and beside inference engines. Drawn by matplotlib, which only this file knows.
 
 The file is the same for the same results: no dates, no random names.
 """
@@ -15,16 +15,19 @@ from typing import Any
 from . import bench_balance as balancing
 from . import bench_curves as curves
 from .bench_attention import DIRECTIONS, PLAIN
+from .bench_engines import ENGINES as OTHERS
+from .bench_engines import OURS, ROWS
 from .bench_length import PACKED, PADDED, SCORES
 from .markdown import machine, threads_of, widest
 
-__all__ = ["BALANCE", "CURVES", "FILL", "GPU", "GRIDS", "LENGTH", "SAYS", "available", "draw", "files"]
+__all__ = ["BALANCE", "CURVES", "ENGINES", "FILL", "GPU", "GRIDS", "LENGTH", "SAYS", "available", "draw", "files"]
 
 Results = dict[str, dict[str, Any]]
-FILL, LENGTH, CURVES, GPU, BALANCE = "fill", "length", "curves", "gpu", "balance"
+FILL, LENGTH, CURVES, GPU, BALANCE, ENGINES = "fill", "length", "curves", "gpu", "balance", "engines"
 GRIDS = ("grid_avx2", "grid_avx512")
 NEEDS = {
     FILL: {"encoder", "transformers"}, LENGTH: {"length"}, CURVES: {"curves"}, GPU: {"acceptance"}, BALANCE: {"balance"},
+    ENGINES: {"engines"},
     **{name: {name} for name in GRIDS},
 }  # fmt: skip
 SAYS = {
@@ -33,10 +36,11 @@ SAYS = {
     CURVES: "Losses of a padded and a packed training: the same over steps, and earlier over time for the packed one",
     GPU: "Speedups of whole models and of one attention on a GPU",
     BALANCE: "Share of the time that ranks wait for the slowest one, against the number of ranks, by sampler",
+    ENGINES: "Speedups on a CPU after `enable`, and in inference engines, by batch",
     **dict.fromkeys(GRIDS, "Speedup of the compiled kernel over torch's kernel, by tokens of a sequence and head dimension"),
 }
 _STYLE: Any = {"svg.hashsalt": "varlen_attn", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
-_COLOURS = ("tab:blue", "tab:orange", "tab:green")
+_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:grey")
 
 
 def available() -> bool:
@@ -64,6 +68,7 @@ def draw(results: Results, into: Path, folder: str = "") -> list[str]:
         CURVES: lambda: _curves(results["curves"]),
         GPU: lambda: _gpu(results["acceptance"]),
         BALANCE: lambda: _balance(results["balance"]["rows"]),
+        ENGINES: lambda: _engines(results["engines"]),
         **{name: partial(_grid, results.get(name)) for name in GRIDS},
     }
     drawn = files(results, folder)
@@ -174,6 +179,21 @@ def _gpu(result: dict[str, Any]) -> Any:
     return figure
 
 
+def _engines(result: dict[str, Any]) -> Any:
+    """Bars of how many times faster than the model as it came, a panel for each number of threads."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    order, numbers = list(ROWS), sorted({row["threads"] for row in result["rows"]})
+    for panel, threads in zip(figure.subplots(1, len(numbers), squeeze=False)[0], numbers, strict=True):
+        rows = sorted((row for row in result["rows"] if row["threads"] == threads), key=lambda row: order.index(row["what"]))
+        ways = tuple(name for name in (*OURS, *OTHERS) if any(name in row["ratio"] for row in rows))
+        _bars(panel, [{"what": row["what"], **dict.fromkeys(ways, row)} for row in rows], "what", ways, "ratio", None)
+        panel.set_xlabel(f"times faster than as it came, {threads_of(threads)}")
+    figure.suptitle(f"{machine(result['environment'])}, torch {result['environment']['torch']}, float32", fontsize=9)
+    return figure
+
+
 def _grid(result: Any) -> Any:
     """The compiled kernel against torch's, on sequences of equal lengths."""
     from matplotlib.figure import Figure
@@ -200,19 +220,21 @@ def _facts(stages: dict[str, Any], stage: str) -> list[dict[str, Any]]:
     return found
 
 
-def _bars(panel: Any, rows: list[dict[str, Any]], label: str, ways: tuple[str, ...], ratio: str, name: str) -> None:
-    """One group for each row, one bar for each way."""
+def _bars(panel: Any, rows: list[dict[str, Any]], label: str, ways: tuple[str, ...], ratio: str, name: str | None) -> None:
+    """One group for each row, one bar for each way, whose ratio is that of ``name``, or its own."""
+    height = 0.8 / len(ways)
     for number, way in enumerate(ways):
-        shown = [(place, row[way][ratio][name]) for place, row in enumerate(rows) if name in row.get(way, {}).get(ratio, {})]
-        places = [place + 0.4 * number - 0.2 for place, _ in shown]
-        bars = panel.barh(places, [x for _, x in shown], height=0.38, color=_COLOURS[number], label=way)
-        panel.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+        key = name or way
+        shown = [(place, row[way][ratio][key]) for place, row in enumerate(rows) if key in row.get(way, {}).get(ratio, {})]
+        places = [place + height * (number + 0.5) - 0.4 for place, _ in shown]
+        bars = panel.barh(places, [x for _, x in shown], height=0.95 * height, color=_COLOURS[number], label=way)
+        panel.bar_label(bars, fmt="%.2f", fontsize=7 if len(ways) < 4 else 5, padding=2)
     panel.set_yticks(range(len(rows)), labels=[row[label] for row in rows], fontsize=7)
     panel.axvline(1, color="black", linewidth=0.8)
     panel.invert_yaxis()
     panel.margins(x=0.15)
     panel.grid(visible=False, axis="y")
-    panel.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(ways), frameon=False)
+    panel.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(ways) if len(ways) < 4 else 2, frameon=False)
 
 
 def _length(result: dict[str, Any]) -> Any:

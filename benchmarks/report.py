@@ -249,7 +249,7 @@ def serving(result: dict[str, Any]) -> str:
         "MiniLM in float32 on docstrings cut at 256 tokens, by `examples/serving.py`: texts come at random times, the same for every "
         "contestant, in turns. Loads are shares of what the model as it came answers when all come at once. "
         + (
-            f"Other processes kept {busy:.0f} cores' worth of work waiting or running: times are longer than on a quiet machine."
+            f"The machine was busy: its load average was {busy:.0f} before the run, and times are longer than on a quiet one."
             if busy > 1
             else ""
         )
@@ -459,6 +459,8 @@ def block(results: dict[str, dict[str, Any]], further: dict[str, dict[str, dict[
         parts += ["## The same training", sections.curves(results["curves"]["rows"]), _picture(plots.CURVES, results)]
     if plots.BALANCE in drawn:
         parts += ["## Balanced batches", sections.idle_shares(results["balance"]["rows"]), _picture(plots.BALANCE, results)]
+    if plots.ENGINES in drawn:
+        parts += ["## Beside inference engines", _picture(plots.ENGINES, results)]
     grids = [_picture(picture, results) for picture in plots.GRIDS if picture in drawn]
     parts += ["## The compiled kernel, by instruction set", *grids] if grids else []
     further = {folder: found for folder, found in further.items() if plots.files(found)}

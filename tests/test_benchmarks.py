@@ -489,6 +489,7 @@ def test_pictures_are_the_same_every_time(tmp_path: Path) -> None:
         "grid_avx2": {"rows": [{**grid, "direction": way} for way in ("forward", "forward+backward")], "environment": here},
         "curves": {"rows": [{**steps, "what": what} for what in ("padded", "packed", "packed, other weights")], "environment": here},
         "balance": COMMITTED["balance"],
+        "engines": COMMITTED["engines"],
         "acceptance": json.loads((report.RESULTS / "h200/acceptance.json").read_text()),
     }
     assert plots.draw(results, tmp_path, "some") == [
@@ -496,6 +497,7 @@ def test_pictures_are_the_same_every_time(tmp_path: Path) -> None:
         "curves-some.svg",
         "gpu-some.svg",
         "balance-some.svg",
+        "engines-some.svg",
         "grid_avx2-some.svg",
     ]
     first = {path: path.read_bytes() for path in tmp_path.iterdir()}

@@ -292,6 +292,15 @@ def test_a_comparison_says_it() -> None:
     assert "prepack=True" not in str(compare(model, batch))
 
 
+@pytest.mark.skipif(torch.bfloat16 not in prepacked.dtypes(), reason="this CPU has no such product")
+def test_a_comparison_says_that_rounded_products_are_not_equal() -> None:
+    model = encoder()
+    enable(model, prepack=torch.bfloat16)
+    found = compare(model, {"src": torch.randn(3, 9, D), "src_key_padding_mask": PADDING})
+    assert not found.equal
+    assert "prepack=torch.bfloat16" in str(found)
+
+
 @pytest.mark.parametrize("wrong", ["yes", torch.float16, 1])
 def test_other_values_of_prepack_are_refused(wrong: Any) -> None:
     with pytest.raises(ArgumentError, match=f"`prepack` must be True, False or torch.bfloat16, but is {wrong!r}"):

@@ -274,9 +274,10 @@ def _copy(module: Any, parts: dict[str, Any]) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
 
     def weight(x: Tensor) -> Tensor:
-        if not x.is_floating_point() or not (id(x) in tried or x.dtype != torch.float32):
+        here = not hasattr(x, "full_tensor")  # else others stand in for it
+        if not x.is_floating_point() or (here and id(x) not in tried and x.dtype == torch.float32):
             return x
-        new = x.detach().float()
+        new = x.detach().float() if here else torch.tensor(0.1, device=x.device).expand(x.shape)
         new = new + noise(new, generator) if id(x) in tried else new
         return nn.Parameter(new) if isinstance(x, nn.Parameter) else new
 

@@ -37,8 +37,8 @@ def varlen_conv1d(conv: Callable[[Tensor], Tensor], rows: Tensor, layout: SeqLay
     """A convolution over the time of each sequence: packed rows in, packed rows and the layout of their frames out.
 
     Each sample sees zeros beyond its ends, as it would alone, so its frames never depend on padding or on batch-mates. The samples are
-    convolved as one long row with zeros between them, or padded where that is shorter; a kernel of size 1 is a product on rows. Between two
-    convolutions the zeros have to be restored, because a bias fills them: call this once for each.
+    convolved as one long row with zeros between them, or padded where that is shorter; on a CPU a kernel of size 1 is a product on rows.
+    Between two convolutions the zeros have to be restored, because a bias fills them: call this once for each.
 
     A convolution that keeps lengths (stride 1, ``padding="same"`` or the number that amounts to it) takes any layout and returns the
     same object. Documents of one row are convolved separately. Where a row has padding between tokens, zeros are convolved there;
@@ -77,7 +77,8 @@ def varlen_conv1d(conv: Callable[[Tensor], Tensor], rows: Tensor, layout: SeqLay
         )
     keeps = step.stride == step.reach == 1
     result = layout if keeps else layout.downsample(*step)
-    plain = type(conv) is nn.Conv1d and is_plain(rows) and is_plain(conv.weight) and not (has_hooks(conv) or "forward" in vars(conv))
+    untouched = type(conv) is nn.Conv1d and not has_hooks(conv) and "forward" not in vars(conv)
+    plain = untouched and rows.is_cpu and is_plain(rows) and is_plain(cast(Any, conv).weight)
     if plain and keeps and not layout.has_slack and conv.weight.shape[2] == conv.groups == 1:  # type: ignore[attr-defined]
         layout._check(rows, (layout.num_rows,), "x")
         return F.linear(rows, conv.weight[..., 0], conv.bias), layout  # type: ignore[attr-defined]
@@ -87,7 +88,7 @@ def varlen_conv1d(conv: Callable[[Tensor], Tensor], rows: Tensor, layout: SeqLay
     short = max(step.reach, 1) - before.padded_len
     x_BSC = F.pad(x_BSC, (0, 0, 0, short)) if short > 0 else x_BSC
     x_BCS = x_BSC.transpose(1, 2)
-    made_BCS = _channels_last(conv, x_BCS) if plain and x_BCS.is_cpu else conv(x_BCS)
+    made_BCS = _channels_last(conv, x_BCS) if plain else conv(x_BCS)
     columns, expected, made = x_BSC.shape[1], step.frames(x_BSC.shape[1]), made_BCS.shape[-1]
     if made != expected:
         raise LayoutError(
@@ -125,7 +126,6 @@ def _in_one_row(layout: SeqLayout, starts_Q: Tensor, size: int) -> SeqLayout:
         max_seqlen=min(size, layout.max_seqlen),
         token_indices=torch.where(valid_T, slots_T, 0),
         gather_indices=gather_S,
-        has_holes=False,
         right_padded=False,
         row_ids=torch.zeros_like(starts_Q),
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._switch import original_class
-from .._torch import is_observed, is_plain, num_writes
+from .._torch import is_observed, is_plain, is_sharded, num_writes
 from ..errors import VarlenError
 
 PREPACKED = "_varlen_attn_prepacked"  # the attribute of a module that holds its `Prepacked`
@@ -77,8 +77,8 @@ def linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) ->
             f"the {original_class(module).__name__} must be in evaluation, because it was enabled with prepack=True, but is in training: "
             "call model.eval(), or varlen_attn.enable(model) without prepack before training."
         )
-    if learns or (weight.is_leaf and weight.grad is not None):
-        held.made = None  # a fused optimizer writes to the weight without being counted
+    if learns or is_sharded(module) or (weight.is_leaf and weight.grad is not None):
+        held.made = None  # a fused optimizer writes to the weight without being counted, and so does FSDP
         return F.linear(x, weight, bias)
     return held.linear(x, weight, bias)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -372,6 +373,15 @@ class Architecture:
         return getattr(transformers, self.class_name)  # type: ignore[no-any-return]
 
     @property
+    def exists(self) -> bool:
+        """Whether the installed transformers has this class and takes the configuration. Some versions check the types of a few wrongly."""
+        try:
+            self.model_class.config_class(**self.config)
+        except (AttributeError, StrictDataclassError):
+            return False
+        return True
+
+    @property
     def family(self) -> str:
         return str(self.model_class.config_class.model_type)
 
@@ -406,7 +416,8 @@ class Architecture:
 
 
 def _rows(kind: Kind, inputs: Inputs, base: Config, table: Mapping[str, Config]) -> dict[str, Architecture]:
-    return {name: Architecture(name, kind, inputs, {**base, **config}) for name, config in table.items()}
+    rows = {name: Architecture(name, kind, inputs, {**base, **config}) for name, config in table.items()}
+    return {name: row for name, row in rows.items() if row.exists}
 
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import masking_utils as hf
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
 
 from varlen_attn import ArgumentError, record
 from varlen_attn.data.host_lengths import HostLengths
@@ -56,6 +57,14 @@ KNOWN: dict[str, tuple[Callable[[], Any], Pattern]] = {
     "packed_sequence_compatibility_function of sliding_window_causal_mask_function": (
         lambda: packed(hf.sliding_window_causal_mask_function(2)),
         Pattern(True, (1, None), DOCUMENTS),
+    ),
+    "or_masks of causal_mask_function and all, as in Gemma3TextModel": (
+        lambda: hf.or_masks(hf.causal_mask_function, lambda *args: torch.tensor(True)),
+        Pattern(False),
+    ),
+    "_bidirectional_window_overlay of Gemma3TextModel": (
+        lambda: hf.or_masks(hf.sliding_window_causal_mask_function(3), gemma3._bidirectional_window_overlay(3)),
+        Pattern(False, (2, 2)),
     ),
 }
 
@@ -151,9 +160,18 @@ UNKNOWN: dict[str, Callable[[], Any]] = {
     "packed of packed": lambda: packed(packed(hf.causal_mask_function)),
     "documents without positions": lambda: hf.and_masks(hf.packed_sequence_mask_function(DOCUMENTS), hf.causal_mask_function),
     "positions without documents": lambda: hf.remap_positions_for_packed_sequence(hf.causal_mask_function, POSITIONS),
+    "images": lambda: hf.or_masks(hf.causal_mask_function, lambda b, h, q, k: (q < 2) & (k < 2)),
+    "images by all arguments": lambda: hf.or_masks(hf.causal_mask_function, lambda *args: args[2] + 1 >= args[3]),
+    "nothing more": lambda: hf.or_masks(hf.causal_mask_function, lambda *args: torch.tensor(False)),
+    "a wider window": lambda: hf.or_masks(hf.sliding_window_causal_mask_function(3), gemma3._bidirectional_window_overlay(4)),
+    "all words on one side": lambda: hf.or_masks(hf.causal_mask_function, gemma3._bidirectional_window_overlay(3)),
     "with offsets": lambda: hf.add_offsets_to_mask_function(hf.causal_mask_function, 1, 0),
     "with padding": lambda: hf.and_masks(hf.causal_mask_function, hf.padding_mask_function(DOCUMENTS == 0)),
 }
+
+
+# transformers says so where a model joined a function of its own.
+COMBINED = ("images", "images by all arguments", "nothing more", "a wider window", "all words on one side")
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
@@ -162,7 +180,7 @@ def test_other_patterns_are_not_guessed(name: str) -> None:
     function = UNKNOWN[name]()
     assert classify(function) is None
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    arguments = dict(batch_size=2, q_length=5, kv_length=5, mask_function=function, attention_mask=mask)
+    arguments = dict(batch_size=2, q_length=5, kv_length=5, mask_function=function, attention_mask=mask, use_vmap=name in COMBINED)
     assert same(varlen_mask(**arguments), hf.sdpa_mask(**arguments))
 
 
@@ -425,7 +443,13 @@ SDPA: dict[str, dict[str, Any]] = {
     "a decoding step": dict(q_length=1, kv_length=9, q_offset=8, attention_mask=MASK),
     "a decoding step without padding": dict(q_length=1, kv_length=9, q_offset=8),
     "a decoding step of a static cache": dict(q_length=1, kv_length=9, q_offset=torch.tensor(4), attention_mask=MASK),
-    "a user's and-function": dict(q_length=9, kv_length=9, use_vmap=True, attention_mask=MASK),
+    "a user's and-function": dict(
+        q_length=9,
+        kv_length=9,
+        use_vmap=True,
+        attention_mask=MASK,
+        mask_function=hf.and_masks(hf.causal_mask_function, lambda b, h, q, k: q - k != 2),
+    ),
     "one mask for all rows": dict(q_length=9, kv_length=9, attention_mask=MASK[:1]),
     "a mask of too many columns": dict(q_length=5, kv_length=5, attention_mask=MASK),
 }
@@ -433,7 +457,7 @@ SDPA: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", [n for n in SDPA if n != "a mask of too many columns"])
 def test_what_is_left_to_sdpa(name: str) -> None:
-    arguments = dict(batch_size=2, mask_function=hf.causal_mask_function, **SDPA[name])
+    arguments = {"batch_size": 2, "mask_function": hf.causal_mask_function, **SDPA[name]}
     assert same(varlen_mask(**arguments), hf.sdpa_mask(**arguments))
 
 

@@ -254,8 +254,6 @@ def _what_its_head_reads(root: Any) -> tuple[str, bool]:
     Raises:
         NotPackable: a trial shows that the loss gives gradients to other rows than those of labelled tokens, or is another for these alone.
     """
-    from transformers import PreTrainedModel
-
     trials = prepare(root)
     if isinstance(trials, str):
         raise NotPackable(trials)
@@ -276,7 +274,7 @@ def _what_its_head_reads(root: Any) -> tuple[str, bool]:
         return with_entry(result, 0, read[name])
 
     for name, module in clone.named_modules():
-        if isinstance(module, PreTrainedModel) and name:
+        if hasattr(module, "get_input_embeddings") and name:
             module.register_forward_hook(partial(cut, name))
 
     def learnt() -> dict[str, Tensor]:
@@ -697,6 +695,8 @@ class _Part:
         mixing = next((type(m).__name__ for m in layers.modules() if isinstance(m, _MIXING) and getattr(m, "kernel_size", 0) != (1,)), None)
         if mixing is not None:
             return f"a {mixing} in its layers mixes tokens"
+        if any("quantized.dynamic" in type(m).__module__ for m in layers.modules()):
+            return "its linear layers are quantised with one scale for all rows of a batch, those of padding too"
         if any(hasattr(m, "expert_capacity") for m in layers.modules()):
             return "its experts take a number of tokens that depends on how many there are"
         return stack_hooks.why_hooked(layers, self.options.hooks)

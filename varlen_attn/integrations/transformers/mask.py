@@ -13,7 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from types import FrameType
@@ -133,8 +133,7 @@ def is_entered(model: nn.Module) -> bool:
 
 def forward_of(model: nn.Module) -> Forward | None:
     """That which began last, if it is of this model."""
-    forwards = _thread.forwards
-    return forwards[-1] if forwards and forwards[-1].model is model else None
+    return next((forward for forward in _thread.forwards[-1:] if forward.model is model), None)
 
 
 def labelled_of(model: nn.Module) -> Any:
@@ -559,7 +558,7 @@ def varlen_mask(
         return sdpa_mask(**arguments)  # type: ignore[no-any-return]
     _refuse_own_attention(kwargs.get("config"))
     device = torch.device(kwargs.get("device", "cpu"))
-    pattern = None if kwargs.get("use_vmap") else classify(mask_function)
+    pattern = classify(mask_function)
     make = partial(sdpa_mask, **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     if static_graph() or (attention_mask is not None and is_unreadable(attention_mask)):
         return make()  # type: ignore[no-any-return]
@@ -658,9 +657,11 @@ def classify(mask_function: Callable[..., Any]) -> Pattern | None:
     if mask_function is hf.bidirectional_mask_function:
         return Pattern(False)
     known, code = _known_code(), getattr(mask_function, "__code__", None)
-    parts: Any = _closed_over(mask_function).get("mask_functions", ()) if code is known["both"] else ()
+    parts: Any = _closed_over(mask_function).get("mask_functions", ()) if code in (known["both"], known["either"]) else ()
     if len(parts) != 2:
         return None
+    if code is known["either"]:
+        return _union(*parts)
     overlay, base = parts
     code, inside = getattr(overlay, "__code__", None), _closed_over(overlay)
     if code is known["window"] and base is hf.causal_mask_function:
@@ -675,6 +676,17 @@ def classify(mask_function: Callable[..., Any]) -> Pattern | None:
     return None
 
 
+def _union(base: Any, overlay: Any) -> Pattern | None:
+    """Of a causal window and one on both sides, or of anything and all columns: Gemma as an encoder."""
+    code, inside = getattr(overlay, "__code__", None), _closed_over(overlay)
+    side = int(inside.get("sliding_window", 0)) - 1
+    if getattr(code, "co_qualname", "") == "_bidirectional_window_overlay.<locals>.inner_mask":
+        return Pattern(False, (side, side)) if classify(base) == Pattern(True, (side, None)) else None
+    with suppress(Exception):  # it looks at what it is given
+        return Pattern(False) if not inside and not code.co_argcount and overlay() else None  # type: ignore[union-attr]
+    return None
+
+
 @cache
 def _known_code() -> dict[str, Any]:
     """Of the functions that transformers' makers of mask functions return. One that is not there matches nothing."""
@@ -683,6 +695,7 @@ def _known_code() -> dict[str, Any]:
     nothing: Any = torch.zeros(1, 1, device="cpu")
     makers = {
         "both": ("and_masks", (hf.causal_mask_function,)),
+        "either": ("or_masks", (hf.causal_mask_function,)),
         "window": ("sliding_window_overlay", (1,)),
         "bidirectional window": ("sliding_window_bidirectional_overlay", (1,)),
         "documents": ("packed_sequence_mask_function", (nothing,)),

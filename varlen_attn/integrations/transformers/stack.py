@@ -609,13 +609,12 @@ def _is_whole(layers: Any) -> bool:
     if not len(layers):
         return False
     for i, layer in enumerate(layers, 1):
-        if not layer._forward_pre_hooks:
-            layer = unwrapped(layer)
         for hook in list(layer._forward_pre_hooks.values()):
             if isinstance(owner := getattr(hook, "__self__", None), LayerHook):
                 break
         else:
-            return False
+            inside = [unwrapped(x) for x in layers]
+            return inside != list(layers) and _is_whole(inside)
         if owner.last != (i == len(layers)):
             return False
     return any(map(is_ours, list(layer._forward_hooks.values())))

@@ -1,4 +1,4 @@
-"""What people wrap models in to train them on many workers, done to enabled models: for `test_parallel.py` and `docs/parallel.md`.
+"""What people wrap models in to train them on many workers, done to enabled models: for `test_wrappers.py` and `docs/parallel.md`.
 
 A `Scenario` runs in every one of several processes, which share a process group (gloo). The same steps are taken in one process on the
 model as it came, in float64, on the batches of all ranks.
@@ -6,6 +6,7 @@ model as it came, in float64, on the batches of all ranks.
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import json
@@ -36,6 +37,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from varlen_attn import (
+    ArgumentError,
     DtypeError,
     SeqLayout,
     VarlenMultiheadAttention,
@@ -210,11 +212,12 @@ class Here:
         order: str,
         tolerance: float = 1e-10,
         packed: bool = True,
+        start: Callable[[str], nn.Module] | None = None,
         **options: Any,
     ) -> None:
         """``order``: the model is enabled before it is wrapped, or after, or its attention was built from our classes. In the first two
         cases it is enabled anew and disabled at the end, and computes the same."""
-        model = made(kind, ours=order == "built")
+        model = start(kind) if start else made(kind, ours=order == "built")
         if order == "before":
             enable(model, **options)
         keys = model.state_dict().keys()
@@ -294,7 +297,7 @@ def _is_packed(kind: str, order: str) -> bool:
 @_scenario("`DistributedDataParallel`", "also where a rank has no token in a step", worlds=(2, 4))
 def ddp(here: Here) -> None:
     for kind in ALL:
-        for order in _orders(kind):
+        for order in _orders(kind)[: None if here.world == 2 else 1]:
             wrap = functools.partial(DistributedDataParallel, find_unused_parameters=kind == "bert")
             here.exact(kind, wrap, order, packed=_is_packed(kind, order))
 
@@ -312,7 +315,7 @@ def _sharded(model: Any, mesh: DeviceMesh, **options: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh, **options)
 
 
-@_scenario("`fully_shard` (FSDP2)", "packed before and after it; `disable` keeps what is sharded", worlds=(2, 4))
+@_scenario("`fully_shard` (FSDP2)", "`enable`, `enable` again and `disable` leave it sharded")
 def fsdp2(here: Here) -> None:
     for kind in ALL:
         for order in _orders(kind):
@@ -335,6 +338,50 @@ def fsdp2_parts(here: Here) -> None:
             here.exact("encoder", wrap, order)
 
 
+class Norm(nn.Module):
+    """Of somebody's, of which `enable` finds out that it is token-wise."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+@_scenario("`fully_shard`, layers with a norm of your own", "tried with other weights where only parts are here")
+def fsdp2_own_parts(here: Here) -> None:
+    def wrap(model: Any) -> nn.Module:
+        return _sharded(model, here.mesh)
+
+    def own(kind: str) -> nn.Module:
+        model: Any = made("encoder")
+        for layer in model.inner.layers:
+            layer.norm1, layer.norm2 = Norm(layer.norm1), Norm(layer.norm2)
+        return model  # type: ignore[no-any-return]
+
+    for order in ("before", "after"):
+        here.exact("encoder", wrap, order, start=own)
+
+
+@_scenario("`enable(model, prepack=True)`, then `fully_shard`", "weights are not kept in another format; after `fully_shard`: an error")
+def fsdp2_prepacked(here: Here) -> None:
+    """FSDP writes to weights without being counted."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(256, 4, 512, batch_first=True).eval().requires_grad_(False)
+    plain, x, padding = copy.deepcopy(layer), torch.randn(8, 64, 256), torch.arange(64) >= torch.randint(5, 64, (8, 1))
+    enable(layer, prepack=True)
+    fully_shard(layer, mesh=here.mesh)
+    for factor in (1, 1, 1, 1.2, 1):
+        for p in (*layer.parameters(), *plain.parameters()):
+            p.mul_(factor)
+        given, wanted = (m(x, src_key_padding_mask=padding)[~padding] for m in (layer, plain))
+        _close(given, wanted, "results", 1e-5)
+    sharded = fully_shard(copy.deepcopy(plain), mesh=here.mesh)
+    with pytest.raises(ArgumentError, match="`prepack` must be False"):
+        enable(sharded, prepack=True)
+
+
 @_scenario("`fully_shard` with a `MixedPrecisionPolicy`", "rows at padding are 0, though query and key are cast apart")
 def fsdp2_mixed(here: Here) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.float32)  # below the float64 of the tests
@@ -350,7 +397,8 @@ def fsdp2_mixed(here: Here) -> None:
         fully_shard(attention, mesh=here.mesh, mp_policy=policy)
         if order == "after":
             enable(attention)
-        for x in (torch.randn(4, LENGTH, WIDTH), torch.randn(4, LENGTH, WIDTH, requires_grad=True)):
+        for grad in (False, True):
+            x = torch.randn(4, LENGTH, WIDTH, dtype=torch.float64, requires_grad=grad)
             for columns in (1, 8):  # so much that it packs
                 rows, hidden = x.repeat(1, columns, 1), torch.cat([padding, *[torch.ones_like(padding)] * (columns - 1)], 1)
                 out = attention(rows, rows, rows, key_padding_mask=hidden, need_weights=False)[0]
@@ -358,7 +406,7 @@ def fsdp2_mixed(here: Here) -> None:
                 assert out[~hidden].all()
 
 
-@_scenario("`FullyShardedDataParallel` (FSDP1), `use_orig_params` True or False", "a model of transformers computes attention only")
+@_scenario("`FullyShardedDataParallel` (FSDP1), `use_orig_params` True or False", "stacks of transformers pack if `enable` was before")
 def fsdp1(here: Here) -> None:
     for kind in ALL:
         for order in _orders(kind):
@@ -369,7 +417,7 @@ def fsdp1(here: Here) -> None:
                     options: dict[str, Any] = dict(auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=original)
                     return FullyShardedDataParallel(model, device_mesh=here.mesh, **options)
 
-                here.exact(kind, wrap, order, packed=kind == "encoder" or order == "built" or (kind == "bert" and order == "before"))
+                here.exact(kind, wrap, order, packed=_is_packed(kind, order) and (kind, order) != ("bert", "after"))
 
 
 # A layer of transformers by parts; the parts of its attention are whole heads.
@@ -441,7 +489,7 @@ def two_dimensions(here: Here) -> None:
         half.exact("bert", wrap, order, hooks="packed")
 
 
-@_scenario("`tp_plan=` of transformers", "attention only, and padded where its hooks are")
+@_scenario("`tp_plan=` of transformers", 'attention only; `parallelize_module` after `enable(model, hooks="packed")` packs')
 def tp_plan(here: Here) -> None:
     from transformers import LlamaModel
 
@@ -599,7 +647,7 @@ def accelerate(here: Here) -> None:
             here.exact(kind, accelerator.prepare, order, packed=_is_packed(kind, order))
 
 
-@_scenario("`Trainer` of transformers, under `torchrun`", "losses as those of the padded model")
+@_scenario("`Trainer` of transformers, with the variables of `torchrun`", "losses and weights as those of the padded model")
 def trainer(here: Here) -> None:
     from transformers import Trainer, TrainingArguments
 
@@ -612,7 +660,7 @@ def trainer(here: Here) -> None:
             return {"loss": (self.net(ids, padding).sin() * ~padding[..., None]).sum() / 40}
 
     data = [{"ids": ids, "padding": padding} for i in range(6) for ids, padding in zip(*batch(i, 0), strict=True)]
-    losses = []
+    losses, weights = [], []
     for packed in (False, True):
         model = Loss()
         if packed:
@@ -633,9 +681,34 @@ def trainer(here: Here) -> None:
         with record(model) as log:
             learner.train()
         assert any(call.rows < call.slots for call in log) == packed
-        losses.append([entry["loss"] for entry in learner.state.log_history if "loss" in entry])
+        losses.append([float(entry["loss"]) for entry in learner.state.log_history if "loss" in entry])
+        weights.append(nn.utils.parameters_to_vector(model.parameters()).detach())
     assert len(losses[0]) == 3
-    assert all(abs(a - b) < 1e-6 for a, b in zip(*losses, strict=True)), losses
+    _close(*map(torch.tensor, losses), "losses", 1e-6)
+    _close(*weights, "weights", 1e-10)
+
+
+# -------------------------------------------------------------------- the page
+
+PAGE = Path(__file__).parents[1] / "docs" / "parallel.md"
+UNTESTED = {
+    "DeepSpeed, Megatron": "",
+    "Lightning": "a recipe is below",
+    "`torch.distributed.pipelining`": "a recipe is below",
+    "Several GPUs: NCCL, `nn.DataParallel` on them, `fully_shard` with `CPUOffloadPolicy`": "the tests run on CPUs (gloo)",
+    "`SequenceParallel`": 'its hooks keep stacks padded; do not pass `hooks="packed"` with it, because columns of packed rows are others',
+}
+_BEGIN, _END = "<!-- table -->\n", "<!-- /table -->"
+
+
+def page() -> str:
+    """`docs/parallel.md` with the table as it is."""
+    before, rest = PAGE.read_text().split(_BEGIN)
+    rows = [(x.what, x.outcome, x.note) for x in SCENARIOS.values()]
+    rows += [(what, "untested", note) for what, note in UNTESTED.items()]
+    rows.append(("`context_parallel` of torch", "refused", "no backend sees the columns of other ranks"))
+    table = ["| what is done | | |", "| --- | --- | --- |", *(f"| {what} | {outcome} | {note} |" for what, outcome, note in rows)]
+    return before + _BEGIN + "\n".join(table) + "\n" + _END + rest.split(_END)[1]
 
 
 # -------------------------------------------------------------------- the processes
@@ -682,7 +755,9 @@ if __name__ == "__main__":
     import tempfile
     import time
 
-    for world in map(int, sys.argv[1].split(",")):
+    if not sys.argv[1:]:
+        PAGE.write_text(page())
+    for world in map(int, sys.argv[1:2]):
         with tempfile.TemporaryDirectory() as folder:
             begun = time.perf_counter()
             for name, said in spawn(world, Path(folder), *sys.argv[2:]).items():

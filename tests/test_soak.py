@@ -1,0 +1,34 @@
+"""A short form of ``make soak``, and that it sees what it is for."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import soak
+
+
+def test_many_threads_call_while_another_enables_and_disables() -> None:
+    found = soak.soak(160, threads=16)
+    assert found.calls == 160
+    assert not found.wrong
+
+
+def test_nothing_grows() -> None:
+    found = soak.soak(120, threads=1, change=False)
+    assert not found.wrong
+    assert found.growth()[0] < 0.02
+
+
+def test_a_leak_and_a_wrong_result_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+    compare = soak.Work.compare
+
+    def leaks(*args: object) -> str | None:
+        kept.extend([] for _ in range(2000))
+        return compare(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(soak.Work, "compare", leaks)
+    monkeypatch.setattr(soak, "TOLERANCE", 0.0)
+    found = soak.soak(40, threads=1, change=False)
+    assert found.growth()[0] > 0.02
+    assert any("differs" in problem for problem in found.wrong)
