@@ -279,7 +279,7 @@ def all_to_all(x: Tensor, sizes: list[int], given: list[int], group: Any) -> Ten
     from torch.distributed import _functional_collectives as collectives
 
     # Kernels of ours read memory, so nothing may be under way, nor in a subclass that waits.
-    return collectives.wait_tensor(collectives.all_to_all_single_autograd(x, sizes, given, group))
+    return collectives.wait_tensor(collectives.all_to_all_single_autograd(x, sizes, given, group))  # type: ignore[no-any-return]
 
 
 def with_first_dimension(x: Tensor) -> Tensor:
