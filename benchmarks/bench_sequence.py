@@ -26,7 +26,7 @@ from varlen_attn import SeqLayout, VarlenTransformerEncoder, VarlenTransformerEn
 from .measure import peak_extra, save
 
 KEYS = ("tokens", "ranks", "width", "layers")
-WIDTH, HEADS, LAYERS, WINDOW, TOKENS, RANKS = 64, 4, 2, 511, 65_536, (1, 4)
+WIDTH, HEADS, LAYERS, TOKENS, RANKS = 64, 4, 2, 65_536, (1, 4)
 
 
 class Sent(TorchDispatchMode):
@@ -50,7 +50,6 @@ def step(rank: int, ranks: int, tokens: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=30))
     torch.manual_seed(0)
     layer = VarlenTransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, dropout=0, batch_first=True)
-    layer.self_attn.window = (WINDOW, 0)  # what takes time: nothing of the size of the square is kept without it either
     model, x = VarlenTransformerEncoder(layer, LAYERS), torch.randn(tokens, WIDTH)
     mesh = init_device_mesh("cpu", (ranks,))
 
@@ -73,7 +72,7 @@ def measure(ranks: int, tokens: int) -> dict[str, Any]:
         spawn(step, (ranks, tokens, folder), nprocs=ranks)
         found = [torch.load(Path(folder) / f"{ranks}-{rank}.pt") for rank in range(ranks)]
     return {
-        "tokens": tokens, "ranks": ranks, "width": WIDTH, "layers": LAYERS, "heads": HEADS, "window": WINDOW,
+        "tokens": tokens, "ranks": ranks, "width": WIDTH, "layers": LAYERS, "heads": HEADS,
         "megabytes": round(max(peak for peak, _, _ in found) / 1e6), "sent_megabytes": round(max(n for _, n, _ in found) * 4 / 1e6, 1),
         "reason": found[0][2],
     }  # fmt: skip

@@ -249,7 +249,7 @@ def serving(result: dict[str, Any]) -> str:
         "MiniLM in float32 on docstrings cut at 256 tokens, by `examples/serving.py`: texts come at random times, the same for every "
         "contestant, in turns. Loads are shares of what the model as it came answers when all come at once. "
         + (
-            f"Other processes kept {busy:.0f} cores' worth of work waiting or running: times are longer than on a quiet machine."
+            f"The machine was busy: its load average was {busy:.0f} before the run, and times are longer than on a quiet one."
             if busy > 1
             else ""
         )

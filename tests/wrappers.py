@@ -1,4 +1,4 @@
-"""What people wrap models in to train them on many workers, done to enabled models: for `test_wrappers.py` and `docs/parallel.md`.
+"""What people wrap models in for distributed training, done to enabled models: for `test_wrappers.py` and `docs/parallel.md`.
 
 A `Scenario` runs in every one of several processes, which share a process group (gloo). The same steps are taken in one process on the
 model as it came, in float64, on the batches of all ranks.
@@ -397,7 +397,8 @@ def fsdp2_mixed(here: Here) -> None:
         fully_shard(attention, mesh=here.mesh, mp_policy=policy)
         if order == "after":
             enable(attention)
-        for x in (torch.randn(4, LENGTH, WIDTH), torch.randn(4, LENGTH, WIDTH, requires_grad=True)):
+        for grad in (False, True):
+            x = torch.randn(4, LENGTH, WIDTH, dtype=torch.float64, requires_grad=grad)
             for columns in (1, 8):  # so much that it packs
                 rows, hidden = x.repeat(1, columns, 1), torch.cat([padding, *[torch.ones_like(padding)] * (columns - 1)], 1)
                 out = attention(rows, rows, rows, key_padding_mask=hidden, need_weights=False)[0]
@@ -625,7 +626,7 @@ def checkpoint_wrappers(here: Here) -> None:
                 here.exact(kind, functools.partial(wrap, shard=shard), order)
 
 
-@_scenario("`nn.DataParallel`", "on a CPU it passes everything on; several GPUs are untested")
+@_scenario("`nn.DataParallel`", "on a CPU it calls the module; several GPUs are untested")
 def data_parallel(here: Here) -> None:
     for kind in ALL:
         model, plain = made(kind), made(kind)
@@ -695,7 +696,7 @@ UNTESTED = {
     "Lightning": "a recipe is below",
     "`torch.distributed.pipelining`": "a recipe is below",
     "Several GPUs: NCCL, `nn.DataParallel` on them, `fully_shard` with `CPUOffloadPolicy`": "the tests run on CPUs (gloo)",
-    "`SequenceParallel`": 'its hooks keep stacks padded; do not pass `hooks="packed"` with it, because columns of packed rows are others',
+    "`SequenceParallel`": 'its hooks keep stacks padded; do not pass `hooks="packed"` with it, because packed rows have other columns',
 }
 _BEGIN, _END = "<!-- table -->\n", "<!-- /table -->"
 
@@ -706,7 +707,7 @@ def page() -> str:
     rows = [(x.what, x.outcome, x.note) for x in SCENARIOS.values()]
     rows += [(what, "untested", note) for what, note in UNTESTED.items()]
     rows.append(("`context_parallel` of torch", "refused", "no backend sees the columns of other ranks"))
-    table = ["| what is done | | |", "| --- | --- | --- |", *(f"| {what} | {outcome} | {note} |" for what, outcome, note in rows)]
+    table = ["| what is done | result | |", "| --- | --- | --- |", *(f"| {what} | {outcome} | {note} |" for what, outcome, note in rows)]
     return before + _BEGIN + "\n".join(table) + "\n" + _END + rest.split(_END)[1]
 
 

@@ -153,7 +153,7 @@ def _own(cls: type[Any]) -> type[Any]:
 def _is_part_of(hook: Any) -> bool:
     """Whether a module does not compute without a hook: it makes a weight, or keeps torch from reading one."""
     home = getattr(hook, "__module__", None) or type(hook).__module__
-    return home.startswith("torch.nn.utils") or home == f"{__package__}.modules"
+    return home.startswith("torch.nn.utils") or home == f"{__package__}.nn.multihead"
 
 
 def noise(p: Tensor, generator: torch.Generator) -> Tensor:

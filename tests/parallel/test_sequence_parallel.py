@@ -32,6 +32,7 @@ from varlen_attn import (
     varlen_attention,
 )
 from varlen_attn._state import state, visible
+from varlen_attn.nn.norm import varlen_norm
 from varlen_attn.parallel.rows import split_layouts
 
 Model = tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]
@@ -367,17 +368,25 @@ def check_refusals(rank: int, world: int) -> None:
     with pytest.raises(LayoutError, match="must have lengths on the host, and outside of graphs, where there are fewer heads than ranks"):
         varlen_attention(q[:, :1], q[:, :1], q[:, :1], one, group=mesh)
     near(varlen_attention(q, q, q, one, group=mesh), varlen_attention(q, q, q, layout, group=mesh), "lengths on the device")
+    assert type(split_layouts(layout, None, mesh)[0].gathered(q)) is Tensor, "kernels read memory, which may not be on its way"
     plan = explain(q, q, q, layout, group=mesh)
     assert f"split over {world} ranks: by all-to-all each has 1 of 2 heads" in plan.details()
     assert f"split over {world} ranks: an all-gather" in explain(q[:, :1], q[:, :1], q[:, :1], layout, group=mesh).route_reason
 
     with pytest.raises(LayoutError, match="inside `sequence_parallel` a module sees the rows of its own rank"):
         split_layouts(layout, None, mesh)[0].pool(q, "mean")
+    for norm in (nn.BatchNorm1d(8), nn.GroupNorm(2, 8)):
+        with pytest.raises(LayoutError, match=r"but has rows of one rank|inside `sequence_parallel`"):
+            varlen_norm(norm, q.flatten(1), split_layouts(layout, None, mesh)[0])
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2, enable_nested_tensor=False)
     enable(model)
     x, padding, _ = padded_batch([9, 3], 16)
     with sequence_parallel(mesh):
-        with pytest.raises(ArgumentError, match=r"must be 0 where rows are split over ranks, but is 0\.1"):
+        with pytest.raises(ArgumentError, match=r"`p` of Dropout is 0\.1, which does not go with rows split over ranks|`dropout` of"):
+            model(x.float(), src_key_padding_mask=padding)
+        model.eval()
+        model.layers[1].norm1 = nn.BatchNorm1d(16)
+        with pytest.raises(ArgumentError, match="`track_running_stats` of BatchNorm1d is True"):
             model(x.float(), src_key_padding_mask=padding)
         seen: list[int] = []
         thread = threading.Thread(target=lambda: seen.append(len(visible(state.ranks))))

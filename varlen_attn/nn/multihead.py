@@ -441,7 +441,7 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Padded rows computed too, with torch's meaning of every mask; what is at padding is not read."""
         layout_q = layouts[0]
-        q, k, v = self._project(*inputs.each(*layouts, _columns if inputs.form in ROWS else _without_padding))
+        q, k, v = self._project(*inputs.each(*layouts, (lambda own, x: own.unpack(x)) if inputs.form in ROWS else _without_padding))
         extra = 0
         if self.bias_k is not None and self.bias_v is not None:
             row = (k.shape[0], 1, self.num_heads, self.head_dim)
@@ -485,10 +485,6 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, module: nn.Module | 
     if bias is not None and bias.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight) + bias.to(weight.dtype)  # torch's module takes such a pair, its fused kernel does not
     return F.linear(x, weight, bias) if module is None else linear(module, x, weight, bias)
-
-
-def _columns(layout: SeqLayout, rows: Tensor) -> Tensor:
-    return layout.unpack(rows)
 
 
 def _without_padding(layout: SeqLayout, x: Tensor) -> Tensor:

@@ -50,8 +50,9 @@ def varlen_norm(norm: nn.Module, rows: Tensor, layout: SeqLayout) -> Tensor:
     rows = rows if valid_T1 is None else torch.where(valid_T1, rows, 0)
     given = kind is not nn.GroupNorm and made.running_mean is not None and not norm.training
     if kind is nn.BatchNorm1d:
-        if valid_T1 is not None and not given:
-            raise LayoutError("`layout` must be exact for the statistics of a batch norm, but has slack rows: build it without `capacity`.")
+        if not given and (valid_T1 is not None or layout.ranks):
+            has = "slack rows: build it without `capacity`" if valid_T1 is not None else "rows of one rank: call eval()"
+            raise LayoutError(f"`layout` must be exact for the statistics of a batch norm, but has {has}.")
         out = norm(rows)
     elif given:
         out = norm(rows.T[None])[0].T

@@ -18,7 +18,7 @@ from ..attention.export import static_layouts
 from ..attention.forms import ROWS, Form, PaddingRows, batch_first, form_of, full_layout, nested_rows, pack_rows, unpack_rows
 from ..errors import ArgumentError, LayoutError
 from ..layout.seq_layout import SeqLayout
-from ..parallel.rows import all_rows, refuse_dropout, share_of
+from ..parallel.rows import all_rows, refuse_mixing, share_of
 from .checks import check_inputs
 from .masks import additive_mask, read_masks
 from .token_wise import has_hooks, is_known
@@ -75,7 +75,7 @@ class PackedInput(NamedTuple):
         """For attention of these rows to themselves, or to those of ``memory``, in ``layers``."""
         keys = self if memory is None else memory
         if self.layout.ranks is not None:
-            refuse_dropout(layers)
+            refuse_mixing(layers)
         written = not (self.layout.has_slack or keys.layout.has_slack) or all(_writes_all_rows(layer) for layer in layers)
         return Prepared(self.layout, keys.layout, keys.causal, keys.mask, self.form != "sequence first", written)
 

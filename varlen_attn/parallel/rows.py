@@ -105,8 +105,8 @@ class RankRows(SeqLayout):
 
     def gathered(self, rows: Tensor) -> Tensor:
         """The rows of all ranks, on every one. What goes back is the sum of the gradients of all."""
-        sizes = [n * math.prod(rows.shape[1:]) for n in self.ranks.shares(self.whole.num_rows)]
-        return self.ranks.exchange([rows] * self.ranks.size, sizes).view(self.whole.num_rows, *rows.shape[1:])
+        sizes, shape = self.ranks.shares(self.whole.num_rows), rows.shape[1:]
+        return self.ranks.exchange([rows] * self.ranks.size, [n * math.prod(shape) for n in sizes]).view(sum(sizes), *shape)
 
     def pack(self, x: Tensor) -> Tensor:
         return self.part(self.whole.pack(x))
@@ -118,10 +118,7 @@ class RankRows(SeqLayout):
         """They are those of `whole`, which is checked where it is used."""
 
     def _not_here(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise LayoutError(
-            "inside `sequence_parallel` a module sees the rows of its own rank, with `pack`, `unpack`, `positions`, `columns` and "
-            "`varlen_attention` only: for all rows, write layout.unpack(rows), which gathers them."
-        )
+        raise LayoutError("inside `sequence_parallel` a module sees the rows of its own rank: layout.unpack(rows) gathers all of them.")
 
     seq_ids = property(_not_here)
     pool = split = to_nested = compact = downsample = update_ = to = pin_memory = _not_here
@@ -149,14 +146,15 @@ def share_of(layout: SeqLayout) -> SeqLayout:
     return RankRows.of(layout, ranks)
 
 
-def refuse_dropout(layers: Iterable[nn.Module]) -> None:
-    """In training: ranks would draw the same numbers for different rows, or different ones for what comes after the layers."""
-    for module in (m for layer in layers for m in layer.modules() if m.training):
+def refuse_mixing(layers: Iterable[nn.Module]) -> None:
+    """What would not be that of all rows: random numbers, which ranks would draw alike or leave unlike for what comes after the layers, and
+    statistics of the rows of one rank."""
+    for module in (m for layer in layers for m in layer.modules()):
         for name, x in vars(module).items():
-            if ("drop" in name or name == "p") and type(x) in (int, float) and x > 0:
-                raise ArgumentError(
-                    f"`{name}` of {type(module).__name__} must be 0 where rows are split over ranks, but is {x}: set it to 0."
-                )
+            drawn = module.training and ("drop" in name or name == "p") and type(x) in (int, float) and x > 0
+            if drawn or (name == "track_running_stats" and (module.training or not x)):
+                fix = "set it to 0" if drawn else "a batch norm counts all rows, and needs eval()"
+                raise ArgumentError(f"`{name}` of {type(module).__name__} is {x}, which does not go with rows split over ranks: {fix}.")
 
 
 def sequence_parallel(mesh: Any) -> AbstractContextManager[Any]:
@@ -173,7 +171,7 @@ def sequence_parallel(mesh: Any) -> AbstractContextManager[Any]:
         mesh: a `DeviceMesh` of one dimension (``mesh["sequence"]`` of one with more), or a `ProcessGroup`.
 
     Raises:
-        ArgumentError: ``mesh`` is something else; a stack of layers inside has dropout in training.
+        ArgumentError: ``mesh`` is something else; a stack of layers inside has dropout, or batch norms, in training.
 
     Examples:
         >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from varlen_attn import disable, enable, record
 
-from .tiny import COMMON, assert_close, batch, build, reasons, shake
+from .tiny import COMMON, assert_close, assert_same_gradients, batch, build, gradients, reasons, shake
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = [*SPECIAL, *(letter * n for letter in "abcdefghijklmno" for n in (1, 2, 3))]  # as many as `tiny.VOCABULARY`
@@ -110,6 +110,24 @@ def test_embeddings_of_decoders(make: Callable[[], Any], side: str, how: str, tm
     # An encoder with padding before its tokens, of which code around it may read the first column.
     rows = side == "right" or not getattr(model[0].model.config, "use_bidirectional_attention", False)
     assert_packed_and_equal(model, lambda: model.encode(TEXTS, convert_to_tensor=True), rows)
+
+
+@pytest.mark.parametrize("side", ["right", "left", "both"])
+def test_gemma_as_an_encoder_learns_the_same(side: str) -> None:
+    """Layers with a window on both sides, and those that see all columns."""
+    model = gemma(use_bidirectional_attention=True, layer_types=["sliding_attention", "full_attention"]).double()
+    inputs = batch(side)
+    inputs = inputs | {"input_ids": inputs["input_ids"] * inputs["attention_mask"]}
+    valid = inputs["attention_mask"].bool()
+
+    def learnt() -> dict[str, Tensor]:
+        return gradients(model, model(**inputs).last_hidden_state[valid].sin().sum())
+
+    want = learnt()
+    enable(model)
+    with record(model) as log:
+        assert_same_gradients(learnt(), want, 2e-5)  # its norms compute in float32
+    assert all(x.rows < x.slots for x in log)
 
 
 @pytest.mark.parametrize("expansion", [False, True])

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.bert.modeling_bert import BertLayer
 
-from varlen_attn import VarlenError, _clone, _switch, disable, enable, enabled, record
+from varlen_attn import VarlenError, VarlenMultiheadAttention, _clone, _switch, disable, enable, enabled, record
 from varlen_attn.integrations.transformers import enabling as integration
 from varlen_attn.integrations.transformers import trial as hf_trial
 from varlen_attn.integrations.transformers.stack import LayerHook, is_ours
@@ -98,6 +98,15 @@ def test_zeros_are_noise_in_the_clone_only() -> None:
     assert clone_of(model).pooler.dense.bias.any()
     assert not model.pooler.dense.bias.any()
     assert model.pooler.dense.bias._version == version
+
+
+def test_a_clone_of_attention_that_packs_is_called_by_torchs_layer() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True)
+    layer.self_attn = VarlenMultiheadAttention(16, 2, batch_first=True)
+    found = _clone.clone(layer.eval())[0]
+    with record() as log, torch.no_grad():
+        found(torch.randn(2, 3, 16))
+    assert len(log.calls) == 1
 
 
 class Skipping(transformers.BertPreTrainedModel):

@@ -34,7 +34,7 @@ from ...attention.records import Call, write
 from ...data.host_lengths import HostLengths
 from ...errors import VarlenError
 from ...layout.seq_layout import SeqLayout
-from ...parallel.rows import all_rows, refuse_dropout
+from ...parallel.rows import all_rows, refuse_mixing
 from .attention import captured, collected
 from .labelled import labelled_in, read_labelled
 from .mask import (
@@ -152,7 +152,7 @@ class LayerHook:
             packed.append(y)
         if not is_rows:
             if meaning.tokens.ranks is not None:
-                refuse_dropout([module])
+                refuse_mixing([module])
             meaning.begin_rows(module)
             if self.tree.left:
                 end_rows()
@@ -609,13 +609,12 @@ def _is_whole(layers: Any) -> bool:
     if not len(layers):
         return False
     for i, layer in enumerate(layers, 1):
-        if not layer._forward_pre_hooks:
-            layer = unwrapped(layer)
         for hook in list(layer._forward_pre_hooks.values()):
             if isinstance(owner := getattr(hook, "__self__", None), LayerHook):
                 break
         else:
-            return False
+            inside = [unwrapped(x) for x in layers]
+            return inside != list(layers) and _is_whole(inside)
         if owner.last != (i == len(layers)):
             return False
     return any(map(is_ours, list(layer._forward_hooks.values())))
