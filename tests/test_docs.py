@@ -139,6 +139,9 @@ def test_links_and_make_targets_exist(page: str) -> None:
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target), (link, anchor)
+    for line in re.findall(r"^--\d+ ?<.*$", (ROOT / page).read_text(), flags=re.MULTILINE):  # a formatter of code may break them
+        assert (included := re.fullmatch(r'--8<-- "(.*)"', line)), line
+        assert (ROOT / included[1]).exists(), line
     makefile = (ROOT / "Makefile").read_text()
     for make in re.findall(r"`make ([a-z-]+)", text):
         assert re.search(rf"^{make}:", makefile, flags=re.MULTILINE), make

@@ -1,4 +1,4 @@
-"""What people wrap models in to train them on many workers, done to enabled models: for `test_wrappers.py` and `docs/parallel.md`.
+"""What people wrap models in for distributed training, done to enabled models: for `test_wrappers.py` and `docs/parallel.md`.
 
 A `Scenario` runs in every one of several processes, which share a process group (gloo). The same steps are taken in one process on the
 model as it came, in float64, on the batches of all ranks.
@@ -626,7 +626,7 @@ def checkpoint_wrappers(here: Here) -> None:
                 here.exact(kind, functools.partial(wrap, shard=shard), order)
 
 
-@_scenario("`nn.DataParallel`", "on a CPU it passes everything on; several GPUs are untested")
+@_scenario("`nn.DataParallel`", "on a CPU it calls the module; several GPUs are untested")
 def data_parallel(here: Here) -> None:
     for kind in ALL:
         model, plain = made(kind), made(kind)
@@ -696,7 +696,7 @@ UNTESTED = {
     "Lightning": "a recipe is below",
     "`torch.distributed.pipelining`": "a recipe is below",
     "Several GPUs: NCCL, `nn.DataParallel` on them, `fully_shard` with `CPUOffloadPolicy`": "the tests run on CPUs (gloo)",
-    "`SequenceParallel`": 'its hooks keep stacks padded; do not pass `hooks="packed"` with it, because columns of packed rows are others',
+    "`SequenceParallel`": 'its hooks keep stacks padded; do not pass `hooks="packed"` with it, because packed rows have other columns',
 }
 _BEGIN, _END = "<!-- table -->\n", "<!-- /table -->"
 
@@ -707,7 +707,7 @@ def page() -> str:
     rows = [(x.what, x.outcome, x.note) for x in SCENARIOS.values()]
     rows += [(what, "untested", note) for what, note in UNTESTED.items()]
     rows.append(("`context_parallel` of torch", "refused", "no backend sees the columns of other ranks"))
-    table = ["| what is done | | |", "| --- | --- | --- |", *(f"| {what} | {outcome} | {note} |" for what, outcome, note in rows)]
+    table = ["| what is done | result | |", "| --- | --- | --- |", *(f"| {what} | {outcome} | {note} |" for what, outcome, note in rows)]
     return before + _BEGIN + "\n".join(table) + "\n" + _END + rest.split(_END)[1]
 
 

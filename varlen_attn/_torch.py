@@ -278,7 +278,11 @@ def all_to_all(x: Tensor, sizes: list[int], given: list[int], group: Any) -> Ten
     """``given`` numbers of ``x`` to each process of a group, and ``sizes`` from each; differentiable, and an op in graphs."""
     from torch.distributed import _functional_collectives as collectives
 
-    return collectives.all_to_all_single_autograd(x, sizes, given, group)
+    # Kernels of ours read memory, so nothing may be under way, nor in a subclass that waits. Where torch knows no derivative of waiting, a
+    # copy waits.
+    came: Tensor = collectives.all_to_all_single_autograd(x, sizes, given, group)
+    waited: Tensor = collectives.wait_tensor(came)
+    return waited if waited.requires_grad == came.requires_grad else came.clone()
 
 
 def with_first_dimension(x: Tensor) -> Tensor:

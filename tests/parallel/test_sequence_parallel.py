@@ -371,6 +371,7 @@ def check_refusals(rank: int, world: int) -> None:
     with pytest.raises(LayoutError, match="must have lengths on the host, and outside of graphs, where there are fewer heads than ranks"):
         varlen_attention(q[:, :1], q[:, :1], q[:, :1], one, group=mesh)
     near(varlen_attention(q, q, q, one, group=mesh), varlen_attention(q, q, q, layout, group=mesh), "lengths on the device")
+    assert type(split_layouts(layout, None, mesh)[0].gathered(q)) is Tensor, "kernels read memory, which may not be on its way"
     plan = explain(q, q, q, layout, group=mesh)
     assert f"split over {world} ranks: by all-to-all each has 1 of 2 heads" in plan.details()
     assert f"split over {world} ranks: an all-gather" in explain(q[:, :1], q[:, :1], q[:, :1], layout, group=mesh).route_reason
