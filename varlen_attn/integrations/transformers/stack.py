@@ -150,9 +150,9 @@ class LayerHook:
                 meaning.keep_padded(f"the layers are given `{name}`{kind}, which is not by token, or asked for it", filled)
                 return None
             packed.append(y)
+        if meaning.tokens.ranks is not None:
+            refuse_mixing([module])
         if not is_rows:
-            if meaning.tokens.ranks is not None:
-                refuse_mixing([module])
             meaning.begin_rows(module)
             if self.tree.left:
                 end_rows()
