@@ -173,7 +173,7 @@ def test_gradients_in_evaluation_are_those_of_the_model_as_it_came(used: list[Te
 @each_host
 def test_training_is_refused(build: Callable[[], Any], call: Callable[..., Tensor], weights: int) -> None:
     model = enable_copy(build()).train()
-    with pytest.raises(VarlenError, match=r"in evaluation, because it was enabled with prepack=True"):
+    with pytest.raises(VarlenError, match=r"in evaluation, because it was enabled with prepack, but"):
         call(model, PADDING)
     enable(model)
     call(model, PADDING).sum().backward()
@@ -230,6 +230,17 @@ def test_what_is_counted_recorded_or_transformed_is_the_usual_product(used: list
         assert layer(x).dtype == torch.bfloat16
     assert layer.to("meta")(x.to("meta")).is_meta
     assert not used
+
+
+@pytest.mark.parametrize("prepack", [True, torch.bfloat16])
+def test_another_width_is_refused_in_the_words_of_torch(prepack: Any) -> None:
+    model = nn.Sequential(nn.Linear(D, 8)).eval()
+    enable(model, prepack=prepack)
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.randn(5, D))
+        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+            model(torch.randn(5, D - 1))
 
 
 def test_hooks_of_an_output_projection_are_not_called() -> None:

@@ -1142,7 +1142,8 @@ def test_from_batch_index_counts_the_nodes_of_each_graph(counts: list[int], extr
     ("batch", "num_graphs", "error", "text"),
     [
         ([0, 1, 0], None, LayoutError, r"`batch` must be sorted, but batch\[2\] = 0 comes after 1: sort the nodes"),
-        ([-1, 0], None, LayoutError, "`batch` must hold numbers 0 or more, but holds -1"),
+        ([-1, 0], None, LayoutError, "`batch` must hold numbers from 0 to 16777217 without `num_graphs`, but holds -1"),
+        ([0, 2**31], None, LayoutError, "`batch` must hold numbers from 0 to 16777217 without `num_graphs`, but holds 2147483648"),
         ([0, 2], 2, LayoutError, "`batch` must hold numbers from 0 to num_graphs - 1 = 1, but holds 2"),
         ([0], -1, LayoutError, "`num_graphs` must be an integer of at least 0, but is -1"),
         ([0.0], None, DtypeError, "`batch` must be a tensor of integers, but is torch.float32"),

@@ -232,6 +232,17 @@ def test_what_is_no_convolution_over_zeros_is_refused() -> None:
         varlen_conv1d(nn.Linear(CHANNELS, 2), rows, layout)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_what_is_not_finite_stays_in_its_sequence(groups: int, dtype: torch.dtype) -> None:
+    layout, rows = SeqLayout.from_lengths([3, 1, 3, 4]), torch.randn(11, 4, dtype=dtype)
+    rows[3] = float("nan")
+    for kernel, dilation, padding in ((2, 2, 1), (3, 1, 1), (3, 1, 0)):
+        conv = nn.Conv1d(4, 8, kernel, padding=padding, dilation=dilation, groups=groups, dtype=dtype)
+        out, frames = varlen_conv1d(conv, rows, layout)
+        assert not out[frames.seq_ids != 1].isnan().any(), (kernel, dilation, padding)
+
+
 def test_any_form_of_the_attributes_and_any_wrapper() -> None:
     layout, rows = SeqLayout.from_lengths([5, 2]), torch.randn(7, CHANNELS)
 
@@ -469,6 +480,9 @@ def test_other_norms_and_rows_are_refused() -> None:
     for rows in (torch.randn(4, 5), torch.randn(3, 4)):
         with pytest.raises(LayoutError, match="`rows` must begin with 4x4"):
             varlen_norm(nn.GroupNorm(2, 4), rows, layout)
+    for norm in (nn.GroupNorm(1, 4, affine=False), nn.BatchNorm1d(4)):
+        with pytest.raises(LayoutError, match=r"`rows` must be \(T, C\), but have shape \(4, 4, 4\)"):
+            varlen_norm(norm, torch.randn(4, 4, 4), layout)
 
 
 def test_half_precision_norms_in_float32() -> None:

@@ -168,12 +168,14 @@ def masked_encoder() -> Model:
     return model, lambda x, padding: model(x, mask=mask[: x.shape[1], : x.shape[1]], src_key_padding_mask=padding)
 
 
-def decoder() -> Model:
-    """To what it is given itself, reversed."""
+def decoder(one: bool = False) -> Model:
+    """To what it is given itself, reversed; or to its first token, which may be fewer rows than there are ranks."""
     torch.manual_seed(0)
     layer = nn.TransformerDecoderLayer(16, 4, 32, dropout=0, batch_first=True, dtype=torch.float64)
     model = nn.TransformerDecoder(layer, 2)
     enable(model)
+    if one:
+        return model, lambda x, padding: model(x, x[:, :1], tgt_is_causal=True, tgt_key_padding_mask=padding)
     return model, lambda x, padding: model(
         x, x.flip(0), tgt_is_causal=True, tgt_key_padding_mask=padding, memory_key_padding_mask=padding.flip(0)
     )
@@ -228,6 +230,7 @@ MODELS: list[tuple[Callable[[], Model], int, tuple[int, ...]]] = [
     (causal_encoder, 2, (2,)),
     (masked_encoder, 0, (2,)),
     (decoder, 4, (3,)),
+    (partial(decoder, one=True), 4, (3,)),
     (bert, 2, (2, 4)),
     (llama, 2, (2, 3)),
     (partial(llama, 1), 2, (4,)),
@@ -381,7 +384,17 @@ def check_refusals(rank: int, world: int) -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2, enable_nested_tensor=False)
     enable(model)
     x, padding, _ = padded_batch([9, 3], 16)
+    normed = VarlenTransformerEncoder(VarlenTransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True), 1, nn.BatchNorm1d(16))
+    config = transformers.BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+    second = transformers.BertModel(config)
+    for module in (second.embeddings.dropout, *second.encoder.layer[0].modules()):
+        vars(module).update({name: 0.0 for name in ("p", "dropout_prob") if name in vars(module)})
+    enable(second)
     with sequence_parallel(mesh):
+        with pytest.raises(ArgumentError, match="`track_running_stats` of BatchNorm1d is True"):
+            normed(x.float(), src_key_padding_mask=padding)
+        with pytest.raises(ArgumentError, match=r"is 0\.1, which does not go with rows split over ranks"):
+            second(inputs_embeds=x.float(), attention_mask=(~padding).long())
         with pytest.raises(ArgumentError, match=r"`p` of Dropout is 0\.1, which does not go with rows split over ranks|`dropout` of"):
             model(x.float(), src_key_padding_mask=padding)
         model.eval()

@@ -316,7 +316,8 @@ class SeqLayout:
         check_integer_vector(batch, "batch")
         if is_tracing(batch):
             raise ArgumentError("`batch` cannot be read while tracing: build the layout outside of the compiled function.")
-        graphs = 0 if num_graphs is None else check_at_least(0, num_graphs, "num_graphs", error=LayoutError)
+        least = 0 if num_graphs is None else check_at_least(0, num_graphs, "num_graphs", error=LayoutError)
+        graphs = len(batch) + 2**24 if num_graphs is None else least  # a wild number would take all memory
         ids = batch.to("cpu", torch.int64)
         down = ids.diff() < 0
         if down.any():
@@ -324,10 +325,10 @@ class SeqLayout:
             fix = "sort the nodes by graph (order = batch.argsort(stable=True)), with all that belongs to them"
             raise LayoutError(f"`batch` must be sorted, but batch[{i + 1}] = {ids[i + 1]} comes after {ids[i]}: {fix}.")
         ends = ids[[0, -1]].tolist() if len(ids) else [0, -1]
-        if ends[0] < 0 or (num_graphs is not None and ends[1] >= graphs):
-            limit = "0 or more" if num_graphs is None else f"from 0 to num_graphs - 1 = {graphs - 1}"
-            raise LayoutError(f"`batch` must hold numbers {limit}, but holds {ends[ends[0] >= 0]}: give the number of all graphs.")
-        return cls.from_lengths(torch.bincount(ids, minlength=graphs), padded_len, device=batch.device)
+        if ends[0] < 0 or ends[1] >= graphs:
+            last = f"{graphs - 1} without `num_graphs`" if num_graphs is None else f"num_graphs - 1 = {graphs - 1}"
+            raise LayoutError(f"`batch` must hold numbers from 0 to {last}, but holds {ends[ends[0] >= 0]}: give the number of all graphs.")
+        return cls.from_lengths(torch.bincount(ids, minlength=least), padded_len, device=batch.device)
 
     @classmethod
     @_constructor

@@ -45,6 +45,8 @@ def varlen_norm(norm: nn.Module, rows: Tensor, layout: SeqLayout) -> Tensor:
             "of each token on rows as they are, and any other on each sample of layout.split(rows)."
         )
     channels = made.num_channels if kind is nn.GroupNorm else made.num_features
+    if rows.dim() != 2:
+        raise LayoutError(f"`rows` must be (T, C), but have shape {tuple(rows.shape)}: for a padded (B, S, C) call layout.pack(x) first.")
     layout._check(rows, (layout.num_rows, channels), "rows")
     valid_T1 = layout.valid_rows()[:, None] if layout.has_slack else None
     rows = rows if valid_T1 is None else torch.where(valid_T1, rows, 0)

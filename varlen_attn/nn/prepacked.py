@@ -74,7 +74,7 @@ def linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if learns and module.training:
         raise VarlenError(
-            f"the {original_class(module).__name__} must be in evaluation, because it was enabled with prepack=True, but is in training: "
+            f"the {original_class(module).__name__} must be in evaluation, because it was enabled with prepack, but is in training: "
             "call model.eval(), or varlen_attn.enable(model) without prepack before training."
         )
     if learns or is_sharded(module) or (weight.is_leaf and weight.grad is not None):
@@ -87,7 +87,7 @@ def _can(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """A product on a CPU that takes some time, and that no mode counts or records."""
     if x.numel() * weight.shape[0] < _LEAST_WORK or not (is_plain(x) and is_plain(weight)) or is_observed():
         return False
-    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()):
+    if x.shape[-1] != weight.shape[1] or (bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous())):
         return False  # the kernel would read others
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if x.dtype not in dtypes() or not all(t.is_cpu and t.dtype == x.dtype for t in tensors) or weight.is_inference():

@@ -71,11 +71,11 @@ class PackedInput(NamedTuple):
         layout, rows = all_rows(self.layout, rows) if self.split else (self.layout, rows)
         return unpack_rows(layout, rows, self.form, self.given, padding_rows)
 
-    def prepared(self, layers: Iterable[nn.Module], memory: PackedInput | None = None) -> Prepared:
-        """For attention of these rows to themselves, or to those of ``memory``, in ``layers``."""
+    def prepared(self, layers: Iterable[nn.Module], memory: PackedInput | None = None, norm: nn.Module | None = None) -> Prepared:
+        """For attention of these rows to themselves, or to those of ``memory``, in ``layers``, which ``norm`` follows."""
         keys = self if memory is None else memory
         if self.layout.ranks is not None:
-            refuse_mixing(layers)
+            refuse_mixing([*layers, norm or nn.Identity()])
         written = not (self.layout.has_slack or keys.layout.has_slack) or all(_writes_all_rows(layer) for layer in layers)
         return Prepared(self.layout, keys.layout, keys.causal, keys.mask, self.form != "sequence first", written)
 
@@ -174,7 +174,7 @@ def pack_input(attn: nn.Module, name: str, x: Tensor, masks: Masks, queries: Pac
     rows = pack_rows(layout, x, name, form, apart=True)
     if form not in ROWS:  # not the caller's own
         mark_unbacked(rows)
-    share = share_of(layout)
+    share = share_of(layout, None if queries is None else queries.layout)
     if split := share is not layout:
         rows = share.part(rows)  # type: ignore[attr-defined]
     causal = masks.is_causal if masks.attn is None else not facts.not_causal

@@ -188,7 +188,7 @@ class VarlenTransformerEncoder(nn.TransformerEncoder):
         """
         first = self.layers[0]
         stream = pack_input(first.self_attn, "src", src, Masks(src_key_padding_mask, mask, bool(is_causal), layout, compare=True))
-        x, prepared = stream.rows, stream.prepared(self.layers)
+        x, prepared = stream.rows, stream.prepared(self.layers, norm=self.norm)
         for layer in self.layers:
             if takes_prepared(layer, prepared):
                 x = layer(x, layout=prepared)
@@ -351,7 +351,7 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
         target = pack_input(first.self_attn, "tgt", tgt, Masks(tgt_key_padding_mask, tgt_mask, bool(tgt_is_causal), layout, compare=True))
         masks = Masks(memory_key_padding_mask, memory_mask, memory_is_causal, layout_kv, compare=True)
         source = pack_input(first.multihead_attn, "memory", memory, masks, target)
-        x, own, across = target.rows, target.prepared(self.layers), target.prepared(self.layers, source)
+        x, own, across = target.rows, target.prepared(self.layers, norm=self.norm), target.prepared(self.layers, source)
         for layer in self.layers:
             if takes_prepared(layer, own) and across.written:
                 x = layer(x, source.rows, layout=own, layout_kv=across)

@@ -136,14 +136,15 @@ def all_rows(layout: SeqLayout, rows: Tensor) -> tuple[SeqLayout, Tensor]:
     return (layout.whole, layout.gathered(rows)) if isinstance(layout, RankRows) else (layout, rows)
 
 
-def share_of(layout: SeqLayout) -> SeqLayout:
+def share_of(layout: SeqLayout, queries: SeqLayout | None = None) -> SeqLayout:
     """For the rows of this rank, in a block of `sequence_parallel`; ``layout`` itself outside of it, and where there are fewer rows than
-    ranks: these are computed whole on every rank."""
+    ranks: these are computed whole on every rank. What ``queries`` attend to is split where they are."""
     traced = torch.compiler.is_compiling()
     ranks = _state.ranks if traced or state.ranks else None
-    if ranks is None or ranks.size == 1 or type(layout) is not SeqLayout or (not traced and layout.num_rows < ranks.size):
+    if ranks is None or ranks.size == 1 or type(layout) is not SeqLayout:
         return layout
-    return RankRows.of(layout, ranks)
+    whole = queries.ranks is None if queries is not None else not traced and layout.num_rows < ranks.size
+    return layout if whole else RankRows.of(layout, ranks)
 
 
 def refuse_mixing(layers: Iterable[nn.Module]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from varlen_attn import disable, enable, enabled, record
 from varlen_attn.errors import ArgumentError, VarlenError
@@ -186,6 +187,79 @@ def test_calls_without_labels_are_what_they_were(name: str) -> None:
         kept = torch.arange(9)
         assert model(**inputs, labels=labels, logits_to_keep=kept).logits.shape == want.shape
     assert model.base_model(**inputs)[0].shape == (4, 9, 32)
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("how", ["argument", "configuration"])
+def test_a_loss_of_routers_before_logits(how: str, return_dict: bool) -> None:
+    experts = dict(num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=2)
+    model, inputs = build("Mixtral", "ForCausalLM", dtype=torch.float32, **experts), labelled()
+    asked: dict[str, Any] = {"output_router_logits": True} if how == "argument" else {}
+    model.config.output_router_logits = not asked
+    want = model(**inputs, **asked, return_dict=return_dict)
+    enable(model, heads="labelled")
+    got = model(**inputs, **asked, return_dict=return_dict)
+    assert len(got) == len(want)
+    for i in (0, 1):
+        assert_close(got[i], want[i], 1e-6)
+    assert_close(got[2], want[2][counted(model, inputs)], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["Bert", "Llama"])
+def test_another_ignored_label(name: str) -> None:
+    """Some losses know it, others always ignore -100."""
+    model, inputs = build(name, "ForMaskedLM" if name == "Bert" else "ForCausalLM"), labelled()
+    inputs["labels"] = inputs["labels"].masked_fill(inputs["labels"] == -100, 7)
+    want = model(**inputs, ignore_index=7)
+    enable(model, heads="labelled")
+    got = model(**inputs, ignore_index=7)
+    assert_close(got.loss, want.loss, 1e-6)
+    assert got.logits.shape == want.logits.shape
+
+
+@pytest.mark.parametrize("how", ["checkpointed", "compiled", "another"])
+@pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning", "ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_model_inside_that_was_replaced(how: str) -> None:
+    """All rows are computed. Labels of all tokens but one are as many as there are rows."""
+    model, inputs = build("Bert", "ForMaskedLM"), batch()
+    inputs["attention_mask"] = torch.ones(4, 9, dtype=torch.long)
+    inputs["labels"] = torch.randint(4, 50, (4, 9), generator=torch.Generator().manual_seed(2))
+    inputs["labels"][0, 0] = -100
+    want = model(**inputs)
+    expected = gradients(model, want.loss)
+    enable(model, heads="labelled")
+    new = {"checkpointed": checkpoint_wrapper, "compiled": lambda m: torch.compile(m, backend="eager"), "another": copy.deepcopy}[how]
+    model.bert = new(model.bert)
+    if how == "another":
+        disable(model.bert)
+        model.tie_weights()
+    got = model(**inputs)
+    assert_close(got.loss, want.loss, 1e-12)
+    found = gradients(model, got.loss)
+    assert_same_gradients(dict(zip(expected, found.values(), strict=True)), expected, 1e-12)
+    assert got.logits.shape == want.logits.shape
+
+
+@pytest.mark.parametrize("heads", ["all", "labelled"])
+@pytest.mark.parametrize("name", ["Bert", "Llama"])
+def test_a_model_inside_of_another_that_was_enabled(name: str, heads: Any) -> None:
+    """Labels at padding of the model around it are seen."""
+    model, inputs = build(name, "ForMaskedLM" if name == "Bert" else "ForCausalLM"), labelled(padding=True)
+    want = model(**inputs)
+    enable(model, heads=heads)
+    setattr(model, model.base_model_prefix, copy.deepcopy(model.base_model))
+    assert_close(model(**inputs).loss, want.loss, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.trace.*:DeprecationWarning", "ignore:Converting a tensor", "ignore:.*:torch.jit.TracerWarning")
+def test_traced() -> None:
+    """A graph computes all rows, for labels of other numbers."""
+    model, inputs = build("Bert", "ForMaskedLM").requires_grad_(False), labelled()
+    other = inputs["labels"].roll(1, 1)
+    want = [model(**inputs).loss, model(**inputs | {"labels": other}).loss]
+    enable(model, heads="labelled")
+    traced = torch.jit.trace(lambda labels: model(inputs["input_ids"], inputs["attention_mask"], labels=labels).loss, inputs["labels"])
+    assert_close(torch.stack([traced(inputs["labels"]), traced(other)]), torch.stack(want), 1e-12)
 
 
 def test_a_call_that_is_broken_off_leaves_nothing() -> None:

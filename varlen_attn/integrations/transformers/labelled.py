@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._torch import between_graphs
+from ..._switch import original_class, own_class
+from ..._torch import between_graphs, is_plain
 from ...errors import VarlenError
 from .mask import caller, forward_of, labelled_of
 
@@ -46,30 +47,33 @@ def labelled_in(model: nn.Module, part: str | None = None, shifts: bool = False)
     """
     if part is None or (forward := forward_of(model)) is None:
         return None
+    inner = model.get_submodule(part)
     given, trainer = forward.given(), caller(inspect.currentframe(), "Trainer.prediction_step")
     labels, shifted, keep = given.get("labels"), given.get("shift_labels") if shifts else None, given.get("logits_to_keep", 0)
     # A trainer that keeps logits for metrics counts samples in them.
     kept = isinstance(keep, Tensor) or keep or (trainer is not None and not trainer.f_locals.get("prediction_loss_only"))
-    if not isinstance(labels, Tensor) or labels.dim() != 2 or kept:
+    kept |= given.get("ignore_index", -100) != -100  # which some losses know, and some do not
+    kept |= original_class(inner) is own_class(inner)  # another by now, or wrapped, which hides it or computes it again
+    if kept or not isinstance(labels, Tensor) or not is_plain(labels) or labels.dim() != 2:
         return None
-    ignored, changed = given.get("ignore_index", -100), dict(given)
+    changed = dict(given)
     made_from_labels = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if made_from_labels is not None and given.get("decoder_input_ids") is None and given.get("decoder_inputs_embeds") is None:
         changed["decoder_input_ids"] = made_from_labels(labels=labels)
-    targets = next_labels(labels, shifts, ignored) if shifted is None else shifted
-    counts = targets != ignored
+    targets = next_labels(labels, shifts) if shifted is None else shifted
+    counts = targets != -100
     chosen = targets[counts][None]
-    changed["labels"] = F.pad(chosen, (1, 0) if shifts else (0, 1), value=ignored)
+    changed["labels"] = F.pad(chosen, (1, 0) if shifts else (0, 1), value=-100)
     if shifted is not None:
-        changed["shift_labels"] = F.pad(chosen, (0, 1), value=ignored)
-    found = Labelled(changed, model.get_submodule(part), counts)
+        changed["shift_labels"] = F.pad(chosen, (0, 1), value=-100)
+    found = Labelled(changed, inner, counts)
     forward.labelled = weakref.ref(found)
     return found
 
 
-def next_labels(labels: Tensor, shifts: bool, ignored: int = -100) -> Tensor:
+def next_labels(labels: Tensor, shifts: bool) -> Tensor:
     """What each token is compared with."""
-    return F.pad(labels, (0, 1), value=ignored)[:, 1:] if shifts else labels
+    return F.pad(labels, (0, 1), value=-100)[:, 1:] if shifts else labels
 
 
 @between_graphs
@@ -77,7 +81,9 @@ def read_labelled(model: nn.Module, labelled: Labelled | None, result: Any) -> A
     """A model's result: with logits ``(n, classes)`` if its head was ``labelled``, with hidden states ``(1, n + 1, D)`` if a head around it
     is."""
     if labelled is not None:
-        return with_entry(result, 1, result[1].flatten(0, -2)[: labelled.given["labels"].numel() - 1])
+        n = labelled.given["labels"].numel() - 1
+        logits = ((i, x) for i, x in enumerate(result[:]) if isinstance(x, Tensor) and x.dim() > 1 and x.shape[:-1].numel() == n + 1)
+        return next((with_entry(result, i, x.flatten(0, -2)[:n]) for i, x in logits), result)  # not behind a loss of routers
     labelled = labelled_of(model)
     if labelled is None:
         return result

@@ -150,9 +150,9 @@ class LayerHook:
                 meaning.keep_padded(f"the layers are given `{name}`{kind}, which is not by token, or asked for it", filled)
                 return None
             packed.append(y)
+        if meaning.tokens.ranks is not None:
+            refuse_mixing([module])
         if not is_rows:
-            if meaning.tokens.ranks is not None:
-                refuse_mixing([module])
             meaning.begin_rows(module)
             if self.tree.left:
                 end_rows()
@@ -510,7 +510,7 @@ class ModelHook:
 
         A caller who said what rows at padding hold knows the readers. The exception is what picks a row by column or by ids.
         """
-        (reason, around_it), given = _around(module, frame), self._given(args, kwargs)
+        (reason, around_it), given = _around(module, self.tree, frame), self._given(args, kwargs)
         if (reason := self._changed(module) or reason) is not None:
             return reason
         mask, ids = next(iter(_masks_of(given)), None), given.get("input_ids")
@@ -562,12 +562,12 @@ def _masks_of(given: Mapping[str, Any]) -> list[Any]:
     return [*mask.values()] if isinstance(mask, Mapping) else [mask]
 
 
-def _around(module: nn.Module, frame: FrameType | None) -> tuple[str | None, dict[str, Any]]:
+def _around(module: nn.Module, tree: ModelId, frame: FrameType | None) -> tuple[str | None, dict[str, Any]]:
     """A reason if what the caller of a model around this one wants is not known, and targets that other modules around it are given."""
     models: list[nn.Module] = []
     targets: dict[str, Any] = {}
     for model, given in around(frame):
-        if isinstance(model, Watched):
+        if getattr(vars(model).get(WATCH), "tree", None) is tree:
             models += [] if model is module else [model]
         else:
             inside = (x for x in given.values() if isinstance(x, Mapping))
