@@ -24,6 +24,7 @@ BEGIN, END = "<!-- versions: begin (make test-versions writes this block) -->", 
 MATRIX = ("tests/integrations/transformers/test_matrix.py", "-k", "test_outputs or test_losses or test_generation or test_the_way_back")
 NUMPY = ("tests/data", "tests/convert/test_traces.py", "tests/integrations/transformers/test_attention.py", "tests/test_bad_inputs.py")
 BASE = ("tests/layout", "tests/nn", "tests/attention/test_records.py", "tests/convert/test_convert.py")
+BASE += tuple(f"--ignore=tests/nn/test_transformer_{name}.py" for name in ("stack", "training"))  # transformers needs NumPy
 
 
 @dataclass(frozen=True)
