@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from examples import _compare, serving, train_audio_classifier, train_text_classifier
 from varlen_attn import SeqLayout, disable, varlen_attention
-from varlen_attn.convert import enabling as convert
+from varlen_attn.convert import classes
 
 ROOT = Path(__file__).parent.parent
 Main = Callable[[Sequence[str]], None]
@@ -44,12 +44,12 @@ def test_every_attention_of_the_text_classifier_is_converted(capsys: pytest.Capt
 
 
 def nothing_is_padding(patch: pytest.MonkeyPatch) -> None:
-    forward = convert.EnabledTransformerEncoder.forward
-    patch.setattr(convert.EnabledTransformerEncoder, "forward", lambda self, x, **masks: forward(self, x))
+    forward = classes.EnabledTransformerEncoder.forward
+    patch.setattr(classes.EnabledTransformerEncoder, "forward", lambda self, x, **masks: forward(self, x))
 
 
 def one_layer_is_skipped(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(convert.EnabledTransformerEncoderLayer, "forward", lambda self, x, **masks: x)
+    patch.setattr(classes.EnabledTransformerEncoderLayer, "forward", lambda self, x, **masks: x)
 
 
 def means_ignore_the_layout(patch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ def test_many_threads_call_while_another_enables_and_disables() -> None:
 def test_nothing_grows() -> None:
     found = soak.soak(120, threads=1, change=False)
     assert not found.wrong
-    assert found.growth()[0] < 0.02
+    assert found.growth()[0] < 10
 
 
 def test_a_leak_and_a_wrong_result_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,11 +24,11 @@ def test_a_leak_and_a_wrong_result_are_seen(monkeypatch: pytest.MonkeyPatch) -> 
     compare = soak.Work.compare
 
     def leaks(*args: object) -> str | None:
-        kept.extend([] for _ in range(2000))
+        kept.extend([] for _ in range(50))
         return compare(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(soak.Work, "compare", leaks)
     monkeypatch.setattr(soak, "TOLERANCE", 0.0)
     found = soak.soak(40, threads=1, change=False)
-    assert found.growth()[0] > 0.02
+    assert found.growth()[0] > 25
     assert any("differs" in problem for problem in found.wrong)
