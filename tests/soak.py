@@ -148,7 +148,7 @@ def main(calls: int) -> int:
         objects, memory = found.growth()
         what = f"{found.calls} calls{', enabled and disabled meanwhile' if change else ''}: {len(found.wrong)} wrong"
         print(
-            f"{what}; from the half to the end {objects:+.2f} objects a call, memory {memory:+.1%} of {found.memory[-1] >> 20} MiB",
+            f"{what}; in the second half {objects:+.2f} objects a call, memory {memory:+.1%} of {found.memory[-1] >> 20} MiB",
             flush=True,
         )
         print(*found.wrong[:5], sep="\n")
