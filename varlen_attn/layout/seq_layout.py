@@ -303,7 +303,8 @@ class SeqLayout:
         Args:
             batch: ``(T,)`` of any integer dtype, sorted: 0 for the nodes of the first graph, then 1, ...; a number that is left out is a
                 graph without nodes.
-            num_graphs: Q; the last number plus 1 if left out, so that graphs without nodes at the end are not counted.
+            num_graphs: Q; the last number plus 1 if left out, so that graphs without nodes at the end are not counted. Needed for numbers
+                from T + 2**24 on.
             padded_len: S; the largest graph if left out.
 
         Raises:
