@@ -174,7 +174,7 @@ test-thorough: $(STAMP)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests --ignore=tests/lane -q
 
 test-peers: $(PEERS)
-	PYTHONPATH=$(PEERS) $(OFFLINE) $(PYTEST) tests/peers -p no:cacheprovider -W default -n $(WORKERS) --dist loadscope
+	PYTHONPATH=$(PEERS) $(OFFLINE) $(PYTEST) tests/peers -p no:cacheprovider -W default -n $(WORKERS) --dist loadscope --figures benchmarks/results/reliability.json
 
 test-ray: $(RAY)
 	PYTHONPATH=$(CURDIR)/$(RAY) RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 $(OFFLINE) $(PYTEST) tests/test_embed_ray.py -p no:cacheprovider -W default
