@@ -471,6 +471,19 @@ def test_autocast(name: str, level: Any) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", ["Bert", "Llama"])
+def test_autocast_leaves_float64(name: str, level: Any) -> None:
+    inputs, valid = inputs_of(name, "right")
+    model = build(name, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = model(**inputs)[0][valid]
+        enable(model, level=level)
+        got = model(**inputs)[0][valid]
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["Bert", "Llama"])
 def test_half_precision(name: str, level: Any) -> None:
     """A model in bfloat16, against itself in float32."""
     inputs, valid = inputs_of(name, "right")
