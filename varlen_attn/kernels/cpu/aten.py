@@ -156,10 +156,9 @@ class Cpu(Backend):
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         semantics = call.semantics
         value_dim = value.shape[-1]
-        # The last bits of products depend on whether rows begin at multiples of 16 bytes.
-        multiple = 16 // query.element_size() if semantics.batch_invariant else 1
-        if query.shape[-1] % multiple or value_dim % multiple:
-            query, key, value = pad_head_dim(multiple, query, key, value)
+        if semantics.batch_invariant and any(x.shape[-1] * x.element_size() % 16 for x in (query, value)):
+            # The last bits of products depend on whether rows begin at multiples of 16 bytes.
+            query, key, value = pad_head_dim(16 // query.element_size(), query, key, value)
             out, lse = self.run(query, key, value, call)
             return out[..., :value_dim], lse
         if needs_eager(semantics) or is_transformed():
