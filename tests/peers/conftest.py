@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -18,15 +19,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--figures", help="write how many tests ran, passed and failed into this file")
+    parser.addoption("--figures", type=Path, help="write how many tests ran, passed and failed into this file")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     lanes: dict[str, Counter[str]] = {}
+    seconds: Counter[str] = Counter()
     for outcome in ("passed", "failed", "xfailed", "skipped"):
         for report in terminalreporter.getreports(outcome):
+            lane = report.fspath.rsplit("test_", 1)[1].removesuffix(".py")
             what = "as_it_came" if FAILS_AS_IT_CAME in str(report.longrepr) else outcome
-            lanes.setdefault(report.fspath.rsplit("test_", 1)[1].removesuffix(".py"), Counter())[what] += 1
-    for lane, n in lanes.items() if config.option.figures else ():
+            lanes.setdefault(lane, Counter())[what] += 1
+            seconds[lane] += report.duration
+    for lane, n in lanes.items():
         run = dict(run=n["passed"] + n["failed"] + n["xfailed"], passed=n["passed"], failed=n["failed"], expected_differences=n["xfailed"])
-        note(config.option.figures, f"tests of {lane}", **run, fail_on_the_original_too=n["as_it_came"], not_applicable=n["skipped"])
+        more = dict(fail_on_the_original_too=n["as_it_came"], skipped=n["skipped"], seconds=round(seconds[lane]))
+        note(config.option.figures, f"tests of {lane}", **run, **more)
