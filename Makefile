@@ -14,7 +14,7 @@
 #   make bench-check     have ratios fallen since the committed results? (a few minutes)
 #   make sanitize        the compiled CPU kernel under the address and undefined-behaviour sanitizers (needs g++)
 #   make test-thorough   many more property-test examples
-#   make test-peers      tests that other projects wrote, on enabled models: those that transformers has for all of its models (half an hour)
+#   make test-peers      tests that other projects wrote: transformers' on enabled models, PyTorch's too with TORCH_TESTS=DIR (half an hour)
 #   make test-ray        bulk embedding on Ray Data and in Parquet, which are installed in a folder of their own (minutes, and 120 MB)
 #   make mutants         300 small faults in the library, one at a time: how many do the tests see? (hours)
 #   make soak            100,000 calls of changing shapes in 16 threads, while another thread enables and disables (an hour)

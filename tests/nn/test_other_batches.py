@@ -13,6 +13,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from varlen_attn import VarlenMultiheadAttention, enable, use_backend
 from varlen_attn.testing.strategies import Batch, batches
@@ -128,3 +130,21 @@ def test_dtype_shape_and_device_are_torchs(way: str, host: type[nn.Module], dtyp
             assert (want is None) == (got is None)
             if want is not None:
                 assert (got.dtype, got.device, got.shape) == (want.dtype, want.device, want.shape)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)
+@each_way
+def test_without_values_there_are_shapes(way: str, host: type[nn.Module], causal: bool) -> None:
+    """As torch's, on the meta device and on fake tensors: programs count memory and operations so."""
+    model = WAYS[way](*both(host, torch.float32))
+    x, mask = torch.randn(2, 4, E), torch.tensor([[False] * 4, [False, False, True, True]])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as counter:
+        fake = tuple(map(mode.from_tensor, (x, mask)))
+        out = call(model, *fake, causal, *(fake if host in DECODERS else ()))
+    assert out.shape == x.shape
+    assert counter.get_total_flops() > 0
+    meta = x.to("meta"), mask.to("meta")
+    with torch.device("meta"):  # the causal mask too
+        out = call(model.to("meta"), *meta, causal, *(meta if host in DECODERS else ()))
+    assert (out.shape, out.device.type) == (x.shape, "meta")
