@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.lanes import note
 from tests.peers.expected import FAILS_AS_IT_CAME
 
 MARKS = ("accelerate_tests", "flash_attn_3_test", "flash_attn_4_test", "flash_attn_test", "torch_compile_test")
@@ -23,15 +22,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    from tests.lanes import note
+
+    file = config.getoption("--figures", None)  # unknown where all tests run
     lanes: dict[str, Counter[str]] = {}
-    seconds: Counter[str] = Counter()
-    for outcome in ("passed", "failed", "xfailed", "skipped"):
+    for outcome in ("passed", "failed", "xfailed", "skipped") if file else ():
         for report in terminalreporter.getreports(outcome):
-            lane = report.fspath.rsplit("test_", 1)[1].removesuffix(".py")
-            what = "as_it_came" if FAILS_AS_IT_CAME in str(report.longrepr) else outcome
-            lanes.setdefault(lane, Counter())[what] += 1
-            seconds[lane] += report.duration
+            n = lanes.setdefault(report.fspath.rsplit("test_", 1)[1].removesuffix(".py"), Counter())
+            n["as_it_came" if FAILS_AS_IT_CAME in str(report.longrepr) else outcome] += 1
+            n["seconds"] += report.duration
     for lane, n in lanes.items():
         run = dict(run=n["passed"] + n["failed"] + n["xfailed"], passed=n["passed"], failed=n["failed"], expected_differences=n["xfailed"])
-        more = dict(fail_on_the_original_too=n["as_it_came"], skipped=n["skipped"], seconds=round(seconds[lane]))
-        note(config.option.figures, f"tests of {lane}", **run, **more)
+        note(file, f"tests of {lane}", **run, fail_on_the_original_too=n["as_it_came"], skipped=n["skipped"], seconds=round(n["seconds"]))

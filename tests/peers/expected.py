@@ -12,7 +12,6 @@ from fnmatch import fnmatch
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 
@@ -36,6 +35,7 @@ EXPECTED: dict[str, str] = {
 @contextmanager
 def without_rows_of_zeros() -> Iterator[None]:
     """Rows of a result that are 0 throughout are not compared."""
+    import numpy as np
 
     def after(compare: Callable[..., None]) -> Callable[..., None]:
         def compares(actual: Any, expected: Any, *args: Any, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ counts where it builds one of the modules below. One that fails fails again on t
 from __future__ import annotations
 
 import ast
+import importlib
 import math
 import os
 import re
@@ -24,7 +25,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
-from torch.testing._internal import common_cuda, common_device_type, common_nn, common_utils
 
 import varlen_attn
 from tests.peers.expected import judge
@@ -47,6 +47,7 @@ CONCERNS = re.compile(r"nn\.Transformer|multi_?head_?att|\bMHA|test_Transformer"
 
 if not FOLDER.is_dir():
     pytest.skip("TORCH_TESTS is not the folder `test` of a checkout of PyTorch", allow_module_level=True)
+COMMON = [importlib.import_module(f"torch.testing._internal.common_{part}") for part in ("utils", "nn", "cuda", "device_type")]
 
 
 class Lost:
@@ -80,7 +81,7 @@ def load(file: str) -> ModuleType:
             part.body = [x for x in part.body if x not in others] or [ast.Pass()]
     module = ModuleType(file.replace("/", "."))
     module.__dict__.update(__file__=str(path), kept=tuple(kept))
-    internal = [vars(m) for m in (common_cuda, common_device_type, common_nn, common_utils)]
+    internal = [vars(m) for m in COMMON]
     six = ModuleType("torch._six")
     six.__dict__.update(inf=math.inf, nan=math.nan, string_classes=(str, bytes))
     before = torch.get_default_dtype()
@@ -165,7 +166,7 @@ def on_ours(mode: str, module: ModuleType, name: str, test: Callable[..., Any]) 
         self.subTest = lambda *args, **kwargs: nullcontext()  # a failure in a part is one of the test
 
         def once() -> None:
-            common_utils.set_rng_seed(1234)
+            COMMON[0].set_rng_seed(1234)
             test(self)
 
         before = torch.get_default_dtype()
