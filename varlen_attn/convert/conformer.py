@@ -22,6 +22,7 @@ from .._clone import Seeded
 from .._state import state, visible
 from .._switch import Derived, derived, original_class, run_as_it_came, switchable
 from .._torch import global_hooks, is_plain
+from ..attention.dispatch import use_backend
 from ..attention.forms import pack_rows, unpack_rows
 from ..errors import ArgumentError, VarlenError
 from ..layout.seq_layout import SeqLayout
@@ -30,7 +31,7 @@ from ..nn.multihead import VarlenMultiheadAttention
 from ..nn.norm import varlen_norm
 from ..nn.stream import Prepared, filled
 from ..nn.token_wise import POSITION_WISE, has_hooks
-from .classes import _LITTLE_PADDED, NOTHING_PADDED, EnabledMultiheadAttention, _Enabled, _given, _is_seen
+from .classes import _LITTLE_PADDED, NOTHING_PADDED, EnabledMultiheadAttention, _Enabled, _given
 from .watch import ATTENTION, Code, code_of, sees, why_replaced
 
 _HOME, _NAME = "torchaudio.models.conformer", "Conformer"
@@ -62,7 +63,7 @@ class EnabledConformer(Derived, _Enabled):
 
     def why_as_it_came(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         x, lengths = _given(self.takes, args, kwargs)
-        if not (_is_seen(x) and isinstance(lengths, Tensor) and is_plain(lengths)):
+        if not all(isinstance(t, Tensor) and not t.is_nested and is_plain(t) for t in (x, lengths)):
             return _UNREAD
         if x.dim() != 3 or lengths.shape != x.shape[:1] or lengths.device != x.device or lengths.is_floating_point() or not x.numel():
             return _NO_LENGTHS
@@ -190,7 +191,10 @@ def why_not(model: Any, padding_rows: str | None) -> str | None:
     if not len(model.conformer_layers):
         return "has no layers"
     why = why_replaced(host, enabled(host).code) if padding_rows in ("zero", "edge", "alone") else padding_rows
-    return why or _why_not_parts(model, padding_rows == "alone") or _tried(_base(host))
+    try:
+        return why or _why_not_parts(model, padding_rows == "alone") or _try(_base(host))
+    except Exception as error:
+        return f"a small one could not be packed: {type(error).__name__}: {error}"
 
 
 def _why_not_parts(model: nn.Module, alone: bool, running: bool = False) -> str | None:
@@ -221,23 +225,19 @@ def _why_not_parts(model: nn.Module, alone: bool, running: bool = False) -> str 
 
 
 @cache
-def _tried(cls: Any) -> str | None:
+def _try(cls: Any) -> None:
     """A small one, once for each class: its code may be that of another version of torchaudio."""
-    try:
-        for first in (False, True):
-            with torch.no_grad(), Seeded():
-                tiny = cls(8, 2, 8, 3, 3, convolution_first=first).double().eval()
-                x, lengths = torch.randn(2, 9, 8, dtype=torch.float64), (9, 4)
-                expected, _ = cls.forward(tiny, x, torch.tensor(lengths))
-                tiny.__class__ = enabled(cls)
-                for attn in tiny._attns():
-                    attn.__class__ = EnabledMultiheadAttention
-                got = _on_rows(tiny, x, lengths)
-            if not all(torch.allclose(got[i, :n], expected[i, :n]) for i, n in enumerate(lengths)):
-                return f"a small {cls.__name__} gave other numbers on packed rows: it is of a version that is not known"
-    except Exception as error:
-        return f"a small {cls.__name__} could not be tried: {type(error).__name__}: {error}"
-    return None
+    for first in (False, True):
+        with torch.no_grad(), Seeded(), use_backend("auto"):
+            tiny = cls(8, 2, 8, 3, 3, convolution_first=first).double().eval()
+            x, lengths = torch.randn(2, 9, 8, dtype=torch.float64), (9, 4)
+            expected, _ = cls.forward(tiny, x, torch.tensor(lengths))
+            tiny.__class__ = enabled(cls)
+            for attn in tiny._attns():
+                attn.__class__ = EnabledMultiheadAttention
+            got = _on_rows(tiny, x, lengths)
+        if not all(torch.allclose(got[i, :n], expected[i, :n]) for i, n in enumerate(lengths)):
+            raise VarlenError("it gave other numbers, as one of a version that is not known")
 
 
 def says(padding_rows: str | None, reader: str | None) -> str:
