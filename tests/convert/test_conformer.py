@@ -373,6 +373,7 @@ def test_copies_and_pickles(way: str) -> None:
 def mutate(where: str, module: Any) -> None:
     """Something that is not as `enable` knows it."""
     layer = module.conformer_layers[1]
+    torch.manual_seed(0)
     if where == "hook":
         layer.ffn1.register_forward_hook(lambda *_: None)
     elif where == "backward hook":
@@ -383,6 +384,8 @@ def mutate(where: str, module: Any) -> None:
         layer.ffn2.forward = layer.ffn2.forward
     elif where == "part":
         layer.ffn1.sequential[1] = nn.Sequential(layer.ffn1.sequential[1], nn.Softmax(0))
+    elif where == "convolution":
+        layer.self_attn_dropout = nn.Conv1d(len(LENGTHS), len(LENGTHS), 3, padding=1).double()
     elif where == "norm":
         layer.conv_module.sequential[4] = nn.LayerNorm(T).double()
     elif where == "nested":
@@ -395,7 +398,7 @@ def mutate(where: str, module: Any) -> None:
         raise AssertionError(where)
 
 
-MUTATIONS = ("nested", "hook", "backward hook", "method", "forward", "part", "norm", "padding", "attention")
+MUTATIONS = ("nested", "convolution", "hook", "backward hook", "method", "forward", "part", "norm", "padding", "attention")
 
 
 @each_way
@@ -413,7 +416,7 @@ def test_parts_that_are_not_known(where: str, way: str) -> None:
     mutate(where, model)
     if where == "attention":
         model.conformer_layers[1].self_attn.load_state_dict(build().conformer_layers[1].self_attn.state_dict())
-    if where != "norm" or way == "padded":
+    if where not in ("norm", "convolution") or way == "padded":
         assert_same([ours(x, known)[0][real]], [expected(model, way, x, known)])
         assert "conformer_layers.1." in str(why(ours, x, known)) or where == "method"
     refused = pytest.raises(ArgumentError, match=r"conformer_layers\.1")
@@ -504,6 +507,11 @@ def test_calls_that_run_as_they_came(way: str, monkeypatch: pytest.MonkeyPatch) 
     else:
         assert_same([ours(x, halves)[0][:3]], [(model(x, halves)[0] * REAL[..., None])[:3]])
         assert_same([ours(x, LENGTHS - 2 * (LENGTHS == 1))[0][REAL][:-1]], [model(x, LENGTHS)[0][REAL][:-1]])  # one is -1
+        near = x[:2], torch.tensor([T, T - 4])  # all of that padding is within reach of some layer
+        assert why(ours, *near) is None
+        monkeypatch.setattr(conformer, "_PAYS", conformer._BY_WIDTH * D**2 + 1)
+        assert "more time than it saves" in str(why(ours, *near))
+        assert_same([ours(*near)[0][1, : T - 4]], [model(*near)[0][1, : T - 4]])
         monkeypatch.undo()
         assert "more time than it saves" in str(why(ours, x))
         assert_same([ours(x, LENGTHS)[0][REAL]], [model(x, LENGTHS)[0][REAL]])
