@@ -21,7 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .._clone import Seeded
 from .._state import state, visible
 from .._switch import Derived, derived, original_class, run_as_it_came, switchable
-from .._torch import global_hooks, is_plain
+from .._torch import global_hooks, is_plain, unwrapped
 from ..attention.dispatch import use_backend
 from ..attention.forms import pack_rows, unpack_rows
 from ..errors import ArgumentError, VarlenError
@@ -90,7 +90,8 @@ class EnabledConformer(Derived, _Enabled):
                 each = ((x[i : i + 1, :n], lengths[i : i + 1]) for i, n in enumerate(known) if n)
                 rows = torch.cat([run_as_it_came(self, one, {}, False)[0][0] for one in each])
                 return SeqLayout.from_lengths(known, device=x.device).unpack(rows), lengths
-            out, given = run_as_it_came(self, args, kwargs, inside=False)
+            inside = why == NOTHING_PADDED and all(unwrapped(m) is m and "forward" not in vars(m) for m in self.conformer_layers)
+            out, given = run_as_it_came(self, args, kwargs, inside)
         if why == NOTHING_PADDED or why_replaced(self.original_class, self.code):
             return out, given
         if alone:
