@@ -1,13 +1,15 @@
 """Models by the recipes of docs/how-to/ (recommenders.md, detection.md, recipes.md): padded, after `enable`, and on rows. And convolutions.
 
 The models of recipes.md are those that its blocks define. Each contest is verified in float64 first: what is on rows with each sample
-alone, what `enable` converted with the padded model. Times are of evaluation on a CPU, or of a step of training where it says so.
+alone, what `enable` converted with the padded model. Times are of evaluation on a CPU, or of a step of training where it says so. Of the
+conformer "whole" is ``level="model"``, and "alone" with ``padding_rows="alone"``.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import re
 from collections.abc import Callable
 from functools import partial
@@ -131,44 +133,44 @@ def convolution(budget: float) -> None:
 
 
 def conformer(budget: float) -> None:
-    names = page()
+    """A `Conformer` with the names and numbers of torchaudio's."""
+    by_page, home = page()["conformer_layer"], importlib.import_module("tests.convert.conformers").load()
     torch.manual_seed(0)
-    layers = nn.ModuleList(names["ConformerLayer"]() for _ in range(4)).eval()
-    layout = SeqLayout.from_lengths(torch.linspace(30, 412, 12).long(), 412)
-    x, padding = torch.randn(12, 412, 144) * ~layout.padding_mask()[..., None], layout.padding_mask()
-    ours = copy.deepcopy(layers)
+    model = home.Conformer(144, 4, 576, 4, 31).eval()
+    lengths = torch.linspace(30, 412, 12).long()
+    layout = SeqLayout.from_lengths(lengths, 412)
+    x = torch.randn(12, 412, 144) * ~layout.padding_mask()[..., None]
+    ours, whole, each = (copy.deepcopy(model) for _ in range(3))
     enable(ours)
+    enable(whole, level="model")
+    enable(each, level="model", padding_rows="alone")
 
-    def padded(layers: Any, x: Tensor) -> Tensor:
-        for layer in layers:
-            x = layer(x, padding)
-        return layout.pack(x)
+    def padded(model: Any, x: Tensor) -> Tensor:
+        return layout.pack(model(x, lengths)[0])
 
-    def rows(layers: Any, x: Tensor, layout: SeqLayout = layout) -> Tensor:
-        for layer in layers:
-            x = names["conformer_layer"](layer, x, layout)
+    def rows(x: Tensor) -> Tensor:
+        for layer in model.conformer_layers:
+            x = by_page(layer, x, layout)
         return x
 
-    def alone(layers: Any, x: Tensor) -> Tensor:
-        parts = [x[i : i + 1, :n] for i, n in enumerate(layout.lengths or ())]
-        for layer in layers:
-            parts = [layer(part) for part in parts]
-        return torch.cat([part[0] for part in parts])
+    def alone(model: Any, x: Tensor) -> Tensor:
+        return torch.cat([model(x[i : i + 1, :n], lengths[i : i + 1])[0][0] for i, n in enumerate(layout.lengths or ())])
 
-    wide = copy.deepcopy(layers).double()
-    name, of_rows = f"Conformer, fill {layout.fill:.2f}", layout.pack(x)
+    wide, name, of_rows = copy.deepcopy(model).double(), f"Conformer, fill {layout.fill:.2f}", layout.pack(x)
+    both: dict[str, Callable[[Tensor], Tensor]] = {"torch": partial(padded, model), "enable": partial(padded, ours)}
+    by_enable: dict[str, Callable[[Tensor], Tensor]] = {"whole": partial(padded, whole), "alone": partial(padded, each)}
     with torch.no_grad():
-        assert_within_budget(rows(layers, of_rows), alone(wide, x.double()), alone(layers, x), what=f"{name}, by rows")
-        assert_within_budget(padded(ours, x), padded(wide, x.double()), padded(layers, x), what=f"{name}, enable")
-    calls = {"torch": lambda: padded(layers, x), "enable": lambda: padded(ours, x), "by rows": lambda: rows(layers, of_rows)}
-    contest(name, calls, None, budget)
-    layers.train(), ours.train()
-    steps = {
-        "torch": (lambda x: padded(layers, x), [x]),
-        "enable": (lambda x: padded(ours, x), [x]),
-        "by rows": (lambda x: rows(layers, x), [of_rows]),
-    }
-    train(name, steps, [*layers.parameters(), *ours.parameters()], budget)
+        assert_within_budget(rows(of_rows), alone(wide, x.double()), alone(model, x), what=f"{name}, by rows")
+        assert_within_budget(padded(each, x), alone(wide, x.double()), alone(model, x), what=f"{name}, enable, each utterance alone")
+        for what, one in (("enable", ours), ("enable, the padded model's numbers", whole)):
+            assert_within_budget(padded(one, x), padded(wide, x.double()), padded(model, x), what=f"{name}, {what}")
+    calls: dict[str, Callable[[], Tensor]] = {who: partial(f, x) for who, f in (both | by_enable).items()}
+    contest(name, calls | {"by rows": partial(rows, of_rows)}, None, budget)
+    del by_enable["whole"]  # in training its batch norms read padding
+    for one in (model, ours, each):
+        one.train()
+    steps = {who: (f, [x]) for who, f in (both | by_enable).items()} | {"by rows": (rows, [of_rows])}
+    train(name, steps, [*model.parameters(), *ours.parameters(), *each.parameters()], budget)
 
 
 def graphs(budget: float) -> None:

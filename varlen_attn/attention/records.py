@@ -102,6 +102,7 @@ class Record(Shown):
         calls: one `Call` for each.
         kernels: with ``record(kernels=True)``, every kernel that ran inside, attention or not, backward passes included; else None.
         peak: with ``record(kernels=True)``, the most bytes of torch's allocator that were taken at once; else None.
+        tokens: layouts of what counts, where calls have computed some of the padding too.
 
     Examples:
         >>> x, layout = torch.randn(2, 5, 16), SeqLayout.from_lengths([5, 3])
@@ -119,6 +120,7 @@ class Record(Shown):
         self.kernels: tuple[str, ...] | None = None
         self.peak: int | None = None
         self.profiles = profiles
+        self.tokens: list[SeqLayout] = []
         self._names = names or {}
 
     def add(self, call: Call, module: object | None) -> None:

@@ -139,7 +139,7 @@ def run(model: nn.Module, inputs: Inputs) -> Run:
                 args, kwargs = _copied(inputs)
                 given = model(*args, **kwargs)
                 results.append({name or "the output": x.detach().clone() for name, x in tensors_of(given)})
-    layouts = {id(call.layout): call.layout for call in log if call.layout is not None}
+    layouts = {id(x): x for x in (*(call.layout for call in log), *log.tokens) if x is not None}
     masks = [~layout.padding_mask() for layout in layouts.values()]
     with suppress(VarlenError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
