@@ -77,8 +77,8 @@ def sasrec(budget: float) -> None:
     enable(by_rows)
     layout, mask = SeqLayout.from_attention_mask(real), model.mask(real)
     calls: dict[str, Callable[[], Tensor]] = {
-        "torch": lambda: model(sessions, mask)[real],
-        "enable": lambda: by_enable(sessions, mask.clone())[real],  # a new mask, as for each batch
+        "torch": lambda: model(sessions, mask.clone())[real],
+        "enable": lambda: by_enable(sessions, mask.clone())[real],
         "by rows": lambda: by_rows(layout.pack(sessions), layout=layout),
     }
     contest(f"SASRec, fill {layout.fill:.2f}", calls, copy.deepcopy(model).double()(sessions.double(), mask.double())[real], budget)
