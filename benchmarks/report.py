@@ -17,7 +17,7 @@ from .measure import RESULTS
 from .workloads import WORKLOADS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGE, GPU_PAGE, PICTURES = DOCS / "performance.md", DOCS / "gpu.md", DOCS / "pictures"
+PAGE, GPU_PAGE, RECIPES_PAGE, PICTURES = DOCS / "performance.md", DOCS / "gpu.md", DOCS / "how-to" / "recipes.md", DOCS / "pictures"
 BEGIN, END = "<!-- benchmarks: begin (make bench writes this block) -->", "<!-- benchmarks: end -->"
 
 
@@ -355,7 +355,7 @@ def _libraries(rows: list[dict[str, Any]]) -> str:
 
 NAMES = (
     "encoder", "memory", "transformers", "attention", "mha", "layout", "length", "minitest", "host", "compile", "engines", "curves",
-    "serving", "balance", "acceptance", *plots.GRIDS,
+    "serving", "recipes", "balance", "acceptance", *plots.GRIDS,
 )  # fmt: skip
 
 
@@ -418,7 +418,9 @@ _SECTIONS = (
     ("curves", lambda rows: ["## A training, padded and packed", sections.curves(rows)]),
     ("layout", sections.layout),
     ("balance", sections.balance),
+    ("recipes", lambda rows: ["## Recipes", _RECIPES, sections.recipes(rows)]),
 )
+_RECIPES = "The models of docs/how-to/, in float32: how many times faster after `enable`, and on packed rows."
 _MINITEST = (
     "The mini test, training of one attention layer (batch 32, 500 tokens, width 128, 4 heads): time of 100 steps, the same relative to "
     'that layer without options, and the kernel that `torch.profiler` saw. "Scores" means that no fused kernel ran and all scores were '
@@ -485,6 +487,12 @@ def gpu_page(text: str, on_gpus: Sequence[dict[str, Any]]) -> str:
     return _between(text, what_ran.BEGIN, what_ran.END, what_ran.block(on_gpus))
 
 
+def recipes_page(text: str, results: dict[str, dict[str, Any]]) -> str:
+    """docs/how-to/recipes.md with its block written anew, of one thread."""
+    where = setting(results["recipes"]["environment"])
+    return _between(text, BEGIN, END, f"{where}.\n\n{sections.recipes(results['recipes']['rows'], threads=1)}")
+
+
 def _between(text: str, begin: str, end: str, new: str) -> str:
     before, rest = text.split(begin)
     return f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
@@ -498,6 +506,7 @@ def main() -> None:
     (options.results / "tables.md").write_text(tables(results))
     if options.results == RESULTS:
         PAGE.write_text(page(PAGE.read_text(), results, others()))
+        RECIPES_PAGE.write_text(recipes_page(RECIPES_PAGE.read_text(), results))
         GPU_PAGE.write_text(gpu_page(GPU_PAGE.read_text(), what_ran.load()))
     drawn = ["no pictures: matplotlib is not installed (`make bench` does)"]
     if plots.available():
