@@ -180,7 +180,10 @@ test-ray: $(RAY)
 	PYTHONPATH=$(CURDIR)/$(RAY) RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 $(OFFLINE) $(PYTEST) tests/test_embed_ray.py -p no:cacheprovider -W default
 
 mutants: $(STAMP)
-	$(BIN)/python -W ignore -m tests.mutants --all --out benchmarks/results/mutants.json
+	$(BIN)/python -m tests.mutants --map $(VENV)/mutants
+	$(BIN)/python -W ignore -m tests.mutants --covered $(VENV)/mutants --out benchmarks/results/mutants.json
+	$(BIN)/python -W ignore -m tests.mutants --covered $(VENV)/mutants --out benchmarks/results/mutants.json --all
+	$(BIN)/python -W ignore -m tests.mutants_native --out benchmarks/results/mutants_native.json
 
 soak: $(STAMP)
 	$(BIN)/python -W ignore -m tests.soak 100000

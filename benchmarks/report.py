@@ -1,4 +1,4 @@
-"""JSON to Markdown: ``results/tables.md``, and what is between the markers of docs/performance.md and docs/gpu.md."""
+"""JSON to Markdown: ``results/tables.md``, and what is between the markers of docs/performance.md, docs/gpu.md and docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bench_compile, bench_engines, bench_host, plots, sections, what_ran
+from . import bench_compile, bench_engines, bench_host, lanes, plots, sections, what_ran
 from . import bench_transformers as hf
 from .bench_attention import GOALS
 from .bench_encoder import AGAIN, MASKED, OFF, ON, OURS
@@ -17,7 +17,8 @@ from .measure import RESULTS
 from .workloads import WORKLOADS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGE, GPU_PAGE, RECIPES_PAGE, PICTURES = DOCS / "performance.md", DOCS / "gpu.md", DOCS / "how-to" / "recipes.md", DOCS / "pictures"
+PAGE, GPU_PAGE, RELIABILITY, PICTURES = DOCS / "performance.md", DOCS / "gpu.md", DOCS / "reliability.md", DOCS / "pictures"
+RECIPES_PAGE = DOCS / "how-to" / "recipes.md"
 BEGIN, END = "<!-- benchmarks: begin (make bench writes this block) -->", "<!-- benchmarks: end -->"
 
 
@@ -493,6 +494,11 @@ def recipes_page(text: str, results: dict[str, dict[str, Any]]) -> str:
     return _between(text, BEGIN, END, f"{where}.\n\n{sections.recipes(results['recipes']['rows'], threads=1)}")
 
 
+def reliability_page(text: str) -> str:
+    """docs/reliability.md with its block written anew."""
+    return _between(text, lanes.BEGIN, lanes.END, lanes.block())
+
+
 def _between(text: str, begin: str, end: str, new: str) -> str:
     before, rest = text.split(begin)
     return f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
@@ -508,6 +514,7 @@ def main() -> None:
         PAGE.write_text(page(PAGE.read_text(), results, others()))
         RECIPES_PAGE.write_text(recipes_page(RECIPES_PAGE.read_text(), results))
         GPU_PAGE.write_text(gpu_page(GPU_PAGE.read_text(), what_ran.load()))
+        RELIABILITY.write_text(reliability_page(RELIABILITY.read_text()))
     drawn = ["no pictures: matplotlib is not installed (`make bench` does)"]
     if plots.available():
         drawn = plots.draw(results, PICTURES if options.results == RESULTS else options.results)
