@@ -257,7 +257,7 @@ def _packing(seqs: Tensor, of_queries: Tensor, near: Any, batch: int, padding: T
             attaches = bool(attached.any())
     if several:
         number = seqs + torch.arange(batch, device="cpu")[:, None] * (len_k + 1)
-        single = (seqs > 0) & (number.flatten().bincount()[number] == 1)
+        single = (seqs > 0) & (number.flatten().bincount().take(number) == 1)
         if single.any():
             alone, seqs = single.flatten().nonzero()[:, 0], seqs.masked_fill(single, 0)
             several = bool(((seqs != seqs.amax(1, keepdim=True)) & (seqs > 0)).any())
@@ -274,7 +274,7 @@ def _packing(seqs: Tensor, of_queries: Tensor, near: Any, batch: int, padding: T
     if alone is not None or queries.num_rows != int(wanted.sum()):
         place = torch.zeros(batch * len_q, dtype=torch.int64, device="cpu")
         order = queries.token_indices if alone is None else torch.cat([queries.token_indices, alone])
-        place[order] = torch.arange(1, len(order) + 1, device="cpu")
+        place.scatter_(0, order, torch.arange(1, len(order) + 1, device="cpu"))
         where = (place if padding is None else place[wanted.flatten()]).to(device)
     reach = 1 + sum(len_k if side is None else side for side in window[: 2 - causal]) if limited else len_k
     pairs = sum(q * min(k / 2 if causal else k, reach) for q, k in zip(queries.lengths or (), keys.lengths or (), strict=True))
