@@ -279,6 +279,7 @@ bench: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
 	$(BENCH) benchmarks.bench_curves
 	$(BENCH) benchmarks.bench_balance
+	$(BENCH) benchmarks.bench_recipes --threads 1
 	$(BENCH) benchmarks.report
 
 bench-full: $(TEXT) $(PICTURES)
@@ -293,6 +294,7 @@ bench-full: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
 	$(BENCH) benchmarks.bench_curves
 	$(BENCH) benchmarks.bench_balance
+	$(BENCH) benchmarks.bench_recipes --threads 1
 	$(BENCH) benchmarks.report
 
 bench-engines: $(TEXT) $(ENGINES)
