@@ -14,7 +14,7 @@
 #   make bench-check     have ratios fallen since the committed results? (a few minutes)
 #   make sanitize        the compiled CPU kernel under the address and undefined-behaviour sanitizers (needs g++)
 #   make test-thorough   many more property-test examples
-#   make test-peers      tests that other projects wrote, on enabled models: those that transformers has for all of its models (half an hour)
+#   make test-peers      tests that other projects wrote: transformers' on enabled models, PyTorch's too with TORCH_TESTS=DIR (half an hour)
 #   make test-ray        bulk embedding on Ray Data and in Parquet, which are installed in a folder of their own (minutes, and 120 MB)
 #   make mutants         300 small faults in the library, one at a time: how many do the tests see? (hours)
 #   make soak            100,000 calls of changing shapes in 16 threads, while another thread enables and disables (an hour)
@@ -174,7 +174,7 @@ test-thorough: $(STAMP)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests --ignore=tests/lane -q
 
 test-peers: $(PEERS)
-	PYTHONPATH=$(PEERS) $(OFFLINE) $(PYTEST) tests/peers -p no:cacheprovider -W default -n $(WORKERS) --dist loadscope
+	PYTHONPATH=$(PEERS) $(OFFLINE) $(PYTEST) tests/peers -p no:cacheprovider -W default -n $(WORKERS) --dist loadscope --figures benchmarks/results/reliability.json
 
 test-ray: $(RAY)
 	PYTHONPATH=$(CURDIR)/$(RAY) RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 $(OFFLINE) $(PYTEST) tests/test_embed_ray.py -p no:cacheprovider -W default
@@ -279,6 +279,7 @@ bench: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
 	$(BENCH) benchmarks.bench_curves
 	$(BENCH) benchmarks.bench_balance
+	$(BENCH) benchmarks.bench_recipes --threads 1
 	$(BENCH) benchmarks.report
 
 bench-full: $(TEXT) $(PICTURES)
@@ -293,6 +294,7 @@ bench-full: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
 	$(BENCH) benchmarks.bench_curves
 	$(BENCH) benchmarks.bench_balance
+	$(BENCH) benchmarks.bench_recipes --threads 1
 	$(BENCH) benchmarks.report
 
 bench-engines: $(TEXT) $(ENGINES)
