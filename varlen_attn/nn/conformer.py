@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .._clone import Seeded
 from .._state import state, visible
 from .._switch import original_class
 from ..attention.dispatch import use_backend
@@ -128,9 +127,14 @@ def why_not_parts(model: nn.Module, alone: bool, running: bool = False) -> str |
 def try_small(cls: Any) -> None:
     """A small one, once for each class: its code may be that of another version of torchaudio."""
     for first in (False, True):
-        with torch.no_grad(), Seeded(), use_backend("auto"):
-            tiny = cls(8, 2, 8, 3, 3, convolution_first=first).double().eval()
-            x, lengths = torch.randn(2, 9, 8, dtype=torch.float64), (9, 4)
+        with torch.device("meta"):  # where nothing is drawn
+            tiny = cls(8, 2, 8, 3, 3, convolution_first=first)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad(), use_backend("auto"):
+            tiny = tiny.to_empty(device="cpu").double().eval()
+            for t in (*tiny.parameters(), *tiny.buffers()):
+                t.copy_(torch.rand(t.shape, generator=generator) + 0.1)
+            x, lengths = torch.randn(2, 9, 8, dtype=torch.float64, generator=generator), (9, 4)
             expected, _ = cls.forward(tiny, x, torch.tensor(lengths))
             for layer in tiny.conformer_layers:
                 layer.self_attn.__class__ = VarlenMultiheadAttention
