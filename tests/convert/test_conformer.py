@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from varlen_attn import disable, enable, record
-from varlen_attn.convert import conformer
+from varlen_attn.convert import classes
 from varlen_attn.errors import ArgumentError, VarlenError
 
 from . import conformers
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:row . of the mask has no token")
 
 @pytest.fixture(autouse=True)
 def small_batches_pack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conformer, "_PAYS", 0)
+    monkeypatch.setattr(classes, "_PAYS_CONFORMER", 0)
 
 
 def build(home: Any = OURS, layers: int = 3, kernel: int = 5, **options: Any) -> Any:
@@ -509,7 +509,7 @@ def test_calls_that_run_as_they_came(way: str, monkeypatch: pytest.MonkeyPatch) 
         assert_same([ours(x, LENGTHS - 2 * (LENGTHS == 1))[0][REAL][:-1]], [model(x, LENGTHS)[0][REAL][:-1]])  # one is -1
         near = x[:2], torch.tensor([T, T - 4])  # all of that padding is within reach of some layer
         assert why(ours, *near) is None
-        monkeypatch.setattr(conformer, "_PAYS", conformer._BY_WIDTH * D**2 + 1)
+        monkeypatch.setattr(classes, "_PAYS_CONFORMER", classes._BY_WIDTH * D**2 + 1)
         assert "more time than it saves" in str(why(ours, *near))
         assert_same([ours(*near)[0][1, : T - 4]], [model(*near)[0][1, : T - 4]])
         monkeypatch.undo()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 from .._clone import Seeded, clone, kinds, noise
 from .._switch import original_class, own_class
 from .._torch import unwrapped
+from ..nn.conformer import conformer_of
 from ..nn.token_wise import is_known
 from ..nn.transformer import VARLEN
-from . import conformer
 from .watch import LAYERS, METHODS, STACKS, WEIGHTS_ONLY, is_seen, why_replaced
 
 HOSTS = (nn.MultiheadAttention, *LAYERS, *STACKS)
@@ -44,14 +44,14 @@ def is_varlen(module: nn.Module) -> bool:
     return isinstance(module, VARLEN) and original_class(module) is own_class(module)
 
 
-def candidates(model: nn.Module, hooks: str, conformers: str | None = None) -> list[Candidate]:
-    """Every module of a host class, in the order of `nn.Module.named_modules`; a shared one once. And every `Conformer`, if they are to
-    have ``conformers`` at padding."""
+def candidates(model: nn.Module, hooks: str, conformers: Callable[[Any], str | None] | None = None) -> list[Candidate]:
+    """Every module of a host class, in the order of `nn.Module.named_modules`; a shared one once. And with ``conformers``, which says why
+    not, every `Conformer`."""
     return list(_Search(hooks, conformers).walk("", model, None, None))
 
 
 class _Search:
-    def __init__(self, hooks: str, conformers: str | None) -> None:
+    def __init__(self, hooks: str, conformers: Callable[[Any], str | None] | None) -> None:
         self.hooks, self.conformers = hooks, conformers
         self.seen: set[nn.Module] = set()
         self.findings: dict[nn.Module, _Finding | None] = {}
@@ -65,7 +65,7 @@ class _Search:
             return
         self.seen.add(module)
         above = above or _closed(module)
-        host = _host(module) or (conformer.host_of(module) if self.conformers else None)
+        host = _host(module) or (original_class(module) if self.conformers and conformer_of(original_class(module)) else None)
         if host is not None:
             reader = None if above else self.reads_padding(module, host)
             parent = Candidate(name, module, host, above or self.why_not(module, host) or reader, parent)
@@ -76,7 +76,9 @@ class _Search:
 
     def why_not(self, module: Any, host: type[nn.Module]) -> str | None:
         """The first reason to leave a module of a host class alone, or None."""
-        reason = _why_not_class(module, host) if host in HOSTS else conformer.why_not(module, self.conformers)
+        if host not in HOSTS:
+            return self.conformers(module) if self.conformers else None
+        reason = _why_not_class(module, host)
         if reason is not None:
             return reason
         # What is called on packed rows once the module is enabled; the layers of a stack answer for themselves.

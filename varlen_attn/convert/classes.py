@@ -6,7 +6,7 @@ import math
 import threading
 import weakref
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar, Literal, TypeGuard
 from weakref import WeakKeyDictionary
 
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .._state import state
-from .._switch import Class, Hook, Step, run_as_it_came, switchable
-from .._torch import is_observed, is_plain, is_tracing, pytree, unwrapped, without_subclass
+from .._switch import Class, Derived, Hook, Step, derived, original_class, run_as_it_came, switchable
+from .._torch import global_hooks, is_observed, is_plain, is_tracing, pytree, unwrapped, without_subclass
 from ..attention.dispatch import requested_backend
 from ..attention.records import recorded_padded
-from ..errors import VarlenWarning, warn
+from ..errors import ArgumentError, VarlenError, VarlenWarning, warn
+from ..layout.seq_layout import SeqLayout
+from ..nn.conformer import PARTS, conformer_of, on_rows, reaches_of, try_small, why_not_parts
 from ..nn.masks import is_not_causal, pattern_of, read_masks
 from ..nn.multihead import ADDITIVE, CAUSAL, NO_PATTERN, VarlenMultiheadAttention, are_one
 from ..nn.prepacked import PREPACKED
@@ -29,7 +31,7 @@ from ..nn.transformer import (
     VarlenTransformerEncoder,
     VarlenTransformerEncoderLayer,
 )
-from .watch import STACKS, why_replaced, why_touched
+from .watch import ATTENTION, STACKS, Code, code_of, sees, why_replaced, why_touched
 
 _switchable = partial(switchable, inside=Prepared)
 
@@ -417,3 +419,114 @@ class AttentionOnlyTransformerEncoder(EnabledTransformerEncoder):
         for layer in self.layers:
             x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
         return x if self.norm is None else self.norm(x)
+
+
+# -------------------------------------------------------------------- conformers
+
+_UNREAD = "its lengths cannot be read: it is traced, transformed or distributed"
+_NO_LENGTHS = "lengths must be integers of one dimension, one for each utterance, of which the longest has all columns"
+# Multiplications of a layer that are saved: more take longer than packing, and what a layout takes (Zen 4, one thread). A GPU multiplies
+# some hundred times as fast, and launches kernels no faster: an estimate.
+_PAYS_CONFORMER, _BY_WIDTH = 30_000_000, 23  # for each row, by the square of its width, where linear layers are four times as wide
+
+
+class _Lengths(list[int]):
+    """As `EnabledConformer.why_as_it_came` has read them, in place of a layout."""
+
+
+class EnabledConformer(Derived, _Enabled):
+    takes = (0, "input"), (1, "lengths")
+    padding_rows: str = "zero"  # or "alone"
+    code: ClassVar[Code]  # which does not run on rows
+
+    def forward(self: Any, input: Tensor, lengths: Tensor, layout: Any = None) -> tuple[Tensor, Tensor]:
+        """As torchaudio's. ``layout`` is not for callers."""
+        if type(layout) is not _Lengths:
+            raise ArgumentError("`layout` must be left out, because a Conformer takes the lengths of padded rows: call it without.")
+        return on_rows(self, input, layout, self.padding_rows), lengths
+
+    def why_as_it_came(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        x, lengths = _given(self.takes, args, kwargs)
+        if not all(isinstance(t, Tensor) and not t.is_nested and is_plain(t) for t in (x, lengths)):
+            return _UNREAD
+        if x.dim() != 3 or lengths.shape != x.shape[:1] or lengths.device != x.device or lengths.is_floating_point() or not x.numel():
+            return _NO_LENGTHS
+        columns, known, alone = x.shape[1], _Lengths(max(n, 0) for n in lengths.tolist()), self.padding_rows == "alone"
+        if max(known) != columns or min(known) == columns:
+            return NOTHING_PADDED if min(known) == columns else _NO_LENGTHS
+        worth = _PAYS_CONFORMER * (1 if x.is_cpu else 100) // (_BY_WIDTH * x.shape[2] ** 2 + 1)
+        if not alone and len(known) * columns - sum(known) < worth:
+            return _LITTLE_PADDED
+        why = why_replaced(self.original_class, self.code) or _why_not_on_rows(self, alone, running=True)
+        kwargs["layout"] = known
+        if why is None and not alone:
+            left = [sum(columns - min(n + reach, columns) if n else columns for n in known) for reach in reaches_of(self)[:-1]]
+            return _LITTLE_PADDED if sum(left) < worth * len(left) else None
+        return why
+
+    def as_it_came(self: Any, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        (x, lengths), known = _given(self.takes, args, kwargs), kwargs.pop("layout", None)
+        alone = self.padding_rows == "alone"
+        if alone and torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(type(self).forward)(self, *args, **kwargs)
+        with self._noted(why, x):
+            if known is not None and alone and not any(m.training and isinstance(m, nn.BatchNorm1d) for m in self.modules()):
+                each = ((x[i : i + 1, :n], lengths[i : i + 1]) for i, n in enumerate(known) if n)
+                rows = torch.cat([run_as_it_came(self, one, {}, False)[0][0] for one in each])
+                return SeqLayout.from_lengths(known, device=x.device).unpack(rows), lengths
+            inside = why == NOTHING_PADDED and all(unwrapped(m) is m and "forward" not in vars(m) for m in self.conformer_layers)
+            out, given = run_as_it_came(self, args, kwargs, inside)
+        if why == NOTHING_PADDED or why_replaced(self.original_class, self.code):
+            return out, given
+        if alone:
+            raise VarlenError(
+                f"padding_rows='alone' must not be asked for here, where each utterance would get the padded model's numbers: {why}. "
+                "Call varlen_attn.disable(model) first, or enable it without."
+            )
+        padding = torch.arange(x.shape[1], device=lengths.device) >= lengths[:, None]
+        if self.padding_rows == "zero":
+            return out.masked_fill(padding[..., None], 0), given
+        return filled(out.transpose(0, 1), padding, self._attns()[0], self.padding_rows).transpose(0, 1), given
+
+    def _attns(self: Any) -> list[Any]:
+        return [layer.self_attn for layer in self.conformer_layers]
+
+
+@cache
+def enabled_conformer(original: Any) -> Any:
+    return _switchable(derived(EnabledConformer, original, enabled_conformer, code=_code(original)))
+
+
+def _code(cls: Any) -> Code:
+    own = [x for _, name in PARTS if (x := cls.forward.__globals__.get(name))]
+    parts = [
+        code_of(x, "forward", "_apply_convolution", "_conv_forward") for x in (conformer_of(cls), *own, nn.Conv1d, nn.GLU, nn.GroupNorm)
+    ]
+    return sum(parts, start=ATTENTION)
+
+
+def _why_not_on_rows(model: nn.Module, alone: bool, running: bool = False) -> str | None:
+    return "hooks for all modules" if any(map(sees, global_hooks)) else why_not_parts(model, alone, running)
+
+
+def why_not_conformer(model: Any, padding_rows: str | None) -> str | None:
+    """Why it is not to have ``padding_rows``, which may be the reason."""
+    host: Any = original_class(model)
+    if "forward" in vars(model) or host.forward is not conformer_of(host).forward:
+        return "has a forward of its own"
+    if not len(model.conformer_layers):
+        return "has no layers"
+    why = why_replaced(host, enabled_conformer(host).code) if padding_rows in ("zero", "edge", "alone") else padding_rows
+    try:
+        return why or _why_not_on_rows(model, padding_rows == "alone") or try_small(conformer_of(host))
+    except Exception as error:
+        return f"a small one could not be packed: {type(error).__name__}: {error}"
+
+
+def says_of_conformer(padding_rows: str | None, reader: str | None) -> str:
+    """For the report."""
+    if padding_rows == "alone":
+        return "each utterance gets the numbers that it has alone, and not those of the padded model, which it gets without padding_rows"
+    read = f', which {reader} may read: padding_rows="exact" keeps them' if reader else ""
+    numbers = 'real frames get the padded model\'s numbers, those that each utterance has alone with padding_rows="alone"'
+    return f"{numbers}; rows at padding are {padding_rows or 0}{read}"

@@ -24,7 +24,7 @@ from ..attention.forms import PaddingRows
 from ..data.batches import inputs_of
 from ..errors import ArgumentError, VarlenWarning, warn
 from ..kernels.problem import Problem
-from . import classes, conformer
+from . import classes
 from .candidates import HOSTS, Candidate, candidates, is_varlen, mixing
 from .equality import Part, settled
 from .prepacking import found_prepacked, is_prepacked, plan_prepacked
@@ -169,7 +169,7 @@ def _plan(model: nn.Module, level: str, weights: str, hooks: str, padding_rows: 
     """What is to be done to a model, of which nothing is changed yet: to its models of transformers, and to each module of torch's, or with
     ``whole`` each `Conformer`, with all inside of it."""
     conformers = _ATTENTION_ONLY if level == "attention" else _EXACT if padding_rows == "exact" else padding_rows or "zero"
-    found = candidates(model, hooks, conformers if whole else None)
+    found = candidates(model, hooks, partial(classes.why_not_conformer, padding_rows=conformers) if whole else None)
     alone, padding_rows = padding_rows == "alone", None if padding_rows == "alone" else padding_rows
     hf, mixer = _transformers(model), None if padding_rows else mixing(model)
     rows, steps = hf.plan(model, level, hooks, padding_rows) if hf else ([], [])
@@ -178,8 +178,8 @@ def _plan(model: nn.Module, level: str, weights: str, hooks: str, padding_rows: 
         original = original_class(c.module)
         if c.why_not is None and c.host not in HOSTS:
             reader = None if padding_rows else mixing(model, c.module)
-            says = conformer.says("alone" if alone else padding_rows, reader)
-            decision = _Decision(conformer.enabled(c.host), "converted", says, "alone" if alone else None)  # type: ignore[arg-type]
+            says = classes.says_of_conformer("alone" if alone else padding_rows, reader)
+            decision = _Decision(classes.enabled_conformer(c.host), "converted", says, "alone" if alone else None)  # type: ignore[arg-type]
         else:
             decision = _decide(c, found, level, weights, mixer)
         new_class = decision.new_class or original
