@@ -15,7 +15,7 @@
 #   make sanitize        the compiled CPU kernel under the sanitizers of memory, undefined behaviour and threads (g++; an hour, less by PROBLEMS=1000)
 #   make fuzz            100,000 random calls on every backend against float64, and 1000 in which an allocation fails (an hour)
 #   make test-thorough   many more property-test examples
-#   make test-peers      tests that other projects wrote, on enabled models: those that transformers has for all of its models (half an hour)
+#   make test-peers      tests that other projects wrote: transformers' on enabled models, PyTorch's too with TORCH_TESTS=DIR (half an hour)
 #   make test-ray        bulk embedding on Ray Data and in Parquet, which are installed in a folder of their own (minutes, and 120 MB)
 #   make mutants         300 small faults in the library, one at a time: how many do the tests see? (hours)
 #   make soak            100,000 calls of changing shapes in 16 threads, while another thread enables and disables (an hour)
@@ -187,13 +187,16 @@ test-thorough: $(STAMP)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests --ignore=tests/lane -q
 
 test-peers: $(PEERS)
-	PYTHONPATH=$(PEERS) $(OFFLINE) $(PYTEST) tests/peers -p no:cacheprovider -W default -n $(WORKERS) --dist loadscope
+	PYTHONPATH=$(PEERS) $(OFFLINE) $(PYTEST) tests/peers -p no:cacheprovider -W default -n $(WORKERS) --dist loadscope --figures benchmarks/results/reliability.json
 
 test-ray: $(RAY)
 	PYTHONPATH=$(CURDIR)/$(RAY) RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 $(OFFLINE) $(PYTEST) tests/test_embed_ray.py -p no:cacheprovider -W default
 
 mutants: $(STAMP)
-	$(BIN)/python -W ignore -m tests.mutants --all --out benchmarks/results/mutants.json
+	$(BIN)/python -m tests.mutants --map $(VENV)/mutants
+	$(BIN)/python -W ignore -m tests.mutants --covered $(VENV)/mutants --out benchmarks/results/mutants.json
+	$(BIN)/python -W ignore -m tests.mutants --covered $(VENV)/mutants --out benchmarks/results/mutants.json --all
+	$(BIN)/python -W ignore -m tests.mutants_native --out benchmarks/results/mutants_native.json
 
 soak: $(STAMP)
 	$(BIN)/python -W ignore -m tests.soak 100000
@@ -289,6 +292,7 @@ bench: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
 	$(BENCH) benchmarks.bench_curves
 	$(BENCH) benchmarks.bench_balance
+	$(BENCH) benchmarks.bench_recipes --threads 1
 	$(BENCH) benchmarks.report
 
 bench-full: $(TEXT) $(PICTURES)
@@ -303,6 +307,7 @@ bench-full: $(TEXT) $(PICTURES)
 	$(BENCH) benchmarks.bench_compile --threads $(THREADS)
 	$(BENCH) benchmarks.bench_curves
 	$(BENCH) benchmarks.bench_balance
+	$(BENCH) benchmarks.bench_recipes --threads 1
 	$(BENCH) benchmarks.report
 
 bench-engines: $(TEXT) $(ENGINES)

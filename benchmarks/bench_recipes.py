@@ -1,15 +1,17 @@
 """Models by the recipes of docs/how-to/ (recommenders.md, detection.md, recipes.md): padded, after `enable`, and on rows. And convolutions.
 
 The models of recipes.md are those that its blocks define. Each contest is verified in float64 first: what is on rows with each sample
-alone, what `enable` converted with the padded model. Times are of evaluation on a CPU, or of a step of training where it says so.
+alone, what `enable` converted with the padded model. Times are of evaluation on a CPU, or of a step of training where it says so. A new
+mask is a copy for every contestant.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,15 @@ from torch import Tensor, nn
 from varlen_attn import SeqLayout, enable, varlen_conv1d
 from varlen_attn.testing import assert_within_budget
 
-from .measure import add_machine, interleave, ratio, use_machine
+from .measure import add_machine, facts, interleave, save, use_machine
 
+Rows = Iterator[dict[str, Any]]
+TORCH, ENABLE, ROWS = "torch", "enable", "on rows"
+KEYS = ("threads", "recipe", "what")
 PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "recipes.md"
+
+
+Calls = dict[str, Callable[[], Tensor]]
 
 
 class SASRec(nn.Module):
@@ -67,7 +75,7 @@ class DETRLayer(nn.Module):
         return out
 
 
-def sasrec(budget: float) -> None:
+def sasrec(budget: float) -> Rows:
     torch.manual_seed(0)
     clicks = torch.tensor([200, 150, 120, 80, 60, 44, 33, 25, 18, 12, 9, 6, 5, 4, 3, 3] * 2)
     real = torch.arange(200) >= 200 - clicks[:, None]  # padded on the left
@@ -76,15 +84,19 @@ def sasrec(budget: float) -> None:
     enable(by_enable)
     enable(by_rows)
     layout, mask = SeqLayout.from_attention_mask(real), model.mask(real)
-    calls: dict[str, Callable[[], Tensor]] = {
-        "torch": lambda: model(sessions, mask)[real],
-        "enable": lambda: by_enable(sessions, mask.clone())[real],  # a new mask, as for each batch
-        "by rows": lambda: by_rows(layout.pack(sessions), layout=layout),
+    exact = copy.deepcopy(model).double()(sessions.double(), mask.double())[real]
+    batch = f"32 sessions of 3 to 200 clicks, {real.double().mean():.0%} real"
+    new: Calls = {
+        TORCH: lambda: model(sessions, mask.clone())[real],
+        ENABLE: lambda: by_enable(sessions, mask.clone())[real],
+        ROWS: lambda: by_rows(layout.pack(sessions), layout=layout),
     }
-    contest(f"SASRec, fill {layout.fill:.2f}", calls, copy.deepcopy(model).double()(sessions.double(), mask.double())[real], budget)
+    yield contest("SASRec, 2 blocks of width 64, a new mask for each batch", batch, new, exact, budget)
+    kept: Calls = {TORCH: lambda: model(sessions, mask)[real], ENABLE: lambda: by_enable(sessions, mask)[real]}
+    yield contest("SASRec, 2 blocks of width 64, a mask that stays", batch, kept, exact, budget)
 
 
-def detr(budget: float) -> None:
+def detr(budget: float) -> Rows:
     torch.manual_seed(0)
     cells = torch.tensor([1024, 640, 480, 400, 320, 256, 200, 160])
     padding = torch.arange(1024) >= cells[:, None]
@@ -92,12 +104,13 @@ def detr(budget: float) -> None:
     layer = DETRLayer().eval()
     ours = copy.deepcopy(layer)
     enable(ours, need_weights="never", example=(image, positions, padding))
-    calls = {
-        "torch": lambda: layer(image, positions, padding).transpose(0, 1)[~padding],
-        "enable": lambda: ours(image, positions, padding).transpose(0, 1)[~padding],
+    calls: Calls = {
+        TORCH: lambda: layer(image, positions, padding).transpose(0, 1)[~padding],
+        ENABLE: lambda: ours(image, positions, padding).transpose(0, 1)[~padding],
     }
     exact = copy.deepcopy(layer).double()(image.double(), positions.double(), padding).transpose(0, 1)[~padding]
-    contest(f"DETR's layer, fill {cells.sum() / padding.numel():.2f}", calls, exact, budget)
+    batch = f"8 images of 160 to 1024 cells, {cells.sum() / padding.numel():.0%} real"
+    yield contest("DETR's own encoder layer, width 256", batch, calls, exact, budget)
 
 
 def page() -> dict[str, Any]:
@@ -108,8 +121,8 @@ def page() -> dict[str, Any]:
     return names
 
 
-def convolution(budget: float) -> None:
-    """As a conformer has them; "in proportion" is the ratio if time were in proportion to rows."""
+def convolution(budget: float) -> Rows:
+    """As a conformer has them."""
     torch.manual_seed(0)
     layout = SeqLayout.from_lengths(torch.linspace(1, 300, 16).long(), 300)
     x = torch.randn(16, 300, 256) * ~layout.padding_mask()[..., None]
@@ -122,56 +135,58 @@ def convolution(budget: float) -> None:
         def rows(x: Tensor, conv: nn.Conv1d = conv) -> Tensor:
             return varlen_conv1d(conv, x, layout)[0]
 
-        given = {"torch": (padded, x), "by rows": (rows, layout.pack(x))}
+        given = {TORCH: (padded, x), ROWS: (rows, layout.pack(x))}
         exact = copy.deepcopy(conv).double()
-        name = f"kernel {kernel}{', depthwise' if groups > 1 else ''}, in proportion {1 / (layout.fill or 1):.2f}"
-        calls: dict[str, Callable[[], Tensor]] = {who: partial(f, x) for who, (f, x) in given.items()}
-        contest(name, calls, layout.pack(exact(x.double().transpose(1, 2)).transpose(1, 2)), budget)
-        train(name, {who: (f, [x]) for who, (f, x) in given.items()}, list(conv.parameters()), budget)
+        name = f"{'depthwise ' if groups > 1 else ''}convolution, kernel {kernel}, width 256"
+        batch = f"16 utterances of 1 to 300 frames, {layout.fill:.0%} real"
+        calls: Calls = {who: partial(f, x) for who, (f, x) in given.items()}
+        yield contest(name, batch, calls, layout.pack(exact(x.double().transpose(1, 2)).transpose(1, 2)), budget)
+        yield train(name, batch, {who: (f, [x]) for who, (f, x) in given.items()}, list(conv.parameters()), budget)
 
 
-def conformer(budget: float) -> None:
-    names = page()
+def conformer(budget: float) -> Rows:
+    """A `Conformer` with the names and numbers of torchaudio's."""
+    by_page, home = page()["conformer_layer"], importlib.import_module("tests.convert.conformers").load()
     torch.manual_seed(0)
-    layers = nn.ModuleList(names["ConformerLayer"]() for _ in range(4)).eval()
-    layout = SeqLayout.from_lengths(torch.linspace(30, 412, 12).long(), 412)
-    x, padding = torch.randn(12, 412, 144) * ~layout.padding_mask()[..., None], layout.padding_mask()
-    ours = copy.deepcopy(layers)
+    model = home.Conformer(144, 4, 576, 4, 31).eval()
+    lengths = torch.linspace(30, 412, 12).long()
+    layout = SeqLayout.from_lengths(lengths, 412)
+    x = torch.randn(12, 412, 144) * ~layout.padding_mask()[..., None]
+    ours, whole, each = (copy.deepcopy(model) for _ in range(3))
     enable(ours)
+    enable(whole, level="model")
+    enable(each, level="model", padding_rows="alone")
 
-    def padded(layers: Any, x: Tensor) -> Tensor:
-        for layer in layers:
-            x = layer(x, padding)
-        return layout.pack(x)
+    def padded(model: Any, x: Tensor) -> Tensor:
+        return layout.pack(model(x, lengths)[0])
 
-    def rows(layers: Any, x: Tensor, layout: SeqLayout = layout) -> Tensor:
-        for layer in layers:
-            x = names["conformer_layer"](layer, x, layout)
+    def rows(x: Tensor) -> Tensor:
+        for layer in model.conformer_layers:
+            x = by_page(layer, x, layout)
         return x
 
-    def alone(layers: Any, x: Tensor) -> Tensor:
-        parts = [x[i : i + 1, :n] for i, n in enumerate(layout.lengths or ())]
-        for layer in layers:
-            parts = [layer(part) for part in parts]
-        return torch.cat([part[0] for part in parts])
+    def alone(model: Any, x: Tensor) -> Tensor:
+        return torch.cat([model(x[i : i + 1, :n], lengths[i : i + 1])[0][0] for i, n in enumerate(layout.lengths or ())])
 
-    wide = copy.deepcopy(layers).double()
-    name, of_rows = f"Conformer, fill {layout.fill:.2f}", layout.pack(x)
+    wide, name, of_rows = copy.deepcopy(model).double(), "Conformer, 4 layers of width 144", layout.pack(x)
+    batch = f"12 utterances of 30 to 412 frames, {layout.fill:.0%} real"
     with torch.no_grad():
-        assert_within_budget(rows(layers, of_rows), alone(wide, x.double()), alone(layers, x), what=f"{name}, by rows")
-        assert_within_budget(padded(ours, x), padded(wide, x.double()), padded(layers, x), what=f"{name}, enable")
-    calls = {"torch": lambda: padded(layers, x), "enable": lambda: padded(ours, x), "by rows": lambda: rows(layers, of_rows)}
-    contest(name, calls, None, budget)
-    layers.train(), ours.train()
-    steps = {
-        "torch": (lambda x: padded(layers, x), [x]),
-        "enable": (lambda x: padded(ours, x), [x]),
-        "by rows": (lambda x: rows(layers, x), [of_rows]),
-    }
-    train(name, steps, [*layers.parameters(), *ours.parameters()], budget)
+        assert_within_budget(rows(of_rows), alone(wide, x.double()), alone(model, x), what=f"{name}, by rows")
+        assert_within_budget(padded(each, x), alone(wide, x.double()), alone(model, x), what=f"{name}, each utterance alone")
+        for one in (ours, whole):
+            assert_within_budget(padded(one, x), padded(wide, x.double()), padded(model, x), what=f"{name}, the padded model's numbers")
+    plain, by_rows, by_alone = partial(padded, model), {ROWS: (rows, [of_rows])}, f'{name}, `level="model"`, `padding_rows="alone"`'
+    yield contest(name, batch, {TORCH: partial(plain, x), ENABLE: partial(padded, ours, x), ROWS: partial(rows, of_rows)}, None, budget)
+    yield contest(f'{name}, `level="model"`', batch, {TORCH: partial(plain, x), ENABLE: partial(padded, whole, x)}, None, budget)
+    yield contest(by_alone, batch, {TORCH: partial(plain, x), ENABLE: partial(padded, each, x)}, None, budget)
+    for one in (model, ours, each):  # in training the batch norms read padding, so that `whole` runs as it came
+        one.train()
+    weights = [*model.parameters(), *ours.parameters(), *each.parameters()]
+    yield train(name, batch, {TORCH: (plain, [x]), ENABLE: (partial(padded, ours), [x]), **by_rows}, weights, budget)
+    yield train(by_alone, batch, {TORCH: (plain, [x]), ENABLE: (partial(padded, each), [x])}, weights, budget)
 
 
-def graphs(budget: float) -> None:
+def graphs(budget: float) -> Rows:
     """Four layers, on nodes; padded as `to_dense_batch` does it."""
     names = page()
     torch.manual_seed(0)
@@ -195,12 +210,12 @@ def graphs(budget: float) -> None:
             x = layer(x, edges, layout)
         return x
 
-    calls = {"torch": lambda: run(layers, dense, x), "enable": lambda: run(ours, dense, x), "by rows": lambda: run(layers, by_rows, x)}
+    calls: Calls = {TORCH: lambda: run(layers, dense, x), ENABLE: lambda: run(ours, dense, x), ROWS: lambda: run(layers, by_rows, x)}
     exact = run(copy.deepcopy(layers).double(), dense, x.double())
-    contest(f"GPSConv, fill {layout.fill:.2f}", calls, exact, budget)
+    yield contest("graph transformer, 4 layers of width 64", f"48 graphs of 9 to 121 nodes, {layout.fill:.0%} real", calls, exact, budget)
 
 
-def cells(budget: float) -> None:
+def cells(budget: float) -> Rows:
     model = page()["Cells"](1000, 128).eval()
     torch.manual_seed(0)
     lengths = torch.linspace(240, 1200, 8).long()
@@ -208,12 +223,13 @@ def cells(budget: float) -> None:
     genes, values = torch.randint(1, 1000, real.shape) * real, torch.rand(real.shape) * real
     ours = copy.deepcopy(model)
     enable(ours)
-    calls = {"torch": lambda: model(genes, values)[1][real], "enable": lambda: ours(genes, values)[1][real]}
+    calls: Calls = {TORCH: lambda: model(genes, values)[1][real], ENABLE: lambda: ours(genes, values)[1][real]}
     exact = copy.deepcopy(model).double()(genes, values.double())[1][real]
-    contest(f"scGPT-like, fill {real.double().mean():.2f}", calls, exact, budget)
+    batch = f"8 cells of 240 to 1200 genes, {real.double().mean():.0%} real"
+    yield contest("scGPT-like, 2 layers of width 128", batch, calls, exact, budget)
 
 
-def proteins(budget: float) -> None:
+def proteins(budget: float) -> Rows:
     from transformers import EsmConfig, EsmModel
 
     torch.manual_seed(0)
@@ -225,20 +241,23 @@ def proteins(budget: float) -> None:
     inputs = {"input_ids": torch.where(real, torch.randint(4, 24, real.shape), 1), "attention_mask": real.long()}
     ours = copy.deepcopy(model)
     enable(ours)
-    calls = {"torch": lambda: model(**inputs)[0][real], "enable": lambda: ours(**inputs)[0][real]}
-    contest(f"ESM-2, fill {real.double().mean():.2f}", calls, copy.deepcopy(model).double()(**inputs)[0][real], budget)
+    calls: Calls = {TORCH: lambda: model(**inputs)[0][real], ENABLE: lambda: ours(**inputs)[0][real]}
+    batch = f"12 proteins of 25 to 400 residues, {real.double().mean():.0%} real"
+    yield contest("ESM-2, 4 layers of width 160", batch, calls, copy.deepcopy(model).double()(**inputs)[0][real], budget)
 
 
-def contest(name: str, calls: dict[str, Callable[[], Tensor]], exact: Tensor | None, budget: float) -> None:
+def contest(name: str, batch: str, calls: Calls, exact: Tensor | None, budget: float) -> dict[str, Any]:
     with torch.no_grad():
-        plain = calls["torch"]()
+        plain = calls[TORCH]()
         for who, call in calls.items():
             if exact is not None:
                 assert_within_budget(call(), exact, plain, what=f"{name}, {who}")
-        show(name, calls, budget)
+        return timed(name, batch, calls, budget)
 
 
-def train(name: str, steps: dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]], weights: list[nn.Parameter], budget: float) -> None:
+def train(
+    name: str, batch: str, steps: dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]], weights: list[nn.Parameter], budget: float
+) -> dict[str, Any]:
     """Forward and backward, with a gradient of the input."""
 
     def step(function: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> None:
@@ -246,13 +265,11 @@ def train(name: str, steps: dict[str, tuple[Callable[[Tensor], Tensor], list[Ten
             weight.grad = None
         F.mse_loss(out := function(inputs[0].detach().requires_grad_()), torch.zeros_like(out)).backward()
 
-    show(f"{name}, training", {who: partial(step, *given) for who, given in steps.items()}, budget)
+    return timed(f"{name}, training", batch, {who: partial(step, *given) for who, given in steps.items()}, budget)
 
 
-def show(name: str, calls: dict[str, Callable[[], Any]], budget: float) -> None:
-    times = interleave(calls, rounds=7, budget=budget)
-    for who, time in times.items():
-        print(f"{name:52} {who:8} {time.seconds * 1e3:8.2f} ms  ratio {ratio(times['torch'], time):.2f}", flush=True)
+def timed(name: str, batch: str, calls: dict[str, Callable[[], Any]], budget: float) -> dict[str, Any]:
+    return {"what": name, "batch": batch, **facts(interleave(calls, rounds=7, budget=budget), TORCH)}
 
 
 RECIPES = {f.__name__: f for f in (sasrec, detr, convolution, conformer, graphs, cells, proteins)}
@@ -265,7 +282,10 @@ def main() -> None:
     options = parser.parse_args()
     use_machine(options.device, options.threads)
     for name in options.recipe:
-        RECIPES[name](options.budget)
+        for row in RECIPES[name](options.budget):
+            path = save("recipes", [{"recipe": name, **row}], KEYS, options.device)
+            print(f"{row['what']:60} {row['milliseconds']} ms, ratios {row['ratio']}, others {row['foreign']:.0%}", flush=True)
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""JSON to Markdown: ``results/tables.md``, and what is between the markers of docs/performance.md and docs/gpu.md."""
+"""JSON to Markdown: ``results/tables.md``, and what is between the markers of docs/performance.md, docs/gpu.md and docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bench_compile, bench_engines, bench_host, plots, sections, what_ran
+from . import bench_compile, bench_engines, bench_host, lanes, plots, sections, what_ran
 from . import bench_transformers as hf
 from .bench_attention import GOALS
 from .bench_encoder import AGAIN, MASKED, OFF, ON, OURS
@@ -17,7 +17,8 @@ from .measure import RESULTS
 from .workloads import WORKLOADS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGE, GPU_PAGE, PICTURES = DOCS / "performance.md", DOCS / "gpu.md", DOCS / "pictures"
+PAGE, GPU_PAGE, RELIABILITY, PICTURES = DOCS / "performance.md", DOCS / "gpu.md", DOCS / "reliability.md", DOCS / "pictures"
+RECIPES_PAGE = DOCS / "how-to" / "recipes.md"
 BEGIN, END = "<!-- benchmarks: begin (make bench writes this block) -->", "<!-- benchmarks: end -->"
 
 
@@ -355,7 +356,7 @@ def _libraries(rows: list[dict[str, Any]]) -> str:
 
 NAMES = (
     "encoder", "memory", "transformers", "attention", "mha", "layout", "length", "minitest", "host", "compile", "engines", "curves",
-    "serving", "balance", "acceptance", *plots.GRIDS,
+    "serving", "recipes", "balance", "acceptance", *plots.GRIDS,
 )  # fmt: skip
 
 
@@ -418,7 +419,9 @@ _SECTIONS = (
     ("curves", lambda rows: ["## A training, padded and packed", sections.curves(rows)]),
     ("layout", sections.layout),
     ("balance", sections.balance),
+    ("recipes", lambda rows: ["## Recipes", _RECIPES, sections.recipes(rows)]),
 )
+_RECIPES = "The models of docs/how-to/, in float32: how many times faster after `enable`, and on packed rows."
 _MINITEST = (
     "The mini test, training of one attention layer (batch 32, 500 tokens, width 128, 4 heads): time of 100 steps, the same relative to "
     'that layer without options, and the kernel that `torch.profiler` saw. "Scores" means that no fused kernel ran and all scores were '
@@ -485,6 +488,17 @@ def gpu_page(text: str, on_gpus: Sequence[dict[str, Any]]) -> str:
     return _between(text, what_ran.BEGIN, what_ran.END, what_ran.block(on_gpus))
 
 
+def recipes_page(text: str, results: dict[str, dict[str, Any]]) -> str:
+    """docs/how-to/recipes.md with its block written anew, of one thread."""
+    where = setting(results["recipes"]["environment"])
+    return _between(text, BEGIN, END, f"{where}.\n\n{sections.recipes(results['recipes']['rows'], threads=1)}")
+
+
+def reliability_page(text: str) -> str:
+    """docs/reliability.md with its block written anew."""
+    return _between(text, lanes.BEGIN, lanes.END, lanes.block())
+
+
 def _between(text: str, begin: str, end: str, new: str) -> str:
     before, rest = text.split(begin)
     return f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
@@ -498,7 +512,9 @@ def main() -> None:
     (options.results / "tables.md").write_text(tables(results))
     if options.results == RESULTS:
         PAGE.write_text(page(PAGE.read_text(), results, others()))
+        RECIPES_PAGE.write_text(recipes_page(RECIPES_PAGE.read_text(), results))
         GPU_PAGE.write_text(gpu_page(GPU_PAGE.read_text(), what_ran.load()))
+        RELIABILITY.write_text(reliability_page(RELIABILITY.read_text()))
     drawn = ["no pictures: matplotlib is not installed (`make bench` does)"]
     if plots.available():
         drawn = plots.draw(results, PICTURES if options.results == RESULTS else options.results)

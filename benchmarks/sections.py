@@ -8,6 +8,7 @@ from typing import Any
 from . import bench_balance as balancing
 from . import bench_curves as training
 from . import bench_minitest as mini
+from . import bench_recipes
 from .bench_attention import BACKWARD, DIRECTIONS, GRID_SLOWER, OVER_MASKED, PLAIN, SHARE, useful_flops
 from .bench_layout import BASE, OURS
 from .bench_length import PACKED, PADDED, SCORES
@@ -15,7 +16,20 @@ from .contestants import AUTO, MASKED, WITH_PACKING
 from .markdown import DISTURBED, setting, table, threads_of, widest
 from .workloads import WORKLOADS
 
-__all__ = ["balance", "contestants", "curves", "grid", "layout", "length", "losses", "mha", "minitest", "minitest_summary", "roof"]
+__all__ = [
+    "balance",
+    "contestants",
+    "curves",
+    "grid",
+    "layout",
+    "length",
+    "losses",
+    "mha",
+    "minitest",
+    "minitest_summary",
+    "recipes",
+    "roof",
+]
 
 Rows = list[dict[str, Any]]
 _ORDER = {w.name: (i, w) for i, w in enumerate(WORKLOADS)}
@@ -315,6 +329,20 @@ def minitest(rows: Rows) -> list[str]:
         "Not measured:",
         "\n".join(f"- {row}: {reason}" for row, reason in reasons),
     ]
+
+
+# -------------------------------------------------------------------- recipes
+
+
+def recipes(rows: Rows, threads: int | None = None) -> str:
+    """In the order of `RECIPES`; of one number of threads, or of all."""
+    order = list(bench_recipes.RECIPES)
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["threads"], order.index(row["recipe"]), row["what"])):
+        ratios = [f"{row['ratio'][who]:.1f}" if who in row["ratio"] else "" for who in (bench_recipes.ENABLE, bench_recipes.ROWS)]
+        if threads in (None, row["threads"]):
+            lines.append([row["what"], row["batch"], row["threads"], f"{row['milliseconds'][bench_recipes.TORCH]:.1f}", *ratios])
+    return table(["model", "batch", "threads", "torch, ms", "`enable`", "on rows"], lines)
 
 
 # -------------------------------------------------------------------- where we lose

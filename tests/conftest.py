@@ -19,6 +19,8 @@ settings.register_profile("fast", max_examples=10, **_COMMON)
 settings.register_profile("thorough", max_examples=1000, **_COMMON)
 # Where each example compiles kernels: few, always the same, and none to make a failing one smaller.
 settings.register_profile("gpu", max_examples=8, derandomize=True, phases=[Phase.explicit, Phase.generate], **_COMMON)
+# For mutants: what fails once is enough, and it must not fail without the mutant.
+settings.register_profile("mutants", max_examples=20, derandomize=True, phases=[Phase.explicit, Phase.generate], **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

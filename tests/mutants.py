@@ -1,10 +1,12 @@
 """Small faults put into the library, one at a time, and whether the tests see them: ``make mutants``.
 
 A mutant is another operator, condition or number in one place. Places are drawn at random, with a seed, from each part of the library
-as many as its share of all places. The tests of that part run until one fails; they must pass without a mutant. With ``--all``, what they
-do not see meets the other tests too.
+as many as its share of all places. Tests that run the line of a mutant run until one fails: a few at first, then half a minute's worth of
+them, and with ``--all`` all others. Which tests run which lines was measured before, in a run of the suite in which all of them passed:
 
-    python -m tests.mutants --number 60 --seed 0 --out FILE
+    python -m tests.mutants --map FOLDER
+    python -m tests.mutants --number 300 --seed 0 --covered FOLDER --out FILE
+    python -m tests.mutants --number 300 --seed 0 --covered FOLDER --out FILE --all
 """
 
 from __future__ import annotations
@@ -12,32 +14,37 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import itertools
 import json
 import math
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.machinery import SourceFileLoader
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
+
+from coverage import CoverageData
 
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / "varlen_attn"
-SECONDS = 300  # of the tests of one mutant; the tests themselves take less, so that what takes longer does not end
-OTHER_TESTS = ("tests/kernels/test_conformance.py", "tests/nn", "tests/convert", "tests/integrations/transformers", "tests/attention")
-TESTS = {
-    "layout": ("tests/layout", "tests/test_bad_inputs.py", "tests/kernels/test_conformance.py", "tests/nn/test_transformer_stack.py"),
-    "kernels": ("tests/kernels", "tests/attention/test_functional.py"),
-    "attention": ("tests/attention", "tests/test_bad_inputs.py", "tests/nn/test_multihead.py"),
-    "nn": ("tests/nn", "tests/convert/test_convert.py", "tests/test_bad_inputs.py"),
-    "convert": ("tests/convert", "tests/test_switch.py"),
-    "integrations": ("tests/integrations/transformers",),
-    "data": ("tests/data",),
-}
+PARTS = ("layout", "kernels", "attention", "nn", "convert", "integrations", "data", "parallel")
+FEW, MANY = 8.0, 30.0  # seconds of tests, as they took with few examples
+PATIENCE = 600.0  # seconds; then the tests of a mutant are said not to end
+# Files of tests whose programs run in processes of their own, train, or compile: no mutant is in those processes.
+WITHOUT = (
+    "test_compile.py", "test_examples.py", "test_benchmarks.py", "test_house.py", "test_docs.py", "test_release.py", "test_installed.py",
+    "test_embed_corpus.py", "test_embed_ray.py", "test_wrappers.py", "test_soak.py", "test_hostile.py", "test_gpu_acceptance.py",
+    "attention/test_export.py", "kernels/cuda/test_flex.py", "parallel", "lane", "peers",
+)  # fmt: skip
+LANES = {"native": ("native or native_too", ["--native"]), "others": ("not real and not alone and not native", [])}
 
 SWAPS: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot,
@@ -111,10 +118,10 @@ def mutants(path: Path) -> Iterator[Mutant]:
 
 def drawn(number: int, seed: int) -> list[Mutant]:
     """From each part its share. Adapters of CUDA kernels are among them: they are tested on fakes."""
-    found = {part: [m for path in sorted((HOME / part).rglob("*.py")) for m in mutants(path)] for part in TESTS}
+    found = {part: [m for path in sorted((HOME / part).rglob("*.py")) for m in mutants(path)] for part in PARTS}
     total = sum(map(len, found.values()))
     draw = random.Random(seed)
-    return [m for part in TESTS for m in draw.sample(found[part], max(1, round(number * len(found[part]) / total)))]
+    return [m for part in PARTS for m in draw.sample(found[part], max(1, round(number * len(found[part]) / total)))]
 
 
 class Mutated(SourceFileLoader):
@@ -144,8 +151,95 @@ class Finder:
         )
 
 
-def tested(mutant: Mutant | None, tests: tuple[str, ...], seconds: float) -> str:
-    """``"seen"``, ``"not seen"`` or ``"no end"``, in a child that has torch and transformers already."""
+def measure(folder: Path) -> None:
+    """Runs the suite, and leaves which tests run which lines (coverage) and how long they take (JUnit's XML) in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for lane, (marks, options) in LANES.items():
+        (folder / "rc").write_text("[run]\nsource = varlen_attn\nbranch = false\n")
+        ignored = [f"--ignore=tests/{path}" for path in WITHOUT]
+        report = ["--cov", f"--cov-config={folder / 'rc'}", "--cov-context=test", "--cov-report=", f"--junitxml={folder / lane}.xml"]
+        workers = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "tests", "-m", marks, *options, *ignored, *report, *workers]
+        given = {"COVERAGE_FILE": f"{folder / lane}.cov", "HYPOTHESIS_PROFILE": "fast", "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=ROOT, env=os.environ | given, check=False)
+
+
+@dataclass(frozen=True)
+class Test:
+    """One test that passed. ``seconds`` is with few examples."""
+
+    name: str
+    lane: str
+    seconds: float
+
+    @property
+    def file(self) -> str:
+        return self.name.split("::")[0]
+
+
+class Covered:
+    """Which tests run a line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data, self.tests = {}, {}
+        for lane in LANES:
+            self.data[lane] = CoverageData(f"{folder / lane}.cov")
+            self.data[lane].read()
+            found = {}
+            for case in ElementTree.parse(folder / f"{lane}.xml").iter("testcase"):
+                if not len(case.findall("failure")) + len(case.findall("error")) + len(case.findall("skipped")):
+                    name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+                    found[name] = Test(name, lane, float(case.get("time", 0)))
+            self.tests[lane] = found
+
+    def of(self, mutant: Mutant) -> dict[Test, frozenset[int]]:
+        """Tests of its line, or of any line of the file where only an import runs it; and which lines of the file they run."""
+        lines: dict[Test, set[int]] = {}
+        for lane, data in self.data.items():
+            (path,) = [x for x in data.measured_files() if x.endswith(mutant.path)] or [""]
+            for line, names in (data.contexts_by_lineno(path) if path else {}).items():
+                for name in {name.split("|")[0] for name in names} & self.tests[lane].keys():
+                    lines.setdefault(self.tests[lane][name], set()).add(line)
+        found = {test: frozenset(run) for test, run in lines.items()}
+        return {test: run for test, run in found.items() if mutant.line in run} or found
+
+
+def few_and_many(tests: dict[Test, frozenset[int]], draw: random.Random) -> list[list[Test]]:
+    """At first tests of a few files, those with fewest tests of this line; then half a minute's worth of tests that run other lines of the
+    file each, those first that run what few others do."""
+    order = draw.sample(sorted(tests, key=lambda test: test.name), len(tests))
+    chosen: list[list[Test]] = []
+    for limit, group in ((FEW, lambda test: test.file), (MANY, tests.get)):
+        groups: dict[Any, list[Test]] = {}
+        for test in order:
+            groups.setdefault(group(test), []).append(test)
+        candidates = sorted(groups.values(), key=len)[: 5 if limit == FEW else None]
+        taken: list[Test] = []
+        for test in itertools.chain.from_iterable(zip_longest(*candidates)):
+            fits = test is not None and sum(t.seconds for t in taken) + test.seconds <= limit
+            if fits and not any(test in stage for stage in chosen):
+                taken.append(test)
+        chosen.append(taken)
+    return chosen
+
+
+class Only:
+    """Of what pytest collects, some tests; and the name of the first that fails."""
+
+    def __init__(self, tests: list[Test], pipe: int) -> None:
+        self.names, self.pipe = {test.name for test in tests}, pipe
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = [item for item in items if item.nodeid in self.names]
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            os.write(self.pipe, f"{report.nodeid}\n".encode())
+
+
+def tested(mutant: Mutant | None, tests: list[Test], lane: str) -> str:
+    """The test that fails; ``"import"`` if the library does not load; ``"no end"``; or nothing. In a child that has torch already."""
+    read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -158,34 +252,37 @@ def tested(mutant: Mutant | None, tests: tuple[str, ...], seconds: float) -> str
 
             if mutant is not None:
                 sys.meta_path.insert(0, Finder(mutant))  # type: ignore[arg-type]
-            status = int(
-                pytest.main(
-                    [
-                        "-q",
-                        "-x",
-                        "-W",
-                        "ignore::pytest.PytestAssertRewriteWarning",
-                        "-p",
-                        "no:cacheprovider",
-                        "-n",
-                        "0",
-                        "-m",
-                        "not alone and not real and not native",
-                        *tests,
-                    ]
-                )
-            )
+            if lane == "native":
+                del os.environ["VARLEN_ATTN_NATIVE"]
+            marks, options = LANES[lane]
+            files = list(dict.fromkeys(test.file for test in tests))
+            plain = ["-q", "-x", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-p", "no:cacheprovider", "-n", "0", "-m", marks]
+            status = int(pytest.main([*plain, *options, *files], plugins=[Only(tests, write)]))
         finally:
             os._exit(status)
-    end = time.monotonic() + seconds
+    os.close(write)
+    end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return "not seen" if status == 0 else "seen"
+            names = os.read(read, 10_000).decode().splitlines()
+            os.close(read)
+            code = os.waitstatus_to_exitcode(status)
+            if code == 5:
+                raise RuntimeError("no test was found")
+            return "" if code == 0 else names[0] if names else "import" if code > 0 else f"signal {-code}"
         time.sleep(0.05)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    os.close(read)
     return "no end"
+
+
+def seen_by(mutant: Mutant | None, tests: list[Test]) -> str:
+    for lane in ("others", "native"):
+        if (of_lane := [test for test in tests if test.lane == lane]) and (name := tested(mutant, of_lane, lane)):
+            return name
+    return ""
 
 
 def interval(seen: int, number: int) -> tuple[float, float]:
@@ -197,12 +294,18 @@ def interval(seen: int, number: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--map", type=Path, help="measure which tests run which lines, and nothing else")
     parser.add_argument("--number", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", default="0/1", help="the part of the mutants that this process runs: 0/2 and 1/2 for two processes")
-    parser.add_argument("--all", action="store_true", help="what the tests of its part do not see meets the other tests too")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--covered", type=Path, help="the folder that was given as --map")
+    parser.add_argument("--all", action="store_true", help="run all tests of their lines for mutants in --out that were not seen")
+    parser.add_argument("--out", type=Path, help="mutants that are in this file already are not run again")
     given = parser.parse_args()
+    if given.map:
+        measure(given.map)
+        return
+    os.environ |= {"HYPOTHESIS_PROFILE": "gpu" if given.all else "mutants"}  # few examples, always the same ones
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VARLEN_ATTN_NATIVE": "0"}
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
@@ -210,24 +313,47 @@ def main() -> None:
     import transformers  # noqa: F401
 
     torch.set_num_threads(1)
+    covered = Covered(given.covered)
+    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["mutants"] if given.out.exists() else []
+    chosen = drawn(given.number, given.seed)
+    random.Random(given.seed).shuffle(chosen)  # so that a run that is stopped is a sample too
     first, step = map(int, given.share.split("/"))
-    rows: list[dict[str, Any]] = []
-    chosen = drawn(given.number, given.seed)[first::step]
-    for part in dict.fromkeys(m.part for m in chosen):
-        if (outcome := tested(None, TESTS[part], 4 * SECONDS)) != "not seen":
-            sys.exit(f"the tests of {part} do not pass without a mutant: {outcome}")
-    for mutant in chosen:
+    known = {(row["path"], row["start"], row["new"]): row for row in rows}
+    for mutant in chosen[first::step]:
+        row = known.get((mutant.path, mutant.start, mutant.new))
+        if given.all == (row is None) or (row and row["by"]):
+            continue
         began = time.monotonic()
-        outcome = tested(mutant, TESTS[mutant.part], SECONDS)
-        if outcome == "not seen" and given.all:
-            outcome = tested(mutant, tuple(x for x in OTHER_TESTS if x not in TESTS[mutant.part]), 4 * SECONDS)
-        rows.append(asdict(mutant) | {"outcome": outcome, "seconds": round(time.monotonic() - began, 1)})
-        print(f"{outcome:9} {rows[-1]['seconds']:6} {mutant.path}:{mutant.line}  {mutant.old}  ->  {mutant.new}", flush=True)
-        seen = sum(row["outcome"] != "not seen" for row in rows)
-        low, high = interval(seen, len(rows))
-        score = {"seen": seen, "of": len(rows), "share": seen / len(rows), "interval": [low, high]}
-        given.out.write_text(json.dumps({"number": given.number, "seed": given.seed, **score, "mutants": rows}, indent=1) + "\n")
-    print(f"{seen} of {len(rows)} seen: {seen / len(rows):.0%} ({low:.0%} to {high:.0%})")
+        tests = covered.of(mutant)
+        stages = few_and_many(tests, random.Random(given.seed))
+        if given.all:
+            stages = [
+                sorted(tests.keys() - {test for stage in stages for test in stage}, key=lambda test: f"/{mutant.part}/" not in test.file)
+            ]
+        by = ""
+        for stage in stages:
+            by = by or seen_by(mutant, stage)
+        if row is None:
+            rows.append(row := asdict(mutant) | {"tests": len(tests), "seconds": 0.0})
+        row |= {"by": by, "seconds": round(row["seconds"] + time.monotonic() - began, 1)}
+        print(f"{row['seconds']:6} {mutant.path}:{mutant.line}  {mutant.old}  ->  {mutant.new}   {by or 'NOT SEEN'}", flush=True)
+        write(given.out, given.seed, rows)
+    # What sees a mutant must pass without it: alone, and after the others.
+    killers = {row["by"] for row in rows}
+    tests = [test for lane in covered.tests.values() for test in lane.values() if test.name in killers]
+    while failing := seen_by(None, tests):
+        print(f"fails without a mutant: {failing}")
+        rows = [row for row in rows if row["by"] != failing]
+        tests = [test for test in tests if test.name != failing]
+    write(given.out, given.seed, rows)
+
+
+def write(out: Path, seed: int, rows: list[dict[str, Any]]) -> None:
+    seen = sum(bool(row["by"]) for row in rows)
+    low, high = interval(seen, len(rows))
+    score = {"seed": seed, "seen": seen, "of": len(rows), "share": seen / len(rows), "interval": [low, high]}
+    lines = ",\n".join(map(json.dumps, rows))
+    out.write_text(f'{json.dumps(score)[:-1]}, "mutants": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from benchmarks import (  # noqa: E402
     bench_layout,
     bench_length,
     bench_minitest,
+    bench_recipes,
     bench_serving,
     check,
     contestants,
@@ -59,6 +60,19 @@ COMMITTED = report.load()
 def test_the_page_is_what_the_results_say() -> None:
     text = report.PAGE.read_text()
     assert report.page(text, COMMITTED, report.others()) == text, "run `python -m benchmarks.report`"
+
+
+def test_the_page_of_recipes_is_what_the_results_say() -> None:
+    text = report.RECIPES_PAGE.read_text()
+    assert report.recipes_page(text, COMMITTED) == text, "run `python -m benchmarks.report`"
+
+
+def test_recipes_are_timed_for_right_results_only() -> None:
+    calls: dict[str, Callable[[], torch.Tensor]] = {bench_recipes.TORCH: lambda: torch.ones(3), bench_recipes.ENABLE: lambda: torch.ones(3)}
+    found = bench_recipes.contest("model", "batch", calls, torch.ones(3).double(), budget=0)
+    assert found["ratio"].keys() == {bench_recipes.ENABLE}
+    with pytest.raises(AssertionError, match="model, enable"):
+        bench_recipes.contest("model", "batch", {**calls, bench_recipes.ENABLE: lambda: torch.zeros(3)}, torch.ones(3).double(), budget=0)
 
 
 def test_the_tables_are_what_the_results_say() -> None:

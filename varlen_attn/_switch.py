@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, wraps
 from types import FrameType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -251,6 +251,38 @@ def _leaving(new: Any, original: type[Any]) -> Any:
     """For objects that get their class back: what is under way finds all that it needs."""
     names = {"__module__": new.__module__, "__qualname__": new.__qualname__}
     return type(new)(new.__name__, (new,), {**names, "left": True, "original_class": original})
+
+
+class Derived:
+    """A class for objects of another one, its ``original_class``, from which it is made by ``derive``. Its name is the original's."""
+
+    original_class: ClassVar[Any] = None
+    derive: ClassVar[Callable[[Any], Any]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What the original does for classes of its users is not for this one."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A new model is none that was enabled."""
+        return cls.original_class(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made: Any = super().__reduce_ex__(protocol)
+        (make, args, *rest), original = made, original_class(self)  # type: ignore[arg-type]
+        return _derived_again, (type(self).derive, make, tuple(original if x is type(self) else x for x in args)), *rest
+
+
+def _derived_again(derive: Callable[[Any], Any], make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """For copies and pickles, which the class by its name would not find."""
+    made = make(*args)
+    made.__class__ = derive(original_class(made))
+    return made
+
+
+def derived(base: Any, original: Any, derive: Callable[[Any], Any], **own: Any) -> Any:
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    entries = {**names, "original_class": original, "derive": staticmethod(derive), **own}
+    return type(original)(original.__name__, (base, original), entries)
 
 
 class _Here(threading.local):

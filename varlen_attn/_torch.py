@@ -101,10 +101,12 @@ def in_make_fx() -> bool:
 
 
 def is_unreadable(x: Tensor) -> bool:
-    """Whether ``x`` has no values of its own: one of the many of `torch.vmap`, or what `torch.func.functionalize` hands on. In
-    `torch.compile`, where that is not known, whether there is a transform."""
+    """Whether ``x`` has no values of its own: one of the many of `torch.vmap`, what `torch.func.functionalize` hands on, on the meta
+    device, or fake without symbols for what values decide. In `torch.compile`, where that is not known, whether there is a transform."""
     if torch.compiler.is_compiling():
         return is_transformed()
+    if x.is_meta or (isinstance(x, FakeTensor) and x.fake_mode.shape_env is None):
+        return True
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x) or functorch.is_functionaltensor(x):

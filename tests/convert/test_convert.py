@@ -1688,7 +1688,9 @@ def test_what_a_mask_means_does_not_depend_on_the_size_of_a_batch(batch: int, co
         torch.testing.assert_close(stack(x, None, None, True), want, atol=1e-5, rtol=1e-5)
         causal = lone(x, x, x, need_weights=False, attn_mask=after)[0]
         torch.testing.assert_close(lone(x, x, x, is_causal=True)[0], causal, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(decoder(x, x, tgt_is_causal=True), decoder(x, x, tgt_mask=after), atol=1e-5, rtol=1e-5)
+        want = decoder(x, x, tgt_mask=after)
+        torch.testing.assert_close(decoder(x, x, tgt_is_causal=True), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(decoder(x, x, None, None, None, None, True), want, atol=1e-5, rtol=1e-5)
         after[2] = True
         for weights in (False, True):
             assert not lone(x, x, x, need_weights=weights, attn_mask=after)[0].isnan().any()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from varlen_attn import ArgumentError, SeqLayout, VarlenTransformerEncoder, VarlenWarning, disable, enable, enabled
+from varlen_attn import ArgumentError, SeqLayout, VarlenTransformerEncoder, VarlenWarning, compare, disable, enable, enabled, record
 from varlen_attn.convert.equality import Difference, Run, differences, run
 from varlen_attn.data.batches import inputs_of
 from varlen_attn.data.results import gap, tensors_of
@@ -300,3 +300,55 @@ def test_models_of_transformers_change_in_attention_only_where_their_padding_is_
     assert [m.kind for m in report.converted] == ["BertSelfAttention"] * 2
     assert all("on the example the output differs by" in m.reason for m in report.converted)
     torch.testing.assert_close(model(**example), expected)
+
+
+class Lends(nn.Module):
+    """As WavLM in torchaudio: one attention only lends its weights to code that computes by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lender, self.caller = (nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(2))
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        x = x + nn.functional.linear(x, self.lender.in_proj_weight[-16:])
+        return x + self.caller(x, x, x, padding, need_weights=False)[0]
+
+
+IDLE = "never called: another module reads its weights"
+NOT_SEEN = "no call was seen of these enabled modules: lender"
+
+
+def test_a_module_that_only_lends_its_weights_is_named() -> None:
+    model, batch = Lends().eval(), (torch.randn(2, 5, 16), torch.arange(5) >= torch.tensor([5, 3])[:, None])
+    found = compare(model, batch)
+    rows = {row.module: row for row in enable(model, example=batch).modules}
+    for row in (rows["lender"], next(row for row in found.report.modules if row.module == "lender")):
+        assert row.action == "converted"
+        assert row.reason.startswith(IDLE)
+    assert IDLE not in rows["caller"].reason
+    with record(model) as log:
+        pass
+    assert "no call was seen of these enabled modules: lender, caller" in str(log)
+    with record(model) as log:
+        model(*batch)
+    assert NOT_SEEN in str(log)
+    assert NOT_SEEN in log.summary()
+    with record() as log:
+        model(*batch)
+    assert "no call was seen" not in str(log)
+
+
+def test_what_runs_in_a_stack_or_in_the_model_itself_is_not_called_idle() -> None:
+    padding = torch.arange(5) >= torch.tensor([5, 3])[:, None]
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, enable_nested_tensor=False).eval()
+    for model in (encoder, nn.Sequential(encoder), nn.MultiheadAttention(16, 2, batch_first=True)):
+        enable(model)
+        x = torch.randn(2, 5, 16)
+        for given in (padding, torch.zeros_like(padding)):  # packed, and as it came
+            with record(model) as log, torch.no_grad():
+                if isinstance(model, nn.MultiheadAttention):
+                    model(x, x, x, given)
+                else:
+                    encoder(x, src_key_padding_mask=given)
+            assert log.calls
+            assert log.idle == ()

@@ -31,6 +31,7 @@ from varlen_attn._state import state
 
 from ..integrations.transformers.tiny import batch, build, shake
 from ..interrupts import Interrupted, lines
+from . import conformers
 
 transformers.AttentionInterface()  # imports much, once, that has settings of its own
 
@@ -169,11 +170,16 @@ def sentences() -> nn.Module:
     return SentenceTransformer(modules=[Words(), Pooling(32)], device="cpu")
 
 
+def speech_of_torchaudio() -> nn.Module:
+    return conformers.load().Conformer(16, 2, 32, 2, 3).eval()
+
+
 def _hook(*_: Any) -> None:
     """Of the user's."""
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {f.__name__: f for f in (encoder, trained_encoder, bert, llama, speech, sentences)}
+_MADE = (encoder, trained_encoder, bert, llama, speech, sentences, speech_of_torchaudio)
+MODELS: dict[str, Callable[[], nn.Module]] = {f.__name__: f for f in _MADE}
 
 
 @cache

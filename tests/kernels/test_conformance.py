@@ -139,6 +139,58 @@ def check(got: Results, reference: Callable[[torch.dtype], Results], case: Atten
     assert not grads[0].masked_select(blind).any(), "and gets exactly 0"
 
 
+def batch_of(which: list[int], qkv: tuple[Tensor, ...], grad: Tensor, layouts: list[SeqLayout]) -> tuple[Any, Tensor, list[SeqLayout]]:
+    """The sequences ``which`` of a batch, as a batch of their own: what `run` takes."""
+    lengths = [layout.cu_seqlens.diff().tolist() for layout in layouts]
+    *leaves, weights = (
+        torch.cat([x[:0], *(x[: sum(own)].split(own)[i] for i in which)]).detach()
+        for x, own in zip((*qkv, grad), (lengths[0], lengths[-1], lengths[-1], lengths[0]), strict=True)
+    )
+    parts = [SeqLayout.from_lengths([own[i] for i in which], device=grad.device) for own in lengths]
+    return tuple(x.requires_grad_() for x in leaves), weights, parts
+
+
+@each_group
+def test_other_batches_of_the_same_sequences_give_the_same(group: list[Backend], device: str) -> None:
+    """R-20, R-31: in another order, and in two batches. With ``batch_invariant=True`` results and gradients are bitwise the same; on a
+    backend that refuses it they are within the budget."""
+    ran: set[str] = set()
+
+    @given(case=attention_cases(DTYPES[torch.device(device).type]), data=st.data())
+    def all_same(case: AttentionCase, data: st.DataObject) -> None:
+        qkv, grad, layout, layout_kv, options = moved(case, device)
+        layouts = [layout] if layout_kv is None else [layout, layout_kv]
+        order = data.draw(st.permutations(range(layout.num_seqs)))
+        cut = data.draw(st.integers(0, len(order)))
+
+        @cache
+        def reference(dtype: torch.dtype) -> Results:
+            leaves, weights, parts = batch_of(order, qkv, grad, layouts)
+            return run(
+                tuple(x.detach().to(dtype).requires_grad_() for x in leaves), weights.to(dtype), parts, **options, backend="reference"
+            )
+
+        for backend in group:
+            with named(backend):
+                asked = {**options, "batch_invariant": True, "backend": backend.name}
+                exact = not is_refused(lambda: explain(*qkv, *layouts, **asked), backend)  # noqa: B023
+                asked["batch_invariant"] = exact
+                if not exact and is_refused(lambda: explain(*qkv, *layouts, **asked), backend):  # noqa: B023
+                    continue
+                halves = [run(*batch_of(which, qkv, grad, layouts), False, **asked) for which in (order[:cut], order[cut:])]
+                out, *grads = map(torch.cat, zip(*((half[0], *half[2]) for half in halves), strict=True))
+                if exact:
+                    whole = run(qkv, grad, layouts, False, **asked)
+                    wants, want, _ = batch_of(order, whole[2], whole[0], layouts)
+                    assert all(torch.equal(x, y) for x, y in zip((out, *grads), (want, *wants), strict=True))
+                else:
+                    check((out, None, tuple(grads)), reference, case, device)
+                ran.add(backend.name)
+
+    all_same()
+    assert_all_ran(group, ran, device)
+
+
 @each_group
 def test_padding_is_never_read(group: list[Backend], device: str) -> None:
     """R-09, R-10: outputs and gradients are bitwise the same for whatever stands in the padding."""

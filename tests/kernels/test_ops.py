@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from varlen_attn import SeqLayout, record, varlen_attention
+from varlen_attn.kernels.base import contiguous_grad, grad_without_slack, result_without_slack
 
 LAYOUT = SeqLayout.from_lengths([3, 0, 5])
+TESTS = Path(__file__).parents[1]
+# Where `opcheck` runs on the ops of each backend. `gradcheck` wants float64, which only that of `cpu` takes: attention/test_functional.py.
+CHECKED = {
+    "cpu": "attention/test_functional.py",
+    "cpu_native": "kernels/cpu/test_native.py",
+    "flash3": "kernels/cuda/test_flash3.py",
+    "flash4": "kernels/cuda/test_flash4.py",
+}
 
 
 class Seen(TorchDispatchMode):
@@ -27,6 +39,27 @@ class Seen(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names += [str(func)] if "varlen_attn" in str(func) else []
         return func(*args, **(kwargs or {}))
+
+
+def test_every_op_passes_opcheck_somewhere() -> None:
+    ours = {
+        schema.name.removeprefix("varlen_attn::") for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("varlen_attn::")
+    }
+    assert ours == {f"{backend}_{direction}" for backend in CHECKED for direction in ("forward", "backward")}
+    for op in ours:
+        file = CHECKED[op.rpartition("_")[0]]
+        assert re.search(rf"opcheck\(.*\b{op}\b", (TESTS / file).read_text()), f"no opcheck of {op} in {file}"
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_derivatives_of_what_stands_between(twice: bool) -> None:
+    """What removes slack rows, of a result or of a gradient, and what makes a gradient contiguous."""
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    slack = torch.tensor([False, False, False, True, True])[:, None]
+    check = gradgradcheck if twice else gradcheck
+    assert check(contiguous_grad, (x,))
+    assert check(lambda x: grad_without_slack(x, slack).masked_fill(slack, 0), (x,))  # a kernel does not read slack rows
+    assert check(lambda x: result_without_slack(x.masked_fill(slack, 0), slack), (x,))  # nor those of a gradient
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

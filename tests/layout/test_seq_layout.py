@@ -433,7 +433,7 @@ def test_every_dtype_of_torch(dtype: torch.dtype, capacity: int | None, width: i
 def test_padding_of_unsigned_numbers(dtype: torch.dtype) -> None:
     layout, top = SeqLayout.from_lengths([2, 1], 2), torch.iinfo(dtype).max
     ids = torch.tensor([1, 2, 3], dtype=dtype)
-    for value, want in ((0, 0), (top, top), (top // 2 + 1, top // 2 + 1), (-1, top)):  # -1 as in torch.full
+    for value, want in ((0, 0), (top, top), *((n, n) for n in (top // 2, top // 2 + 1)), (-1, top)):  # -1 as in torch.full
         assert layout.unpack(ids, value).tolist() == [[1, 2], [3, want]]
     for value in (top + 1, -top - 1):
         with pytest.raises(ArgumentError, match=f"`pad_value` must be below {top + 1} for a tensor of {dtype}, but is {value}"):
@@ -1024,6 +1024,14 @@ def test_no_warning_where_all_rows_or_no_rows_are_empty_or_lengths_are_given() -
     assert not warned(lambda: SeqLayout.from_lengths([3, 0]))
     assert not warned(lambda: SeqLayout.from_cu_seqlens(torch.tensor([0, 3, 3])))
     assert not warned(lambda: SeqLayout.from_document_ids(torch.tensor([[1, 1], [0, 0]])))
+
+
+def test_rows_that_all_begin_with_padding_are_odd_where_true_is_padding() -> None:
+    left = SeqLayout.from_lengths([2, 1, 2], 4, padding_side="left").padding_mask()
+    (warning,) = warned(lambda: SeqLayout.from_key_padding_mask(left))
+    assert "begin" in str(warning.message)
+    assert not warned(lambda: SeqLayout.from_attention_mask(~left))
+    assert not warned(lambda: SeqLayout.from_key_padding_mask(torch.cat([left, torch.zeros(1, 4, dtype=torch.bool)])))
 
 
 def test_the_warning_blames_the_callers_file() -> None:

@@ -71,8 +71,8 @@ class WrittenMask:
 
 @st.composite
 def written_masks(draw: st.DrawFn, heads: int, max_batch: int = 3, max_len: int = 9) -> WrittenMask:
-    """Causal, all, a window, documents, alone or merged with padding of either side, the diagonal open or not; every kind of number;
-    other queries than keys; beside it the same padding, or one of whole documents."""
+    """Causal, all, a window, documents, alone or merged with padding of either side, the diagonal open or not, or expanded for all;
+    every kind of number; other queries than keys; beside it the same padding, or one of whole documents."""
     lengths = torch.tensor(draw(st.lists(st.integers(0, max_len), min_size=1, max_size=max_batch)))
     batch, size = len(lengths), max(1, int(lengths.max())) + draw(st.integers(0, 1))
     left, holes = draw(st.booleans()), draw(st.integers(0, 3)) == 0
@@ -121,7 +121,10 @@ def written_masks(draw: st.DrawFn, heads: int, max_batch: int = 3, max_len: int 
         spot = tuple(draw(st.integers(0, n - 1)) for n in mask.shape)
         value = draw(st.sampled_from((0.0, -torch.inf, 1e-3, -1e4)))
         mask[spot] = ~mask[spot] if form == "bool" else value
+    shared = mask.dim() == 3 and draw(st.integers(0, 3)) == 0
+    if shared:
+        mask = mask[:1].expand_as(mask)
     learned = form != "bool" and draw(st.integers(0, 3)) == 0
-    known = len_q == size and not (spoiled or learned or documents or opened or holes or "window" in kind or form == "least")
+    known = len_q == size and not (spoiled or shared or learned or documents or opened or holes or "window" in kind or form == "least")
     packs = known and not (left and not beside) and not (merged and mask.dim() == 2)
     return WrittenMask(mask, ~real if beside else None, spoiled, learned, packs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partialmethod
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from varlen_attn import VarlenMultiheadAttention, enable, record
 from varlen_attn.convert import classes
+from varlen_attn.kernels.cpu import build
 from varlen_attn.nn import masks
 from varlen_attn.nn.multihead import NO_PATTERN
 
@@ -42,6 +44,7 @@ def written(seen: list[str], padded: list[str] | None = None, *, least: bool = F
     return WrittenMask(mask, padding, spoiled=False, learned=learned, packs=False)
 
 
+@pytest.mark.native_too
 @pytest.mark.filterwarnings("ignore:row . of the mask has no token", "ignore:every row of the mask begins", "ignore:Support for mismatched")
 @pytest.mark.parametrize("how", ["built", "enabled"])
 @given(written=written_masks(N), same=st.booleans(), seed=st.integers(0, 99))
@@ -156,6 +159,58 @@ def test_a_query_without_a_key_gives_the_bias_where_torch_computes(need_weights:
         assert_same(out[:, 2], theirs.out_proj.bias.expand_as(out[:, 2]), "the row")
         assert not out.isnan().any()
         assert weights is None or not weights.isnan().any()
+
+
+KINDS = ("causal", "merged", "window", "causal window", "blocks", "padding")
+FORMS = ("bool", "float32", "float64", "bfloat16", "least")
+
+
+def hidden_by(kind: str, lengths: list[int], size: int, near: int) -> Tensor:
+    """``(B, S, S)``, True hides."""
+    column = torch.arange(size)
+    distance, real = column - column[:, None], column >= size - torch.tensor(lengths)[:, None]
+    if kind == "padding":
+        return ~real[:, None].expand(-1, size, -1)
+    if kind == "merged":
+        return ~(((distance <= 0) & real[:, None]) | (distance == 0))
+    blocks = column // (near + 2)
+    hidden = {
+        "causal": distance > 0,
+        "window": distance.abs() > near,
+        "causal window": (distance > 0) | (distance < -near),
+        "blocks": blocks != blocks[:, None],
+    }[kind]
+    return hidden.expand(len(lengths), -1, -1)
+
+
+@pytest.mark.native_too
+@pytest.mark.parametrize("level", [-1, *(pytest.param(n, marks=pytest.mark.native) for n in (0, 1))])
+@given(data=st.data(), kind=st.sampled_from(KINDS), form=st.sampled_from(FORMS), stored=st.sampled_from(("rows", "columns", "apart")))
+def test_one_number_that_differs_is_noticed(level: int, data: st.DataObject, kind: str, form: str, stored: str) -> None:
+    """At any pair that counts, of any head, whatever the padding beside it hides."""
+    size = data.draw(st.integers(3, 150), "size")
+    lengths = data.draw(st.lists(st.integers(2, size), min_size=1, max_size=3), "lengths")
+    hidden = hidden_by(kind, lengths, size, data.draw(st.integers(1, 9), "near")).repeat_interleave(N, 0)
+    dtype = {"least": torch.float32}.get(form) or getattr(torch, form)
+    low = torch.finfo(torch.float32).min if form == "least" else -torch.inf
+    mask = hidden.clone() if form == "bool" else torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, low)
+    mask = {"rows": mask, "columns": mask.mT.contiguous().mT, "apart": torch.stack([mask, mask], 1)[:, 1]}[stored]
+    real = torch.arange(size) >= size - torch.tensor(lengths)[:, None]
+    padding, own = data.draw(st.sampled_from([(None, False), (~real, False), (~real, True)]), "padding beside it, also of queries")
+    forced = partialmethod(build.Library.differs, level=level)
+
+    def found() -> masks.Pattern | None:
+        with patch.object(build.Library, "differs", forced), patch.object(masks, "_PART", 1 << 12):
+            return masks.pattern_of(mask, padding, len(lengths), mask.device, own=own)
+
+    head, query, key = [data.draw(st.integers(0, n - 1)) for n in mask.shape]
+    counts = padding is None or bool(real[head // N, key] and (not own or real[head // N, query]))
+    before, was = found(), mask[head, query, key].clone()
+    assert before is not None or padding is not None or form == "least"
+    mask[head, query, key] = ~was if form == "bool" else data.draw(st.sampled_from((low if was == 0 else 0.0, 1e-3, torch.nan, -1.0)))
+    assert not counts or found() is None
+    mask[head, query, key] = was
+    assert (found() is None) == (before is None)
 
 
 def test_a_mask_that_is_learned_is_a_bias() -> None:

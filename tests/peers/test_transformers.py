@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import varlen_attn
 from tests.integrations.transformers.tiny import COMMON, OPTIONS, token_ids
-from tests.peers.expected import EXPECTED
+from tests.peers.expected import judge
 
 common = pytest.importorskip("transformers_tests.test_modeling_common", reason="make test-peers brings transformers' tests")
 
@@ -94,26 +94,12 @@ def enabled_when_built(family: str, classes: tuple[type[PreTrainedModel], ...]) 
 
 
 def on_enabled(family: str, name: str, test: Callable[..., Any]) -> Callable[..., Any]:
-    """``test`` on enabled models. It is ours if it fails, and passes on the models as they came."""
+    """``test`` on enabled models."""
 
     def run(self: Any) -> None:
-        reason = next((why for key, why in EXPECTED.items() if key in (name, f"{family}.{name}")), None)
         ran[family] += 1
         self.subTest = lambda *args, **kwargs: nullcontext()  # a failure in a part is one of the test
-        try:
-            with enabled_when_built(family, self.all_model_classes):
-                test(self)
-        except unittest.SkipTest:
-            raise
-        except Exception as error:
-            try:
-                test(self)
-            except Exception:
-                raise unittest.SkipTest("fails on the model as it came too") from error
-            if reason is None:
-                raise
-            return
-        assert reason is None, f"{family}.{name} passes, but is in expected.py: {reason}"
+        judge(f"{family}.{name}", lambda: test(self), lambda: enabled_when_built(family, self.all_model_classes))
 
     return run
 

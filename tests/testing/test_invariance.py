@@ -503,6 +503,20 @@ def test_a_model_that_can_not_be_copied() -> None:
         check_padding_invariance(model, x_of(), layout=RIGHT)
 
 
+def test_a_decoders_activation_is_the_one_that_runs() -> None:
+    """Copies of torch's decoder layers forget one that is a module."""
+
+    def run(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+        return m.layer(x, x, tgt_key_padding_mask=mask, memory_key_padding_mask=mask)
+
+    function, module = (
+        Call(run, layer=nn.TransformerDecoderLayer(D, 2, 16, activation=own, batch_first=True)) for own in (F.gelu, nn.Softmax(dim=1))
+    )
+    batch = {"x": x_of(), "mask": RIGHT.padding_mask()}
+    check_padding_invariance(function, batch, layout=RIGHT)
+    assert leak(module, batch, layout=RIGHT).startswith("`layer.activation`")
+
+
 def test_the_tolerance_counts() -> None:
     model = Call(lambda m, x: x + 1e-4 * x.mean(1, keepdim=True))
     assert "allowed is 1e-05" in leak(model, x_of(), layout=RIGHT)

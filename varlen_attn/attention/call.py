@@ -82,6 +82,9 @@ def attend(
             "no backend sees the columns of other ranks, as attention inside torch's `context_parallel` has to: disable(model), or use "
             "torch's modules."
         )
+    if module is not None and query.dtype is key.dtype is value.dtype is torch.float64 and autocasts(query.device.type):
+        with torch.autocast(query.device.type, enabled=False):  # which leaves float64 as it is in torch's modules
+            return attend(query, key, value, layout, layout_kv, options, extras, backend, module, reason)
     signature = None
     if extras is NO_EXTRAS and not state.records:
         signature = _signature(query, key, value, layout, layout_kv, options, backend)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._state import opened, state, undone, visible
+from .._switch import original_class, own_class
 from ..kernels.problem import Problem
 from ..layout.seq_layout import SeqLayout
 from ..layout.shown import Shown, table
@@ -102,6 +103,7 @@ class Record(Shown):
         calls: one `Call` for each.
         kernels: with ``record(kernels=True)``, every kernel that ran inside, attention or not, backward passes included; else None.
         peak: with ``record(kernels=True)``, the most bytes of torch's allocator that were taken at once; else None.
+        tokens: layouts of what counts, where calls have computed some of the padding too.
 
     Examples:
         >>> x, layout = torch.randn(2, 5, 16), SeqLayout.from_lengths([5, 3])
@@ -114,17 +116,27 @@ class Record(Shown):
         3 calls: 3 x cpu; 24 of 30 positions computed, 20% padding left out
     """
 
-    def __init__(self, names: dict[int, str] | None = None, *, profiles: bool = False) -> None:
+    def __init__(self, model: torch.nn.Module | None = None, *, profiles: bool = False) -> None:
         self.calls: list[Call] = []
         self.kernels: tuple[str, ...] | None = None
         self.peak: int | None = None
         self.profiles = profiles
-        self._names = names or {}
+        self.tokens: list[SeqLayout] = []
+        modules = {} if model is None else {name or type(m).__name__: m for name, m in model.named_modules()}
+        self._names, self._all = {id(m): name for name, m in modules.items()}, {None, type(model).__name__}
+        attns = [name for name, m in modules.items() if isinstance(m, torch.nn.MultiheadAttention)]
+        self._enabled = [name for name in attns if original_class(modules[name]) is not own_class(modules[name])]
 
     def add(self, call: Call, module: object | None) -> None:
         """Add a call, with the name of the module that made it."""
         known = None if module is None else self._names.get(id(module), type(module).__name__)
         self.calls.append(replace(call, module=known))
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Enabled attention modules of which no call was seen, nor of what they are in; none where a call has no name."""
+        ran = {call.module for call in self.calls}
+        return tuple(x for x in self._enabled if self._all.isdisjoint(ran) and not any(f"{x}.".startswith(f"{y}.") for y in ran))
 
     def __iter__(self) -> Iterator[Call]:
         return iter(self.calls)
@@ -163,14 +175,15 @@ class Record(Shown):
         return self._with_totals([_HEADS, *rows])
 
     def _with_totals(self, rows: list[tuple[str, ...]]) -> str:
+        idle = f"no call was seen of these enabled modules: {', '.join(self.idle)}" if self.idle else ""
         if not self.calls:
-            return _EMPTY
+            return "\n".join(filter(None, [_EMPTY, idle]))
         counts = Counter(call.backend for call in self.calls)
         packed, padded, share = _sums(self.calls)
         saved = f"; {packed} of {padded} positions computed, {share} padding left out" if padded != "-" else ""
         totals = f"{len(self.calls)} calls: " + ", ".join(f"{n} x {b}" for b, n in counts.items()) + saved
         faster = next((call.plan.faster for call in self.calls if call.plan is not None and call.plan.faster), "")
-        return "\n".join(filter(None, [table(rows, _SIDES), totals, faster]))
+        return "\n".join(filter(None, [table(rows, _SIDES), totals, idle, faster]))
 
 
 _HEADS = ("#", "module", "backend", "T", "B*S", "padding", "kernel")
@@ -215,7 +228,7 @@ def record(model: torch.nn.Module | None = None, *, kernels: bool = False) -> It
         >>> [(call.module, call.rows) for call in log]
         [('layers.0.self_attn', 8), ('layers.1.self_attn', 8)]
     """
-    log = Record({} if model is None else {id(module): name for name, module in model.named_modules() if name}, profiles=kernels)
+    log = Record(model, profiles=kernels)
     profile = Profile()
     try:
         with opened(state.records, log), profiled(_RANGE) if kernels else nullcontext(profile) as profile:

@@ -12,23 +12,12 @@ from torch.nn.utils import parametrize
 from .._clone import Seeded, clone, kinds, noise
 from .._switch import original_class, own_class
 from .._torch import unwrapped
-from ..nn.multihead import VarlenMultiheadAttention
 from ..nn.token_wise import is_known
-from ..nn.transformer import (
-    VarlenTransformerDecoder,
-    VarlenTransformerDecoderLayer,
-    VarlenTransformerEncoder,
-    VarlenTransformerEncoderLayer,
-)
+from ..nn.transformer import VARLEN
+from . import conformer
 from .watch import LAYERS, METHODS, STACKS, WEIGHTS_ONLY, is_seen, why_replaced
 
-HOSTS = (
-    nn.MultiheadAttention,
-    nn.TransformerEncoderLayer,
-    nn.TransformerEncoder,
-    nn.TransformerDecoderLayer,
-    nn.TransformerDecoder,
-)
+HOSTS = (nn.MultiheadAttention, *LAYERS, *STACKS)
 ATTENTIONS = ("self_attn", "multihead_attn")
 
 
@@ -52,24 +41,18 @@ class Candidate(NamedTuple):
 
 def is_varlen(module: nn.Module) -> bool:
     """Built as one of our modules, not enabled."""
-    ours = (
-        VarlenMultiheadAttention,
-        VarlenTransformerEncoderLayer,
-        VarlenTransformerEncoder,
-        VarlenTransformerDecoderLayer,
-        VarlenTransformerDecoder,
-    )
-    return isinstance(module, ours) and original_class(module) is own_class(module)
+    return isinstance(module, VARLEN) and original_class(module) is own_class(module)
 
 
-def candidates(model: nn.Module, hooks: str) -> list[Candidate]:
-    """Every module of a host class, in the order of `nn.Module.named_modules`; a shared one once."""
-    return list(_Search(hooks).walk("", model, None, None))
+def candidates(model: nn.Module, hooks: str, conformers: str | None = None) -> list[Candidate]:
+    """Every module of a host class, in the order of `nn.Module.named_modules`; a shared one once. And every `Conformer`, if they are to
+    have ``conformers`` at padding."""
+    return list(_Search(hooks, conformers).walk("", model, None, None))
 
 
 class _Search:
-    def __init__(self, hooks: str) -> None:
-        self.hooks = hooks
+    def __init__(self, hooks: str, conformers: str | None) -> None:
+        self.hooks, self.conformers = hooks, conformers
         self.seen: set[nn.Module] = set()
         self.findings: dict[nn.Module, _Finding | None] = {}
         self.stacks: dict[nn.Module, list[nn.Module]] = {}  # all layers of the stack of which a layer is one
@@ -82,7 +65,7 @@ class _Search:
             return
         self.seen.add(module)
         above = above or _closed(module)
-        host = _host(module)
+        host = _host(module) or (conformer.host_of(module) if self.conformers else None)
         if host is not None:
             reader = None if above else self.reads_padding(module, host)
             parent = Candidate(name, module, host, above or self.why_not(module, host) or reader, parent)
@@ -93,7 +76,7 @@ class _Search:
 
     def why_not(self, module: Any, host: type[nn.Module]) -> str | None:
         """The first reason to leave a module of a host class alone, or None."""
-        reason = _why_not_class(module, host)
+        reason = _why_not_class(module, host) if host in HOSTS else conformer.why_not(module, self.conformers)
         if reason is not None:
             return reason
         # What is called on packed rows once the module is enabled; the layers of a stack answer for themselves.
@@ -197,9 +180,10 @@ def _why_not_object(module: nn.Module, hooks: str) -> str | None:
 _OVER_TIME = tuple(f"torch.nn.modules.{name}" for name in ("conv", "rnn", "batchnorm", "instancenorm", "pooling", "fold"))
 
 
-def mixing(model: nn.Module) -> str | None:
-    """The first module that computes a token from others, and so from rows at padding that are given to it."""
-    for name, m in model.named_modules():
+def mixing(model: nn.Module, but: nn.Module | None = None) -> str | None:
+    """The first module that computes a token from others, and so from rows at padding that are given to it; outside of ``but``."""
+    inside = set(but.modules()) if but is not None else ()
+    for name, m in ((name, m) for name, m in model.named_modules() if m not in inside):
         over_time = isinstance(m, nn.GroupNorm) or any(c.__module__ in _OVER_TIME for c in type(m).__mro__)
         one_column = getattr(m, "kernel_size", 0) in (1, (1,), (1, 1), (1, 1, 1))
         if (over_time and not one_column) or len(getattr(m, "normalized_shape", "D")) > 1:

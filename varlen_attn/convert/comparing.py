@@ -23,7 +23,7 @@ from ..data.batches import inputs_of, tensors_in
 from ..errors import VarlenWarning
 from ..layout.shown import Shown, table
 from .enabling import _check, _found, _go, disable, enable
-from .equality import Difference, evaluated, forwarded, gaps, learned, run_given
+from .equality import Difference, evaluated, forwarded, gaps, learned, run_given, with_idle
 from .report import Report
 from .timing import Timing, interleave, ratio, unsure
 
@@ -169,6 +169,7 @@ def compare(model: nn.Module, batch: Any, *, train: bool = False, progress: Call
         runs = each(partial(run_given, model, inputs, "batch"))
         masks = [mask for run in runs.values() for mask in run.masks]
         training: bool | None = False
+        report = replace(report, modules=tuple(with_idle(report.modules, runs["after"].log.idle)))
         results, call = gaps(*runs.values()), partial(forwarded, model, inputs)
         if train:
             training, call = None if model.training else True, partial(learned, model, inputs, masks)

@@ -24,8 +24,8 @@ from ..attention.forms import PaddingRows
 from ..data.batches import inputs_of
 from ..errors import ArgumentError, VarlenWarning, warn
 from ..kernels.problem import Problem
-from . import classes
-from .candidates import Candidate, candidates, is_varlen, mixing
+from . import classes, conformer
+from .candidates import HOSTS, Candidate, candidates, is_varlen, mixing
 from .equality import Part, settled
 from .prepacking import found_prepacked, is_prepacked, plan_prepacked
 from .report import Action, ModuleReport, Report
@@ -42,7 +42,7 @@ def enable(
     *,
     need_weights: bool | Literal["never"] = True,
     hooks: Literal["leave", "packed"] = "leave",
-    padding_rows: PaddingRows | None = None,
+    padding_rows: PaddingRows | Literal["alone"] | None = None,
     example: Any = None,
     prepack: bool | torch.dtype = False,
     heads: Literal["all", "labelled"] = "all",
@@ -52,8 +52,9 @@ def enable(
     Args:
         model: any module: an `nn.TransformerEncoder`, a `PreTrainedModel` of transformers, a `SentenceTransformer`, an
             `nn.MultiheadAttention`, or a model that contains some of these.
-        level: ``"model"`` packs once around whole stacks of layers, and around layers that are used alone; ``"attention"`` changes
-            calls of attention only, everything else stays padded. ``"auto"`` is ``"model"``.
+        level: ``"model"`` packs once around whole stacks of layers, and around layers that are used alone, and packs a `Conformer` of
+            torchaudio whole; ``"attention"`` changes calls of attention only, everything else stays padded. ``"auto"`` is ``"model"``,
+            but for conformers, of which it changes attention only.
         need_weights: an `nn.MultiheadAttention` outside of torch's layers returns attention weights unless told otherwise, which costs
             the padded computation; the report names each module that pays. False makes them return None instead, unless a call asks for
             weights by name. ``"never"`` makes these calls return None too, where nothing reads the weights: ``example`` shows that, or
@@ -63,7 +64,9 @@ def enable(
         padding_rows: what rows at padding hold: ``"zero"``; ``"edge"``, the row of the nearest token before them, else after them, without
             a gradient; or ``"exact"``, what the model as it came has there, for which a stack then runs as it came. None is ``"zero"`` for
             torch's stacks and layers, as their fast path has it, and for an `nn.MultiheadAttention`, unless something in ``model`` mixes
-            over time, such as a convolution: then it keeps torch's rows. Models of transformers have ``"edge"``.
+            over time, such as a convolution: then it keeps torch's rows. Models of transformers have ``"edge"``. ``"alone"`` gives each
+            utterance in a conformer that is packed whole the numbers that it has alone: no convolution or norm reads padding. Otherwise
+            such a conformer gives the padded model's numbers, and 0 at padding. All else is as with None then.
         example: a batch for the model's forward (a dict of keywords, a tuple of arguments or a tensor), with labels if it takes some. The
             model is called with it in evaluation, as it came and converted. Where a result, such as a loss, differs by more than rounding
             explains, what makes it differ stays as it came, or changes in attention only, and the report says what differed. Rows of
@@ -84,7 +87,7 @@ def enable(
 
     Raises:
         ArgumentError: ``model`` is no module, an option has no such value, the model does not take ``example``, or has nothing to prepack,
-            or no head that is known to compute each token by itself.
+            no head that is known to compute each token by itself, or no conformer that can be packed for ``"alone"``.
         VarlenError: the model is enabled already, and this is called inside of one of its forwards.
 
     Weights, `state_dict` and training mode stay. What changes: rows at padding, as ``padding_rows`` says. Only exactly torch's classes are
@@ -112,10 +115,10 @@ def enable(
     """
     _check(model)
     _check_options(level, need_weights, hooks, padding_rows, prepack, heads)
-    levels = ("attention",) if level == "attention" else ("model", "attention")
+    levels = ("attention",) if level == "attention" else ("model", "attention")[: 1 if padding_rows == "alone" else None]
     weights = {True: "given", False: "asked", "never": "unread" if example is None else "none"}[need_weights]
     tried = [(name, weights) for name in levels] + [(levels[0], "given")] * (weights == "none")
-    plans = (apart(partial(_plan, model, *each, hooks, padding_rows)) for each in tried)
+    plans = (apart(partial(_plan, model, *each, hooks, padding_rows, level == "model")) for each in tried)
     before = _found(model)
     try:
         if example is None:
@@ -136,6 +139,12 @@ def enable(
                     "`heads` must be 'all' for this model, but is 'labelled', which needs a model of transformers whose loss compares each "
                     f"token with a label: {'; '.join(f'{kind}: {why}' for _, kind, _, why in found) or 'there is none in it'}."
                 )
+        if padding_rows == "alone" and not any(("padding_rows", "alone") in x.options for x in steps if isinstance(x, Class)):
+            found = {f"{row.kind}: {row.reason}" for row in rows if row.kind == "Conformer"} or {"there is none in it"}
+            raise ArgumentError(
+                "`padding_rows` must be None, 'edge', 'zero' or 'exact' for this model, but is 'alone', which needs level='model' and a "
+                f"Conformer of torchaudio that can be packed: {'; '.join(found)}."
+            )
         _go(model, steps)
         report = Report(tuple(rows), _problem(model))
         if not any(m.action in ("converted", "built so") for m in report.modules):
@@ -156,15 +165,23 @@ def _go(model: nn.Module, steps: Sequence[Step]) -> None:
         raise
 
 
-def _plan(model: nn.Module, level: str, weights: str, hooks: str, padding_rows: PaddingRows | None) -> dict[Any, Part]:
-    """What is to be done to a model, of which nothing is changed yet: to its models of transformers, and to each module of torch's with all
-    inside of it."""
-    hf = _transformers(model)
+def _plan(model: nn.Module, level: str, weights: str, hooks: str, padding_rows: str | None, whole: bool) -> dict[Any, Part]:
+    """What is to be done to a model, of which nothing is changed yet: to its models of transformers, and to each module of torch's, or with
+    ``whole`` each `Conformer`, with all inside of it."""
+    conformers = _ATTENTION_ONLY if level == "attention" else _EXACT if padding_rows == "exact" else padding_rows or "zero"
+    found = candidates(model, hooks, conformers if whole else None)
+    alone, padding_rows = padding_rows == "alone", None if padding_rows == "alone" else padding_rows
+    hf, mixer = _transformers(model), None if padding_rows else mixing(model)
     rows, steps = hf.plan(model, level, hooks, padding_rows) if hf else ([], [])
-    found, mixer = candidates(model, hooks), None if padding_rows else mixing(model)
     parts: dict[Any, Part] = {None: Part([ModuleReport(*row) for row in rows], list(steps))}
     for c in found:
-        decision, original = _decide(c, found, level, weights, mixer), original_class(c.module)
+        original = original_class(c.module)
+        if c.why_not is None and c.host not in HOSTS:
+            reader = None if padding_rows else mixing(model, c.module)
+            says = conformer.says("alone" if alone else padding_rows, reader)
+            decision = _Decision(conformer.enabled(c.host), "converted", says, "alone" if alone else None)  # type: ignore[arg-type]
+        else:
+            decision = _decide(c, found, level, weights, mixer)
         new_class = decision.new_class or original
         restored = decision.new_class is None and own_class(c.module) is not original
         outermost = c
@@ -176,7 +193,7 @@ def _plan(model: nn.Module, level: str, weights: str, hooks: str, padding_rows: 
             # `torch.fx` makes a leaf of what says that it is of torch.nn, and asks the object.
             wanted = {
                 "hooks_packed": hooks == "packed",
-                "padding_rows": padding_rows or decision.padding_rows,
+                "padding_rows": decision.padding_rows or padding_rows or "zero",
                 "weights": decision.weights,
                 "__module__": original.__module__,
             }
@@ -238,7 +255,7 @@ def enabled(
     *,
     need_weights: bool | Literal["never"] = True,
     hooks: Literal["leave", "packed"] = "leave",
-    padding_rows: PaddingRows | None = None,
+    padding_rows: PaddingRows | Literal["alone"] | None = None,
     example: Any = None,
     prepack: bool | torch.dtype = False,
     heads: Literal["all", "labelled"] = "all",
@@ -290,7 +307,7 @@ def _check_options(level: Any, need_weights: Any, hooks: Any, padding_rows: Any,
         ("need_weights", need_weights, _WEIGHTS, True, False, "never"),
         ("hooks", hooks, "'leave' leaves modules with hooks alone, 'packed' converts them too", "leave", "packed"),
         ("prepack", prepack, _PREPACK, True, False, torch.bfloat16),
-        ("padding_rows", padding_rows, "None is the default of each kind of module", None, *get_args(PaddingRows)),
+        ("padding_rows", padding_rows, "None is the default of each kind of module", None, *get_args(PaddingRows), "alone"),
         ("heads", heads, "'labelled' computes a head and its loss at labelled tokens only", "all", "labelled"),
     ):
         if not any(type(value) is type(x) and value == x for x in allowed):
@@ -319,13 +336,14 @@ _SAYS = {
     "none": "returns no attention weights",
 }
 _ATTENTION_ONLY = 'level="attention" changes calls of attention only'
+_EXACT = 'padding_rows="exact" is what it computes as it came'
 
 
 class _Decision(NamedTuple):
     new_class: type[nn.Module] | None
     action: Action
     reason: str
-    padding_rows: PaddingRows = "zero"
+    padding_rows: str | None = None
     weights: str = "given"
 
     @classmethod
@@ -353,6 +371,8 @@ def _decide(c: Candidate, found: list[Candidate], level: str, weights: str, mixe
 
 
 def _decide_attention(c: Candidate, weights: str, mixer: str | None) -> _Decision:
+    if c.parent is not None and c.parent.host not in HOSTS and c.parent.why_not is None:  # of a Conformer, which may run as it came
+        return _Decision(classes.EnabledMultiheadAttention, "converted", "", "exact")
     layer = c.parent if c.parent is not None and c.parent.host in LAYERS else None
     if layer is not None and layer.host is nn.TransformerEncoderLayer and layer.why_not is not None:
         return _Decision.alone("part of a layer that is left alone, which in evaluation reads its weights and does not call it")

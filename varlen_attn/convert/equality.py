@@ -9,7 +9,7 @@ import itertools
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -83,12 +83,13 @@ def settled(model: nn.Module, inputs: Inputs, plans: Iterator[dict[Any, Part]], 
     before = run_given(model, inputs, "example")
     chosen = {key: Part(part.rows, []) for key, part in first.items()}
     reasons: dict[Any, str] = {}
+    idle: set[str] = set()
 
     def keep(plan: dict[Any, Part], keys: list[Any]) -> None:
         """Those of ``keys`` that change nothing: all, or what can be kept of one half and then of the other."""
         tried = chosen | {key: plan[key] for key in keys}
         go([step for part in tried.values() for step in part.steps])
-        why = _why_not(model, inputs, before)
+        why = _why_not(model, inputs, before, idle)
         if why is None:
             chosen.update(tried)
         elif len(keys) == 1:
@@ -107,13 +108,21 @@ def settled(model: nn.Module, inputs: Inputs, plans: Iterator[dict[Any, Part]], 
         action: Action = "converted" if part.steps else "left alone"
         rows = [replace(row, action=action, reason=why) if row.action == "converted" else row for row in part.rows]
         chosen[key] = part._replace(rows=rows)
-    return chosen
+    return {key: part._replace(rows=with_idle(part.rows, idle)) for key, part in chosen.items()}
 
 
-def _why_not(model: nn.Module, inputs: Inputs, before: Run) -> str | None:
-    """What is most unlike what it was, in words."""
+def with_idle(rows: Iterable[ModuleReport], idle: Collection[str]) -> list[ModuleReport]:
+    """Says of each converted module that is ``idle`` that nothing called it."""
+    why = "never called: another module reads its weights, or nothing does"
+    return [replace(row, reason=why) if row.action == "converted" and row.module in idle else row for row in rows]
+
+
+def _why_not(model: nn.Module, inputs: Inputs, before: Run, idle: set[str]) -> str | None:
+    """What is most unlike what it was, in words; adds modules that are not called to ``idle``."""
     try:
-        found = [x for x in differences(before, run(model, inputs)) if not x.at_padding]
+        after = run(model, inputs)
+        idle.update(after.log.idle)
+        found = [x for x in differences(before, after) if not x.at_padding]
     except Exception as error:
         return f"it raises {error!r}"
     return str(max(found, key=lambda x: x.gap.share)) if found else None
@@ -139,7 +148,7 @@ def run(model: nn.Module, inputs: Inputs) -> Run:
                 args, kwargs = _copied(inputs)
                 given = model(*args, **kwargs)
                 results.append({name or "the output": x.detach().clone() for name, x in tensors_of(given)})
-    layouts = {id(call.layout): call.layout for call in log if call.layout is not None}
+    layouts = {id(x): x for x in (*(call.layout for call in log), *log.tokens) if x is not None}
     masks = [~layout.padding_mask() for layout in layouts.values()]
     with suppress(VarlenError), warnings.catch_warnings():
         warnings.simplefilter("ignore")

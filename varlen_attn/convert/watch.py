@@ -6,7 +6,6 @@ and once for every forward that enters a stack, a layer or attention from outsid
 
 from __future__ import annotations
 
-import sys
 from types import BuiltinFunctionType
 from typing import Any
 
@@ -30,24 +29,27 @@ WEIGHTS_ONLY = (f"{_OURS}.", "torch.distributed.fsdp.", "torch.distributed._comp
 _BLIND = (*WEIGHTS_ONLY, "torch.nn.utils.", "torch.utils.module_tracker")
 
 
-def _torchs(owner: Any, *names: str) -> tuple[tuple[Any, str, Any], ...]:
-    """What torch computes by, as torch defines it; None where it was replaced before this was imported."""
-    home = vars(sys.modules[owner.__module__ if isinstance(owner, type) else owner.__name__])
+Code = tuple[tuple[Any, str, Any], ...]
+
+
+def code_of(owner: Any, *names: str) -> Code:
+    """What a class or module computes by, as its own file defines it; None where that was replaced before."""
+    home = owner.__module__ if isinstance(owner, type) else owner.__name__
     found = ((name, getattr(owner, name)) for name in names if name in vars(owner))
-    is_own = {name: isinstance(x, BuiltinFunctionType) or getattr(x, "__globals__", None) is home for name, x in found}
+    is_own = {name: isinstance(x, BuiltinFunctionType) or getattr(x, "__globals__", {}).get("__name__") == home for name, x in found}
     return tuple((owner, name, getattr(owner, name) if own else None) for name, own in is_own.items())
 
 
-_ATTENTION = _torchs(nn.MultiheadAttention, *METHODS) + _torchs(F, "multi_head_attention_forward", "scaled_dot_product_attention")
-_TORCHS: dict[type[nn.Module], tuple[tuple[Any, str, Any], ...]] = {nn.MultiheadAttention: _ATTENTION}
+ATTENTION = code_of(nn.MultiheadAttention, *METHODS) + code_of(F, "multi_head_attention_forward", "scaled_dot_product_attention")
+_TORCHS: dict[type[nn.Module], Code] = {nn.MultiheadAttention: ATTENTION}
 for _layer, _stack in zip(LAYERS, STACKS, strict=True):
-    _TORCHS[_layer] = _torchs(_layer, *METHODS) + _ATTENTION
-    _TORCHS[_stack] = _torchs(_stack, *METHODS) + _TORCHS[_layer]
+    _TORCHS[_layer] = code_of(_layer, *METHODS) + ATTENTION
+    _TORCHS[_stack] = code_of(_stack, *METHODS) + _TORCHS[_layer]
 
 
-def why_replaced(host: type[nn.Module]) -> str | None:
-    """Which code of one of torch's classes, and of what it calls, is another for all objects."""
-    for owner, name, own in _TORCHS[host]:
+def why_replaced(host: type[nn.Module], code: Code = ()) -> str | None:
+    """Which code of one of torch's classes, and of what it calls, or which of ``code`` is another for all objects."""
+    for owner, name, own in code or _TORCHS[host]:
         if getattr(owner, name) is not own:
             return f"{owner.__name__}.{name} was replaced for all objects"
     return None
@@ -68,7 +70,7 @@ def why_touched(module: nn.Module, hooks: bool) -> str | None:
                     return _touched_part(module, hooks)
                 if d["_modules"]:
                     parents.append(d)
-    return "hooks for all modules" if hooks and any(map(_sees, global_hooks)) else None
+    return "hooks for all modules" if hooks and any(map(sees, global_hooks)) else None
 
 
 def _touched_part(module: Any, hooks: bool) -> str | None:
@@ -89,8 +91,8 @@ def _touched_part(module: Any, hooks: bool) -> str | None:
 
 def is_seen(module: nn.Module, blind: tuple[str, ...] = _BLIND) -> bool:
     """It has hooks, of other code than ``blind``."""
-    return any(_sees(getattr(module, kind), blind) for kind in _HOOKS)
+    return any(sees(getattr(module, kind), blind) for kind in _HOOKS)
 
 
-def _sees(hooks: dict[int, Any], blind: tuple[str, ...] = _BLIND) -> bool:
+def sees(hooks: dict[int, Any], blind: tuple[str, ...] = _BLIND) -> bool:
     return any(not str(getattr(hook, "__module__", None)).startswith(blind) for hook in hooks.values())

@@ -117,7 +117,7 @@ def _check_readable(mask: Tensor) -> None:
     if is_unreadable(mask):
         raise ArgumentError(
             "`mask` must have values that can be read, because the number of packed rows depends on them, but is mapped by torch.vmap, "
-            f"or inside of torch.func.functionalize: {instead}."
+            f"inside of torch.func.functionalize, on the meta device or fake: {instead}."
         )
     if in_make_fx() and type(mask) is Tensor:
         warn(

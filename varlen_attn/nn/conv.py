@@ -111,7 +111,8 @@ def _convolved(layout: SeqLayout, frames: SeqLayout, step: Step, gap: int) -> tu
     # Every sequence begins where a frame does.
     spans_Q = (layout.cu_seqlens.to(torch.int64).diff() + gap + step.stride - 1) // step.stride
     starts_Q = spans_Q.cumsum(0) - spans_Q
-    return _in_one_row(layout, starts_Q * step.stride, size), _in_one_row(frames, starts_Q, step.frames(size))
+    before = _in_one_row(layout, starts_Q * step.stride, size)
+    return before, before if frames is layout else _in_one_row(frames, starts_Q, step.frames(size))
 
 
 def _in_one_row(layout: SeqLayout, starts_Q: Tensor, size: int) -> SeqLayout:

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .._torch import is_tracing, is_unreadable, num_writes
 from ..attention.export import here, static_graph
+from ..kernels.cpu import build
 from ..layout.padded import PaddedRows
 from ..layout.seq_layout import SeqLayout, layout_and_flags, moved
 
@@ -155,6 +156,7 @@ def pattern_of(mask: Tensor, padding: Tensor | None, batch: int, device: torch.d
 
 def _find(mask: Tensor, padding: Tensor | None, batch: int, device: torch.device, own: bool, eager: bool) -> Pattern | None:
     """What the mask may be is seen from a few of its rows. Then all of it is compared with that."""
+    mask = (mask[0] if mask.dim() == 3 and not mask.stride(0) else mask).resolve_neg()  # one for all samples, as `expand` makes it
     len_q, len_k = mask.shape[-2:]
     if padding is not None:
         padding = (torch.isneginf(padding) if padding.is_floating_point() else padding).to(mask.device)
@@ -165,64 +167,70 @@ def _find(mask: Tensor, padding: Tensor | None, batch: int, device: torch.device
     heads = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (batch, -1))
     one = heads[:, 0]
     see = torch.logical_not if mask.dtype == torch.bool else lambda x: x == 0
-    columns = torch.arange(len_k, device=mask.device)
     left, right = max(len_q, len_k), len_k
     # Of each row the keys, by the diagonal if there is one.
     keys = see(one.diagonal(dim1=1, dim2=2) if len_q == len_k else one[:, 0])
     keys = keys if hidden is None else keys & ~hidden
     some = keys.any(1, keepdim=True)
-    seqs, attached = keys.long(), some.new_ones(len(one), len_q)
     if len_q == len_k:
         # Sequences of those that see the one before them. How far the last and the first token of the longest one see.
-        last = torch.where(keys, columns, -1).cummax(1).values.roll(1, 1)
+        last = torch.where(keys, torch.arange(len_k, device=mask.device), -1).cummax(1).values.roll(1, 1)
         last[:, 0] = -1
-        joined = keys & (last >= 0) & see(one.gather(2, last.clamp(min=0)[..., None])[..., 0])
-        seqs, counted = (keys & ~joined).cumsum(1) * keys, keys.cumsum(1)
-        rank = torch.where(keys, counted - torch.where(keys & ~joined, counted, 0).cummax(1).values, -1)
+        starts = keys & ~(see(one.gather(2, last.clamp(min=0)[..., None])[..., 0]) & (last >= 0))
+        seqs, counted = starts.cumsum(1) * keys, keys.cumsum(1)
+        rank = (counted - (counted * starts).cummax(1).values).masked_fill_(~keys, -1)
         row, at = divmod(int(rank.argmax()), len_k)
         alike, longest = seqs[row] == seqs[row, at], int(rank[row, at])
         first = int(alike.to(torch.uint8).argmax())
         sees = [int((see(one[row, i]) & alike)[part].sum()) - 1 for i, part in ((at, slice(at + 1)), (first, slice(first, None)))]
         left, right = (len_k if n >= longest else max(n, 0) for n in sees)
-        attached = ~keys & some
+        of_queries, attached = seqs, ~keys & some
         if attached.any():
             start = keys.to(torch.uint8).argmax(1, keepdim=True)
             attached &= see(one.gather(2, start[..., None].expand(-1, len_q, 1))[..., 0])
-    of_queries = torch.where(attached, 1, seqs) if len_q == len_k else attached.long()
+            of_queries = seqs.masked_fill(attached, 1)
+    else:
+        attached = some.new_ones(len(one), len_q)
+        seqs, of_queries = keys.long(), attached.long()
     if int(seqs.max()) > _MOST or (not eager and min(left, right) == len_k and bool((seqs == 1).all())):
         return None  # too many to count, or nothing is hidden
-    # A query without a key sees those that a number hides. Beside padding, which is not looked at by rows of a mask for all samples, only
-    # queries that are keys themselves are known to see one.
-    unsure = ~some | (of_queries == 0) | (attached if padding is not None and mask.dim() == 2 else False)
-    blind = not (padding is None or own) or bool(unsure.any())
-    near = torch.ones(len_q, len_k, dtype=torch.bool, device=mask.device).triu(-left).tril(right)
-    counts = None if hidden is None else ~hidden[:, None] & ~hidden[..., None] if own else ~hidden[:, None]
+    hides = some.new_ones(())
+    if mask.is_floating_point():
+        hides = one[:, 0].amin()
+        hides = hides if hides == -torch.inf else one.amin()
+        hides = hides.where(hides < 0, -torch.inf)
+        if (number := float(hides)) > -torch.inf:
+            # A query without a key sees those that a number hides. Beside padding, which is not looked at by rows of a mask for all
+            # samples, only queries that are keys themselves are known to see one.
+            unsure = ~some | (of_queries == 0) | (attached if padding is not None and mask.dim() == 2 else False)
+            if number > _NEVER or not (padding is None or own) or unsure.any():
+                return None
+            heads = heads + 0.0  # without negative zeros
     ids = of_queries.masked_fill(of_queries == 0, _MOST + 1).to(torch.uint8), seqs.to(torch.uint8)
-    if _differs(heads, *ids, near, counts, blind):
+    if _differs(heads, hides, *ids, None if hidden is None else ~hidden, (left, right), own):
         return None
     return _packing(seqs.cpu(), of_queries.cpu(), (left, right), batch, padding, own, device)
 
 
-def _differs(heads: Tensor, of_queries: Tensor, of_keys: Tensor, near: Tensor, counts: Tensor | None, blind: bool) -> bool:
-    """Whether a mask ``(G, N, L, S)`` shows anything else than what is ``near`` ``(L, S)`` and of one sequence, ``(G, L)`` and ``(G, S)``,
-    for every head, at the pairs that count (None: at all).
+def _differs(heads: Tensor, hides: Tensor, of_queries: Tensor, of_keys: Tensor, real: Tensor | None, near: Any, own: bool) -> bool:
+    """Whether a mask ``(G, N, L, S)`` has anything else than 0 at the keys that are near a query and of its sequence, ``(G, L)`` and
+    ``(G, S)``, and ``hides`` elsewhere, for every head, at the keys, and queries if ``own``, that are ``real`` ``(G, S)`` (None: all).
 
-    By its bits, a part at a time, because this is done for each new mask: on a CPU it takes a tenth of the attention."""
+    By its bits, because this is done for each new mask; without the compiled kernel a part at a time."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[heads.dtype.itemsize]
-    least = torch.ones((), dtype=torch.uint8, device=heads.device)
-    if heads.dtype != torch.bool:
-        lowest = heads[:, 0].amin()  # of keys that are all hidden by a finite number some are seen
-        lowest = torch.where(lowest >= 0, -torch.inf, lowest)
-        number, least = float(lowest), lowest.view(words)
-        if not (number == -torch.inf or (number <= _NEVER and not blind)):
-            return True
-        heads = heads + 0.0 if number > -torch.inf else heads  # without negative zeros
+    heads, hides = heads.view(words), hides.view(words)
+    if heads.is_cpu and heads.stride(3) == 1 and not build.why_not():
+        tables = [x if x is None else x.contiguous() for x in (of_queries, of_keys, real if own else None, real)]
+        pointers = (0 if x is None else x.data_ptr() for x in (heads, *tables))
+        steps = (step * heads.itemsize for step in heads.stride()[:3])
+        return build.library().differs(*pointers, *steps, *heads.shape, heads.itemsize, int(hides), *near)
+    far = 1 - torch.ones(heads.shape[2:], dtype=torch.uint8, device=heads.device).triu(-near[0]).tril(near[1])
     part = max(1, _PART // heads[0].numel()) if heads.is_cpu else len(heads)
-    parts = heads.view(words).split(part)
-    pairs = [None] * len(parts) if counts is None else counts[:, None].split(part)
-    for given, q, k, count in zip(parts, of_queries.split(part), of_keys.split(part), pairs, strict=True):
-        seen = (q[..., None].expand(-1, -1, len(k[0])).contiguous() == k[:, None]).logical_and_(near)[:, None]
-        differs = given ^ seen.to(words).sub_(1).bitwise_and_(least)
+    parts = [x.split(part) for x in (heads, of_queries, of_keys)]
+    counts = [None] * len(parts[0]) if real is None else (real[:, None] & real[..., None] if own else real[:, None])[:, None].split(part)
+    for given, q, k, count in zip(*parts, counts, strict=True):
+        hidden = (q[..., None] ^ k[:, None]).clamp_(max=1).bitwise_or_(far)
+        differs = given ^ hidden.to(words).mul_(hides)[:, None]
         differs = differs if count is None else differs.bitwise_and_(count.to(words).neg_())
         if differs.contiguous().view(torch.uint8).amax():
             return True
@@ -232,6 +240,7 @@ def _differs(heads: Tensor, of_queries: Tensor, of_keys: Tensor, near: Tensor, c
 def _packing(seqs: Tensor, of_queries: Tensor, near: Any, batch: int, padding: Tensor | None, own: bool, device: Any) -> Pattern | None:
     """The call, on the host, from the numbers of the sequences of keys ``(G, S)``, and of those that queries see ``(G, L)``, 0 for none."""
     len_q, len_k, (left, right) = of_queries.shape[1], seqs.shape[1], near
+    looks = of_queries is not seqs or padding is not None
     seqs, of_queries, alone = seqs.expand(batch, -1), of_queries.expand(batch, -1), None
     wanted = torch.ones(batch, len_q, dtype=torch.bool, device="cpu")
     if padding is not None:
@@ -240,13 +249,15 @@ def _packing(seqs: Tensor, of_queries: Tensor, near: Any, batch: int, padding: T
     most = seqs.amax(1, keepdim=True)
     several = bool(((seqs != most) & (seqs > 0)).any())
     # Queries that see a sequence without being one of its keys. Where padding leaves no key of it, they see nothing.
-    attached = wanted & (of_queries > 0) & ((of_queries == most) | several)
-    if len_q == len_k:
-        attached &= (seqs == 0) & ((right > 0) | seqs.cumsum(1).bool())
-    attaches = len_q != len_k or bool(attached.any())
+    attaches = len_q != len_k
+    if looks:
+        attached = wanted & (of_queries > 0) & ((of_queries == most) | several)
+        if not attaches:
+            attached &= (seqs == 0) & ((right > 0) | seqs.cumsum(1).bool())
+            attaches = bool(attached.any())
     if several:
         number = seqs + torch.arange(batch, device="cpu")[:, None] * (len_k + 1)
-        single = (seqs > 0) & (number.flatten().bincount()[number] == 1)
+        single = (seqs > 0) & (number.flatten().bincount().take(number) == 1)
         if single.any():
             alone, seqs = single.flatten().nonzero()[:, 0], seqs.masked_fill(single, 0)
             several = bool(((seqs != seqs.amax(1, keepdim=True)) & (seqs > 0)).any())
@@ -263,8 +274,8 @@ def _packing(seqs: Tensor, of_queries: Tensor, near: Any, batch: int, padding: T
     if alone is not None or queries.num_rows != int(wanted.sum()):
         place = torch.zeros(batch * len_q, dtype=torch.int64, device="cpu")
         order = queries.token_indices if alone is None else torch.cat([queries.token_indices, alone])
-        place[order] = torch.arange(1, len(order) + 1, device="cpu")
-        where = place[wanted.flatten()].to(device)
+        place.scatter_(0, order, torch.arange(1, len(order) + 1, device="cpu"))
+        where = (place if padding is None else place[wanted.flatten()]).to(device)
     reach = 1 + sum(len_k if side is None else side for side in window[: 2 - causal]) if limited else len_k
     pairs = sum(q * min(k / 2 if causal else k, reach) for q, k in zip(queries.lengths or (), keys.lengths or (), strict=True))
     layout_kv = moved(keys, device)

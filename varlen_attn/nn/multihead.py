@@ -398,9 +398,11 @@ class VarlenMultiheadAttention(nn.MultiheadAttention):
         if alone is not None:
             weight = self.in_proj_weight[-self.embed_dim :] if self._qkv_same_embed_dim else self.v_proj_weight
             bias = None if self.in_proj_bias is None else self.in_proj_bias[-self.embed_dim :]
-            value = _linear(inputs.value.flatten(0, 1).index_select(0, alone), weight, bias).unflatten(1, (self.num_heads, -1))
-            dropped = F.dropout(value.new_ones(*value.shape[:2], 1), self.dropout, self.training)
-            parts.append((value * dropped).flatten(1).to(out.dtype))
+            value = _linear(inputs.value.flatten(0, 1).index_select(0, alone), weight, bias)
+            if self.training and self.dropout:
+                kept = F.dropout(value.new_ones(len(value), self.num_heads, 1), self.dropout)
+                value = (value.unflatten(1, (self.num_heads, -1)) * kept).flatten(1)
+            parts.append(value.to(out.dtype))
         return self._project_out(torch.cat(parts)).index_select(0, where)
 
     def _bias(

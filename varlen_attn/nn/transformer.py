@@ -367,6 +367,10 @@ class VarlenTransformerDecoder(nn.TransformerDecoder):
         return target.restore(x, self.padding_rows)
 
 
+LAYERS = (VarlenTransformerEncoderLayer, VarlenTransformerDecoderLayer)
+VARLEN = (VarlenMultiheadAttention, *LAYERS, VarlenTransformerEncoder, VarlenTransformerDecoder)
+
+
 # -------------------------------------------------------------------- modules that know no layout
 
 
@@ -395,8 +399,7 @@ def _padded_block(layer: nn.Module, block: Callable[..., Tensor], rows: tuple[Te
 def takes_layouts(layer: nn.Module, *names: str) -> bool:
     """Whether a layer can be called on packed rows, with these layouts; ``layout`` by default."""
     layer, names = unwrapped(layer), names or ("layout",)
-    ours = (VarlenTransformerEncoderLayer, VarlenTransformerDecoderLayer)
-    return isinstance(layer, ours) or {*names} <= {*inspect.signature(type(layer).forward).parameters}
+    return isinstance(layer, LAYERS) or {*names} <= {*inspect.signature(type(layer).forward).parameters}
 
 
 def _padded_encoder_layer(layer: nn.Module, x: Tensor, prepared: Prepared) -> Tensor:

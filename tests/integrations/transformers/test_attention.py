@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import masking_utils as hf
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from varlen_attn import LayoutError, SeqLayout, record
+from varlen_attn import LayoutError, SeqLayout, record, use_backend
 from varlen_attn.data.host_lengths import HostLengths
 from varlen_attn.integrations.transformers import attention as _hf_attention
 from varlen_attn.integrations.transformers.attention import NotPackable, varlen_attention_forward
@@ -143,6 +143,18 @@ def test_a_static_cache_without_a_mask_hides_its_future() -> None:
     visible = torch.ones(5, 9, dtype=torch.bool).tril()
     check(None, visible, states(5, 9))
     check(None, visible, states(5, 9), softcap=3.0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("len_q", [1, 2, 5])
+def test_an_order_without_a_mask(len_q: int, causal: bool) -> None:
+    query, key, value = states(len_q, 5)
+    visible = torch.ones(len_q, 5, dtype=torch.bool).tril() if causal and len_q > 1 else None
+    for order in ("reference", "sdpa_padded"):
+        with use_backend(order), record() as log:
+            out, _ = varlen_attention_forward(Layer(is_causal=causal), query, key, value, None)
+        assert {call.backend for call in log} == {order}
+        assert_rows(out, by_hand(query, key, value, visible)[0])
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from varlen_attn import VarlenCollator, enable, record
 from varlen_attn.convert.enabling import disable, enabled
@@ -467,6 +468,31 @@ def test_autocast(name: str, level: Any) -> None:
         results[implementation] = (error(hidden, reference), mean)
     assert 0 < results["ours"][0] <= 2 * results["sdpa"][0]
     assert 0 < results["ours"][1] <= 2 * results["sdpa"][1]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["Bert", "Llama"])
+def test_autocast_leaves_float64(name: str, level: Any) -> None:
+    inputs, valid = inputs_of(name, "right")
+    model = build(name, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = model(**inputs)[0][valid]
+        enable(model, level=level)
+        got = model(**inputs)[0][valid]
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["Bert", "Llama", "T5"])
+def test_fake_tensors_have_shapes(name: str, level: Any) -> None:
+    inputs, _ = inputs_of(name, "right")
+    model = build(name, dtype=torch.float32)
+    want = model(**inputs)[0]
+    enable(model, level=level)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        got = model(**{key: mode.from_tensor(x) for key, x in inputs.items()})[0]
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
 
 
 @pytest.mark.parametrize("level", LEVELS)

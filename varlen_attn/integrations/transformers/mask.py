@@ -425,6 +425,8 @@ def meaning_of_numbers(mask: Tensor) -> Meaning | None:
     padding = mask.clone() if mask.dim() == 2 else given.get("attention_mask")
     if not isinstance(padding, Tensor) or padding.dim() != 2 or padding.is_floating_point() or padding.device != mask.device:
         return None
+    if is_unreadable(padding):
+        return None
     if any(isinstance(x := given.get(name), Tensor) and x.shape[:2] != padding.shape for name in ("input_ids", "inputs_embeds")):
         return None  # keys are cached
     columns = padding.shape[1]

@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from functools import cache, partial, update_wrapper, wraps
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..._switch import Class, Entry, Hook, Step, around, original_class, own_class
+from ..._switch import Class, Derived, Entry, Hook, Step, around, derived, original_class, own_class
 from ..._torch import begins_no_graph, between_graphs, is_compiled, unwrapped, with_first_dimension
 from ...attention.records import Call, write
 from ...data.host_lengths import HostLengths
@@ -651,38 +651,14 @@ WATCH = "_varlen_attn_watch"  # the attribute of a model that holds its `ModelHo
 HEADS = "_varlen_attn_heads"  # and of one whose head computes labelled tokens only: what it reads, as `labelled_in` takes it
 
 
-class Watched:
-    """A class for objects of another one, its ``original_class``, whose forward is watched however it is called: as ``model(...)``, as
-    ``model.forward(...)``, and below functions that stand in its place on the object, such as Accelerate's. Its name is the original's.
-    """
-
-    original_class: ClassVar[Any] = None
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """What the original does for classes of its users is not for this one."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A new model is none that was enabled."""
-        return cls.original_class(*args, **kwargs) if args or kwargs else super().__new__(cls)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        made: Any = super().__reduce_ex__(protocol)
-        (make, args, *rest), original = made, original_class(self)  # type: ignore[arg-type]
-        return _watched_again, (make, tuple(original if x is type(self) else x for x in args)), *rest
-
-
-def _watched_again(make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """For copies and pickles, which the class by its name would not find."""
-    model = make(*args)
-    model.__class__ = _watched(original_class(model))  # type: ignore[arg-type]
-    return model
+class Watched(Derived):
+    """A class for objects of another one, whose forward is watched however it is called: as ``model(...)``, as ``model.forward(...)``,
+    and below functions that stand in its place on the object, such as Accelerate's."""
 
 
 @cache
 def _watched(original: Any) -> Any:
-    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    own = {**names, "original_class": original, "forward": _Forward(original)}
-    return type(original)(original.__name__, (Watched, original), own)
+    return derived(Watched, original, _watched, forward=_Forward(original))
 
 
 class _Forward:

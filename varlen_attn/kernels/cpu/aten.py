@@ -155,10 +155,15 @@ class Cpu(Backend):
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Result:
         semantics = call.semantics
+        value_dim = value.shape[-1]
+        if semantics.batch_invariant and any(x.shape[-1] * x.element_size() % 16 for x in (query, value)):
+            # The last bits of products depend on whether rows begin at multiples of 16 bytes.
+            query, key, value = pad_head_dim(16 // query.element_size(), query, key, value)
+            out, lse = self.run(query, key, value, call)
+            return out[..., :value_dim], lse
         if needs_eager(semantics) or is_transformed():
             # Under torch.func and forward-mode AD too: the op below has a backward only, and would give zeros without an error.
             return _run_eager(query, key, value, call)
-        value_dim = value.shape[-1]
         if value_dim != query.shape[-1]:
             query, key, value = pad_head_dim(1, query, key, value)
         query, key, value = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]

@@ -98,6 +98,10 @@ class Library:
         if failed := self._loaded.varlen_backward(ctypes.byref(arguments)):
             raise self._error(failed)
 
+    def differs(self, *fields: int, level: int = -1) -> bool:
+        """Whether a mask is anything else than it is thought to be. Takes the fields of `varlen::Mask` of ``csrc/attention.h``."""
+        return bool(self._loaded.varlen_differs((ctypes.c_int64 * (len(fields) + 1))(*fields, level)))
+
     def _error(self, status: int) -> Exception:
         kind = ValueError if status == 2 else RuntimeError
         return kind(f"the compiled CPU kernel failed: {self._loaded.varlen_last_error().decode()}")

@@ -57,6 +57,19 @@ struct Args {
   int64_t level, portable;           // for tests: another instruction set than the best one, no product of libtorch
 };
 
+// What is asked of a mask ``(groups, heads, rows, columns)`` of queries and keys, whose rows are adjacent numbers of `size` bytes; in the order
+// of `Library.differs`. A pair is seen, and 0, where query and key have the same number of a sequence and are near; else it is `hidden`.
+struct Mask {
+  const char* numbers;
+  const uint8_t *of_queries, *of_keys;    // (groups, rows), (groups, columns)
+  const uint8_t *counts_q, *counts_k;     // likewise, 0 where a number may be anything; or null
+  int64_t group_step, head_step, row_step;  // in bytes
+  int64_t groups, heads, rows, columns, size;
+  int64_t hidden;       // its bits
+  int64_t left, right;  // query i is near to keys i - left .. i + right
+  int64_t level;        // as of Args
+};
+
 // C = A B, or C += A B. A is (m, k), B is (k, n), C is (m, n), all row by row. n and k are multiples of 16.
 // For bfloat16, `pairs` is true, and B has pairs of rows interleaved: (k / 2, n, 2).
 template <class T>
@@ -76,6 +89,7 @@ struct Torch {
 struct Level {
   const char* (*forward)(const Args&, const Torch&);
   const char* (*backward)(const Args&, const Torch&);
+  bool (*differs)(const Mask&, const Torch&);
 };
 
 }  // namespace varlen

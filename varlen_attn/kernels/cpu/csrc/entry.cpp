@@ -103,6 +103,8 @@ bool fits(const Args& a) {
   return sizes && sides && (a.rows_q == 0 || a.q) && (a.rows_k == 0 || (a.k && a.v));
 }
 
+const Level& level_of(int64_t wanted) { return *kLevels[wanted < 0 || wanted > cpu.level ? cpu.level : wanted]; }
+
 int failed(const char* why, int status) { return last_error = why, status; }
 
 // 0, 2 for wrong offsets, 1 for all else.
@@ -117,7 +119,7 @@ int run(Args args, bool backward) {
   for (const char* wrong : {wrong_offsets(args.cu_q, args.num_seqs, args.rows_q, args.slack_q), wrong_offsets(args.cu_k, args.num_seqs, args.rows_k, args.slack_k)})
     if (wrong) return failed(wrong, 2);
   if (!fits(args)) return failed("sizes must be multiples of 16, heads of key/value heads, and tensors have memory", 1);
-  const Level& level = *kLevels[args.level < 0 || args.level > cpu.level ? cpu.level : args.level];
+  const Level& level = level_of(args.level);
   const char* why = (backward ? level.backward : level.forward)(args, torch);
   return why ? failed(why, 1) : 0;
 }
@@ -131,6 +133,7 @@ extern "C" {
 void varlen_bind(const varlen::Torch* functions) { varlen::bind(*functions); }
 int varlen_forward(const varlen::Args* args) { return varlen::run(*args, false); }
 int varlen_backward(const varlen::Args* args) { return varlen::run(*args, true); }
+int varlen_differs(const varlen::Mask* mask) { return varlen::level_of(mask->level).differs(*mask, varlen::torch); }
 const char* varlen_last_error() { return varlen::last_error; }
 int64_t varlen_args_size() { return sizeof(varlen::Args); }
 int64_t varlen_level() { return varlen::cpu.level; }

@@ -13,6 +13,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "masks.h"
 
 namespace varlen::VARLEN_LEVEL {
 namespace {
@@ -76,6 +77,6 @@ const char* backward(const Args& a, const Torch& torch) {
 }  // namespace
 
 extern const Level level;
-const Level level{forward, backward};
+const Level level{forward, backward, differs};
 
 }  // namespace varlen::VARLEN_LEVEL
