@@ -12,7 +12,8 @@
 #   make bench-full      the same with every workload, 100 steps of the mini test, and memory of whole encoders (hours)
 #   make bench-engines   MiniLM beside ONNX Runtime, OpenVINO and CTranslate2, which are installed in a folder of their own (minutes)
 #   make bench-check     have ratios fallen since the committed results? (a few minutes)
-#   make sanitize        the compiled CPU kernel under the address and undefined-behaviour sanitizers (needs g++)
+#   make sanitize        the compiled CPU kernel under the sanitizers of memory, undefined behaviour and threads (g++; an hour, less by PROBLEMS=1000)
+#   make fuzz            100,000 random calls on every backend against float64, and 1000 in which an allocation fails (an hour)
 #   make test-thorough   many more property-test examples
 #   make test-peers      tests that other projects wrote: transformers' on enabled models, PyTorch's too with TORCH_TESTS=DIR (half an hour)
 #   make test-ray        bulk embedding on Ray Data and in Parquet, which are installed in a folder of their own (minutes, and 120 MB)
@@ -72,7 +73,9 @@ NOT_BUILT := { ! command -v $${CXX:-g++} && echo 'the tests of the compiled kern
 SANITIZED := VARLEN_ATTN_NATIVE=$(CURDIR)/$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)"
 
-.PHONY: help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-engines bench-check test-thorough test-peers test-ray test-versions soak mutants sanitize dist docs docs-tables gpu gpu-again \
+PROBLEMS ?= 100000
+
+.PHONY: fuzz help setup demo demo-text examples test test-quick coverage check house format bench bench-full bench-engines bench-check test-thorough test-peers test-ray test-versions soak mutants sanitize dist docs docs-tables gpu gpu-again \
   gpu-tests real clean
 .DEFAULT_GOAL := help
 
@@ -169,6 +172,16 @@ sanitize: $(STAMP)
 	@mkdir -p $(VENV)/sanitized
 	$(SANITIZED) CXX="env -u LD_PRELOAD $${CXX:-g++}" $(BIN)/python -m varlen_attn build-native --sanitize address,undefined
 	$(SANITIZED) $(BIN)/python -m pytest tests/kernels -q --native -k native
+	$(SANITIZED) $(BIN)/python -W ignore -m tests.fuzz $(PROBLEMS) --backends cpu_native
+	@mkdir -p $(VENV)/races
+	$(BIN)/python -c 'from pathlib import Path; from varlen_attn.kernels.cpu.compile import *; compile_into(Path("$(VENV)/races"), options=["-fsanitize=thread", "-g"])'
+	$${CC:-gcc} -fsanitize=thread -O1 -g -w tests/kernels/cpu/threads.c -lm -ldl -o $(VENV)/races/threads
+	$(VENV)/races/threads $(VENV)/races/native-*.so
+
+# Random calls on all backends, and calls of which an allocation fails.
+fuzz: $(STAMP)
+	$(BIN)/python -W ignore -m tests.fuzz $(PROBLEMS) --out benchmarks/results/reliability.json
+	$(BIN)/python -W ignore -m tests.failing 1000 --out benchmarks/results/reliability.json
 
 test-thorough: $(STAMP)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests --ignore=tests/lane -q

@@ -62,6 +62,7 @@ HIDING: dict[str, dict[str, Any]] = {
     "causal window": {"causal": True, "window": (3, 0)},
     "causal ALiBi": {"causal": True, "alibi_slopes": torch.tensor([0.5, 0.25])},
     "causal softcap": {"causal": True, "softcap": 5.0},
+    "causal, more keys than queries": {"causal": True},
 }
 
 
@@ -72,15 +73,35 @@ def test_a_key_that_a_query_does_not_see_never_changes_its_row(backend: str, wha
     if backend == "cpu_native" and _native.why_not():
         pytest.skip("does not run here")
     options, layout = HIDING[what], SeqLayout.from_lengths([1, 5, 20, 300])
-    query, key, value = (torch.randn(layout.num_rows, 2, 16) for _ in range(3))
+    layout_q = SeqLayout.from_lengths([1, 3, 19, 250]) if "more keys" in what else layout
+    query, key, value = (torch.randn(x.num_rows, 2, 16) for x in (layout_q, layout, layout))
     sick = key.clone()
     sick[[0, 4, 17, 180]] = number
     before, out, right = (
-        varlen_attention(query, k, value, layout, backend=name, return_lse=True, **options)
+        varlen_attention(query, k, value, layout_q, layout, backend=name, return_lse=True, **options)
         for k, name in ((key, backend), (sick, backend), (sick, "reference"))
     )
     assert torch.equal(out[0].isnan(), right[0].isnan())
-    unseen = ~(varlen_attention(query, key, value, layout, backend="reference", **options) != right[0]).any(-1).any(-1)
-    assert 20 < unseen.sum() < layout.num_rows
+    unseen = ~(varlen_attention(query, key, value, layout_q, layout, backend="reference", **options) != right[0]).any(-1).any(-1)
+    assert 20 < unseen.sum() < layout_q.num_rows
     torch.testing.assert_close(out[0][unseen], before[0][unseen])
     torch.testing.assert_close(out[1][:, unseen], before[1][:, unseen])
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (0, 0)}, {"causal": True, "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_query_that_sees_no_key_gives_zero_beside_nan(backend: str, where: str, options: dict[str, Any]) -> None:
+    """Output and gradient, whatever it holds itself, and what the keys and values of its sequence hold."""
+    if (backend == "cpu_native" and _native.why_not()) or (backend == "nested" and options):
+        pytest.skip("does not run here")
+    layout, keys = SeqLayout.from_lengths([3, 5, 4]), SeqLayout.from_lengths([0, 2, 4])
+    query, key, value, grad = (torch.randn(n, 2, 16) for n in (12, 6, 6, 12))
+    {"query": query, "key": key, "value": value}[where][:] = float("nan")
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    out = varlen_attention(*leaves, layout, keys, backend=backend, **options)
+    blind = torch.arange(12) < (6 if options else 3)
+    gradients = torch.autograd.grad(out, leaves, grad)
+    assert torch.equal(out.isnan().any(-1).any(-1), ~blind)
+    assert not out[blind].any()
+    assert not gradients[0][blind].any()

@@ -82,9 +82,9 @@ def dense_kernel_here(semantics: Semantics, *tensors: Tensor) -> str:
 # -------------------------------------------------------------------- masks and biases
 
 
-def is_nan(x: Tensor) -> bool:
-    """Whether one is among ``x``, in one pass; False where values must not be read."""
-    return is_plain(x) and not is_observed() and math.isnan(x.sum().item())
+def is_nan(x: Tensor, rows: Tensor | None = None) -> bool:
+    """Whether one is among ``x``, in one pass, which is left out where none of ``rows`` is True; False where values must not be read."""
+    return is_plain(x) and not is_observed() and (rows is None or bool(rows.any())) and math.isnan(x.sum().item())
 
 
 def visible_mask(semantics: Semantics, rows: Tensor, columns: Tensor, offset: int | Tensor) -> Tensor | None:
@@ -182,13 +182,16 @@ def attend_dense(
     if kernel == FUSED:
         return _fused(query, key, value, visible, semantics.factor), None, None
     if kernel != EAGER and 0 not in (*query.shape[:3], *key.shape[:3]):
-        out, its_lse = _by_kernel(kernel, query, key, value, visible, bias, semantics)
-        # The kernel of a CPU adds -inf to scores that it hides, and NaN stays NaN.
-        if kernel != FLASH_CPU or visible is None or not is_nan(its_lse):
-            return out, its_lse, None
+        out, its_lse, unseen = _by_kernel(kernel, query, key, value, visible, bias, semantics)
+        # The kernel of a CPU adds -inf to scores that it hides, and NaN stays NaN; in a row that sees no key, that of a value too.
+        if kernel != FLASH_CPU or visible is None or not (is_nan(its_lse) or is_nan(out, unseen)):
+            return out, its_lse.masked_fill(unseen, float("-inf")), None
 
     dtype = accumulation_dtype(query.dtype) if wide else query.dtype
     q, k, v = (x.to(dtype) for x in (query, *repeat_kv(num_heads, key, value)))
+    all_see = sure and not _may_be_fully_masked(semantics, offset, len_q, len_k)
+    blind = None if all_see or visible is None else ~visible.any(-1, keepdim=True)
+    q = q if blind is None else q.masked_fill(blind, 0.0)  # or 0 * NaN would be its gradient, and that of keys
     scores = (q * semantics.factor) @ k.transpose(-1, -2)
     if semantics.softcap is not None:
         scores = semantics.softcap * torch.tanh(scores / semantics.softcap)
@@ -197,11 +200,11 @@ def attend_dense(
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     lse = scores.detach().logsumexp(-1) if semantics.return_lse else None
-    all_see = sure and not _may_be_fully_masked(semantics, offset, len_q, len_k)
-    seen = None if all_see else visible if bias is None else ~torch.isneginf(scores)
-    weights = _softmax(scores, None if seen is None else ~seen.any(-1, keepdim=True), extras.sinks)
+    fully_masked = blind if all_see or bias is None else torch.isneginf(scores).all(-1, keepdim=True)
+    weights = _softmax(scores, fully_masked, extras.sinks)
     weights = F.dropout(weights, semantics.dropout_p)
-    return (weights @ v).to(query.dtype), lse, weights
+    out = weights @ v if blind is None else (weights @ v).masked_fill(blind, 0.0)
+    return out.to(query.dtype), lse, weights
 
 
 def _softmax(scores: Tensor, fully_masked: Tensor | None, sinks_N: Tensor | None) -> Tensor:
@@ -226,8 +229,10 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float
 
 def _by_kernel(
     kernel: str, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, bias: Tensor | None, semantics: Semantics
-) -> tuple[Tensor, Tensor]:
-    """The kernel of a CPU gives 0 for a row that sees no key (documented nowhere, tested here), but a log-sum-exp of 0.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``out``, the kernel's log-sum-exp, and ``(B or 1, N or 1, Lq or 1)``: the rows that see no key, where that is wrong.
+
+    The kernel of a CPU gives 0 for such a row (documented nowhere, tested here), but a log-sum-exp of 0.
 
     The memory-efficient kernel wants q's dtype, full shape and a row stride of a multiple of 16 for its mask. What it makes of a row in
     which everything is hidden differs between versions: such rows see all keys here, and are zeroed afterwards.
@@ -246,7 +251,7 @@ def _by_kernel(
         mask = mask.expand(*q.shape[:3], len_k)  # after the copy, which a mask of padding alone makes of its (B, 1, 1, M) only
         out, lse = _in_parts(q, k, v, mask, scale, semantics.dropout_p)
         out = torch.where(fully_masked, 0, out)
-    return out[..., :value_dim], lse.detach().masked_fill(fully_masked.squeeze(-1), float("-inf"))
+    return out[..., :value_dim], lse.detach(), fully_masked.squeeze(-1)
 
 
 def _in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:

@@ -175,7 +175,8 @@ class Cpu(Backend):
             query, key, value, call.layout_q.cu_seqlens, call.layout_kv.cu_seqlens, call.extras.alibi_slopes, scale,
             semantics.causal or "", window, semantics.batch_invariant, call.layout_q.has_slack, call.layout_kv.has_slack,
         )  # fmt: skip
-        if (semantics.window or (semantics.causal and call.extras.alibi_slopes is not None)) and is_nan(lse):
+        masked = semantics.window or (semantics.causal and (call.extras.alibi_slopes is not None or call.layout_kv is not call.layout_q))
+        if masked and is_nan(lse):
             return self._repaired(query, key, value[..., :value_dim], lse, call)
         return out if out.shape[-1] == value_dim else out[..., :value_dim], lse if semantics.return_lse else None
 

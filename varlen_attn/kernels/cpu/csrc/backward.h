@@ -243,8 +243,10 @@ struct Backward {
         const int64_t count = std::min<int64_t>(16, rows - r0);
         float* turned = s.room;
         transpose32(reinterpret_cast<const uint32_t*>(s.dq_t + i * a.dim + r0), width, a.dim, count, reinterpret_cast<uint32_t*>(turned), a.dim, a.dim);
-        for (int64_t r = 0; r < count; r++)
+        for (int64_t r = 0; r < count; r++) {
+          if (s.lse[i + r0 + r] == kMinusInf) std::fill(turned + r * a.dim, turned + (r + 1) * a.dim, 0.0f);  // sees no key: 0 * NaN is NaN
           narrow_row(turned + r * a.dim, a.dim, static_cast<In*>(a.dq) + ((span.q0 + i + r0 + r) * a.heads + head) * a.dim);
+        }
       }
     }
   }
