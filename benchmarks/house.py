@@ -27,7 +27,7 @@ from varlen_attn.kernels.cpu import build as _native
 HOME = Path(varlen_attn.__file__).parent
 TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 BOUNDS = {
-    "lines of code": 12_775,
+    "lines of code": 13_020,
     "calls of a layer of nn.TransformerEncoder": 26,
     "calls of a layer of BertModel": 22,
     "calls of varlen_mha": 60,
