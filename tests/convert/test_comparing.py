@@ -101,9 +101,17 @@ def test_models_that_gain_nothing(train: bool) -> None:
     linear = compare(nn.Linear(D, 3), batch()[:1], train=train)
     assert linear.verdict == "leave it: nothing was converted"
     mha = nn.MultiheadAttention(D, 2, batch_first=True)
-    found = compare(mha, dict(zip(("query", "key", "value", "key_padding_mask"), (batch()[0],) * 3 + (PAD,), strict=True)), train=train)
+    example = dict(zip(("query", "key", "value", "key_padding_mask"), (batch()[0],) * 3 + (PAD,), strict=True))
+    found = compare(mha, example, train=train)
     assert found.verdict.startswith("leave it: ")
     assert "need_weights=False" in str(found), "the way out"
+    padded = [line for line in str(found).splitlines() if line.strip().startswith("padded  ")]
+    assert len(padded) == 1
+    assert "weights" in padded[0]
+    frozen = mha.requires_grad_(False), {**example, "query": batch()[0].requires_grad_()}
+    if train:
+        with pytest.raises(ArgumentError, match=r"`train` must be False for a model whose results need no gradient.*requires_grad_"):
+            compare(*frozen, train=True)
 
 
 def test_a_classifier_in_training() -> None:
