@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from varlen_attn import SeqLayout, record, varlen_attention
+from varlen_attn import ArgumentError, SeqLayout, record, varlen_attention
 from varlen_attn.kernels.base import contiguous_grad, grad_without_slack, result_without_slack
+from varlen_attn.kernels.ops import check_operands
 
 LAYOUT = SeqLayout.from_lengths([3, 0, 5])
 TESTS = Path(__file__).parents[1]
@@ -149,6 +150,32 @@ def test_an_op_is_called_where_something_sees_it() -> None:
         torch.testing.assert_close(got if got.dim() == 3 else got[0], want)
     with pytest.raises(RuntimeError, match="has no second derivative"):
         got.sum().backward()  # type: ignore[possibly-undefined]
+
+
+OPERANDS = {
+    "query": (5, 4, 8), "key": (6, 2, 8), "value": (6, 2, 16), "grad": (5, 4, 16), "out": (5, 4, 16), "lse": (4, 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [None, *OPERANDS])
+def test_operands_that_do_not_belong_together_are_refused(wrong: str | None) -> None:
+    """A kernel would read beyond them."""
+    offsets = torch.tensor([0, 5], dtype=torch.int32), torch.tensor([0, 6], dtype=torch.int32)
+
+    def check(**changed: Tensor) -> None:
+        query, key, value, *results = ({name: torch.zeros(shape) for name, shape in OPERANDS.items()} | changed).values()
+        check_operands(query, key, value, *offsets, *results)
+
+    if wrong is None:
+        check()
+        return
+    shape = OPERANDS[wrong]
+    for other in (
+        torch.zeros(shape, dtype=torch.bfloat16),
+        *(torch.zeros(*shape[:i], n + 1, *shape[i + 1 :]) for i, n in enumerate(shape)),
+    ):
+        with pytest.raises(ArgumentError, match="must belong together, but are"):
+            check(**{wrong: other})
 
 
 def test_saved_tensors_meet_their_hooks() -> None:
