@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .._state import opened, state, undone, visible
-from .._switch import original_class, own_class
 from ..kernels.problem import Problem
 from ..layout.seq_layout import SeqLayout
 from ..layout.shown import Shown, table
@@ -117,6 +116,8 @@ class Record(Shown):
     """
 
     def __init__(self, model: torch.nn.Module | None = None, *, profiles: bool = False) -> None:
+        from .._switch import original_class, own_class  # here, because attention alone does not need it
+
         self.calls: list[Call] = []
         self.kernels: tuple[str, ...] | None = None
         self.peak: int | None = None
