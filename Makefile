@@ -199,7 +199,7 @@ mutants: $(STAMP)
 	$(BIN)/python -W ignore -m tests.mutants_native --out benchmarks/results/mutants_native.json
 
 soak: $(STAMP)
-	$(BIN)/python -W ignore -m tests.soak 100000
+	$(BIN)/python -W ignore -m tests.soak 100000 benchmarks/results/reliability.json
 
 test-versions: $(STAMP)
 	WORKERS=$(WORKERS) $(BIN)/python -m tests.versions $(VERSIONS)

@@ -55,13 +55,15 @@ def _mutants(found: Mapping[str, Any], by_hand: Mapping[str, Any]) -> list[str]:
     if by_hand:
         lines += [["the compiled kernel, by hand", by_hand["seen"], by_hand["of"]]]
     low, high = found["interval"]
-    unseen = [
-        f"- `{row['path'].removeprefix('varlen_attn/')}`, `{row['old']}` as `{row['new']}`: {row['why']}" for row in rows if not row["by"]
-    ]
+    named = [(row["path"].removeprefix("varlen_attn/"), row) for row in rows if not row["by"] and not row.get("equal")]
+    unseen = [f"- `{path}`, line {row['line']}, `{row['old']}` as `{row['new']}`: {row['why']}" for path, row in named]
     unseen += [f"- `{row['path']}`, {row['what']}: {row['why']}" for row in by_hand.get("mutants", ()) if not row["by"]]
+    equal = sum(row.get("equal", False) for row in rows)
+    share, between = found["seen"] / (found["of"] - equal), f"{low:.0%} to {high:.0%}"
     return [
-        f"Of {found['of']} faults (seed {found['seed']}) the tests see {found['share']:.0%} ({low:.0%} to {high:.0%}).",
+        f"Of {found['of']} faults (seed {found['seed']}) the tests see {found['share']:.0%} ({between}). {equal} others change no "
+        f"result, only time for example. Of those that can change one, {share:.0%} are seen. All are in `benchmarks/results/mutants.json`.",
         table(["part", "seen", "faults"], lines),
-        "Those that they do not see:",
+        "Those that could change a result, and are not seen:",
         "\n".join(unseen),
     ]

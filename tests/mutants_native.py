@@ -84,7 +84,7 @@ def seen(folder: Path) -> str:
     if done.returncode == 0:
         return ""
     lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    return lines[0].split(" ")[1] if lines else f"exit status {done.returncode}"
+    return lines[0].split(" - ")[0].split(" ", 1)[1] if lines else f"exit status {done.returncode}"
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.integrations.transformers import tiny
+from tests.lanes import note
 from varlen_attn import SeqLayout, disable, enable, record, varlen_mha
 
 TOLERANCE = 1e-9  # float64
@@ -141,8 +142,9 @@ def soak(calls: int, threads: int = 16, seed: int = 0, change: bool = True) -> S
     return found
 
 
-def main(calls: int) -> int:
+def main(calls: int, out: Path | None = None) -> int:
     torch.set_num_threads(1)
+    began, figures = time.monotonic(), {}
     for change in (False, True):
         found = soak(calls // 2, change=change)
         objects, memory = found.growth()
@@ -152,10 +154,13 @@ def main(calls: int) -> int:
             flush=True,
         )
         print(*found.wrong[:5], sep="\n")
+        figures["enabled and disabled meanwhile" if change else "calls"] = found.calls
+        figures |= {"wrong": figures.get("wrong", 0) + len(found.wrong), "objects a call": f"{objects:+.2f}", "memory": f"{memory:+.1%}"}
+        note(out, "soak", **figures, seconds=round(time.monotonic() - began))
         if found.wrong or objects > 1 or memory > 0.05:
             return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), *map(Path, sys.argv[2:])))

@@ -75,6 +75,15 @@ def test_recipes_are_timed_for_right_results_only() -> None:
         bench_recipes.contest("model", "batch", {**calls, bench_recipes.ENABLE: lambda: torch.zeros(3)}, torch.ones(3).double(), budget=0)
 
 
+def test_the_page_of_reliability_is_what_the_programs_found() -> None:
+    text = report.RELIABILITY.read_text()
+    assert report.reliability_page(text) == text, "run `python -m benchmarks.report`"
+    found = [json.loads((report.RESULTS / f"{name}.json").read_text())["mutants"] for name in ("mutants", "mutants_native")]
+    unseen = [row for rows in found for row in rows if not row["by"]]
+    assert all(row["why"] for row in unseen), "each fault that the tests do not see has a reason"
+    assert all(row["why"] in text for row in unseen if not row.get("equal"))
+
+
 def test_the_tables_are_what_the_results_say() -> None:
     assert (report.RESULTS / "tables.md").read_text() == report.tables(COMMITTED), "run `python -m benchmarks.report`"
 

@@ -358,6 +358,46 @@ def test_heads_without_width_are_left_to_others() -> None:
     assert plan.backend == "cpu"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_the_nearest_number(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where products are of float32, only the result is rounded."""
+    force(monkeypatch, 0)
+    layout = SeqLayout.from_lengths(LENGTHS)
+    qkv = [x.detach() for x in tensors(layout.num_rows, dtype)[:3]]
+    got, wide = (varlen_attention(*(x.to(of) for x in qkv), layout, backend="cpu_native") for of in (dtype, torch.float32))
+    assert torch.equal(got, wide.to(dtype))
+
+
+@each_dtype
+def test_gradients_beside_an_odd_number_of_queries_without_a_key(level: str, dtype: torch.dtype) -> None:
+    """Products of bfloat16 take rows in pairs."""
+    layouts = SeqLayout.from_lengths([6, 41]), SeqLayout.from_lengths([3, 20])
+    query, _, _, grad = tensors(47, dtype)
+    _, key, value, _ = tensors(23, dtype)
+
+    def gradients(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+        out = varlen_attention(*leaves, *layouts, causal="bottom_right", backend=backend)
+        return [*torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    results = (gradients(backend, of) for backend, of in (("cpu_native", dtype), ("reference", torch.float64), ("reference", dtype)))
+    for got, exact, eager in zip(*results, strict=True):
+        assert_within_budget(got, exact, eager, gradient=True)
+
+
+def test_the_gradient_of_sinks(level: str) -> None:  # R-12
+    layout = SeqLayout.from_lengths(LENGTHS)
+    *qkv, grad = tensors(layout.num_rows)
+
+    def gradient(backend: str, dtype: torch.dtype) -> Tensor:
+        sinks = torch.tensor([1.0, -2.0], dtype=dtype, requires_grad=True)
+        out = varlen_attention(*(x.detach().to(dtype) for x in qkv), layout, sinks=sinks, causal=True, backend=backend)
+        return torch.autograd.grad(out, sinks, grad.to(dtype))[0]
+
+    exact, eager = (gradient("reference", dtype) for dtype in (torch.float64, torch.float32))
+    assert_within_budget(gradient("cpu_native", torch.float32), exact, eager, gradient=True)
+
+
 # -------------------------------------------------------------------- dropout
 
 
@@ -388,10 +428,13 @@ def test_dropout_drops_its_share_and_scales_the_rest() -> None:  # R-26
     assert abs(heads.double().mean() - 0.625) < 0.02, "and so are heads"
     neighbours = (some > 0)[:159, 0, :160] == (some > 0)[1:160, 0, :160]
     assert abs(neighbours.double().mean() - 0.625) < 0.02, "and rows"
+    sequences = (some > 0)[:144, 0, :144] == (some > 0)[160:, 0, :144]
+    assert abs(sequences.double().mean() - 0.625) < 0.02, "and sequences"
 
 
 def test_dropout_has_the_gradient_of_what_it_drew() -> None:  # R-26
-    layout = SeqLayout.from_lengths([40, 70])
+    lengths = 40, 300  # the second in two blocks of keys forward, and more of them backward
+    layout = SeqLayout.from_lengths(lengths)
     query, key, value, grad = tensors(layout.num_rows)
     kept = (weights_after_dropout([query, key, value], layout, 0.3, 5) > 0).detach()
     torch.manual_seed(5)
@@ -399,7 +442,7 @@ def test_dropout_has_the_gradient_of_what_it_drew() -> None:  # R-26
     got = [out.detach(), *torch.autograd.grad(out, (query, key, value), grad)]
     wide = [x.detach().double().requires_grad_() for x in (query, key, value)]
     parts, start = [], 0
-    for length in (40, 70):
+    for length in lengths:
         q, k, v = (x[start : start + length].transpose(0, 1) for x in wide)
         scores = 5.0 * torch.tanh(q @ k.transpose(1, 2) * 32**-0.5 / 5.0)
         mask = kept[start : start + length, :, :length].transpose(0, 1)
@@ -407,7 +450,7 @@ def test_dropout_has_the_gradient_of_what_it_drew() -> None:  # R-26
         start += length
     want = torch.cat(parts)
     for a, b in zip(got, [want.detach(), *torch.autograd.grad(want, wide, grad.double())], strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=5e-6)
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-5)
 
 
 def test_dropping_everything_gives_zeros_and_no_gradient() -> None:
