@@ -56,8 +56,15 @@ def _mutants(found: Mapping[str, Any], by_hand: Mapping[str, Any]) -> list[str]:
         lines += [["the compiled kernel, by hand", by_hand["seen"], by_hand["of"]]]
     low, high = found["interval"]
     named = [(row["path"].removeprefix("varlen_attn/"), row) for row in rows if not row["by"] and not row.get("equal")]
-    unseen = [f"- `{path}`, line {row['line']}, `{row['old']}` as `{row['new']}`: {row['why']}" for path, row in named]
-    unseen += [f"- `{row['path']}`, {row['what']}: {row['why']}" for row in by_hand.get("mutants", ()) if not row["by"]]
+    unseen = [
+        f"- `{path}`, line {row['line']}, `{row['old']}` as `{row['new']}`: {row.get('why', 'no reason is known yet')}"
+        for path, row in named
+    ]
+    unseen += [
+        f"- `{row['path']}`, {row['what']}: {row.get('why', 'no reason is known yet')}"
+        for row in by_hand.get("mutants", ())
+        if not row["by"]
+    ]
     equal = sum(row.get("equal", False) for row in rows)
     share, between = found["seen"] / (found["of"] - equal), f"{low:.0%} to {high:.0%}"
     return [

@@ -314,8 +314,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     covered = Covered(given.covered)
-    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["mutants"] if given.out.exists() else []
     chosen = drawn(given.number, given.seed)
+    places = {(mutant.path, mutant.start, mutant.new) for mutant in chosen}
+    found: list[dict[str, Any]] = json.loads(given.out.read_text())["mutants"] if given.out.exists() else []
+    rows = [row for row in found if (row["path"], row["start"], row["new"]) in places]  # of the code as it is
     random.Random(given.seed).shuffle(chosen)  # so that a run that is stopped is a sample too
     first, step = map(int, given.share.split("/"))
     known = {(row["path"], row["start"], row["new"]): row for row in rows}

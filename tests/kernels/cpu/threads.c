@@ -4,25 +4,11 @@
 #include <dlfcn.h>
 #include <math.h>
 #include <pthread.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct {  // varlen::Args of attention.h
-  const void *q, *k, *v;
-  void* out;
-  float* lse;
-  const void* grad;
-  void *dq, *dk, *dv;
-  float* dsinks;
-  const int32_t *cu_q, *cu_k;
-  const float *slopes, *sinks;
-  int64_t q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head;
-  int64_t num_seqs, rows_q, rows_k, heads, kv_heads, dim, value_dim, dtype, low, high, bottom_right, seed, slack_q, slack_k;
-  double scale, softcap, dropout_p;
-  int64_t level, portable;
-} Args;
+#include "args.h"
 
 enum { kThreads = 4, kCallers = 2, kRows = 457, kHeads = 4, kDim = 32, kSeqs = 4, kCount = kRows * kHeads * kDim };
 static const int32_t offsets[] = {0, 3, 3, 140, kRows};
